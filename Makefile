@@ -1,0 +1,101 @@
+# Every task of this project; `make help` lists them. Targets are executed notebooks in build/, never committed files.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help env figures test lab notebooks reconstruction clean FORCE
+.DEFAULT_GOAL := help
+
+# Values for the command line only: a variable of this name in the environment changes nothing.
+PROFILE := default
+COLOR :=
+GRAY :=
+MODEL := cnn6
+INDEX := 0
+DATA := embedded
+SEED := 0
+BATCH := 1
+PIP_ARGS :=
+# By way of the environment values reach a recipe whole, whatever spaces a path has.
+export COLOR GRAY MODEL INDEX DATA SEED BATCH
+# Images of containers often set it; every start of a kernel would then compile torch anew, for a quarter of a minute.
+unexport PYTHONDONTWRITEBYTECODE
+
+# ---- The Python to run with: an active conda environment that has this package, else .venv.
+CONDA_PYTHON := $(if $(CONDA_PREFIX),$(shell \
+	"$(CONDA_PREFIX)/bin/python" -Ic 'import importlib.metadata as m; m.version("rgap"); m.version("papermill")' \
+	2>/dev/null && echo '"$(CONDA_PREFIX)/bin/python"'))
+PYTHON := $(or $(CONDA_PYTHON),.venv/bin/python)
+ENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.installed)
+# The first one new enough to make .venv with; looked for only when it is needed.
+FIND_PYTHON = for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done
+
+# ---- The profile: what a run writes, and where.
+ifneq ($(COLOR)$(GRAY),)
+ifeq ($(PROFILE),paper)
+$(error PROFILE=paper has its own images; give either PROFILE=paper or COLOR= and GRAY=)
+endif
+override PROFILE := custom
+endif
+ifeq ($(filter default paper custom,$(PROFILE)),)
+$(error PROFILE=$(PROFILE) is unknown; give PROFILE=paper, COLOR= and GRAY=, or nothing)
+endif
+FIGURES := $(if $(filter default,$(PROFILE)),figures,build/$(PROFILE)/figures)
+PARAMETERS := $(if $(filter paper,$(PROFILE)),notebooks/paper.yml)$(if $(filter custom,$(PROFILE)),build/custom/.images)
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
+EXECUTED := $(NOTEBOOKS:notebooks/%=build/$(PROFILE)/%)
+run = RGAP_PROFILE=$(1) RGAP_FIGURES="$(CURDIR)/$(2)" $(PYTHON)
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' Makefile
+
+env: $(ENV) ## .venv with every pinned package and this one; PIP_ARGS=… goes to the installer
+
+figures: $(EXECUTED) | $(ENV) ## run the notebooks, write figures/, print the claims; PROFILE=paper | COLOR=folder:PATH GRAY=folder:PATH
+	@$(call run,$(PROFILE),$(FIGURES)) -c 'from rgap import artifact; raise SystemExit(artifact.print_report())'
+
+build/$(PROFILE)/%.ipynb: notebooks/%.ipynb notebooks/claims.yml $(wildcard rgap/*.py) $(PARAMETERS) | $(ENV)
+	@echo "running $<"
+	@$(call run,$(PROFILE),$(FIGURES)) -m rgap.notebook $< $@ $(if $(filter paper,$(PROFILE)),-f notebooks/paper.yml) \
+		$${COLOR:+-o color "$$COLOR"} $${GRAY:+-o gray "$$GRAY"}
+
+# Changes only when other images are asked for, and then the notebooks run again.
+build/custom/.images: FORCE
+	@mkdir -p $(@D)
+	@printf '%s\n' "$$COLOR" "$$GRAY" | cmp -s - $@ || printf '%s\n' "$$COLOR" "$$GRAY" > $@
+
+test: $(ENV) ## unit tests with coverage, then the committed notebooks against what they print
+	$(PYTHON) -m pytest --cov
+	@mkdir -p build/nbval
+	$(call run,default,build/nbval) -m pytest --nbval-lax --nbval-current-env notebooks
+
+lab: $(ENV) ## open JupyterLab in notebooks/
+	$(PYTHON) -m jupyterlab --ServerApp.root_dir=notebooks
+
+notebooks: $(NOTEBOOKS:%=refresh/%) ## run the notebooks where they lie, to refresh the outputs that are committed
+refresh/%: FORCE | $(ENV)
+	@echo "running $*"
+	@$(call run,default,build/refresh) -m rgap.notebook $*
+
+reconstruction: $(ENV) ## one attack: MODEL=cnn6 INDEX=0 DATA=embedded|cifar10|mnist|folder:PATH SEED=0 BATCH=1
+	@$(PYTHON) -m rgap.reconstruction --model "$$MODEL" --index "$$INDEX" --data "$$DATA" --seed "$$SEED" --batch "$$BATCH"
+
+clean: ## remove everything made in build/, downloaded data apart
+	rm -rf .coverage .pytest_cache .ruff_cache .hypothesis
+	if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name data -exec rm -rf {} +; fi
+
+# uv takes a third of pip's time; pip is there for where uv is not, or does not find the index that pip is set up for.
+.venv/.installed: requirements.txt pyproject.toml
+	@mkdir -p build
+	@[ -n "$$($(FIND_PYTHON))" ] || { echo "make env: no Python 3.11 or later on the PATH$$(python3 --version 2>/dev/null \
+		| sed 's/^/ (python3 is /; s/$$/)/'); install one, or use conda with environment.yml" >&2; exit 1; }
+	@[ -x .venv/bin/python ] || "$$($(FIND_PYTHON))" -m venv --clear .venv > build/env.log 2>&1 || { rm -rf .venv; \
+		echo "make env: $$($(FIND_PYTHON)) cannot make a virtual environment; install its venv module" \
+		"(Debian and Ubuntu: apt install python3-venv). Details: build/env.log" >&2; exit 1; }
+	@echo "installing packages into .venv, some minutes without a cache; progress: build/env.log"
+	@{ .venv/bin/python -m pip install $(PIP_ARGS) "$$(grep -o '^uv==[^ ;]*' requirements.txt)" && \
+		.venv/bin/uv pip install --python .venv/bin/python $(PIP_ARGS) -r requirements.txt -e . || \
+		.venv/bin/python -m pip install $(PIP_ARGS) -r requirements.txt -e .; } > build/env.log 2>&1 || { \
+		echo "make env: the packages could not be installed; connect to a network, or name a package index by" \
+		"make env PIP_ARGS='--index-url URL'. Details: build/env.log" >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,35 @@
+"""rgap: what a shared gradient reveals, computed in closed form.
+
+R-GAP (Zhu & Blaschko, ICLR 2021) computes a client's image back from its gradient, layer by layer, by solving linear
+systems. The letters, as in the paper and in every module here:
+
+    x_i    input of layer i; x_1 is the image          z_i    pre-activation, W_i x_i + b_i
+    W_i    weight of layer i, and its matrix           G_i    ∂ℓ/∂W_i, what the client shares
+    δz_i   ∂ℓ/∂z_i (`dz` in the code)                  δx_i   ∂ℓ/∂x_i = W_iᵀ δz_i
+    K_i    gradient constraints, K_i x_i = vec(G_i)    M      one channel's part of them, K = I ⊗ M
+    μ      margin y f(x), with y = 2·label − 1         c      ⟨G_d, W_d⟩ of the last layer, −μ / (1 + e^μ)
+"""
+
+from rgap import artifact, client, data, metrics, models
+from rgap.attack import reconstruct
+from rgap.chain import Chain, Layer, prepare
+from rgap.client import client_gradients
+from rgap.results import Candidate, GradientMismatchError, LayerReport, Reconstruction, UnsupportedLayerError
+
+__all__ = [
+    "Candidate",
+    "Chain",
+    "GradientMismatchError",
+    "Layer",
+    "LayerReport",
+    "Reconstruction",
+    "UnsupportedLayerError",
+    "artifact",
+    "client",
+    "client_gradients",
+    "data",
+    "metrics",
+    "models",
+    "prepare",
+    "reconstruct",
+]

@@ -1,0 +1,196 @@
+"""`reconstruct`: checks at the door, the hypotheses, and a verdict that needs no ground truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from rgap.chain import Chain, prepare
+from rgap.client import check_loss, gradients_of
+from rgap.evidence import Evidence, weigh
+from rgap.head import Hypothesis, logistic_hypotheses
+from rgap.recursion import REFUTED, Descent, descend
+from rgap.results import Candidate, GradientMismatchError, Reconstruction, UnsupportedLayerError
+
+
+def reconstruct(
+    model: nn.Module | Chain,
+    gradients: Sequence[Tensor] | Mapping[str, Tensor],
+    image_shape: tuple[int, int, int] | None = None,
+    loss: str = "logistic",
+    *,
+    batch_size: int | None = 1,
+    labels: Tensor | Sequence[int] | None = None,
+    virtual_constraints: bool = True,
+    pixel_range: tuple[float, float] = (0.0, 1.0),
+    rcond: float | None = None,
+    noise_std: float | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Reconstruction:
+    """Computes a client's image back from its gradient (R-GAP; Zhu & Blaschko, ICLR 2021).
+
+    The attack knows the network and the gradient. It solves for the input of each layer in turn, from the last to the
+    first, for every hypothesis on label and margin that the last layer's gradient allows, in float64 throughout.
+
+    Args:
+        model: The network, or a `Chain` from `rgap.prepare`, which keeps its factorisations for the next attack.
+        gradients: One tensor for each parameter, in the order of `model.parameters()`, or a mapping from name.
+        image_shape: (C, H, W) of one image; may be left out with a `Chain`.
+        loss: "logistic".
+        batch_size: Images in the batch; 1.
+        labels: Labels if they are known, (B,): other hypotheses are then not considered.
+        virtual_constraints: Whether the layer before may close the deficit of a rank-deficient layer.
+        pixel_range: Smallest and largest value of a pixel; chooses between twins, where it can.
+        rcond: Singular values below rcond times the largest count as zero; by default matched to the gradient's
+            precision (1e-4 for float32, 1e-5 for float64).
+        noise_std: Standard deviation of noise known to be on every gradient entry; widens cutoff and tolerance.
+        seed: Seed of random starts; a single image needs none.
+        device: Where the returned tensors live, by default the CPU, on which the systems are solved.
+
+    Returns:
+        A `Reconstruction`; read its `verdict` before its images.
+
+    Raises:
+        UnsupportedLayerError: If the network is not a chain of invertible layers.
+        GradientMismatchError: If the gradients do not belong to the network or are not finite.
+        ValueError: If another argument is out of range.
+    """
+    chain = _checked_chain(model, image_shape)
+    _check_arguments(chain, loss, batch_size, pixel_range, rcond, noise_std)
+    known = _checked_labels(labels)
+    evidence = weigh(chain, gradients, rcond, noise_std)
+    head = chain.layers[-1]
+    bias = evidence.gradients[head.bias_name] if head.bias_name else None
+    hypotheses, notes = logistic_hypotheses(head, evidence.gradients[head.weight_name], bias)
+    if known is not None:
+        hypotheses = [h for h in hypotheses if h.label == known]
+        if not hypotheses:
+            raise GradientMismatchError(f"label {known} was given; the last layer's gradient is that of {1 - known}")
+    descents = _follow(chain, evidence, hypotheses)
+    candidates = [_candidate(chain, evidence, h, d, loss, pixel_range) for h, d in descents]
+    return _judge(candidates, evidence, notes, device)
+
+
+def _follow(chain: Chain, evidence: Evidence, hypotheses: list[Hypothesis]) -> list[tuple[Hypothesis, Descent]]:
+    """Follows each hypothesis down; twins are scaled copies; where all are refuted the least unlikely is followed."""
+    found: dict[int, list[tuple[Hypothesis, Descent]]] = {}
+
+    def go(hypothesis: Hypothesis, give_up: float) -> Descent:
+        return descend(chain, evidence.gradients, hypothesis, rcond=evidence.rcond, give_up=give_up)
+
+    for hypothesis in hypotheses:
+        twins = found.setdefault(hypothesis.label, [])
+        if twins and chain.homogeneous:
+            twins.append((hypothesis, _scaled(twins[0][1], hypothesis.mu / twins[0][0].mu)))
+        else:
+            twins.append((hypothesis, go(hypothesis, REFUTED)))
+    every = [pair for pairs in found.values() for pair in pairs]
+    complete = [pair for pair in every if pair[1].complete]
+    if complete:
+        return complete
+    hypothesis, _ = min(every, key=lambda pair: pair[1].mismatch)
+    return [(hypothesis, go(hypothesis, math.inf))]
+
+
+def _scaled(descent: Descent, factor: float) -> Descent:
+    """The twin's descent: with positively homogeneous activations every layer's input scales with the image."""
+    return replace(descent, layer_inputs={name: factor * x for name, x in descent.layer_inputs.items()})
+
+
+def _candidate(
+    chain: Chain,
+    evidence: Evidence,
+    hypothesis: Hypothesis,
+    descent: Descent,
+    loss: str,
+    pixel_range: tuple[float, float],
+) -> Candidate:
+    image = descent.layer_inputs[chain.layers[0].name].reshape(1, *chain.image_shape)
+    label = torch.tensor([hypothesis.label])
+    residual = math.inf
+    if torch.isfinite(image).all():
+        mine = gradients_of(chain.model, chain.parameters, image, label, loss)
+        residual = max(_relative(mine[name], g, evidence.gradients) for name, g in evidence.gradients.items())
+    slack = (pixel_range[1] - pixel_range[0]) * min(evidence.tolerance, 0.1)
+    inside = bool(((image >= pixel_range[0] - slack) & (image <= pixel_range[1] + slack)).all())
+    return Candidate(image, label, residual, inside, descent.layer_inputs, descent.reports)
+
+
+def _relative(mine: Tensor, shared: Tensor, gradients: Mapping[str, Tensor]) -> float:
+    """‖g′ − g‖ / ‖g‖, for a gradient that vanishes relative to the largest of all."""
+    size = shared.norm().item() or max(g.norm().item() for g in gradients.values())
+    return (mine.cpu() - shared).norm().item() / size
+
+
+def _judge(candidates: list[Candidate], evidence: Evidence, notes: list[str], device) -> Reconstruction:
+    """Ranks the candidates and gives the verdict."""
+    candidates.sort(key=lambda c: (c.gradient_residual > evidence.tolerance, not c.in_pixel_range, c.gradient_residual))
+    best = candidates[0]
+    consistent = [c for c in candidates if c.gradient_residual <= evidence.tolerance]
+    inside = [c for c in consistent if c.in_pixel_range]
+    if any(report.deficit for report in best.layers):
+        short = [f"{r.name!r} by {r.deficit}" for r in best.layers if r.deficit]
+        notes = [*notes, f"layers short of full rank: {', '.join(short)}; their minimum-norm solution was used"]
+        verdict = "rank-deficient"
+    elif not consistent:
+        notes = [
+            *notes,
+            f"no hypothesis reproduces the gradient: the best misses it by {best.gradient_residual:.2g}; "
+            f"{evidence.tolerance:.2g} is allowed at this precision",
+        ]
+        verdict = "inconsistent"
+    elif len(inside) > 1:
+        notes = [*notes, f"{len(inside)} hypotheses inside the pixel range have this very gradient (twin data)"]
+        verdict = "ambiguous"
+    else:
+        verdict = "exact"
+        if len(inside) == 1 and len(consistent) > 1:
+            notes = [*notes, f"the pixel range chose between {len(consistent)} hypotheses with this gradient"]
+        elif not inside:
+            notes = [*notes, "no consistent hypothesis lies inside the pixel range; the best by gradient was taken"]
+            verdict = "ambiguous" if len(consistent) > 1 else "exact"
+    kept = tuple(consistent or [best])
+    if device is not None:
+        kept = tuple(replace(c, images=c.images.to(device), labels=c.labels.to(device)) for c in kept)
+    return Reconstruction(kept[0].images, kept[0].labels, verdict, kept, best.layers, tuple(notes))
+
+
+def _checked_chain(model: nn.Module | Chain, image_shape: tuple[int, ...] | None) -> Chain:
+    if isinstance(model, Chain):
+        return model if image_shape is None else prepare(model, image_shape)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}; give an nn.Module or a Chain from rgap.prepare")
+    if image_shape is None:
+        raise ValueError("image_shape is missing; give (channels, height, width), or a Chain from rgap.prepare")
+    return prepare(model, image_shape)
+
+
+def _check_arguments(chain: Chain, loss, batch_size, pixel_range, rcond, noise_std) -> None:
+    check_loss(loss)
+    if batch_size != 1:
+        raise ValueError(f"batch_size is {batch_size}; only single images (1) are recovered")
+    if len(pixel_range) != 2 or not pixel_range[0] < pixel_range[1]:
+        raise ValueError(f"pixel_range is {pixel_range}; give (smallest, largest)")
+    if rcond is not None and not 0 <= rcond < 1:
+        raise ValueError(f"rcond is {rcond}; it must be at least 0 and below 1")
+    if noise_std is not None and not noise_std >= 0:
+        raise ValueError(f"noise_std is {noise_std}; it must be at least 0")
+    head = chain.layers[-1]
+    if (outputs := head.output_shape[0]) != 1:
+        raise UnsupportedLayerError(f"the last layer {head.name!r} has {outputs} outputs; the logistic loss takes 1")
+
+
+def _checked_labels(labels: Tensor | Sequence[int] | None) -> int | None:
+    if labels is None:
+        return None
+    values = torch.as_tensor(labels)
+    if values.numel() == 0:
+        raise ValueError("labels are empty; give one for the image, or None")
+    if values.shape != (1,) or values.is_floating_point() or values.item() not in (0, 1):
+        raise ValueError(f"labels are {values.tolist()}; a single image of the logistic loss takes [0] or [1]")
+    return int(values.item())

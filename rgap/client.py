@@ -1,0 +1,89 @@
+"""The client's side: the gradient that it shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LOSSES = ("logistic",)
+"""Names of the losses."""
+
+
+def loss_value(loss: str, outputs: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss of a batch.
+
+    Args:
+        loss: "logistic": log(1 + e^{−y f}), y = 2·label − 1, for one output.
+        outputs: (B, classes).
+        labels: (B,), int64.
+
+    Raises:
+        ValueError: If the loss is unknown, or does not fit the outputs or the labels.
+    """
+    check_loss(loss)
+    if outputs.ndim != 2 or outputs.shape[1] != 1:
+        raise ValueError(f"the logistic loss takes outputs (B, 1), and the network gives {tuple(outputs.shape)}")
+    if ((labels < 0) | (labels > 1)).any():
+        raise ValueError(
+            f"labels of the logistic loss are 0 or 1, and {sorted(set(labels.tolist()))} were given; "
+            "load_images(..., classes=2) maps them to two"
+        )
+    return F.softplus(-(2 * labels - 1).to(outputs.dtype) * outputs[:, 0]).mean()
+
+
+def check_loss(loss: str) -> None:
+    """Refuses an unknown loss by name."""
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}")
+
+
+def client_gradients(model: nn.Module, images: Tensor, labels: Tensor, loss: str = "logistic") -> list[Tensor]:
+    """The gradient that a client shares: of the mean loss of its batch, by every parameter.
+
+    Args:
+        model: The network, used as it is (mode and dtype); the gradients have its parameters' dtype.
+        images: (B, C, H, W), in [0, 1].
+        labels: (B,), int64.
+        loss: A name in `LOSSES`.
+
+    Returns:
+        One tensor for each parameter, in the order of `model.parameters()`.
+
+    Raises:
+        ValueError: If the batch is empty, images and labels differ in number, labels are out of range, or the loss is
+            unknown.
+    """
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    if len(images) == 0:
+        raise ValueError("the batch is empty; give at least one image")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, and {len(images)} images need ({len(images)},)")
+    if labels.is_floating_point():
+        raise ValueError(f"labels are {labels.dtype}; they must be integers")
+    return list(gradients_of(model, dict(model.named_parameters()), images, labels, loss).values())
+
+
+def gradients_of(
+    model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor, loss: str
+) -> dict[str, Tensor]:
+    """Gradients of the mean loss at given parameter values, leaving the model and its `.grad`s untouched.
+
+    Args:
+        model: The network.
+        parameters: Parameter name -> value at which to differentiate; their dtype is computed in.
+        images: (B, C, H, W).
+        labels: (B,), int64.
+        loss: A name in `LOSSES`.
+
+    Returns:
+        Parameter name -> gradient.
+    """
+    values = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    some = next(iter(values.values()))
+    buffers = {n: b.to(some.dtype) if b.is_floating_point() else b for n, b in model.named_buffers()}
+    outputs = torch.func.functional_call(model, {**buffers, **values}, images.to(some))
+    value = loss_value(loss, outputs, labels.to(some.device))
+    return dict(zip(values, torch.autograd.grad(value, list(values.values()), materialize_grads=True), strict=True))

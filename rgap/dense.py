@@ -1,0 +1,107 @@
+"""Dense least squares with its rank: the cutoff is an argument, the singular values around it are in the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import scipy.linalg
+import torch
+from torch import Tensor
+
+SAFE_RATIO = 1e-4
+"""Smallest σ_min / σ_max for which the normal equations, refined once, are as good as a singular decomposition."""
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """The minimum-norm minimiser of ‖A y − b‖ and the directions that A does not see.
+
+    Attributes:
+        y: (k,).
+        null: Orthonormal basis of the numerical null space, (k, k − rank), or None where it is empty.
+        rank: Number of singular values kept.
+        above: Smallest singular value kept, relative to the largest; an estimate where rank is full.
+        below: Largest singular value dropped, relative to the largest; None where none was.
+    """
+
+    y: Tensor
+    null: Tensor | None
+    rank: int
+    above: float
+    below: float | None
+
+
+def svd(A: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular decomposition A = U diag(S) Vh; falls back to another LAPACK where the first fails to converge.
+
+    MKL's divide-and-conquer driver gives up on some of the well-conditioned matrices that arise here.
+    """
+    try:
+        return torch.linalg.svd(A, full_matrices=full_matrices)
+    except torch.linalg.LinAlgError:
+        factors = scipy.linalg.svd(A.numpy(), full_matrices=full_matrices, lapack_driver="gesvd")
+        return tuple(torch.from_numpy(f) for f in factors)
+
+
+def least_squares(A: Tensor, b: Tensor, rcond: float, damping: Tensor | None = None) -> LeastSquares:
+    """Solves min ‖A y − b‖² + ‖damping ∘ y‖².
+
+    Args:
+        A: (m, k).
+        b: (m,).
+        rcond: Singular values below rcond times the largest count as zero.
+        damping: One more equation, damping_j y_j = 0, for each entry where it is not zero, (k,).
+
+    Returns:
+        A `LeastSquares` of the whole system.
+    """
+    if damping is None:
+        damping = A.new_zeros(A.shape[1])
+    return _by_cholesky(A, b, rcond, damping) or _by_svd(A, b, rcond, damping)
+
+
+def _by_cholesky(A: Tensor, b: Tensor, rcond: float, damping: Tensor) -> LeastSquares | None:
+    """The normal equations with one step of refinement, or None where A is not safely of full column rank."""
+    if A.shape[0] + int((damping > 0).sum()) < A.shape[1]:
+        return None
+    gram = A.T @ A
+    gram.diagonal().add_(damping.square())
+    L, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        return None
+    ratio = _singular_ratio(gram, L)
+    if ratio < max(SAFE_RATIO, 2 * rcond):
+        return None
+    y = torch.cholesky_solve((A.T @ b)[:, None], L)
+    y = y + torch.cholesky_solve(A.T @ (b[:, None] - A @ y) - damping.square()[:, None] * y, L)
+    return LeastSquares(y[:, 0], None, A.shape[1], ratio, None)
+
+
+def _by_svd(A: Tensor, b: Tensor, rcond: float, damping: Tensor) -> LeastSquares:
+    rows = torch.diag(damping)[damping > 0]
+    A, b = torch.cat([A, rows]), torch.cat([b, b.new_zeros(len(rows))])
+    if A.shape[0] > 1.5 * A.shape[1]:
+        Q, A = torch.linalg.qr(A)
+        b = Q.T @ b
+    U, S, Vh = svd(A, full_matrices=A.shape[0] < A.shape[1])
+    largest = S[0].item() if len(S) else 0.0
+    rank = int((S > rcond * largest).sum()) if largest > 0 else 0
+    y = Vh[:rank].T @ ((U[:, :rank].T @ b) / S[:rank])
+    if rank == A.shape[1]:
+        return LeastSquares(y, None, rank, S[-1].item() / largest, None)
+    below = S[rank].item() / largest if rank < len(S) and largest > 0 else 0.0
+    above = S[rank - 1].item() / largest if rank else 0.0
+    return LeastSquares(y, Vh[rank:].T, rank, above, below)
+
+
+def _singular_ratio(gram: Tensor, L: Tensor, steps: int = 8) -> float:
+    """σ_min / σ_max of A from AᵀA and its Cholesky factor, by block power iteration (an upper bound, close)."""
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(len(gram), min(4, len(gram)), generator=generator, dtype=gram.dtype)
+    small = large
+    for _ in range(steps):
+        large = torch.linalg.qr(gram @ large)[0]
+        small = torch.linalg.qr(torch.cholesky_solve(small, L))[0]
+    largest = torch.linalg.eigvalsh(large.T @ gram @ large)[-1].item()
+    smallest = torch.linalg.eigvalsh(small.T @ gram @ small)[0].item()
+    return (max(smallest, 0.0) / largest) ** 0.5 if largest > 0 else 0.0

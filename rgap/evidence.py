@@ -1,0 +1,100 @@
+"""The shared gradients as the attack uses them: checked, in float64, with their precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.chain import Chain
+from rgap.results import GradientMismatchError
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The gradients as the attack uses them, and how far they can be trusted.
+
+    Attributes:
+        gradients: Parameter name -> gradient, float64.
+        precision: Relative error of their entries: the rounding of their format, or the noise where that is larger.
+        rcond: Relative cutoff of singular values.
+    """
+
+    gradients: dict[str, Tensor]
+    precision: float
+    rcond: float
+
+    @property
+    def tolerance(self) -> float:
+        """Gradient residual up to which a candidate counts as consistent."""
+        return min(max(1e-8, 1e4 * self.precision), 0.3)
+
+
+def weigh(
+    chain: Chain,
+    gradients: Sequence[Tensor] | Mapping[str, Tensor],
+    rcond: float | None = None,
+    noise_std: float | None = None,
+) -> Evidence:
+    """Checks the gradients against the network and finds how precise they are.
+
+    Args:
+        chain: The prepared network.
+        gradients: One tensor for each parameter, in their order, or a mapping from name.
+        rcond: Relative cutoff of singular values; None matches it to the precision.
+        noise_std: Standard deviation of noise known to be on every entry.
+
+    Returns:
+        The `Evidence`.
+
+    Raises:
+        GradientMismatchError: If their number, names, shapes or dtypes do not fit, they are not finite, or all zero.
+    """
+    named = _by_name(chain, gradients)
+    for (name, g), parameter in zip(named.items(), chain.parameters.values(), strict=True):
+        if not isinstance(g, Tensor) or not g.is_floating_point():
+            kind = g.dtype if isinstance(g, Tensor) else type(g).__name__
+            raise GradientMismatchError(f"gradient of {name!r} is {kind}; it must be a floating-point tensor")
+        if g.shape != parameter.shape:
+            have, need = tuple(g.shape), tuple(parameter.shape)
+            raise GradientMismatchError(f"gradient of {name!r} has shape {have}; it must be {need}")
+        if not torch.isfinite(g).all():
+            raise GradientMismatchError(f"gradient of {name!r} holds NaN or infinity; nothing can be recovered from it")
+    if not any(g.any() for g in named.values()):
+        raise GradientMismatchError("every gradient is zero; nothing can be recovered from them")
+    head = chain.layers[-1]
+    if not named[head.weight_name].any():
+        raise GradientMismatchError(f"the last layer's gradient {head.weight_name!r} is zero; nothing can be recovered")
+    precision = max(_rounding(g) for g in named.values())
+    values = {name: g.detach().to("cpu", torch.float64) for name, g in named.items()}
+    if noise_std:
+        noise = [noise_std * g.numel() ** 0.5 / g.norm().item() for g in values.values() if g.any()]
+        precision = max(precision, *noise)
+    default = 1e-5 if precision < 1e-10 else min(1e-4 * (precision / 1.2e-7) ** 0.5, 0.1)
+    return Evidence(values, precision, default if rcond is None else rcond)
+
+
+def _by_name(chain: Chain, gradients) -> dict[str, Tensor]:
+    names = list(chain.parameters)
+    if isinstance(gradients, Mapping):
+        missing, extra = [n for n in names if n not in gradients], [n for n in gradients if n not in names]
+        if missing or extra:
+            raise GradientMismatchError(f"gradients do not fit the parameters: missing {missing}, unknown {extra}")
+        return {name: gradients[name] for name in names}
+    tensors = list(gradients)
+    if len(tensors) != len(names):
+        raise GradientMismatchError(
+            f"{len(tensors)} gradients for {len(names)} parameters; give one for each, in the "
+            "order of model.parameters()"
+        )
+    return dict(zip(names, tensors, strict=True))
+
+
+def _rounding(g: Tensor) -> float:
+    """Relative rounding of the coarsest format that holds every entry: a cast to float64 adds no precision."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if torch.equal(g.to(dtype).to(g.dtype), g):
+            return torch.finfo(dtype).eps
+    return torch.finfo(g.dtype).eps

@@ -1,0 +1,97 @@
+"""How close a reconstruction is to the original, sample by sample."""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+
+def mse(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Mean squared error, mean over channels and pixels.
+
+    Args:
+        x: Images (N, C, H, W).
+        y: Images of the same shape.
+
+    Returns:
+        float64 (N,), in squared pixel units.
+
+    Raises:
+        ValueError: If the shapes differ or are not (N, C, H, W).
+    """
+    x, y = _pair(x, y)
+    return (x - y).square().mean(dim=(1, 2, 3))
+
+
+def psnr_db(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio, -10 log10(MSE), for images of range [0, 1].
+
+    Args:
+        x: Images (N, C, H, W); values outside the range are not clipped.
+        y: Images of the same shape.
+
+    Returns:
+        float64 (N,), in decibels; infinite where x equals y exactly.
+
+    Raises:
+        ValueError: If the shapes differ or are not (N, C, H, W).
+    """
+    x, y = _pair(x, y)
+    return peak_signal_noise_ratio(x, y, data_range=1.0, dim=(1, 2, 3), reduction="none")
+
+
+def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Structural similarity (Wang et al. 2004) for images of range [0, 1].
+
+    The Gaussian window has the usual 11×11 pixels (standard deviation 1.5), the border is mirrored. Images with a side
+    under 11 get the largest odd window that fits, its deviation reduced in proportion; such values compare with each
+    other only.
+
+    Args:
+        x: Images (N, C, H, W) with H and W at least 3.
+        y: Images of the same shape.
+
+    Returns:
+        float64 (N,), 1 where x equals y.
+
+    Raises:
+        ValueError: If the shapes differ, are not (N, C, H, W), or the images are smaller than 3×3.
+    """
+    x, y = _pair(x, y)
+    if min(x.shape[2:]) < 3:
+        raise ValueError(f"images are {tuple(x.shape[2:])} pixels; SSIM needs at least 3×3")
+    sigma = min(
+        1.5, (min(x.shape[2:]) - 1) // 2 / 3.5
+    )  # torchmetrics' window is 2·int(3.5·sigma + 0.5) + 1 pixels wide
+    values = structural_similarity_index_measure(x, y, sigma=sigma, data_range=1.0, reduction="none")
+    return values.reshape(len(x))
+
+
+def match(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Pairs each image with its own reference so that the sum of mean squared errors is smallest (Hungarian method).
+
+    Args:
+        images: Images (N, C, H, W), in any order.
+        references: Images (M, C, H, W) with M ≥ N.
+
+    Returns:
+        int64 (N,): `references[match(images, references)]` stands in the order of `images`.
+
+    Raises:
+        ValueError: If there are more images than references, or their shapes differ.
+    """
+    if images.ndim != 4 or images.shape[1:] != references.shape[1:] or len(images) > len(references):
+        raise ValueError(
+            f"cannot match images {tuple(images.shape)} with references {tuple(references.shape)}; "
+            "both must be (N, C, H, W) with equal C, H, W and at least one reference per image"
+        )
+    # The matrix-product form of cdist would lose images that differ by less than 1e-8.
+    distance = torch.cdist(
+        images.double().flatten(1), references.double().flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    return torch.from_numpy(linear_sum_assignment(distance.square().cpu().numpy())[1])
+
+
+def _pair(x, y):
+    if x.ndim != 4 or x.shape != y.shape:
+        raise ValueError(f"shapes are {tuple(x.shape)} and {tuple(y.shape)}; both must be the same (N, C, H, W)")
+    return x.detach().double(), y.detach().double()

@@ -1,0 +1,95 @@
+"""One attack of your choice, from the command line: `python -m rgap.reconstruction --model cnn6 --index 3`."""
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import rgap
+from rgap import artifact, data, metrics, models
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Attacks one image (or batch) and leaves pictures and the layers' table in build/reconstruction/.
+
+    Args:
+        arguments: The command line; `--help` explains it.
+
+    Returns:
+        0; or 2 after one line that says what is wrong with the arguments.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        _attack(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"reconstruction: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m rgap.reconstruction", description=__doc__)
+    parser.add_argument("--model", default="cnn6", help=f"one of {', '.join(models.IMAGE_SHAPES)}")
+    parser.add_argument("--index", type=int, default=0, help="place of the image in the data")
+    parser.add_argument("--data", default="embedded", help="embedded, cifar10, mnist or folder:PATH")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the model's weights")
+    parser.add_argument("--batch", type=int, default=1, help="how many images, from the index on, share the gradient")
+    parser.add_argument(
+        "--output", type=Path, default=artifact.ROOT / "build" / "reconstruction", help="where to write"
+    )
+    return parser
+
+
+def _attack(options):
+    if options.model not in models.IMAGE_SHAPES:
+        raise ValueError(f"model is {options.model!r}; it must be one of {', '.join(models.IMAGE_SHAPES)}")
+    if options.batch < 1:
+        raise ValueError(f"batch is {options.batch}; an empty batch has no gradient, give at least 1")
+    shape = models.IMAGE_SHAPES[options.model]
+    model = getattr(models, options.model)(seed=options.seed)
+    places = range(options.index, options.index + options.batch)
+    images, labels = data.load_images(options.data, image_shape=shape, index=places, classes=2)
+    gradients = rgap.client_gradients(model, images, labels, loss="logistic")
+    start = time.perf_counter()
+    result = rgap.reconstruct(model, gradients, image_shape=shape, loss="logistic", batch_size=options.batch)
+    seconds = time.perf_counter() - start
+
+    order = metrics.match(result.images, images)
+    quality = metrics.psnr_db(result.images, images[order].to(result.images))
+    folder = (
+        options.output / f"{options.model}_{re.sub(r'[^A-Za-z0-9]+', '-', options.data).strip('-')}_{options.index}"
+    )
+    for i, place in enumerate(order.tolist()):
+        suffix = f"_{options.index + place}" if options.batch > 1 else ""
+        _save_png(images[place], folder / f"origin{suffix}.png")
+        _save_png(result.images[i], folder / f"reconstruction{suffix}.png")
+        _save_png(_rescale(result.images[i]), folder / f"reconstruction_rescaled{suffix}.png")
+    table = result.to_frame()
+    artifact.write_atomically(folder / "layers.csv", lambda file: table.to_csv(file, index=False, float_format="%.6g"))
+
+    print(f"verdict  {result.verdict}")
+    print(f"labels   {result.labels.tolist()} (true: {labels[order].tolist()})")
+    print(f"PSNR     {', '.join(f'{value:.1f}' for value in quality.tolist())} dB")
+    print(f"attack   {seconds:.2f} s")
+    print(f"written  {folder}")
+
+
+def _rescale(image):
+    """The image's own range stretched to [0, 1]: shows the shapes in one that is far off in scale."""
+    low, high = image.min(), image.max()
+    return (image - low) / (high - low) if high > low else torch.zeros_like(image)
+
+
+def _save_png(image, path):
+    pixels = np.rint(image.double().clamp(0, 1).cpu().numpy() * 255).astype(np.uint8).transpose(1, 2, 0)
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    artifact.write_atomically(path, lambda file: picture.save(file, format="PNG"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

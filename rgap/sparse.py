@@ -1,0 +1,134 @@
+"""A layer's weight matrix W, factored once for all images: x from W x = b where W has full column rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse.linalg as sla
+import torch
+from scipy.linalg import eigvalsh_tridiagonal
+from torch import Tensor
+
+from rgap.chain import Layer
+from rgap.constraints import weight_matrix
+
+FACTOR_UNKNOWNS = 40_000
+"""Unknowns up to which a sparse factorisation is made; beyond, conjugate gradients need less time and memory."""
+
+RANK_TOLERANCE = 1e-7
+"""Smallest σ_min / σ_max at which W still counts as of full column rank."""
+
+
+@dataclass(frozen=True)
+class SparseFactor:
+    """LU factors of WᵀW, or of W itself where it is square."""
+
+    W: Any
+    lu: Any
+    condition: float
+    full_rank: bool
+
+    def solve(self, b: Tensor) -> tuple[Tensor, float, int]:
+        """Least-squares solution of W x = b with refinement: (x, ‖W x − b‖ / ‖b‖, refinement steps)."""
+        right = b.numpy()
+        x = _normal_solve(self.W, self.lu, right)
+        last = np.inf
+        steps = 0
+        while steps < 5:
+            r = right - self.W @ x
+            size = np.linalg.norm(self.W.T @ r)
+            if not size < 0.5 * last:
+                break
+            last = size
+            x = x + _normal_solve(self.W, self.lu, r)
+            steps += 1
+        return torch.from_numpy(x), _relative(right - self.W @ x, right), steps
+
+
+@dataclass
+class ConjugateGradients:
+    """Solves W x = b by conjugate gradients on the normal equations (CGLS); no matrix, no factor."""
+
+    layer: Layer
+    condition: float = float("nan")
+    full_rank: bool = True
+
+    def solve(self, b: Tensor, tolerance: float = 1e-12, most: int = 20_000) -> tuple[Tensor, float, int]:
+        """Least-squares solution of W x = b: (x, ‖W x − b‖ / ‖b‖, iterations)."""
+        b = b.reshape(self.layer.output_shape)
+        x = b.new_zeros(self.layer.input_shape)
+        r = b.clone()
+        s = self.layer.adjoint(r)
+        p = s.clone()
+        size = first = s.square().sum()
+        alphas, betas = [], []
+        while len(alphas) < most and size > tolerance**2 * first:
+            q = self.layer.apply(p)
+            alpha = size / q.square().sum()
+            x += alpha * p
+            r -= alpha * q
+            s = self.layer.adjoint(r)
+            size, previous = s.square().sum(), size
+            p = s + (size / previous) * p
+            alphas.append(alpha.item())
+            betas.append((size / previous).item())
+        self.condition = _ritz_condition(alphas, betas)
+        return x.flatten(), _relative(r.numpy(), b.numpy()), len(alphas)
+
+
+def weight_factor(layer: Layer) -> SparseFactor | ConjugateGradients:
+    """The solver for W x = b of a layer without groups; made once."""
+    if layer.unknowns > FACTOR_UNKNOWNS:
+        return layer.cached("weight_solver", lambda: ConjugateGradients(layer))
+    return layer.cached("weight_factor", lambda: _factor(weight_matrix(layer)))
+
+
+def _factor(W: Any) -> SparseFactor:
+    try:
+        if W.shape[0] == W.shape[1]:
+            lu = sla.splu(W.tocsc())
+        else:
+            lu = sla.splu(
+                (W.T @ W).tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
+            )
+    except RuntimeError:  # SuperLU met an exactly singular matrix
+        return SparseFactor(W, None, float("inf"), False)
+    condition = _condition(W, lu)
+    return SparseFactor(W, lu, condition, condition < 1 / RANK_TOLERANCE)
+
+
+def _normal_solve(W: Any, lu: Any, b: np.ndarray) -> np.ndarray:
+    return lu.solve(b) if W.shape[0] == W.shape[1] else lu.solve(W.T @ b)
+
+
+def _condition(W: Any, lu: Any, steps: int = 12) -> float:
+    """σ_max / σ_min by power iteration on WᵀW and on its inverse (a lower bound, close after a few steps)."""
+    square = W.shape[0] == W.shape[1]
+    vectors = np.random.default_rng(0).standard_normal((2, W.shape[1]))
+    largest = smallest = 0.0
+    large, small = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    for _ in range(steps):
+        large = W.T @ (W @ large)
+        small = lu.solve(lu.solve(small, "T")) if square else lu.solve(small)
+        largest, smallest = np.linalg.norm(large), np.linalg.norm(small)
+        if not np.isfinite(smallest):
+            return float("inf")
+        large, small = large / largest, small / smallest
+    return float(np.sqrt(largest * smallest))
+
+
+def _ritz_condition(alphas: list[float], betas: list[float]) -> float:
+    """Condition number that the Lanczos matrix of a CG run shows, from its step lengths."""
+    if not alphas:
+        return float("nan")
+    a, b = np.array(alphas), np.array(betas)
+    diagonal = 1 / a + np.concatenate([[0.0], b[:-1] / a[:-1]])
+    values = eigvalsh_tridiagonal(diagonal, np.sqrt(b[:-1]) / a[:-1]) if len(a) > 1 else diagonal
+    return float(np.sqrt(values.max() / max(values.min(), np.finfo(float).tiny)))
+
+
+def _relative(r: np.ndarray, b: np.ndarray) -> float:
+    size = np.linalg.norm(b)
+    return float(np.linalg.norm(r) / size) if size > 0 else 0.0

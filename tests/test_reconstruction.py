@@ -1,0 +1,82 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import rgap
+from rgap import reconstruction
+
+
+def run(folder, *arguments):
+    return reconstruction.main([*arguments, "--output", str(folder)])
+
+
+def read(path):
+    return np.asarray(Image.open(path)) / 255
+
+
+@pytest.mark.parametrize("model", ["cnn6", "fcn3"])
+def test_leaves_three_pictures_and_a_table_and_prints_a_handful_of_lines(tmp_path, capsys, model):
+    assert run(tmp_path, "--model", model, "--index", "6") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["verdict", "labels", "PSNR", "attack", "written"]
+    assert printed[0].split()[1] == "exact"
+    assert float(printed[2].split()[1]) > 80
+    folder = tmp_path / f"{model}_embedded_6"
+    origin, found, rescaled = (
+        read(folder / f"{n}.png") for n in ("origin", "reconstruction", "reconstruction_rescaled")
+    )
+    shape = rgap.models.IMAGE_SHAPES[model]
+    assert origin.shape == (shape[1:] if shape[0] == 1 else (*shape[1:], 3))
+    assert abs(origin - found).max() < 1.5 / 255
+    assert (rescaled.min(), rescaled.max()) == (0, 1)
+    assert len(pd.read_csv(folder / "layers.csv")) == {"cnn6": 7, "fcn3": 3}[model]
+
+
+def test_a_folder_of_images_with_spaces_gives_a_plain_name(tmp_path):
+    (tmp_path / "my images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "my images" / "0.png")
+    assert run(tmp_path, "--model", "fcn3", "--data", f"folder:{tmp_path}/my images") == 0
+    (folder,) = tmp_path.glob("fcn3_folder-*-my-images_0")
+    assert abs(read(folder / "reconstruction.png") * 255 - pixels).max() < 1.5
+
+
+def test_images_of_a_batch_are_compared_each_with_its_own(tmp_path, capsys, monkeypatch):
+    images, labels = rgap.data.load_images(index=[5, 6])
+    found = SimpleNamespace(
+        images=images.flip(0).double() + 1e-3, labels=labels.flip(0), verdict="exact", to_frame=pd.DataFrame
+    )
+    monkeypatch.setattr(rgap, "reconstruct", lambda *_, **__: found)
+    assert run(tmp_path, "--index", "5", "--batch", "2") == 0
+    assert "PSNR     60.0, 60.0 dB" in capsys.readouterr().out
+    for name in ("origin", "reconstruction", "reconstruction_rescaled"):
+        assert {path.name for path in (tmp_path / "cnn6_embedded_5").glob(f"{name}_?.png")} == {
+            f"{name}_5.png",
+            f"{name}_6.png",
+        }
+
+
+def test_a_flat_reconstruction_is_rescaled_without_dividing_by_zero():
+    assert reconstruction._rescale(torch.full((1, 2, 2), 0.3)).equal(torch.zeros(1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet"], "model is 'resnet'; it must be one of cnn6, cnn6_d, fcn3"),
+        (["--data", "folder:/no/such"], "there is no folder /no/such"),
+        (["--data", "imagenet"], "source is 'imagenet'"),
+        (["--index", "-1"], "index -1 is out of range"),
+        (["--batch", "0"], "batch is 0; an empty batch"),
+    ],
+)
+def test_bad_arguments_get_one_line_and_exit_with_two(tmp_path, capsys, arguments, message):
+    assert run(tmp_path, *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"reconstruction: {message}")
+    assert printed.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
