@@ -58,7 +58,7 @@ def error_growth(errors: pd.DataFrame, order: Sequence[str]) -> Figure:
         dashes=False, estimator="median", errorbar=("pi", 100), palette=PALETTE, ax=axis,
     )  # fmt: skip
     axis.set(yscale="log", ylim=(max(data["error"].min() / 3, 1e-16), data["error"].max() * 3))
-    axis.set(xlabel="layer whose input is recovered, from the head down to the image", ylabel="relative error ‖x̂ − x‖ / ‖x‖")
+    axis.set(xlabel="layer whose input is recovered, from the head to the image", ylabel="relative error ‖x̂ − x‖ / ‖x‖")
     axis.legend(title="gradients", frameon=False)
     axis.grid(axis="y", alpha=0.3)
     sns.despine(figure)
