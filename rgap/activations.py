@@ -23,6 +23,7 @@ class Activation:
         inverse: x -> σ⁻¹(x), any shape.
         derivative: z -> σ′(z), any shape.
         homogeneous: Whether σ(a z) = a σ(z) for every a > 0. Bias-free networks of such maps have twin data.
+        negative_slope: a of a LeakyReLU (1 for the identity), None for smooth maps.
     """
 
     name: str
@@ -30,9 +31,10 @@ class Activation:
     inverse: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
     homogeneous: bool = False
+    negative_slope: float | None = None
 
 
-IDENTITY = Activation("identity", lambda z: z, lambda x: x, torch.ones_like, homogeneous=True)
+IDENTITY = Activation("identity", lambda z: z, lambda x: x, torch.ones_like, homogeneous=True, negative_slope=1.0)
 
 
 def leaky_relu(slope: float) -> Activation:
@@ -49,6 +51,7 @@ def leaky_relu(slope: float) -> Activation:
         lambda x: torch.where(x > 0, x, x / slope),
         lambda z: torch.where(z > 0, torch.ones_like(z), slope),
         homogeneous=True,
+        negative_slope=slope,
     )
 
 

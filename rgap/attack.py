@@ -50,7 +50,7 @@ def reconstruct(
             precision (1e-4 for float32, 1e-5 for float64).
         noise_std: Standard deviation of noise known to be on every gradient entry; widens cutoff and tolerance.
         seed: Seed of random starts; a single image needs none.
-        device: Where the returned tensors live, by default the CPU, on which the systems are solved.
+        device: Where the returned images and labels live, by default the CPU, on which the systems are solved.
 
     Returns:
         A `Reconstruction`; read its `verdict` before its images.
@@ -71,17 +71,19 @@ def reconstruct(
         hypotheses = [h for h in hypotheses if h.label == known]
         if not hypotheses:
             raise GradientMismatchError(f"label {known} was given; the last layer's gradient is that of {1 - known}")
-    descents = _follow(chain, evidence, hypotheses)
+    descents = _follow(chain, evidence, hypotheses, virtual_constraints)
     candidates = [_candidate(chain, evidence, h, d, loss, pixel_range) for h, d in descents]
     return _judge(candidates, evidence, notes, device)
 
 
-def _follow(chain: Chain, evidence: Evidence, hypotheses: list[Hypothesis]) -> list[tuple[Hypothesis, Descent]]:
+def _follow(
+    chain: Chain, evidence: Evidence, hypotheses: list[Hypothesis], virtual_constraints: bool
+) -> list[tuple[Hypothesis, Descent]]:
     """Follows each hypothesis down; twins are scaled copies; where all are refuted the least unlikely is followed."""
     found: dict[int, list[tuple[Hypothesis, Descent]]] = {}
 
     def go(hypothesis: Hypothesis, give_up: float) -> Descent:
-        return descend(chain, evidence.gradients, hypothesis, rcond=evidence.rcond, give_up=give_up)
+        return descend(chain, evidence, hypothesis, virtual_constraints=virtual_constraints, give_up=give_up)
 
     for hypothesis in hypotheses:
         twins = found.setdefault(hypothesis.label, [])
@@ -99,7 +101,10 @@ def _follow(chain: Chain, evidence: Evidence, hypotheses: list[Hypothesis]) -> l
 
 def _scaled(descent: Descent, factor: float) -> Descent:
     """The twin's descent: with positively homogeneous activations every layer's input scales with the image."""
-    return replace(descent, layer_inputs={name: factor * x for name, x in descent.layer_inputs.items()})
+    scaled = {
+        key: {name: factor * x for name, x in getattr(descent, key).items()} for key in ("layer_inputs", "beliefs")
+    }
+    return replace(descent, **scaled)
 
 
 def _candidate(
@@ -116,26 +121,38 @@ def _candidate(
     if torch.isfinite(image).all():
         mine = gradients_of(chain.model, chain.parameters, image, label, loss)
         residual = max(_relative(mine[name], g, evidence.gradients) for name, g in evidence.gradients.items())
-    slack = (pixel_range[1] - pixel_range[0]) * min(evidence.tolerance, 0.1)
-    inside = bool(((image >= pixel_range[0] - slack) & (image <= pixel_range[1] + slack)).all())
-    return Candidate(image, label, residual, inside, descent.layer_inputs, descent.reports)
+    width = pixel_range[1] - pixel_range[0]
+    slack = (width if math.isfinite(width) else 1.0) * min(evidence.tolerance, 0.1)
+    excess = max((pixel_range[0] - image).max().item(), (image - pixel_range[1]).max().item())
+    inside = excess <= slack
+    return Candidate(
+        image, label, residual, inside, descent.layer_inputs, descent.reports, descent.open_layers, descent.beliefs
+    )
 
 
 def _relative(mine: Tensor, shared: Tensor, gradients: Mapping[str, Tensor]) -> float:
     """‖g′ − g‖ / ‖g‖, for a gradient that vanishes relative to the largest of all."""
-    size = shared.norm().item() or max(g.norm().item() for g in gradients.values())
-    return (mine.cpu() - shared).norm().item() / size
+    unit = shared.abs().max() if shared.any() else max(g.abs().max() for g in gradients.values())
+    difference = ((mine.cpu() - shared) / unit).norm()  # in this unit squares cannot underflow
+    return (difference / (shared / unit).norm().clamp(min=1.0)).item()
 
 
 def _judge(candidates: list[Candidate], evidence: Evidence, notes: list[str], device) -> Reconstruction:
     """Ranks the candidates and gives the verdict."""
-    candidates.sort(key=lambda c: (c.gradient_residual > evidence.tolerance, not c.in_pixel_range, c.gradient_residual))
+
+    def order(candidate: Candidate) -> tuple:  # outside the range, the smaller of two twins is the likelier
+        size = 0.0 if candidate.in_pixel_range else candidate.images.abs().max().item()
+        return candidate.gradient_residual > evidence.tolerance, size, candidate.gradient_residual
+
+    candidates.sort(key=order)
     best = candidates[0]
     consistent = [c for c in candidates if c.gradient_residual <= evidence.tolerance]
     inside = [c for c in consistent if c.in_pixel_range]
-    if any(report.deficit for report in best.layers):
-        short = [f"{r.name!r} by {r.deficit}" for r in best.layers if r.deficit]
-        notes = [*notes, f"layers short of full rank: {', '.join(short)}; their minimum-norm solution was used"]
+    short = [f"{r.name!r} by {r.deficit}" for r in best.layers if r.deficit]
+    if short and not best.open_layers:
+        notes = [*notes, f"layers short of full rank, closed by virtual constraints: {', '.join(short)}"]
+    if best.open_layers:
+        notes = [*notes, f"layers short of full rank: {', '.join(short)}; what they leave open was not determined"]
         verdict = "rank-deficient"
     elif not consistent:
         notes = [
@@ -174,12 +191,13 @@ def _check_arguments(chain: Chain, loss, batch_size, pixel_range, rcond, noise_s
     check_loss(loss)
     if batch_size != 1:
         raise ValueError(f"batch_size is {batch_size}; only single images (1) are recovered")
-    if len(pixel_range) != 2 or not pixel_range[0] < pixel_range[1]:
+    limits = tuple(pixel_range) if isinstance(pixel_range, Sequence) else ()
+    if len(limits) != 2 or not limits[0] < limits[1]:
         raise ValueError(f"pixel_range is {pixel_range}; give (smallest, largest)")
     if rcond is not None and not 0 <= rcond < 1:
         raise ValueError(f"rcond is {rcond}; it must be at least 0 and below 1")
-    if noise_std is not None and not noise_std >= 0:
-        raise ValueError(f"noise_std is {noise_std}; it must be at least 0")
+    if noise_std is not None and not 0 <= noise_std < math.inf:
+        raise ValueError(f"noise_std is {noise_std}; it must be at least 0 and finite")
     head = chain.layers[-1]
     if (outputs := head.output_shape[0]) != 1:
         raise UnsupportedLayerError(f"the last layer {head.name!r} has {outputs} outputs; the logistic loss takes 1")

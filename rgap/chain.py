@@ -158,6 +158,8 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
     for step in steps:
         if step.kind == "unsupported":
             raise UnsupportedLayerError(f"layer {step.title} cannot be inverted: {step.reason}")
+        if step.kind == "reshape" and not step.output_shape:
+            continue  # a size that is read, no tensor
         if previous is not None and step.sources != (previous,):
             raise UnsupportedLayerError(
                 f"layer {step.title} does not follow the one before it: branches and skip connections are not chains"
@@ -173,15 +175,15 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
             f"the last layer {layers[-1].name!r} must be a Linear with nothing after it: "
             "the loss is taken on its output"
         )
-    parameters = {name: p.detach().to(torch.float64) for name, p in model.named_parameters()}
+    parameters = {name: _copy(p) for name, p in model.named_parameters()}
     return Chain(model, tuple(image_shape), tuple(layers), parameters)
 
 
 def _layer(step: Step, names: dict[int, str]) -> Layer:
     module = step.module
     assert module is not None  # a step of kind "linear" always has one
-    weight = module.weight.detach().to(torch.float64).cpu()
-    bias = None if module.bias is None else module.bias.detach().to(torch.float64).cpu()
+    weight = _copy(module.weight)
+    bias = None if module.bias is None else _copy(module.bias)
     common = {
         "name": step.path,
         "bias": bias,
@@ -206,6 +208,11 @@ def _layer(step: Step, names: dict[int, str]) -> Layer:
         groups=module.groups,
         **common,
     )
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    """Its value as it is now: training the model on leaves a chain as it was."""
+    return parameter.detach().to("cpu", torch.float64, copy=True)
 
 
 def _with_activation(layers: list[Layer], step: Step) -> list[Layer]:

@@ -83,7 +83,8 @@ def gradients_of(
     """
     values = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     some = next(iter(values.values()))
-    buffers = {n: b.to(some.dtype) if b.is_floating_point() else b for n, b in model.named_buffers()}
-    outputs = torch.func.functional_call(model, {**buffers, **values}, images.to(some))
-    value = loss_value(loss, outputs, labels.to(some.device))
+    buffers = {n: b.to(some.dtype if b.is_floating_point() else b.dtype, copy=True) for n, b in model.named_buffers()}
+    with torch.enable_grad():
+        outputs = torch.func.functional_call(model, {**buffers, **values}, images.to(some))
+        value = loss_value(loss, outputs, labels.to(some.device))
     return dict(zip(values, torch.autograd.grad(value, list(values.values()), materialize_grads=True), strict=True))

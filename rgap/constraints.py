@@ -156,6 +156,8 @@ def _blocks(layer: Layer) -> list[Block]:
         taps = np.flatnonzero(residue == value)
         read = pixels[taps]
         members = np.unique(read[read >= 0])
+        if not len(members):  # taps that read nothing but padding
+            continue
         columns = np.where(read >= 0, np.searchsorted(members, read), len(members))
         result.append(Block(*(torch.from_numpy(a) for a in (taps, members, columns))))
     return result

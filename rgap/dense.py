@@ -12,6 +12,9 @@ from torch import Tensor
 SAFE_RATIO = 1e-4
 """Smallest σ_min / σ_max for which the normal equations, refined once, are as good as a singular decomposition."""
 
+WEAK_RATIO = 1e-1
+"""Directions with σ / σ_max below this are named weak where the rank is not full: they are worth other equations."""
+
 
 @dataclass(frozen=True)
 class LeastSquares:
@@ -20,6 +23,8 @@ class LeastSquares:
     Attributes:
         y: (k,).
         null: Orthonormal basis of the numerical null space, (k, k − rank), or None where it is empty.
+        weak: Where rank is not full, orthonormal basis of the directions kept that are below WEAK_RATIO, (k, w).
+        weak_sigmas: Their singular values, (w,).
         rank: Number of singular values kept.
         above: Smallest singular value kept, relative to the largest; an estimate where rank is full.
         below: Largest singular value dropped, relative to the largest; None where none was.
@@ -27,6 +32,8 @@ class LeastSquares:
 
     y: Tensor
     null: Tensor | None
+    weak: Tensor
+    weak_sigmas: Tensor
     rank: int
     above: float
     below: float | None
@@ -58,7 +65,7 @@ def least_squares(A: Tensor, b: Tensor, rcond: float, damping: Tensor | None = N
     """
     if damping is None:
         damping = A.new_zeros(A.shape[1])
-    return _by_cholesky(A, b, rcond, damping) or _by_svd(A, b, rcond, damping)
+    return _by_cholesky(A, b, rcond, damping) or _by_directions(A, b, rcond, damping)
 
 
 def _by_cholesky(A: Tensor, b: Tensor, rcond: float, damping: Tensor) -> LeastSquares | None:
@@ -87,29 +94,41 @@ def _by_cholesky(A: Tensor, b: Tensor, rcond: float, damping: Tensor) -> LeastSq
 
     largest, ratio = _singular_values(gram, invert)
     unseen = torch.cat([A @ null, damping[:, None] * null]).norm(dim=0).max().item() / largest if len(left) else None
-    if ratio < max(SAFE_RATIO, 2 * rcond) or (unseen or 0.0) > rcond:
+    if ratio < max(WEAK_RATIO if len(left) else SAFE_RATIO, 2 * rcond) or (unseen or 0.0) > rcond:
         return None
     y = A.new_zeros(A.shape[1], 1)
     for _ in range(2):  # the second pass refines
         y = y + invert(A.T @ (b[:, None] - A @ y) - damping.square()[:, None] * y)
-    return LeastSquares(y[:, 0], null if len(left) else None, rank, ratio, unseen)
+    none = A.new_zeros(A.shape[1], 0)
+    return LeastSquares(y[:, 0], null if len(left) else None, none, none[0], rank, ratio, unseen)
 
 
-def _by_svd(A: Tensor, b: Tensor, rcond: float, damping: Tensor) -> LeastSquares:
+def _by_directions(A: Tensor, b: Tensor, rcond: float, damping: Tensor) -> LeastSquares:
+    """Through every singular direction: from AᵀA, which holds σ down to 1e-8 of the largest, or from A below that."""
     rows = torch.diag(damping)[damping > 0]
     A, b = torch.cat([A, rows]), torch.cat([b, b.new_zeros(len(rows))])
-    if A.shape[0] > 1.5 * A.shape[1]:
-        Q, A = torch.linalg.qr(A)
-        b = Q.T @ b
-    U, S, Vh = svd(A, full_matrices=A.shape[0] < A.shape[1])
-    largest = S[0].item() if len(S) else 0.0
+    if rcond >= 1e-6:
+        values, V = torch.linalg.eigh(A.T @ A)
+        S, V = values.clamp(min=0).sqrt().flip(0), V.flip(1)
+    else:
+        _, S, Vh = svd(A, full_matrices=A.shape[0] < A.shape[1])
+        S, V = torch.cat([S, S.new_zeros(A.shape[1] - len(S))]), Vh.T
+    largest = S[0].item()
     rank = int((S > rcond * largest).sum()) if largest > 0 else 0
-    y = Vh[:rank].T @ ((U[:, :rank].T @ b) / S[:rank])
-    if rank == A.shape[1]:
-        return LeastSquares(y, None, rank, S[-1].item() / largest, None)
-    below = S[rank].item() / largest if rank < len(S) and largest > 0 else 0.0
-    above = S[rank - 1].item() / largest if rank else 0.0
-    return LeastSquares(y, Vh[rank:].T, rank, above, below)
+    seen, y = V[:, :rank], A.new_zeros(A.shape[1])
+    for _ in range(2):
+        y = y + seen @ ((seen.T @ (A.T @ (b - A @ y))) / S[:rank].square())
+    full = rank == A.shape[1]
+    weak = 0 if full else int((S[:rank] <= WEAK_RATIO * largest).sum())
+    return LeastSquares(
+        y,
+        None if full else V[:, rank:],
+        V[:, rank - weak : rank],
+        S[rank - weak : rank],
+        rank,
+        S[rank - 1].item() / largest if rank else 0.0,
+        None if full else (S[rank].item() / largest if largest > 0 else 0.0),
+    )
 
 
 def _singular_values(gram: Tensor, invert: Callable[[Tensor], Tensor], steps: int = 8) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,7 @@ def weigh(
     head = chain.layers[-1]
     if not named[head.weight_name].any():
         raise GradientMismatchError(f"the last layer's gradient {head.weight_name!r} is zero; nothing can be recovered")
-    precision = max(_rounding(g) for g in named.values())
+    precision = max(_rounding(g) for g in named.values() if g.any())
     values = {name: g.detach().to("cpu", torch.float64) for name, g in named.items()}
     if noise_std:
         noise = [noise_std * g.numel() ** 0.5 / g.norm().item() for g in values.values() if g.any()]
@@ -78,6 +78,8 @@ def weigh(
 
 def _by_name(chain: Chain, gradients) -> dict[str, Tensor]:
     names = list(chain.parameters)
+    if not isinstance(gradients, Iterable):
+        raise GradientMismatchError(f"gradients are a {type(gradients).__name__}; give a list or a mapping of tensors")
     if isinstance(gradients, Mapping):
         missing, extra = [n for n in names if n not in gradients], [n for n in gradients if n not in names]
         if missing or extra:

@@ -87,10 +87,21 @@ def margins(c: float) -> tuple[list[float], list[str]]:
 
 
 def _root(c: float, branch: int) -> float:
-    argument = c * math.exp(-c) if c < 700 else 0.0
-    if argument == 0.0 and branch == -1:
+    """One branch, polished by Newton's method: next to the minimum Lambert W is good to half the digits only."""
+    if branch == -1 and c > -np.finfo(float).tiny:  # Lambert W of so small a number is NaN
         return math.inf
-    return float(-c - np.real(lambertw(argument, branch)))
+    mu = float(-c - np.real(lambertw(c * math.exp(-c) if c < 700 else 0.0, branch)))
+    if abs(mu - MU_AT_MINIMUM) < 1e-2:  # c is a parabola there
+        share = 1 / (1 + math.exp(MU_AT_MINIMUM))
+        curvature = share * (1 - share) * (2 - MU_AT_MINIMUM * (1 - 2 * share))
+        side = 1 if branch == -1 else -1
+        mu = MU_AT_MINIMUM + side * math.sqrt(2 * max(c - C_MINIMUM, 0.0) / curvature)
+    for _ in range(3):
+        share = 1 / (1 + math.exp(min(mu, 600.0)))
+        slope = share * (mu * (1 - share) - 1)
+        if slope != 0 and abs(mu) < 600:
+            mu -= (-mu * share - c) / slope
+    return mu
 
 
 def _with_bias(G: Tensor, bias_gradient: Tensor) -> tuple[list[Hypothesis], list[str]]:

@@ -1,8 +1,10 @@
-"""The networks of the paper, seeded and bias-free, as flat `nn.Sequential`s in eval mode."""
+"""The networks of the paper, seeded and bias-free, as flat `nn.Sequential`s in eval mode; and two more to analyse."""
 
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -11,7 +13,13 @@ SLOPE = 0.2
 """Negative slope of every LeakyReLU here."""
 
 IMAGE_SHAPES = {"cnn6": (3, 32, 32), "cnn6_d": (3, 32, 32), "fcn3": (1, 28, 28)}
-"""Model name -> the image shape (C, H, W) that it takes."""
+"""Model name -> the image shape (C, H, W) that it takes, of the models that `rgap.reconstruct` attacks."""
+
+ANALYSIS_SHAPES = IMAGE_SHAPES | {"lenet": (3, 32, 32), "resnet18": (3, 32, 32)}
+"""The same for all models here: those that can be analysed."""
+
+RESNET18_BLOCKS = tuple(f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2))
+"""The residual blocks of `resnet18`, from the image on."""
 
 
 def cnn6(seed: int = 0, width: int = 36) -> nn.Sequential:
@@ -24,7 +32,7 @@ def cnn6(seed: int = 0, width: int = 36) -> nn.Sequential:
         seed: Seed of the weights; the global generator is left as it was.
         width: Channels of the second convolution. 36 is the paper's CNN6, 20 its rank-deficient CNN6-d.
     """
-    return _seeded(lambda: _cnn6_layers(width), seed)
+    return _seeded(lambda: nn.Sequential(*_cnn6_layers(width)), seed)
 
 
 def cnn6_d(seed: int = 0) -> nn.Sequential:
@@ -45,9 +53,68 @@ def fcn3(seed: int = 0, widths: tuple[int, ...] = (1000, 100)) -> nn.Sequential:
         modules: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in itertools.pairwise(sizes):
             modules += [nn.Linear(inputs, outputs, bias=False), nn.LeakyReLU(SLOPE)]
-        return modules[:-1]
+        return nn.Sequential(*modules[:-1])
 
     return _seeded(layers, seed)
+
+
+def lenet(seed: int = 0, classes: int = 10, activation: Callable[[], nn.Module] = nn.Sigmoid) -> nn.Sequential:
+    """LeNet as gradient attacks use it, for images of shape (3, 32, 32): three 5×5 convolutions and a linear layer.
+
+    conv 3→12 and 12→12 with stride 2, 12→12 with stride 1, all pad 2; 768→`classes`. No biases here (they add no
+    equations), torch's default initialisation.
+
+    Args:
+        seed: Seed of the weights; the global generator is left as it was.
+        classes: Outputs; 1 is one logit.
+        activation: Makes the activation after each convolution. `lambda: nn.LeakyReLU(0.2)` with one logit is a network
+            that `rgap.reconstruct` attacks.
+    """
+
+    def layers():
+        modules: list[nn.Module] = []
+        for inputs, stride in ((3, 2), (12, 2), (12, 1)):
+            modules += [nn.Conv2d(inputs, 12, 5, stride, 2, bias=False), activation()]
+        return nn.Sequential(*modules, nn.Flatten(), nn.Linear(768, classes, bias=False))
+
+    return _seeded(layers, seed)
+
+
+def resnet18(seed: int = 0, cut: tuple[str, ...] = (), classes: int = 10) -> nn.Module:
+    """ResNet-18 for images of shape (3, 32, 32), on torchvision's basic blocks; chosen skip connections can be cut.
+
+    The stem is the usual one for small images: a 3×3 convolution of stride 1, no pooling. A block whose skip is cut
+    becomes the chain of its own convolutions.
+
+    Args:
+        seed: Seed of the weights; the global generator is left as it was.
+        cut: Names of the blocks to cut, among `RESNET18_BLOCKS`.
+        classes: Outputs.
+
+    Raises:
+        ValueError: If a name is no block's.
+    """
+    from torchvision.models.resnet import BasicBlock, ResNet  # slow to import, and only needed here
+
+    if unknown := set(cut) - set(RESNET18_BLOCKS):
+        raise ValueError(f"cut has {sorted(unknown)}; the blocks are {', '.join(RESNET18_BLOCKS)}")
+
+    def network():
+        model = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=classes)
+        model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        model.maxpool = nn.Identity()
+        for name in cut:
+            stage, index = name.split(".")
+            getattr(model, stage)[int(index)] = _without_skip(model.get_submodule(name))
+        return model
+
+    return _seeded(network, seed)
+
+
+def _without_skip(block: nn.Module) -> nn.Sequential:
+    """The main path of a basic block."""
+    order = ("conv1", "bn1", "relu", "conv2", "bn2")
+    return nn.Sequential(OrderedDict([(name, getattr(block, name)) for name in order] + [("relu2", nn.ReLU())]))
 
 
 def _cnn6_layers(width: int) -> list[nn.Module]:
@@ -59,7 +126,7 @@ def _cnn6_layers(width: int) -> list[nn.Module]:
     return [*modules, nn.Flatten(), nn.Linear(3200, 1, bias=False)]
 
 
-def _seeded(layers, seed: int) -> nn.Sequential:
+def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Sequential(*layers()).eval()
+        return build().eval()

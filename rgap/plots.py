@@ -64,3 +64,73 @@ def error_growth(errors: pd.DataFrame, order: Sequence[str]) -> Figure:
     sns.despine(figure)
     figure.tight_layout()
     return figure
+
+
+def rescale(image: Tensor) -> Tensor:
+    """Stretches an image's own range to [0, 1], to show the shapes in one that is far off in scale."""
+    low, high = image.min(), image.max()
+    return (image - low) / (high - low) if high > low else image * 0
+
+
+def phase_transition(runs: pd.DataFrame, thresholds: Mapping[str, int]) -> Figure:
+    """PSNR against the width of a layer, for the plain method and with virtual constraints.
+
+    Args:
+        runs: Columns `width`, `deficit`, `psnr_db`, `verdict` and `virtual` (whether constraints were solved).
+        thresholds: Label -> largest deficit that its equations can close.
+
+    Returns:
+        The figure; filled markers are certified results.
+    """
+    figure, axis = plt.subplots(figsize=(7.2, 4.2))
+    colours = dict(zip((False, True), sns.color_palette(PALETTE)[1::-1], strict=True))
+    for virtual, name in ((False, "plain R-GAP"), (True, "with virtual constraints")):
+        data = runs[runs["virtual"] == virtual]
+        median = data.groupby("width")["psnr_db"].median()
+        axis.plot(median.index, median, color=colours[virtual], lw=1.5, label=name, zorder=2)
+        for certified, face in ((True, colours[virtual]), (False, "white")):
+            points = data[(data["verdict"] == "exact") == certified]
+            style = {"marker": "os"[virtual], "facecolor": face, "edgecolor": colours[virtual], "s": 42, "zorder": 3}
+            axis.scatter(points["width"], points["psnr_db"], **style)
+    deficits = runs.groupby("width")["deficit"].max().sort_index()
+    for label, limit in {"no deficit": 0, **thresholds}.items():
+        if (deficits > limit).any() and (deficits <= limit).any():
+            edge = (deficits[deficits > limit].index.max() + deficits[deficits <= limit].index.min()) / 2
+            axis.axvline(edge, color="0.4", ls=":", lw=1)
+            axis.annotate(
+                f"{label}\n(deficit ≤ {limit})",
+                (edge, 1.01),
+                xycoords=("data", "axes fraction"),
+                fontsize=8,
+                ha="center",
+            )
+    axis.set(xlabel="channels of the second layer", ylabel="PSNR (dB)")
+    axis.invert_xaxis()
+    axis.scatter([], [], marker="o", facecolor="white", edgecolor="0.3", label="not certified")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(0.0, 0.45))
+    axis.grid(axis="y", alpha=0.3)
+    sns.despine(figure)
+    figure.tight_layout()
+    return figure
+
+
+def wrong_signs(history: pd.DataFrame) -> Figure:
+    """Signs of a deficient layer's input still wrong after each step, one line for each image.
+
+    Args:
+        history: Columns `image`, `step` and `wrong`.
+
+    Returns:
+        The figure.
+    """
+    figure, axis = plt.subplots(figsize=(5.2, 3.2))
+    data = history.assign(image=history["image"].astype(str))
+    style = {"markers": MARKERS[: data["image"].nunique()], "dashes": False, "palette": PALETTE}
+    sns.lineplot(data, x="step", y="wrong", hue="image", style="image", ax=axis, **style)
+    axis.set_yscale("symlog", linthresh=1)
+    axis.set(xlabel="step", ylabel="wrong signs", ylim=(-0.3, None), xticks=sorted(data["step"].unique()))
+    axis.legend(title="image", frameon=False)
+    axis.grid(axis="y", alpha=0.3)
+    sns.despine(figure)
+    figure.tight_layout()
+    return figure

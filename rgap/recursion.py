@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
-from rgap.chain import Chain
+from rgap.chain import Chain, Layer
 from rgap.constraints import identity_residual, split_groups
+from rgap.evidence import Evidence
 from rgap.head import Hypothesis
+from rgap.previous import previous_factors, smooth_image_rows
 from rgap.results import LayerReport
-from rgap.solve import solve_layer
+from rgap.solve import LayerSolution, solve_layer
+from rgap.virtual import Open, VirtualSolution, solve_virtual
 
 REFUTED = 0.3
 """Mismatch of a layer's identities (0 for the right label, about 0.9 for the wrong one) that ends a hypothesis."""
+
+AMPLIFIED = 5.0
+"""Error of a pre-activation in units of the gradient's: what the layers above and σ⁻¹ make of it, roughly."""
 
 
 @dataclass(frozen=True)
@@ -27,24 +35,33 @@ class Descent:
         reports: From the last layer to the first.
         mismatch: The largest identity residual met on the way.
         complete: Whether the image was reached.
+        open_layers: Names of rank-deficient layers whose null space nothing closed.
+        beliefs: Name of a layer that virtual constraints closed -> belief on its input after each step, (steps, n).
     """
 
     layer_inputs: Mapping[str, Tensor]
     reports: tuple[LayerReport, ...]
     mismatch: float
     complete: bool
+    open_layers: tuple[str, ...] = ()
+    beliefs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def descend(
-    chain: Chain, gradients: Mapping[str, Tensor], start: Hypothesis, *, rcond: float, give_up: float
+    chain: Chain,
+    evidence: Evidence,
+    start: Hypothesis,
+    *,
+    virtual_constraints: bool = True,
+    give_up: float = math.inf,
 ) -> Descent:
     """Recovers the input of every layer, from the last to the first.
 
     Args:
         chain: The prepared network.
-        gradients: Parameter name -> gradient, float64.
+        evidence: The gradients, their precision and the cutoff.
         start: The head's hypothesis.
-        rcond: Relative cutoff of singular values, as in `solve_layer`.
+        virtual_constraints: Whether the layer before may close the deficit of a rank-deficient layer.
         give_up: Identity residual above which the hypothesis is dropped; infinity follows it to the end.
 
     Returns:
@@ -53,19 +70,58 @@ def descend(
     head, n = chain.layers[-1], len(start.x)
     inputs = {head.name: start.x[None]}
     reports = [LayerReport(head.name, n, rank_gradients=n, rank=n, deficit=0, condition=1.0, seconds=0.0)]
-    dz, x, above, mismatch = start.dz[:, None, None], start.x, head, 0.0
-    for layer in reversed(chain.layers[:-1]):
-        begin = time.perf_counter()
-        G = gradients[layer.weight_name].reshape(layer.weight.shape)
+    dx, x, mismatch, left_open = head.adjoint(start.dz[:, None, None]), start.x, 0.0, []
+    beliefs: dict[str, Tensor] = {}
+    for i in reversed(range(len(chain.layers) - 1)):
+        layer, begin = chain.layers[i], time.perf_counter()
+        G = evidence.gradients[layer.weight_name].reshape(layer.weight.shape)
         z = layer.activation.inverse(x.reshape(layer.output_shape))
-        dz = layer.activation.derivative(z) * above.adjoint(dz).reshape(layer.output_shape)
-        parts = split_groups(layer)
-        chunks = zip(parts, *(t.chunk(len(parts)) for t in (G, dz, z)), strict=True)
-        mismatch = max(mismatch, *(identity_residual(*chunk) for chunk in chunks))
+        dz = layer.activation.derivative(z) * dx.reshape(layer.output_shape)
+        mismatch = max(mismatch, _identities(layer, G, dz, z))
         if mismatch > give_up:
             return Descent(inputs, tuple(reports), mismatch, False)
-        solution = solve_layer(layer, G, dz, z, rcond=rcond)
-        x, above = solution.x, layer
+        solution = solve_layer(layer, G, dz, z, rcond=evidence.rcond)
+        x, dx, report = solution.x, layer.adjoint(dz), solution.report
+        if report.deficit:
+            closed = (
+                _close(chain.layers[i - 1], evidence, solution, z, dx)
+                if i and virtual_constraints and solution.null_basis is not None
+                else None
+            )
+            if closed is not None:
+                beliefs[layer.name] = torch.from_numpy(closed.beliefs)
+                x = torch.from_numpy(closed.x).reshape(layer.input_shape)
+                report = replace(report, virtual_constraints=closed.equations, iterations=closed.iterations,
+                                 condition=closed.condition, residual=closed.residual)  # fmt: skip
+            if closed is None or not closed.certified:
+                left_open.append(layer.name)
         inputs = {layer.name: x.reshape(1, *layer.feature_shape), **inputs}
-        reports.append(replace(solution.report, seconds=time.perf_counter() - begin))
-    return Descent(inputs, tuple(reports), mismatch, True)
+        reports.append(replace(report, seconds=time.perf_counter() - begin))
+    return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open), beliefs)
+
+
+def _identities(layer: Layer, G: Tensor, dz: Tensor, z: Tensor) -> float:
+    """The largest identity residual of the layer's groups."""
+    parts = split_groups(layer)
+    chunks = zip(parts, *(t.chunk(len(parts)) for t in (G, dz, z)), strict=True)
+    return max(identity_residual(*chunk) for chunk in chunks)
+
+
+def _close(before: Layer, evidence: Evidence, solution: LayerSolution, z: Tensor, dx: Tensor) -> VirtualSolution | None:
+    """Closes a deficient layer's null space by the layer before, or None where that has no factors."""
+    factors = previous_factors(before)
+    if factors is None:
+        return None
+    noise = AMPLIFIED * max(evidence.precision, 1e-13)
+    problem = Open(
+        x=solution.x.flatten().numpy(),
+        N=torch.cat([solution.null_basis, solution.weak_basis], 1).numpy(),
+        known=(noise * z.square().mean().sqrt() * solution.weak_gain).numpy(),
+        activation=before.activation,
+        previous=factors,
+        G=evidence.gradients[before.weight_name].reshape(before.weight.shape).numpy(),
+        dx=dx.reshape(before.output_shape).numpy(),
+        noise=noise,
+    )
+    reads_image = before.input_shape[0] in (1, 3)
+    return solve_virtual(problem, (lambda: smooth_image_rows(factors)) if reads_image else None)

@@ -71,6 +71,8 @@ class Candidate:
         in_pixel_range: Whether every pixel lies in the pixel range, up to the accuracy that the gradient allows.
         layer_inputs: Layer name -> recovered input of that layer, (B, C, H, W) or (B, n); the first is the image.
         layers: The reports of this candidate's way down, from the last layer to the first.
+        open_layers: Names of rank-deficient layers whose null space nothing closed.
+        beliefs: Name of a layer that virtual constraints closed -> belief on its input after each step, (steps, n).
     """
 
     images: torch.Tensor
@@ -79,6 +81,8 @@ class Candidate:
     in_pixel_range: bool
     layer_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     layers: tuple[LayerReport, ...] = field(default=(), repr=False)
+    open_layers: tuple[str, ...] = ()
+    beliefs: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,84 @@ class Reconstruction:
     def to_frame(self) -> pd.DataFrame:
         """The layer reports as a table, one row a layer, columns as in `LayerReport`."""
         return reports_frame(self.layers, LayerReport)
+
+
+@dataclass(frozen=True)
+class LayerRank:
+    """What one step of a network says about its own input, before any attack.
+
+    Counts are those of the whole batch. Steps that are not counted (activations, modules inside a residual block, what
+    cannot be analysed) have no `ra_index`.
+
+    Attributes:
+        name: Path of the module in the model, or name of the traced function or block.
+        kind: "convolution", "linear", "pooling", "residual block", "batch norm", "activation", "reshape" or
+            "not analysed".
+        unknowns: Entries of the step's input, |x|.
+        weight_rows: Weight constraints, one an entry of the output, |z|.
+        gradient_rows: Gradient constraints, one a weight, |W|; biases give none.
+        ra_index: The counting index RA_i, > 0 where there are fewer equations than unknowns; None where not counted.
+        rank_weights: Numerical rank of W, with the model's own weights.
+        rank_gradients: Numerical rank of K = I ⊗ M, for a Gaussian ∂ℓ/∂z.
+        rank: Numerical rank of [W; K].
+        deficit: unknowns − rank, by number where it was computed, else by law.
+        virtual_constraints: Equations that the step before can supply, |z_{i−1}| − rank W_{i−1}.
+        condition: Largest over smallest singular value kept, of the system that decides the rank.
+        law_weights: Rank of W by the rank laws, for generic weights.
+        law_gradients: Rank of K by the rank laws.
+        law_rank: Rank of [W; K] by the rank laws.
+        note: What else there is to say: why a number is absent, where a step is counted, what the ranks rest on.
+    """
+
+    name: str
+    kind: str
+    unknowns: int
+    weight_rows: int
+    gradient_rows: int = 0
+    ra_index: int | None = None
+    rank_weights: int | None = None
+    rank_gradients: int | None = None
+    rank: int | None = None
+    deficit: int | None = None
+    virtual_constraints: int | None = None
+    condition: float | None = None
+    law_weights: int | None = None
+    law_gradients: int | None = None
+    law_rank: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class RankAnalysis:
+    """What an architecture gives away, predicted without data.
+
+    Attributes:
+        layers: Every step of the network, from the image to the output; none is left out.
+        batch_size: Number of images behind one gradient.
+        max_ra_index: Largest counting index, the network's index.
+        copa_index: COPA's index Σ round(−deficit_i (L − i − 1) / (L − 1)) over the L − 1 convolutions, i from 0 at the
+            image: 0 where none lacks rank, the more negative the more they lack. None where a rank is unknown.
+        leaking: Names of the counted steps whose input follows from what is known of their output.
+        verdict: How far down a gradient can be followed, in words.
+    """
+
+    layers: tuple[LayerRank, ...]
+    batch_size: int
+    max_ra_index: int
+    copa_index: int | None
+    leaking: tuple[str, ...]
+    verdict: str
+
+    def to_frame(self, counted: bool = False) -> pd.DataFrame:
+        """The steps as a table, columns as in `LayerRank`; integers stay integers where some are missing.
+
+        Args:
+            counted: Whether only steps with a counting index are listed.
+        """
+        rows = [layer for layer in self.layers if layer.ra_index is not None or not counted]
+        frame = reports_frame(rows, LayerRank)
+        whole = [f.name for f in fields(LayerRank) if "int" in str(f.type)]
+        return frame.astype(dict.fromkeys(whole, "Int64") | {"condition": "float64"})
 
 
 def reports_frame(reports, kind) -> pd.DataFrame:

@@ -19,11 +19,14 @@ from rgap.chain import Layer
 from rgap.constraints import blocks, gradient_matrix, gradient_values, split_groups, weight_columns
 from rgap.dense import least_squares, svd
 from rgap.results import LayerReport
-from rgap.sparse import weight_factor
+from rgap.sparse import ConjugateGradients, weight_factor
 
 DENSE_UNKNOWNS = 1600
 """Open unknowns up to which the dense problem in null(M) is preferred to a sparse one in W alone."""
 
+
+DENSE_MOST = 10_000
+"""Open unknowns up to which the dense problem is solved at all (1 GB); beyond, W's own minimum-norm solution stands."""
 
 TRUSTED = 0.02
 """Directions of M whose singular value is below this share of the largest are shared with the weight constraints."""
@@ -36,11 +39,15 @@ class LayerSolution:
     Attributes:
         x: The input, (C, H, W); of all solutions the one of minimum norm.
         null_basis: Orthonormal basis of the directions left open, (C·H·W, deficit), or None where nothing is.
+        weak_basis: Where something is: directions that are determined, but badly, (C·H·W, w).
+        weak_gain: How many times the pre-activation's error is their error, (w,).
         report: The layer's report.
     """
 
     x: Tensor
     null_basis: Tensor | None
+    weak_basis: Tensor
+    weak_gain: Tensor
     report: LayerReport
 
 
@@ -80,8 +87,11 @@ def solve_layer(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float)
     solutions = [_solve_group(*part, rcond) for part in zip(parts, *split, strict=True)]
     x = torch.cat([s.x for s in solutions])
     report = _merge(layer.name, [s.report for s in solutions], time.perf_counter() - start)
-    bases = [s.null_basis if s.null_basis is not None else s.x.new_zeros(s.x.numel(), 0) for s in solutions]
-    return LayerSolution(x, torch.block_diag(*bases) if report.deficit else None, report)
+    bases = (s.null_basis if s.null_basis is not None else s.x.new_zeros(s.x.numel(), 0) for s in solutions)
+    null = torch.block_diag(*bases)
+    null = null if null.shape[1] else None
+    weak = torch.block_diag(*(s.weak_basis for s in solutions))
+    return LayerSolution(x, null, weak, torch.cat([s.weak_gain for s in solutions]), report)
 
 
 def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -> LayerSolution:
@@ -102,7 +112,9 @@ def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -
                 residual=residual,
                 iterations=iterations,
             )
-            return LayerSolution(x.reshape(layer.input_shape), None, report)
+            return _determined(x, layer, report)
+    if at_least_open > DENSE_MOST:
+        return _too_large(layer, z)
     found = _from_gradients(layer, G, dz, rcond)
     if found.V.shape[1] == 0:
         report = LayerReport(
@@ -116,8 +128,19 @@ def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -
             sigma_below_cut=found.below,
             residual=found.residual,
         )
-        return LayerSolution(found.x0.T.reshape(layer.input_shape), None, report)
+        return _determined(found.x0.T, layer, report)
     return _with_weights(layer, G, z, found, rcond)
+
+
+def _too_large(layer: Layer, z: Tensor) -> LayerSolution:
+    """The minimum-norm solution of W x = z alone, of a layer whose open unknowns no dense system can hold."""
+    solver = ConjugateGradients(layer)
+    x, residual, iterations = solver.solve(z)
+    rank = layer.unknowns - solver.missing
+    report = LayerReport(
+        layer.name, layer.unknowns, rank, None, rank, solver.missing, residual=residual, iterations=iterations
+    )
+    return _determined(x, layer, report)
 
 
 def _from_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> _Gradients:
@@ -168,13 +191,16 @@ def _with_weights(layer: Layer, G: Tensor, z: Tensor, found: _Gradients, rcond: 
     scale = _rms(z) / _rms(G) if G.any() else 0.0
     dim = (scale * found.sigmas).repeat(channels)
     dense = least_squares(A, b, rcond, dim)
-    spread = torch.einsum("pk,ck...->cp...", found.V, dense.y.reshape(channels, -1))
-    x = found.x0.T + spread
+
+    def spread(basis: Tensor | None) -> Tensor | None:  # of the open unknowns, to the layer's input
+        if basis is None:
+            return None
+        pixels = torch.einsum("pk,ckd->cpd", found.V, basis.reshape(channels, found.V.shape[1], -1))
+        return pixels.flatten(0, 1)
+
+    x = found.x0.T.reshape(layer.input_shape) + spread(dense.y[:, None]).reshape(layer.input_shape)
     rank_gradients = channels * found.rank
     rank = layer.unknowns - (0 if dense.null is None else dense.null.shape[1])
-    null = None
-    if dense.null is not None:
-        null = torch.einsum("pk,ckd->cpd", found.V, dense.null.reshape(channels, found.V.shape[1], -1)).flatten(0, 1)
     misfit = (b - A @ dense.y).norm().item() / max(z.norm().item(), torch.finfo(z.dtype).tiny)
     report = LayerReport(
         layer.name,
@@ -187,11 +213,17 @@ def _with_weights(layer: Layer, G: Tensor, z: Tensor, found: _Gradients, rcond: 
         sigma_below_cut=dense.below,
         residual=misfit,
     )
-    return LayerSolution(x.reshape(layer.input_shape), null, report)
+    return LayerSolution(x, spread(dense.null), spread(dense.weak), 1 / dense.weak_sigmas, report)
+
+
+def _determined(x: Tensor, layer: Layer, report: LayerReport) -> LayerSolution:
+    """A solution that leaves nothing open."""
+    return LayerSolution(x.reshape(layer.input_shape), None, x.new_zeros(layer.unknowns, 0), x.new_zeros(0), report)
 
 
 def _rms(values: Tensor) -> float:
-    return values.square().mean().sqrt().item()
+    largest = values.abs().max()  # squares of the smallest gradients underflow
+    return (largest * (values / largest).square().mean().sqrt()).item() if largest > 0 else 0.0
 
 
 def _rows(values: Tensor, rows: Tensor, size: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ from rgap.constraints import weight_matrix
 
 FACTOR_UNKNOWNS = 40_000
 """Unknowns up to which a sparse factorisation is made; beyond, conjugate gradients need less time and memory."""
+
+CLOSE = 1e-4
+"""How well a vector must come back through W for W to count as of full column rank."""
 
 RANK_TOLERANCE = 1e-7
 """Smallest σ_min / σ_max at which W still counts as of full column rank."""
@@ -53,10 +57,35 @@ class ConjugateGradients:
 
     layer: Layer
     condition: float = float("nan")
-    full_rank: bool = True
 
-    def solve(self, b: Tensor, tolerance: float = 1e-12, most: int = 20_000) -> tuple[Tensor, float, int]:
-        """Least-squares solution of W x = b: (x, ‖W x − b‖ / ‖b‖, iterations)."""
+    @cached_property
+    def missing(self) -> int:
+        """Estimate of the unknowns that W does not determine, 0 for full column rank.
+
+        A random vector is sent through W and solved for: what does not come back lies in the null space.
+        """
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.layer.input_shape, generator=generator, dtype=torch.float64)
+        found = self.solve(self.layer.apply(x), tolerance=1e-10, truth=x)[0]
+        share = ((found - x.flatten()).norm() / x.norm()).item() ** 2
+        return max(1, round(share * self.layer.unknowns)) if share > CLOSE**2 else 0
+
+    @property
+    def full_rank(self) -> bool:
+        """Whether W has full column rank."""
+        return self.missing == 0
+
+    def solve(
+        self, b: Tensor, tolerance: float = 1e-12, most: int = 20_000, truth: Tensor | None = None
+    ) -> tuple[Tensor, float, int]:
+        """Least-squares solution of minimum norm of W x = b: (x, ‖W x − b‖ / ‖b‖, iterations).
+
+        Args:
+            b: (O·H′·W′,) or shaped as the output.
+            tolerance: Largest ‖Wᵀ r‖ at the end, relative to the start.
+            most: Most iterations.
+            truth: Ends the iterations as soon as x is this close to it, relative `CLOSE`.
+        """
         b = b.reshape(self.layer.output_shape)
         x = b.new_zeros(self.layer.input_shape)
         r = b.clone()
@@ -69,6 +98,8 @@ class ConjugateGradients:
             alpha = size / q.square().sum()
             x += alpha * p
             r -= alpha * q
+            if truth is not None and (x - truth).norm() < CLOSE * truth.norm():
+                break
             s = self.layer.adjoint(r)
             size, previous = s.square().sum(), size
             p = s + (size / previous) * p

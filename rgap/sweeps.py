@@ -75,6 +75,26 @@ def layer_errors(chain: Chain, image: Tensor, result: Reconstruction) -> pd.Data
     return frame
 
 
+def wrong_signs(chain: Chain, image: Tensor, result: Reconstruction) -> pd.DataFrame:
+    """How many signs of a deficient layer's input were wrong after each step of the virtual constraints.
+
+    Args:
+        chain: The prepared network.
+        image: The true image, (1, C, H, W).
+        result: What the attack made of its gradient.
+
+    Returns:
+        Columns `layer`, `step` (from 1) and `wrong`.
+    """
+    truth = chain.layer_inputs(image)
+    rows = [
+        {"layer": name, "step": step, "wrong": int(((x > 0) != (truth[name].flatten() > 0)).sum())}
+        for name, beliefs in result.candidates[0].beliefs.items()
+        for step, x in enumerate(beliefs, 1)
+    ]
+    return pd.DataFrame(rows, columns=["layer", "step", "wrong"])
+
+
 def _outcome(result: Reconstruction, image: Tensor, label: Tensor) -> dict:
     found = result.images.to(torch.float64).reshape(image.shape)
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,9 @@ class Step:
         input_shape: Shape of its first input without the batch dimension; () where that is no tensor.
         output_shape: Shape of its output without the batch dimension; () where that is no tensor.
         reason: Why it cannot be inverted; empty where it can.
+        operation: What a function step calls, a function or a method's name; None for a module.
+        call: A function step on another tensor, its other arguments as traced; None for a module, and where it reads
+            several tensors.
     """
 
     path: str
@@ -46,6 +50,8 @@ class Step:
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     reason: str = ""
+    operation: Any = None
+    call: Callable[[Tensor], Any] | None = None
 
     @property
     def title(self) -> str:
@@ -53,12 +59,13 @@ class Step:
         return repr(self.path) if self.module is None else f"{self.path!r} ({type(self.module).__name__})"
 
 
-def trace(model: nn.Module, image_shape: tuple[int, ...]) -> list[Step]:
+def trace(model: nn.Module, image_shape: tuple[int, ...], any_shape: bool = False) -> list[Step]:
     """Lists every operation of a network with its shapes; runs nothing on real data.
 
     Args:
         model: Any module that `torch.fx` can trace.
         image_shape: (C, H, W) of one image.
+        any_shape: Whether other shapes are taken too, e.g. (C, L) or (n,).
 
     Returns:
         The steps in the order of execution.
@@ -67,7 +74,7 @@ def trace(model: nn.Module, image_shape: tuple[int, ...]) -> list[Step]:
         UnsupportedLayerError: If the module cannot be traced.
         ValueError: If the image shape does not fit; the message names the layer at which it fails.
     """
-    shape = _checked_shape(image_shape)
+    shape = _checked_shape(image_shape, any_shape)
     tracer = fx.Tracer()
     root = model if list(model.children()) else nn.Sequential(model)
     try:
@@ -110,9 +117,9 @@ def _eval_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
 
 
-def _checked_shape(image_shape: tuple[int, ...]) -> tuple[int, ...]:
-    shape = tuple(image_shape)
-    if len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
+def _checked_shape(image_shape: tuple[int, ...], any_shape: bool) -> tuple[int, ...]:
+    shape = tuple(image_shape) if isinstance(image_shape, Sequence) else ()
+    if not shape or (len(shape) != 3 and not any_shape) or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"image_shape is {image_shape}; it must be (channels, height, width), each at least 1")
     return shape
 
@@ -132,7 +139,18 @@ def _step(node: fx.Node, modules: dict[str, nn.Module], shapes: dict[str, tuple[
         kind = "reshape"
     else:
         reason = f"the operation {node.target!r} is not a module that the closed form knows"
-    return Step(path, kind, module, sources, node.name, input_shape, output_shape, reason)
+    operation = node.target if node.op in ("call_function", "call_method") else None
+    return Step(path, kind, module, sources, node.name, input_shape, output_shape, reason, operation, _call(node))
+
+
+def _call(node: fx.Node) -> Callable[[Tensor], Any] | None:
+    """A function step as a function of its tensor alone."""
+    if node.op not in ("call_function", "call_method") or node.all_input_nodes != list(node.args[:1]):
+        return None
+    rest, options = node.args[1:], node.kwargs
+    if node.op == "call_method":
+        return lambda x: getattr(x, node.target)(*rest, **options)
+    return lambda x: node.target(x, *rest, **options)
 
 
 def _kind(module: nn.Module) -> tuple[str, str]:

@@ -1,0 +1,74 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from networks import chains, drawn, rand, sequential, small_cnn
+from torch import nn
+from torch.testing import assert_close
+
+import rgap
+from rgap.evidence import weigh
+from rgap.head import Hypothesis, logistic_hypotheses
+from rgap.recursion import REFUTED, descend
+
+IMAGE = rand(1, 3, 8, 8)
+
+
+def start(network, label, image=IMAGE):
+    """Chain, evidence and one hypothesis of each label."""
+    chain = rgap.prepare(network, image.shape[1:])
+    evidence = weigh(chain, rgap.client_gradients(network, image, torch.tensor([label])))
+    head, gradients = chain.layers[-1], evidence.gradients
+    found, _ = logistic_hypotheses(head, gradients[head.weight_name], gradients.get(head.bias_name))
+    return chain, evidence, {h.label: h for h in found}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("label", [0, 1])
+def test_the_truth_about_the_head_leads_to_the_input_of_every_layer(bias, label):
+    network = small_cnn(bias=bias)
+    chain, evidence, _ = start(network, label)
+    truth = chain.layer_inputs(IMAGE)
+    x = truth["5"][0]
+    margin = (2 * label - 1) * network(IMAGE).item()
+    dz = torch.tensor([(1 - 2 * label) / (1 + math.exp(margin))], dtype=torch.float64)
+    found = descend(chain, evidence, Hypothesis(label, margin, dz, x), give_up=REFUTED)
+    assert found.complete and found.mismatch < 1e-12
+    assert list(found.layer_inputs) == ["0", "2", "5"]
+    for name, expected in truth.items():
+        assert_close(found.layer_inputs[name], expected, rtol=0, atol=1e-10)
+    assert [(report.name, report.unknowns) for report in found.reports] == [("5", 160), ("2", 192), ("0", 192)]
+    assert all(report.deficit == 0 and report.seconds >= 0 for report in found.reports)
+
+
+def test_the_wrong_label_is_refuted_at_the_first_layer_unless_it_is_followed_to_the_end():
+    chain, evidence, hypotheses = start(small_cnn(), 1)
+    wrong = hypotheses[0]
+    dropped = descend(chain, evidence, wrong, give_up=REFUTED)
+    assert not dropped.complete and dropped.mismatch > REFUTED
+    assert list(dropped.layer_inputs) == ["5"] and len(dropped.reports) == 1
+    followed = descend(chain, evidence, wrong)
+    assert followed.complete and list(followed.layer_inputs) == ["0", "2", "5"]
+
+
+def test_grouped_convolutions_are_walked_group_by_group():
+    modules = [nn.Conv2d(4, 16, 3, 2, 1, groups=2), nn.LeakyReLU(0.3), nn.Conv2d(16, 16, 3, 1, 1, groups=4)]
+    network = sequential(*modules, nn.LeakyReLU(0.5), nn.Flatten(), nn.Linear(256, 1))
+    image = rand(1, 4, 8, 8)
+    chain, evidence, hypotheses = start(network, 0, image)
+    found = descend(chain, evidence, hypotheses[0], give_up=REFUTED)
+    assert found.mismatch < 1e-12
+    assert_close(found.layer_inputs["0"], image, rtol=0, atol=1e-9)
+
+
+@settings(drawn, max_examples=60)
+@given(chains())
+def test_a_random_chain_gives_its_image_back_or_says_that_it_does_not(case):
+    network, shape, image, label = case
+    gradients = rgap.client_gradients(network, image, label)
+    result = rgap.reconstruct(network, gradients, shape, virtual_constraints=False)
+    assert result.verdict != "inconsistent"
+    if result.verdict == "exact":
+        assert rgap.metrics.psnr_db(result.images, image).item() >= 60
+        assert result.labels.equal(label)
