@@ -14,14 +14,25 @@ from rgap import artifact, client, data, metrics, models
 from rgap.attack import reconstruct
 from rgap.chain import Chain, Layer, prepare
 from rgap.client import client_gradients
-from rgap.results import Candidate, GradientMismatchError, LayerReport, Reconstruction, UnsupportedLayerError
+from rgap.rank import rank_analysis
+from rgap.results import (
+    Candidate,
+    GradientMismatchError,
+    LayerRank,
+    LayerReport,
+    RankAnalysis,
+    Reconstruction,
+    UnsupportedLayerError,
+)
 
 __all__ = [
     "Candidate",
     "Chain",
     "GradientMismatchError",
     "Layer",
+    "LayerRank",
     "LayerReport",
+    "RankAnalysis",
     "Reconstruction",
     "UnsupportedLayerError",
     "artifact",
@@ -31,5 +42,6 @@ __all__ = [
     "metrics",
     "models",
     "prepare",
+    "rank_analysis",
     "reconstruct",
 ]

@@ -1,7 +1,7 @@
 """The best linear fits to σ⁻¹ and σ′ under uncertainty: statistical linearisation, entry by entry.
 
 With x ~ N(m, v) a tangent says too much where σ has a kink within reach. The fit of least mean square error says what
-is known on average, and leaves a rest of known variance: σ⁻¹(x) = alpha + beta x + ε, σ′(σ⁻¹(x)) = pi + rho (x − m) + η.
+is known on average and leaves a rest of known variance: σ⁻¹(x) = alpha + beta x + ε, σ′(σ⁻¹(x)) = pi + rho (x − m) + η.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from rgap.beliefs import Open
 from rgap.chain import Chain, Layer
 from rgap.constraints import identity_residual, split_groups
 from rgap.evidence import Evidence
@@ -17,7 +18,7 @@ from rgap.head import Hypothesis
 from rgap.previous import previous_factors, smooth_image_rows
 from rgap.results import LayerReport
 from rgap.solve import LayerSolution, solve_layer
-from rgap.virtual import Open, VirtualSolution, solve_virtual
+from rgap.virtual import VirtualSolution, solve_virtual
 
 REFUTED = 0.3
 """Mismatch of a layer's identities (0 for the right label, about 0.9 for the wrong one) that ends a hypothesis."""

@@ -164,7 +164,7 @@ class RankAnalysis:
     Attributes:
         layers: Every step of the network, from the image to the output; none is left out.
         batch_size: Number of images behind one gradient.
-        max_ra_index: Largest counting index, the network's index.
+        max_ra_index: Largest counting index, the network's index; None where no step is counted.
         copa_index: COPA's index Σ round(−deficit_i (L − i − 1) / (L − 1)) over the L − 1 convolutions, i from 0 at the
             image: 0 where none lacks rank, the more negative the more they lack. None where a rank is unknown.
         leaking: Names of the counted steps whose input follows from what is known of their output.
@@ -173,7 +173,7 @@ class RankAnalysis:
 
     layers: tuple[LayerRank, ...]
     batch_size: int
-    max_ra_index: int
+    max_ra_index: int | None
     copa_index: int | None
     leaking: tuple[str, ...]
     verdict: str

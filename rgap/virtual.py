@@ -18,11 +18,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg
 
-from rgap.activations import Activation
-from rgap.linearise import Fit, fit, slope
-from rgap.previous import PreviousLayer
+from rgap.beliefs import Open, assemble, independent_gradients, update
+from rgap.linearise import fit, slope
 
 SURPLUS = 8
 """Independent equations beyond the unknowns that a certificate needs."""
@@ -36,40 +34,14 @@ CONDITION = 1e5
 STEPS = 40
 """Most steps of one attempt."""
 
+WIDER = 30.0
+"""First belief on weak directions, in units of what the layer itself knows of them."""
 
-@dataclass(frozen=True)
-class Open:
-    """The deficient layer's input and what is known about it.
+POLISH = 6
+"""Most solves on one piece of σ after it; each corrects the signs of entries that are almost zero."""
 
-    Attributes:
-        x: Minimum-norm solution, (n,).
-        N: Basis of what is open, (n, d): the null space, then directions that the layer determines only badly.
-        known: Standard deviation with which the layer itself determines the last of these, (w,), w ≤ d; about 0.
-        activation: σ between the layer before and this one.
-        previous: Factors of the layer before.
-        G: That layer's gradient, (O, C, kh, kw).
-        dx: Gradient of the loss by x, in the shape of that layer's output, (O, H′, W′).
-        noise: Relative noise of the data.
-    """
-
-    x: NDArray
-    N: NDArray
-    known: NDArray
-    activation: Activation
-    previous: PreviousLayer
-    G: NDArray
-    dx: NDArray
-    noise: float
-
-    @property
-    def unknowns(self) -> int:
-        """Entries of t and y."""
-        return self.N.shape[1] + self.previous.null.shape[1]
-
-    @property
-    def homogeneous(self) -> bool:
-        """Whether scaling x scales z′: then each channel's gradient repeats one equation."""
-        return self.activation.homogeneous and self.previous.layer.bias is None
+TURNS = 4
+"""Entries next to zero whose sign is turned where no other solution fits."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +68,14 @@ class VirtualSolution:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """One linearised step: A (t, y) = b, with the parts of its noise covariance."""
+class _Piece:
+    """The solution on one piece of σ: whether it lies on that piece, and whether all equations hold there."""
 
-    A: NDArray
-    b: NDArray
-    floor: NDArray
-    eps: NDArray  # response of the rows to ε
-    eta: list[tuple[slice, slice, NDArray]]  # for each output channel: rows, entries, response of the rows to η
+    x: NDArray
+    residual: float
+    condition: float
+    kept: bool
+    fits: bool
 
 
 def solve_virtual(
@@ -130,7 +102,7 @@ def solve_virtual(
 
 
 def _plan(problem: Open, prior) -> list[tuple[NDArray, tuple | None]]:
-    """Attempts in order of cost: the range of W while it leaves room, then the gradient, from a prior if it is tight."""
+    """Attempts by cost: the range of W while it leaves room, then the gradient, from a prior where it is tight."""
     supplied = problem.previous.left.shape[1]
     none, channels = np.arange(0), _channels(problem)
     deficit = problem.N.shape[1] - problem.known.size
@@ -156,7 +128,9 @@ def _attempt(problem: Open, channels: NDArray, prior, hopeless: bool, beliefs: l
         max(problem.noise, 1e-7),
     )  # a sharper floor collapses the belief too soon
     t, y = np.zeros(N.shape[1]), np.zeros(previous.null.shape[1])
-    v = rms**2 * np.einsum("ij,ij->i", N, N)
+    open_ = t.size - problem.known.size
+    at_first = np.concatenate([np.full(open_, rms), np.minimum(WIDER * problem.known, rms)])
+    v = (N * at_first) ** 2 @ np.ones(t.size)
     scales = np.concatenate([np.full(t.size, rms), np.full(y.size, 3 * rms)])
     first = fit(problem.activation, problem.x, v)
     image = (
@@ -168,147 +142,65 @@ def _attempt(problem: Open, channels: NDArray, prior, hopeless: bool, beliefs: l
             prior = None
         m = problem.x + N @ t
         fitted = fit(problem.activation, m, v)
-        rows = _assemble(problem, fitted, m, image, channels, prior, noise)
-        theta, v, chi2, eps = _update(rows, fitted, N, scales)
+        rows = assemble(problem, fitted, m, image, channels, prior, noise)
+        theta, v, chi2, eps = update(rows, fitted, N, scales)
         move, t, y = np.linalg.norm(theta[: t.size] - t), theta[: t.size], theta[t.size :]
         v = v * max(1.0, chi2)
         spread = float(np.sqrt(v.mean()))
         image = previous.lift(fitted.alpha + fitted.beta * (problem.x + N @ t) + eps, y)
         beliefs.append(problem.x + N @ t)
-        sharp, still = spread < 100 * noise * rms and chi2 < 100, move < 0.1 * spread * np.sqrt(len(m))
+        sharp, still = spread < 20 * noise * rms, move < 0.1 * spread * np.sqrt(len(m))
         waited = 0 if spread < 0.9 * best else waited + 1
         best = min(best, spread)
-        if (prior is None and (sharp or still)) or (hopeless and step >= 4 and still) or waited > 8:
+        done = prior is None and chi2 < 100 and (sharp or still)
+        if done or (hopeless and step >= 4 and still) or waited > 8:
             break
     return t, image
 
 
-def _assemble(problem: Open, fitted: Fit, m: NDArray, image: NDArray, channels: NDArray, prior, noise: float) -> _Rows:
-    """The rows of one step: range of W, the earlier layer's gradient scaled to unit rows, the prior."""
-    previous, N = problem.previous, problem.N
-    q = previous.left.shape[1]
-    z = fitted.alpha + fitted.beta * problem.x - previous.bias
-    scale = np.sqrt(np.mean((fitted.alpha + fitted.beta * m) ** 2))
-    eps, null, b = [previous.left.T], [np.zeros((q, previous.null.shape[1]))], [np.zeros(q)]
-    floor, eta = [np.full(q, noise * scale)], []
-    if channels.size:
-        dz = (fitted.pi.reshape(problem.dx.shape) * problem.dx)[channels]
-        K = previous.gradient_rows(dz, np.hstack([previous.pinv, previous.null]))
-        weight = 1 / np.maximum(np.linalg.norm(K, axis=1), np.finfo(float).tiny)
-        K *= weight[:, None]
-        g = problem.G[channels].ravel() * weight
-        eps, null, b = [*eps, K[:, : len(m)]], [*null, K[:, len(m) :]], [*b, g]
-        floor.append(noise * np.maximum(scale, np.abs(g)))
-        eta = _responses(problem, image, channels, weight, q)
-    if prior is not None:
-        F, target, FP = prior
-        eps, null, b = [*eps, FP], [*null, F @ previous.null], [*b, target]
-        floor.append(np.ones(len(target)))
-    E = np.vstack(eps)
-    A, right = np.hstack([E @ (fitted.beta[:, None] * N), np.vstack(null)]), np.concatenate(b) - E @ z
-    for rows, entries, R in eta:
-        A[rows, : N.shape[1]] += R @ (fitted.rho[entries, None] * N[entries])
-        right[rows] -= R @ (fitted.rho * (problem.x - m))[entries]
-    return _with_known(problem, _Rows(A, right, np.concatenate(floor), E, eta))
-
-
-def _with_known(problem: Open, rows: _Rows) -> _Rows:
-    """Adds the deficient layer's own word on its weak directions: their coefficients are 0, to a known accuracy."""
-    count, d = problem.known.size, problem.N.shape[1]
-    if not count:
-        return rows
-    own = np.zeros((count, rows.A.shape[1]))
-    own[:, d - count : d] = np.eye(count)
-    A, b = np.vstack([rows.A, own]), np.concatenate([rows.b, np.zeros(count)])
-    eps = np.vstack([rows.eps, np.zeros((count, rows.eps.shape[1]))])
-    return _Rows(A, b, np.concatenate([rows.floor, problem.known]), eps, rows.eta)
-
-
-def _responses(problem: Open, image: NDArray, channels: NDArray, weight: NDArray, first: int) -> list:
-    """How a change of σ′ at each entry moves the gradient rows of its channel: δx times what that position reads."""
-    patches = problem.previous.patches(image)
-    taps, pixels = patches.shape
-    result = []
-    for i, channel in enumerate(channels):
-        rows, entries = slice(first + i * taps, first + (i + 1) * taps), slice(channel * pixels, (channel + 1) * pixels)
-        result.append((rows, entries, patches * weight[i * taps : (i + 1) * taps, None] * problem.dx[channel].ravel()))
-    return result
-
-
-def _covariance(rows: _Rows, fitted: Fit) -> NDArray:
-    """Noise covariance of the rows: what the fits leave over, and the floor of the data."""
-    uncertain = fitted.var_eps > 1e-6 * rows.floor.min() ** 2
-    root = rows.eps[:, uncertain] * np.sqrt(fitted.var_eps[uncertain])
-    S = root @ root.T
-    for at, entries, R in rows.eta:
-        on = np.flatnonzero(fitted.var_eta[entries] > 1e-12)
-        if on.size:
-            R, places = R[:, on], entries.start + on
-            S[at, at] += (R * fitted.var_eta[places]) @ R.T
-            cross = (rows.eps[:, places] * fitted.cov[places]) @ R.T
-            S[:, at] += cross
-            S[at] += cross.T
-    diagonal = np.diag_indices_from(S)
-    S[diagonal] = S[diagonal] * (1 + 1e-12) + rows.floor**2  # the factor keeps S positive definite
-    return S
-
-
-def _update(rows: _Rows, fitted: Fit, N: NDArray, scales: NDArray) -> tuple[NDArray, NDArray, float, NDArray]:
-    """One step of generalised least squares: (t, y), variances of x, χ² per row, and the ε that fits best."""
-    lower = linalg.cholesky(_covariance(rows, fitted), lower=True, overwrite_a=True, check_finite=False)
-    whitened = linalg.solve_triangular(lower, np.column_stack([rows.A, rows.b]), lower=True, check_finite=False)
-    A, b = whitened[:, :-1], whitened[:, -1]
-    information = A.T @ A
-    information[np.diag_indices_from(information)] += scales**-2
-    factor = linalg.cholesky(information, lower=True, check_finite=False)
-    theta = linalg.cho_solve((factor, True), A.T @ b)
-    rest = b - A @ theta
-    chi2 = float(rest @ rest) / max(len(b) - len(theta), 1)
-    root = linalg.solve_triangular(factor, np.eye(len(theta), N.shape[1]), lower=True, check_finite=False)
-    variance = np.einsum("ij,ij->i", N @ (root.T @ root), N)
-    dual = linalg.solve_triangular(lower, rest, lower=True, trans=1, check_finite=False)
-    eps = fitted.var_eps * (rows.eps.T @ dual)
-    for at, entries, R in rows.eta:
-        eps[entries] += fitted.cov[entries] * (R.T @ dual[at])
-    return theta, np.maximum(variance, 0), chi2, eps
-
-
 def _certify(problem: Open, t: NDArray, image: NDArray, channels: NDArray, beliefs: list) -> VirtualSolution:
-    """Solves once more on the final piece of σ alone, without prior, and weighs the outcome."""
-    m = problem.x + problem.N @ t
-    rows = _assemble(
-        problem, fit(problem.activation, m, np.full(len(m), 1e-60)), m, image, channels, None, problem.noise
-    )
+    """Solves on the final piece of σ alone, without prior, until the piece stays the same, and weighs the outcome.
+
+    Where that piece does not fit, the few entries closest to zero are tried with the other sign, one at a time.
+    """
+    piece = _settle(problem, problem.x + problem.N @ t, image, channels)
+    if not piece.fits and piece.kept:
+        for entry in np.argsort(np.abs(piece.x))[:TURNS]:
+            turned = piece.x.copy()
+            turned[entry] = -turned[entry]
+            other = _settle(problem, turned, image, channels)
+            if other.fits:
+                piece = other
+                break
+    equations = problem.previous.left.shape[1] + independent_gradients(problem, piece.x, channels)
+    surplus = equations + problem.known.size - problem.unknowns
+    certified = piece.fits and surplus >= SURPLUS and piece.condition <= CONDITION
+    best = piece.x if certified else problem.x + problem.N @ t
+    return VirtualSolution(best, certified, equations, len(beliefs), piece.residual, piece.condition, np.array(beliefs))
+
+
+def _settle(problem: Open, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
+    """Solves on the piece of σ that m lies on, moves to the one where the solution lies, and so on."""
+    for _ in range(POLISH):
+        theta, residual, condition = _solve_piece(problem, m, image, channels)
+        x = problem.x + problem.N @ theta[: problem.N.shape[1]]
+        kept = np.array_equal(slope(problem.activation, x), slope(problem.activation, m))
+        kept = kept or not problem.activation.homogeneous
+        piece = _Piece(x, residual, condition, kept, kept and residual <= RESIDUAL * problem.noise)
+        if kept:
+            break
+        m = x
+    return piece
+
+
+def _solve_piece(problem: Open, m: NDArray, image: NDArray, channels: NDArray) -> tuple[NDArray, float, float]:
+    """The linear system on the piece of σ that m lies on: (t, y), the residual and the condition number."""
+    fitted = fit(problem.activation, m, np.full(len(m), 1e-60))
+    rows = assemble(problem, fitted, m, image, channels, None, problem.noise)
     weight = rows.floor.min() / rows.floor
     A, b = rows.A * weight[:, None], rows.b * weight
     norms = np.linalg.norm(A, axis=0) + 1e-300
     values, Q = np.linalg.eigh((A / norms).T @ (A / norms))
-    condition = float(np.sqrt(values[-1] / max(values[0], 1e-300)))
     theta = (Q @ ((Q.T @ ((A / norms).T @ b)) / np.maximum(values, 1e-14 * values[-1]))) / norms
     residual = float(problem.noise * np.sqrt(np.mean(((b - A @ theta) / rows.floor.min()) ** 2)))
-    equations = problem.previous.left.shape[1] + _independent_gradients(problem, m, channels)
-    surplus = equations + problem.known.size - problem.unknowns
-    x = problem.x + problem.N @ theta[: t.size]
-    kept = not problem.activation.homogeneous or np.array_equal(
-        slope(problem.activation, x), slope(problem.activation, m)
-    )
-    certified = residual <= RESIDUAL * problem.noise and surplus >= SURPLUS and condition <= CONDITION and kept
-    return VirtualSolution(
-        x if certified else m, certified, equations, len(beliefs), residual, condition, np.array(beliefs)
-    )
-
-
-def _independent_gradients(problem: Open, m: NDArray, channels: NDArray) -> int:
-    """Gradient equations that the deficient layer's own constraints do not contain already.
-
-    ⟨G′[o], W′[o′]⟩ = ⟨δz′[o], z′[o′]⟩ = ⟨δx[o], x[o′]⟩ holds for o = o′ where σ is homogeneous and there is no bias, and
-    for o ≠ o′ where both channels keep one sign throughout: those equations are known.
-    """
-    if not channels.size:
-        return 0
-    slopes = slope(problem.activation, m).reshape(problem.dx.shape)
-    rank = problem.previous.gradient_rank((slopes * problem.dx)[channels])
-    if not problem.homogeneous:
-        return rank
-    constant = np.ptp(slopes.reshape(len(slopes), -1), axis=1) == 0
-    return rank - len(channels) - int(constant[channels].sum()) * (int(constant.sum()) - 1)
+    return theta, residual, float(np.sqrt(values[-1] / max(values[0], 1e-300)))

@@ -52,3 +52,35 @@ def test_the_weights_are_those_of_torchs_default_initialisation():
         torch.manual_seed(3)
         expected = nn.Conv2d(3, 12, 4, 2, 2, bias=False).weight
     assert models.cnn6(seed=3)[0].weight.equal(expected)
+
+
+def test_lenet_is_bias_free_with_the_activation_and_classes_asked_for():
+    model = models.lenet()
+    assert shapes(model) == [(12, 3, 5, 5), (12, 12, 5, 5), (12, 12, 5, 5), (10, 768)] and not model.training
+    assert [c.stride for c in model if isinstance(c, nn.Conv2d)] == [(2, 2), (2, 2), (1, 1)]
+    assert sum(isinstance(module, nn.Sigmoid) for module in model) == 3
+    assert model(torch.rand(2, *models.ANALYSIS_SHAPES["lenet"])).shape == (2, 10)
+    leaky = models.lenet(seed=1, classes=1, activation=lambda: nn.LeakyReLU(0.2))
+    assert leaky(torch.rand(2, 3, 32, 32)).shape == (2, 1)
+    assert leaky[0].weight.equal(models.lenet(seed=1)[0].weight) and not leaky[0].weight.equal(model[0].weight)
+
+
+def test_resnet18_without_skips_is_the_chain_of_its_own_convolutions():
+    whole = models.resnet18(seed=3)
+    cut = models.resnet18(seed=3, cut=("layer1.0", "layer3.0"))
+    x = torch.rand(2, *models.ANALYSIS_SHAPES["resnet18"])
+    assert whole(x).shape == cut(x).shape == (2, 10) and not cut.training
+    assert whole.layer1[1](torch.ones(1, 64, 8, 8)).equal(cut.layer1[1](torch.ones(1, 64, 8, 8)))
+    features = torch.rand(1, 64, 8, 8)
+    block = whole.layer1[0]
+    chain = block.bn2(block.conv2(block.relu(block.bn1(block.conv1(features)))))
+    assert cut.layer1[0](features).equal(chain.relu())
+    assert block(features).equal((chain + features).relu())
+    missing = set(whole.state_dict()) - set(cut.state_dict())
+    assert missing and all("layer3.0.downsample" in name for name in missing)
+    assert models.resnet18(cut=models.RESNET18_BLOCKS, classes=3)(x).shape == (2, 3)
+
+
+def test_resnet18_refuses_a_block_that_it_has_not():
+    with pytest.raises(ValueError, match=r"cut has \['layer5.0'\]; the blocks are layer1.0, layer1.1"):
+        models.resnet18(cut=("layer5.0", "layer1.0"))
