@@ -51,13 +51,14 @@ def error_growth(errors: pd.DataFrame, order: Sequence[str]) -> Figure:
     Returns:
         The figure; lines are medians, bands reach from the smallest to the largest.
     """
-    data = errors.assign(layer=pd.Categorical(errors["layer"], order, ordered=True))
+    layers = pd.Categorical(errors["layer"], order, ordered=True)
+    data = errors.assign(layer=layers, error=errors["error"].clip(lower=1e-16))  # 0 has no place on the axis
     figure, axis = plt.subplots(figsize=(6.4, 3.4))
     sns.lineplot(
         data, x="layer", y="error", hue="dtype", style="dtype", markers=MARKERS[: data["dtype"].nunique()],
         dashes=False, estimator="median", errorbar=("pi", 100), palette=PALETTE, ax=axis,
     )  # fmt: skip
-    axis.set(yscale="log", ylim=(max(data["error"].min() / 3, 1e-16), data["error"].max() * 3))
+    axis.set(yscale="log", ylim=(data["error"].min() / 3, data["error"].max() * 3))
     axis.set(xlabel="layer whose input is recovered, from the head to the image", ylabel="relative error ‖x̂ − x‖ / ‖x‖")
     axis.legend(title="gradients", frameon=False)
     axis.grid(axis="y", alpha=0.3)
@@ -107,7 +108,7 @@ def phase_transition(runs: pd.DataFrame, thresholds: Mapping[str, int]) -> Figur
     axis.set(xlabel="channels of the second layer", ylabel="PSNR (dB)")
     axis.invert_xaxis()
     axis.scatter([], [], marker="o", facecolor="white", edgecolor="0.3", label="not certified")
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(0.0, 0.45))
+    axis.legend(loc="center", bbox_to_anchor=(0.5, 0.5), framealpha=1, edgecolor="white")
     axis.grid(axis="y", alpha=0.3)
     sns.despine(figure)
     figure.tight_layout()

@@ -37,7 +37,7 @@ STEPS = 40
 WIDER = 30.0
 """First belief on weak directions, in units of what the layer itself knows of them."""
 
-POLISH = 6
+POLISH = 2
 """Most solves on one piece of σ after it; each corrects the signs of entries that are almost zero."""
 
 TURNS = 4
@@ -163,10 +163,11 @@ def _certify(problem: Open, t: NDArray, image: NDArray, channels: NDArray, belie
 
     Where that piece does not fit, the few entries closest to zero are tried with the other sign, one at a time.
     """
-    piece = _settle(problem, problem.x + problem.N @ t, image, channels)
-    if not piece.fits and piece.kept:
-        for entry in np.argsort(np.abs(piece.x))[:TURNS]:
-            turned = piece.x.copy()
+    belief = problem.x + problem.N @ t
+    piece = _settle(problem, belief, image, channels)
+    if not piece.fits and problem.activation.homogeneous:
+        for entry in np.argsort(np.abs(belief))[:TURNS]:
+            turned = belief.copy()
             turned[entry] = -turned[entry]
             other = _settle(problem, turned, image, channels)
             if other.fits:
@@ -175,7 +176,7 @@ def _certify(problem: Open, t: NDArray, image: NDArray, channels: NDArray, belie
     equations = problem.previous.left.shape[1] + independent_gradients(problem, piece.x, channels)
     surplus = equations + problem.known.size - problem.unknowns
     certified = piece.fits and surplus >= SURPLUS and piece.condition <= CONDITION
-    best = piece.x if certified else problem.x + problem.N @ t
+    best = piece.x if certified else belief
     return VirtualSolution(best, certified, equations, len(beliefs), piece.residual, piece.condition, np.array(beliefs))
 
 

@@ -96,7 +96,7 @@ def test_what_the_layer_before_cannot_close_is_called_rank_deficient(specs):
     assert "what they leave open was not determined" in result.notes[-1]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_over_widths_and_seeds_exact_means_the_image(seed):
     """From full rank to far beyond the limit; the layer before supplies 3 to 5 equations an output position."""
     verdicts = {}
@@ -158,6 +158,7 @@ def test_a_wrong_sign_is_never_certified(monkeypatch):
     polished = certify(problem, wrong)
     assert not polished.certified or relative(polished.x, x) < 1e-12
     monkeypatch.setattr(virtual, "POLISH", 1)
+    monkeypatch.setattr(virtual, "TURNS", 0)
     refused = certify(problem, wrong)
     assert not refused.certified and refused.residual > 20 * problem.noise
     assert_allclose(refused.x, wrong)  # the belief stays as it was
