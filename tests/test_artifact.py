@@ -218,6 +218,9 @@ class TestNotebook:
         checked = [cell for cell in code_cells(path) if "# NBVAL_CHECK_OUTPUT" in cell.source]
         assert checked and all(cell.outputs for cell in checked)
 
+    def test_no_path_of_the_machine_stands_in_it(self, path):
+        assert "Path('/" not in path.read_text() and str(path.parents[1]) not in path.read_text()
+
     def test_no_function_is_longer_than_five_lines(self, path):
         nodes = [node for cell in code_cells(path) for node in ast.walk(ast.parse(cell.source))]
         functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
