@@ -100,7 +100,7 @@ def smooth_image_rows(previous: PreviousLayer, count: int = 1000) -> tuple[NDArr
     Returns:
         F with columns in `order` (count, n_x), target (count,), and F W⁺ (count, n_z).
     """
-    return previous.layer.cached("smooth_image_rows", lambda: _smooth_rows(previous, count))
+    return previous.layer.cached(f"smooth_image_rows {count}", lambda: _smooth_rows(previous, count))
 
 
 def _factor(layer: Layer) -> PreviousLayer | None:

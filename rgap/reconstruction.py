@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 import rgap
-from rgap import artifact, data, metrics, models
+from rgap import artifact, data, metrics, models, plots
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,7 +67,7 @@ def _attack(options):
         suffix = f"_{options.index + place}" if options.batch > 1 else ""
         _save_png(images[place], folder / f"origin{suffix}.png")
         _save_png(result.images[i], folder / f"reconstruction{suffix}.png")
-        _save_png(_rescale(result.images[i]), folder / f"reconstruction_rescaled{suffix}.png")
+        _save_png(plots.rescale(result.images[i]), folder / f"reconstruction_rescaled{suffix}.png")
     table = result.to_frame()
     artifact.write_atomically(folder / "layers.csv", lambda file: table.to_csv(file, index=False, float_format="%.6g"))
 
@@ -77,12 +76,6 @@ def _attack(options):
     print(f"PSNR     {', '.join(f'{value:.1f}' for value in quality.tolist())} dB")
     print(f"attack   {seconds:.2f} s")
     print(f"written  {folder}")
-
-
-def _rescale(image):
-    """The image's own range stretched to [0, 1]: shows the shapes in one that is far off in scale."""
-    low, high = image.min(), image.max()
-    return (image - low) / (high - low) if high > low else torch.zeros_like(image)
 
 
 def _save_png(image, path):

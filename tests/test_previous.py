@@ -143,6 +143,7 @@ def test_the_rows_of_smooth_images_are_an_orthogonal_basis_around_grey(channels)
 def test_only_the_stiffest_rows_of_large_images_are_kept():
     found = previous_factors(conv_layer(nn.Conv2d(3, 12, 4, 2, 2), 20, 20))
     F, target, FP = smooth_image_rows(found, 700)
+    assert len(smooth_image_rows(found, 10)[1]) == 10
     assert (F.shape, target.shape, FP.shape) == ((700, 1200), (700,), (700, 1452))
     stripes, blob = np.indices((20, 20)).sum(0) % 2, np.hypot(*(np.indices((20, 20)) - 9.5)) / 14
     stiff, soft = (np.sum((F @ np.tile(x.ravel(), 3)[found.order] - target) ** 2) for x in (stripes, blob))

@@ -3,7 +3,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 
 import rgap
@@ -58,10 +57,6 @@ def test_images_of_a_batch_are_compared_each_with_its_own(tmp_path, capsys, monk
             f"{name}_5.png",
             f"{name}_6.png",
         }
-
-
-def test_a_flat_reconstruction_is_rescaled_without_dividing_by_zero():
-    assert reconstruction._rescale(torch.full((1, 2, 2), 0.3)).equal(torch.zeros(1, 2, 2))
 
 
 @pytest.mark.parametrize(
