@@ -54,7 +54,7 @@ env: $(ENV) ## .venv with every pinned package and this one; PIP_ARGS=… goes t
 figures: $(EXECUTED) | $(ENV) ## run the notebooks, write figures/, print the claims; PROFILE=paper | COLOR=folder:PATH GRAY=folder:PATH
 	@$(call run,$(PROFILE),$(FIGURES)) -c 'from rgap import artifact; raise SystemExit(artifact.print_report())'
 
-build/$(PROFILE)/%.ipynb: notebooks/%.ipynb notebooks/claims.yml $(wildcard rgap/*.py) $(PARAMETERS) | $(ENV)
+build/$(PROFILE)/%.ipynb: notebooks/%.ipynb notebooks/claims.yml $(wildcard rgap/*.py rgap/*/*.py) $(PARAMETERS) | $(ENV)
 	@echo "running $<"
 	@$(call run,$(PROFILE),$(FIGURES)) -m rgap.notebook $< $@ $(if $(filter paper,$(PROFILE)),-f notebooks/paper.yml) \
 		$${COLOR:+-o color "$$COLOR"} $${GRAY:+-o gray "$$GRAY"}

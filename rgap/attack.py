@@ -1,4 +1,4 @@
-"""`reconstruct`: checks at the door, the hypotheses, and a verdict that needs no ground truth."""
+"""`reconstruct`: the hypotheses, each followed down, and a verdict that needs no ground truth."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rgap.chain import Chain, prepare
-from rgap.client import check_loss, gradients_of
+from rgap.chain import Chain
+from rgap.client import gradients_of
+from rgap.door import check_arguments, checked_chain, checked_labels
 from rgap.evidence import Evidence, weigh
 from rgap.head import Hypothesis, logistic_hypotheses
 from rgap.recursion import REFUTED, Descent, descend
-from rgap.results import Candidate, GradientMismatchError, Reconstruction, UnsupportedLayerError
+from rgap.results import Candidate, GradientMismatchError, Reconstruction
 
 
 def reconstruct(
@@ -60,9 +61,9 @@ def reconstruct(
         GradientMismatchError: If the gradients do not belong to the network or are not finite.
         ValueError: If another argument is out of range.
     """
-    chain = _checked_chain(model, image_shape)
-    _check_arguments(chain, loss, batch_size, pixel_range, rcond, noise_std)
-    known = _checked_labels(labels)
+    chain = checked_chain(model, image_shape)
+    check_arguments(chain, loss, batch_size, pixel_range, rcond, noise_std)
+    known = checked_labels(labels)
     evidence = weigh(chain, gradients, rcond, noise_std)
     head = chain.layers[-1]
     bias = evidence.gradients[head.bias_name] if head.bias_name else None
@@ -175,40 +176,3 @@ def _judge(candidates: list[Candidate], evidence: Evidence, notes: list[str], de
     if device is not None:
         kept = tuple(replace(c, images=c.images.to(device), labels=c.labels.to(device)) for c in kept)
     return Reconstruction(kept[0].images, kept[0].labels, verdict, kept, best.layers, tuple(notes))
-
-
-def _checked_chain(model: nn.Module | Chain, image_shape: tuple[int, ...] | None) -> Chain:
-    if isinstance(model, Chain):
-        return model if image_shape is None else prepare(model, image_shape)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}; give an nn.Module or a Chain from rgap.prepare")
-    if image_shape is None:
-        raise ValueError("image_shape is missing; give (channels, height, width), or a Chain from rgap.prepare")
-    return prepare(model, image_shape)
-
-
-def _check_arguments(chain: Chain, loss, batch_size, pixel_range, rcond, noise_std) -> None:
-    check_loss(loss)
-    if batch_size != 1:
-        raise ValueError(f"batch_size is {batch_size}; only single images (1) are recovered")
-    limits = tuple(pixel_range) if isinstance(pixel_range, Sequence) else ()
-    if len(limits) != 2 or not limits[0] < limits[1]:
-        raise ValueError(f"pixel_range is {pixel_range}; give (smallest, largest)")
-    if rcond is not None and not 0 <= rcond < 1:
-        raise ValueError(f"rcond is {rcond}; it must be at least 0 and below 1")
-    if noise_std is not None and not 0 <= noise_std < math.inf:
-        raise ValueError(f"noise_std is {noise_std}; it must be at least 0 and finite")
-    head = chain.layers[-1]
-    if (outputs := head.output_shape[0]) != 1:
-        raise UnsupportedLayerError(f"the last layer {head.name!r} has {outputs} outputs; the logistic loss takes 1")
-
-
-def _checked_labels(labels: Tensor | Sequence[int] | None) -> int | None:
-    if labels is None:
-        return None
-    values = torch.as_tensor(labels)
-    if values.numel() == 0:
-        raise ValueError("labels are empty; give one for the image, or None")
-    if values.shape != (1,) or values.is_floating_point() or values.item() not in (0, 1):
-        raise ValueError(f"labels are {values.tolist()}; a single image of the logistic loss takes [0] or [1]")
-    return int(values.item())

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import drawn, rand, small_cnn
+from networks import drawn, rand, randn, small_cnn
 from torch import nn
 from torch.testing import assert_close
 
@@ -19,6 +19,16 @@ def test_the_logistic_loss_is_the_mean_binary_cross_entropy_of_the_output(pairs)
     outputs, labels = torch.tensor([[f] for f, _ in pairs]).double(), torch.tensor([y for _, y in pairs])
     expected = F.binary_cross_entropy_with_logits(outputs[:, 0], labels.double())
     assert_close(loss_value("logistic", outputs, labels), expected)
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_the_other_losses_are_torchs(classes):
+    outputs, labels = randn(4, classes), torch.tensor([0, 1, classes - 1, 1])
+    assert loss_value("cross_entropy", outputs, labels) == F.cross_entropy(outputs, labels)
+    onehot = torch.eye(classes, dtype=torch.float64)[labels]
+    assert_close(loss_value("mse", outputs, labels), (outputs - onehot).square().mean())
+    y = torch.tensor([-1.0, 1.0, 1.0]).double()
+    assert_close(loss_value("mse", outputs[:3, :1], torch.tensor([0, 1, 1])), (outputs[:3, 0] - y).square().mean())
 
 
 def test_gradients_are_those_of_backward_in_the_order_of_parameters():
@@ -96,6 +106,13 @@ def test_gradients_are_computed_where_autograd_is_off():
         (IMAGES, [0, 1, 2], "logistic", r"are 0 or 1, and \[0, 1, 2\] were given; load_images\(..., classes=2\)"),
         (IMAGES, [0, 1, -1], "logistic", r"are 0 or 1, and \[-1, 0, 1\] were given"),
         (IMAGES, LABELS, "hinge", "unknown loss 'hinge'; known: logistic"),
+        (
+            IMAGES,
+            LABELS,
+            "cross_entropy",
+            r"cross_entropy loss takes outputs \(B, classes\), classes ≥ 2, and .* \(3, 1\)",
+        ),
+        (IMAGES, [0, 1, 2], "mse", r"labels of the mse loss are 0 or 1, and \[0, 1, 2\]"),
     ],
 )
 def test_bad_batches_are_refused(images, labels, loss, message):
@@ -107,3 +124,8 @@ def test_bad_batches_are_refused(images, labels, loss, message):
 def test_the_logistic_loss_refuses_what_is_not_one_output(shape):
     with pytest.raises(ValueError, match=r"takes outputs \(B, 1\), and the network gives"):
         loss_value("logistic", torch.zeros(shape), LABELS)
+
+
+def test_labels_beyond_the_classes_are_refused():
+    with pytest.raises(ValueError, match=r"labels of the cross_entropy loss are 0 to 9, and \[0, 1, 10\] were given$"):
+        loss_value("cross_entropy", torch.zeros(3, 10), torch.tensor([0, 1, 10]))

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import rgap
 from rgap import sweeps
-from rgap.sweeps import attack_each, layer_errors, wrong_signs
+from rgap.sweeps import attack_each, attacks, layer_errors, wrong_signs
 
 IMAGES, LABELS = rand(2, 3, 8, 8), torch.tensor([0, 1])
 DEFICIENT = {"make_model": lambda seed: convs(*SECOND, seed=seed), "images": rand(1, 3, 12, 12), "labels": LABELS[:1]}
@@ -40,7 +40,7 @@ def test_the_attack_gets_a_prepared_chain_the_options_and_no_label(monkeypatch):
         calls.append((chain, gradients[0].dtype, options))
         return rgap.reconstruct(chain, gradients, **options)
 
-    monkeypatch.setattr(sweeps, "reconstruct", spy)
+    monkeypatch.setattr(attacks, "reconstruct", spy)
     attack_each(small_cnn, IMAGES, LABELS, [0], rcond=1e-6)
     assert [(dtype, options) for _, dtype, options in calls] == [(torch.float32, {"rcond": 1e-6})] * 2
     assert isinstance(calls[0][0], rgap.Chain) and calls[0][0] is calls[1][0]
@@ -52,7 +52,7 @@ def test_the_label_found_is_compared_with_the_clients():
 
 
 def test_a_wrong_label_is_not_counted_as_found(monkeypatch):
-    monkeypatch.setattr(sweeps, "reconstruct", lambda *args: rgap.reconstruct(*args, labels=[1]))
+    monkeypatch.setattr(attacks, "reconstruct", lambda *args: rgap.reconstruct(*args, labels=[1]))
     table, _ = attack_each(small_cnn, IMAGES[:1], LABELS[:1], [0])
     assert table.label_found.tolist() == [False] and table.verdict.tolist() == ["inconsistent"]
 

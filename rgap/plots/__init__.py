@@ -1,0 +1,19 @@
+"""Figures from results and tables; nothing here computes. One module a subject, all names here."""
+
+from rgap.plots.images import gallery, rescale
+from rgap.plots.layers import error_growth, phase_transition, wrong_signs
+from rgap.plots.ranks import deficit_against_psnr, law_against_number, ra_along_depth
+from rgap.plots.style import MARKERS, PALETTE
+
+__all__ = [
+    "MARKERS",
+    "PALETTE",
+    "deficit_against_psnr",
+    "error_growth",
+    "gallery",
+    "law_against_number",
+    "phase_transition",
+    "ra_along_depth",
+    "rescale",
+    "wrong_signs",
+]
