@@ -29,8 +29,8 @@ def check_arguments(chain: Chain, loss, batch_size, pixel_range, rcond, noise_st
     check_loss(loss)
     if loss != "logistic":
         raise ValueError(f"the gradient of the {loss} loss cannot be inverted yet; the logistic loss can")
-    if batch_size != 1:
-        raise ValueError(f"batch_size is {batch_size}; only single images (1) are recovered")
+    if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
+        raise ValueError(f"batch_size is {batch_size}; give a positive integer, or None to find it from the gradient")
     limits = tuple(pixel_range) if isinstance(pixel_range, Sequence) else ()
     if len(limits) != 2 or not limits[0] < limits[1]:
         raise ValueError(f"pixel_range is {pixel_range}; give (smallest, largest)")

@@ -1,0 +1,220 @@
+"""Two consecutive fully connected layers: the inputs of the first, apart, from gradients that mix a batch.
+
+A batch of B has G_1 = Δ_1ᵀ X and G_2 = Δ_2ᵀ H, H = σ(X W_1ᵀ): every input x lies in the row space of G_1 and every
+hidden vector σ(W_1 x) in that of G_2, and almost nothing else does both. Everything in this module is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.batch_spans import Span, meet, null_of_rows, row_span
+from rgap.chain import Layer
+from rgap.results import UnsupportedLayerError
+
+PATIENCE = 60
+"""Starts in a row without a new input after which the search ends."""
+
+STEPS = 40
+"""Steps of one fixed point; it takes about ten."""
+
+AT_ONCE = 6
+"""Starts that are iterated together."""
+
+
+@dataclass(frozen=True)
+class Separation:
+    """The inputs of the first layer that were found, each verified on its own.
+
+    Attributes:
+        inputs: (F, n), float64: of unit length without bias, else with their true length.
+        dz: ∂ℓ/∂z_1 that belongs to these inputs, (F, h): Σ dz_bᵀ x_b is the found inputs' share of G_1.
+        residuals: Sines of the angles by which (hidden vector, dz) miss the spaces that they must lie in, (F, 2).
+        first, second: Row and column spaces of the two gradients, with their ranks.
+        starts: Random starts that were used.
+        steps: Steps of the fixed point over all starts.
+    """
+
+    inputs: Tensor
+    dz: Tensor
+    residuals: Tensor
+    first: Span
+    second: Span
+    starts: int
+    steps: int
+
+
+def separate(
+    first: Layer,
+    second: Layer,
+    gradients: Mapping[str, Tensor],
+    *,
+    precision: float = 1e-14,
+    seed: int = 0,
+    span: Span | None = None,
+) -> Separation:
+    """Separates the inputs of a fully connected layer from the gradients of it and the next one.
+
+    Write x = V_x q and s for the signs of z = W_1 x. The hidden vector D_s z, with D_s the slopes that the signs
+    choose, must lie in the row space of G_2. For given s that is a smallest principal angle between two subspaces; its
+    direction gives new signs, until they stay. Starts are random. The same signs give ∂ℓ/∂z_1 = D_s W_2ᵀ ∂ℓ/∂z_2,
+    which must lie in the column space of G_1: a second, independent test. And it *deflates*: with u = ∂ℓ/∂z_1 of one
+    input, all others fulfil uᵀ G_1⁺ x = 0 (Wedderburn's rank reduction), so that the next start looks among the others
+    only, and little more than B starts do.
+
+    The second layer's output must be at least as wide as the batch, the first's at least twice. What is not found is
+    missing from the result; an input that is in it has passed both tests.
+
+    Args:
+        first: A fully connected layer with a positively homogeneous activation that is not linear (LeakyReLU, PReLU,
+            ReLU).
+        second: The fully connected layer after it.
+        gradients: Parameter name -> gradient, float64, at least of these two layers.
+        precision: Relative error of the gradients' entries.
+        seed: Of the starts.
+        span: `row_span` of the first layer, where it is at hand.
+
+    Returns:
+        A `Separation`.
+
+    Raises:
+        UnsupportedLayerError: If the activation between the layers is linear or not homogeneous.
+    """
+    spans = span or row_span(first, gradients, precision), row_span(second, gradients, precision)
+    search = _Search(first, second, spans, precision)
+    generator = torch.Generator().manual_seed(seed)
+    starts, failed, whole = 0, 0, False
+    while search.missing and failed < PATIENCE:
+        count = min(AT_ONCE, search.missing, PATIENCE - failed)
+        known = search.found
+        search.look(count, generator, whole=whole)
+        starts += count
+        failed = 0 if search.found > known else failed + count
+        whole = failed > 0 and not whole  # where the rest gives nothing, look among all, and take turns
+    return search.result(starts)
+
+
+def slopes(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Slopes (h,) of the layer's activation for positive and for negative z.
+
+    Raises:
+        UnsupportedLayerError: If it is no pair of half-lines through 0, or a single line.
+    """
+    if not layer.activation.homogeneous:
+        raise UnsupportedLayerError(
+            f"layer {layer.name!r}: inputs of a batch are separated through LeakyReLU, PReLU or ReLU, "
+            f"and its activation is {layer.activation.name}"
+        )
+    one = torch.ones(layer.output_shape, dtype=torch.float64)
+    up, down = layer.activation.forward(one).flatten(), -layer.activation.forward(-one).flatten()
+    if torch.equal(up, down):
+        raise UnsupportedLayerError(
+            f"layer {layer.name!r} has no activation that bends: any mixture of the batch has the same gradient"
+        )
+    return up, down
+
+
+class _Search:
+    """The fixed point, with what has been found so far in coordinates of the row and column spaces."""
+
+    def __init__(self, first: Layer, second: Layer, spans: tuple[Span, Span], precision: float):
+        self.up, self.down = slopes(first)
+        self.tolerance = min(max(1e-8, 1e4 * precision), 1e-2)
+        self.has_constant = first.bias is not None
+        self.first, self.second = spans
+        W, W_next = first.weight.flatten(1), second.weight.flatten(1)
+        Z = W @ self.first.V[: W.shape[1]]
+        H = self.second.V[: len(W)]
+        if self.has_constant:
+            Z = Z + first.bias[:, None] * self.first.V[-1]
+            if second.bias is not None:  # the constant of the next layer is one more unit, always on
+                Z, H = torch.cat([Z, self.first.V[-1:]]), self.second.V
+                one = self.up.new_ones(1)
+                self.up, self.down = torch.cat([self.up, one]), torch.cat([self.down, one])
+        elif second.bias is not None:
+            H = torch.linalg.qr(H)[0]
+        self.Z, self.H = Z, H
+        self.E = W_next.T @ self.second.U
+        rank, rank_next = self.first.rank, self.second.rank
+        self.q, self.dual = Z.new_zeros(0, rank), Z.new_zeros(0, rank)
+        self.dual_next = Z.new_zeros(0, rank_next)
+        self.dz, self.residuals = Z.new_zeros(0, len(W)), Z.new_zeros(0, 2)
+        self.steps = 0
+
+    @property
+    def found(self) -> int:
+        return len(self.q)
+
+    @property
+    def missing(self) -> int:
+        return self.first.rank - self.found
+
+    def look(self, count: int, generator: torch.Generator, *, whole: bool) -> None:
+        """One round of starts, among the inputs that are left, or among all of them (`whole`)."""
+        rest = torch.eye(self.first.rank, dtype=self.Z.dtype) if whole else null_of_rows(self.dual)
+        rest_next = torch.eye(self.second.rank, dtype=self.Z.dtype)
+        if not whole and self.second.rank == self.first.rank:
+            rest_next = null_of_rows(self.dual_next)
+        Z = torch.linalg.qr(self.Z @ rest)[0]
+        start = torch.randn(count, Z.shape[1], generator=generator, dtype=Z.dtype)
+        signs = self.iterate(Z, self.H @ rest_next, start @ Z.T > 0)
+        if not whole and self.found:  # deflation carries the errors of what was found; the whole spaces do not
+            signs = self.iterate(torch.linalg.qr(self.Z)[0], self.H, signs)
+        for s in signs:
+            self.accept(s)
+
+    def iterate(self, Z: Tensor, H: Tensor, signs: Tensor) -> Tensor:
+        """Turns signs (S, h) into those of the vector D_s Z q nearest to the range of H, until they stay."""
+        live = torch.arange(len(signs))
+        floor = 1e-13 * torch.eye(Z.shape[1], dtype=Z.dtype)
+        for _ in range(STEPS):
+            DZ = torch.where(signs[live], self.up, self.down)[:, :, None] * Z
+            N, P = DZ.mT @ DZ, H.T @ DZ
+            trace = N.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-30)
+            L = torch.linalg.cholesky(N + floor * trace)
+            T = torch.linalg.solve_triangular(L, P.mT, upper=False)
+            y = torch.linalg.eigh(T @ T.mT)[1][:, :, -1:]
+            z = torch.linalg.solve_triangular(L.mT, y, upper=True)[:, :, 0] @ Z.T
+            turned = z > 0
+            against = (turned == signs[live]).sum(1) * 2 < signs.shape[1]
+            turned[against] = z[against] < 0
+            stays = (turned == signs[live]).all(1)
+            signs = signs.index_put((live,), turned)
+            self.steps += len(live)
+            live = live[~stays]
+            if not len(live):
+                break
+        return signs
+
+    def accept(self, signs: Tensor) -> None:
+        """Adds the input with these signs if it passes both tests and is new."""
+        D = torch.where(signs, self.up, self.down)[:, None]
+        q, miss = meet(D * self.Z, self.H)
+        h = len(self.E)
+        b, miss_back = meet(D[:h] * self.E, self.first.U)
+        z = self.Z @ q
+        if ((z > 0) == signs).sum() * 2 < len(signs):
+            q = -q
+        share = (self.dual @ q).abs() * self.q.norm(dim=1)  # ‖q‖ for the input itself, 0 for every other one
+        if max(miss, miss_back) > self.tolerance or (share > 0.5 * q.norm()).any():
+            return
+        q = q / (self.first.V[-1] @ q if self.has_constant else (self.first.V @ q).norm())
+        dz = (D[:h] * self.E) @ b
+        dual = (self.first.U.T @ dz) / self.first.S
+        size = dual @ q
+        if size == 0 or (self.has_constant and not torch.isfinite(q).all()):
+            return
+        self.q = torch.cat([self.q, q[None]])
+        self.dual = torch.cat([self.dual, dual[None] / size])
+        self.dual_next = torch.cat([self.dual_next, b[None] / self.second.S])
+        self.dz = torch.cat([self.dz, dz[None] / size])
+        self.residuals = torch.cat([self.residuals, q.new_tensor([[miss, miss_back]])])
+
+    def result(self, starts: int) -> Separation:
+        inputs = self.q @ self.first.V.T
+        inputs = inputs[:, :-1] if self.has_constant else inputs
+        return Separation(inputs, self.dz, self.residuals, self.first, self.second, starts, self.steps)
