@@ -11,6 +11,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from rgap.chain import Layer
+from rgap.client import loss_value
 from rgap.head import margins
 
 UNLIKELY = 1e-2
@@ -60,6 +61,8 @@ def output_gradients(
         c (B, C) and the outputs f (B, C).
     """
     received, jacobians, outputs = output_jacobians(layers, inputs)
+    if not len(inputs):
+        return outputs, outputs
     c = torch.linalg.lstsq(jacobians[0].mT, dz[:, :, None]).solution[:, :, 0]
     if not complete:
         return c, outputs
@@ -113,6 +116,24 @@ def scale_hypotheses(loss: str, f: Tensor, c: Tensor, fixed_scale: bool) -> tupl
     if not c.any() or not torch.isfinite(c).all() or (not fixed_scale and not f.any()):
         return [], ["an image whose share of the gradient vanishes has no label and no scale"]
     return SCALES[loss](f.numpy(), c.numpy(), fixed_scale)
+
+
+def share_residual(loss: str, f: Tensor, c: Tensor, label: int, alpha: float) -> float:
+    """‖∂ℓ/∂f at (α f, label) − c / α‖ over the norm of the latter: whether one image α x̂ has this share.
+
+    With biases, or three classes or more, it is an independent test: of equal images, and of the batch size.
+
+    Args:
+        loss: A loss that `scale_hypotheses` knows.
+        f: Outputs of x̂, (C,).
+        c: ∂ℓ/∂f of x̂ for this image's own loss, (C,).
+        label: The label.
+        alpha: The scale α.
+    """
+    outputs = (alpha * f)[None].detach().requires_grad_()
+    with torch.enable_grad():
+        (mine,) = torch.autograd.grad(loss_value(loss, outputs, torch.tensor([label])), outputs)
+    return ((mine[0] - c / alpha).norm() / (c / alpha).norm().clamp(min=1e-300)).item()
 
 
 def _logistic(f: np.ndarray, c: np.ndarray, fixed_scale: bool) -> tuple[list[tuple[int, float]], list[str]]:

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rgap.batch_heads import output_gradients, scale_hypotheses
-from rgap.batch_separate import Separation, separate
+from rgap.batch_heads import output_gradients, scale_hypotheses, share_residual
+from rgap.batch_separate import SPARE, Separation, separate
 from rgap.batch_size import BatchSize
 from rgap.chain import Chain
 from rgap.client import gradients_of
@@ -46,33 +46,30 @@ def recover_batch(
         device: Where the returned images and labels live.
 
     Returns:
-        The `Reconstruction`, with `per_image` and one joint candidate.
+        The `Reconstruction`, with `per_image` and one joint candidate; it holds no image where none was found.
 
     Raises:
         UnsupportedLayerError: If the network is not one that can be separated.
-        GradientMismatchError: If nothing was found, or the labels contradict what was found.
+        GradientMismatchError: If the labels contradict what was found.
     """
     _check_layers(chain)
     known = _checked_labels(labels, size.size)
     begin = time.perf_counter()
     apart = separate(*chain.layers[:2], evidence.gradients, precision=evidence.precision, seed=seed, span=size.span)
     seconds = time.perf_counter() - begin
-    if not len(apart.inputs):
-        raise GradientMismatchError(
-            f"no image of the batch was found in {apart.starts} starts: the gradient is no mixture of images of this "
-            "network at its precision, or the batch is too large for its widths"
-        )
     complete = len(apart.inputs) == apart.first.rank
     c, f = output_gradients(chain.layers, evidence.gradients, apart.inputs, apart.dz, complete=complete)
     notes = [*size.notes, *_what_was_found(chain, apart, size.size)]
-    images, reports = [], _reports(chain, apart, size.size, seconds)
+    reports, images = _reports(chain, apart, size.size, seconds), []
     for x, f_b, c_b in zip(apart.inputs, f, size.size * c, strict=True):
         found, said = scale_hypotheses(loss, f_b, c_b, chain.layers[0].bias is not None)
         notes += [note for note in said if note not in notes]
-        # Where no scale fits, the direction is still right: shown at the largest size that the pixel range allows.
+        # Where no scale fits, the direction is still right: shown as large as the pixel range allows.
         found = found or [(int(c_b.argmin()) if len(c_b) > 1 else int(c_b[0] < 0), 1.0 / x.abs().max().item())]
-        images.append([_candidate(chain, evidence, x, h, pixel_range, reports) for h in found])
-        images[-1].sort(key=lambda one: (not one.in_pixel_range, one.images.abs().max().item()))
+        each = [
+            _candidate(chain, evidence, x, h, share_residual(loss, f_b, c_b, *h), pixel_range, reports) for h in found
+        ]
+        images.append(sorted(each, key=lambda one: (not one.in_pixel_range, one.images.abs().max().item())))
     return _judge(chain, evidence, loss, size.size, apart, images, reports, notes, known, device)
 
 
@@ -120,13 +117,19 @@ def _what_was_found(chain: Chain, apart: Separation, size: int) -> list[str]:
             f"the gradient of {chain.layers[1].name!r} has rank {apart.second.rank}, below {rank} of the layer before: "
             f"{why}"
         )
+    units = chain.layers[0].output_shape[0]
+    if rank + apart.second.rank + SPARE > units:
+        notes.append(
+            f"layer {chain.layers[0].name!r} has {units} units, too few for a batch of this size: "
+            f"the ranks {rank} and {apart.second.rank} need {rank + apart.second.rank + SPARE}"
+        )
     if count < rank:
         notes.append(f"{rank - count} that the gradient holds were not found")
     return notes
 
 
 def _reports(chain: Chain, apart: Separation, size: int, seconds: float) -> tuple[LayerReport, ...]:
-    worst = apart.residuals.amax(0)
+    worst = apart.residuals.amax(0) if len(apart.residuals) else apart.residuals.new_ones(2)
     rows = []
     for layer, span, miss in zip(chain.layers[:2], (apart.first, apart.second), (worst[1], worst[0]), strict=True):
         rows.append(
@@ -152,6 +155,7 @@ def _candidate(
     evidence: Evidence,
     x: Tensor,
     hypothesis: tuple[int, float],
+    residual: float,
     pixel_range: tuple[float, float],
     reports: tuple[LayerReport, ...],
 ) -> Candidate:
@@ -160,12 +164,14 @@ def _candidate(
     width = pixel_range[1] - pixel_range[0]
     slack = (width if math.isfinite(width) else 1.0) * min(evidence.tolerance, 0.1)
     inside = bool((image >= pixel_range[0] - slack).all() and (image <= pixel_range[1] + slack).all())
-    return Candidate(image, torch.tensor([label]), math.nan, inside, chain.layer_inputs(image), reports)
+    return Candidate(image, torch.tensor([label]), residual, inside, chain.layer_inputs(image), reports)
 
 
 def _residual(chain: Chain, evidence: Evidence, joint: Tensor, labels: Tensor, loss: str, size: int) -> float:
     """Largest over the tensors of ‖g′ − g‖ / ‖g‖; images that were not found give nothing to g′."""
     mine = gradients_of(chain.model, chain.parameters, joint, labels, loss)
+    if not len(joint):
+        return 1.0
     share = len(joint) / size
     largest = max(g.norm().item() for g in evidence.gradients.values())
     return max(
@@ -176,31 +182,21 @@ def _residual(chain: Chain, evidence: Evidence, joint: Tensor, labels: Tensor, l
 
 def _judge(chain, evidence, loss, size, apart, images, reports, notes, known, device) -> Reconstruction:
     """The joint candidate from the best hypothesis of each image, and the verdicts."""
-    joint = torch.cat([one[0].images for one in images])
-    labels = torch.cat([one[0].labels for one in images])
+    none = torch.zeros(0, *chain.image_shape, dtype=torch.float64)
+    joint = torch.cat([none, *(one[0].images for one in images)])
+    labels = torch.cat([torch.zeros(0, dtype=torch.int64), *(one[0].labels for one in images)])
+    if known is not None and len(images) == size and known != sorted(labels.tolist()):
+        raise GradientMismatchError(f"labels {known} were given; the gradient is that of {sorted(labels.tolist())}")
     residual = _residual(chain, evidence, joint, labels, loss, size)
-    complete = len(images) == size
-    if known is not None and complete and known != sorted(labels.tolist()):
-        raise GradientMismatchError(
-            f"labels {known} were given; the batch's gradient is that of {sorted(labels.tolist())}"
-        )
-    consistent = residual <= evidence.tolerance
-    # Twins of an image have its very gradient: they stand and fall with it.
-    images = [[replace(one, gradient_residual=residual) for one in each] for each in images]
-    verdicts = [_verdict(each, consistent or not complete) for each in images]
-    chosen = sum(len(each) > 1 and sum(one.in_pixel_range for one in each) == 1 for each in images)
-    open_choice = verdicts.count("ambiguous")
-    if chosen:
-        notes.append(f"the pixel range chose between two scales for {chosen} of {len(images)} images")
-    if open_choice:
-        notes.append(
-            f"{open_choice} images have two scales with this gradient that the pixel range does not tell apart"
-        )
-    if len(images) < size and min(apart.first.rank, apart.second.rank) < size:
+    # Without a bias a single output fixes a scale by the batch size alone, which the rank then does not confirm.
+    unconfirmed = apart.first.rank < size and chain.homogeneous and chain.layers[-1].output_shape[0] == 1
+    verdicts = ["rank-deficient" if unconfirmed else _verdict(each, evidence.tolerance) for each in images]
+    notes = [*notes, *_what_was_chosen(images, verdicts)]
+    if apart.first.rank < size or (len(images) < size and apart.second.rank < size):
         top = "rank-deficient"
-    elif not complete or not consistent:
+    elif len(images) < size or residual > evidence.tolerance:
         top = "inconsistent"
-        notes.append(f"the images found miss the gradient by {residual:.2g}; {evidence.tolerance:.2g} is allowed")
+        notes.append(f"what was found misses the gradient by {residual:.2g}; {evidence.tolerance:.2g} is allowed")
     else:
         top = min(verdicts, key=VERDICTS.index)
     inputs = chain.layer_inputs(joint)
@@ -212,10 +208,24 @@ def _judge(chain, evidence, loss, size, apart, images, reports, notes, known, de
     return Reconstruction(whole.images, whole.labels, top, (whole,), reports, tuple(notes), per_image)
 
 
-def _verdict(candidates: list[Candidate], consistent: bool) -> str:
-    inside = sum(one.in_pixel_range for one in candidates)
-    if not consistent:
+def _what_was_chosen(images: list[list[Candidate]], verdicts: list[str]) -> list[str]:
+    notes = []
+    if chosen := sum(len(each) > 1 and sum(one.in_pixel_range for one in each) == 1 for each in images):
+        notes.append(f"the pixel range chose between two scales for {chosen} of {len(images)} images")
+    if twins := verdicts.count("ambiguous"):
+        notes.append(f"{twins} of {len(images)} images have two scales between which the pixel range does not choose")
+    if odd := verdicts.count("inconsistent"):
+        notes.append(
+            f"the shares of {odd} of {len(images)} images are not those of one image each: equal images, or another "
+            "batch size"
+        )
+    return notes
+
+
+def _verdict(candidates: list[Candidate], tolerance: float) -> str:
+    if candidates[0].gradient_residual > tolerance:
         return "inconsistent"
+    inside = sum(one.in_pixel_range for one in candidates)
     return "ambiguous" if inside > 1 or (len(candidates) > 1 and not inside) else "exact"
 
 

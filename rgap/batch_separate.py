@@ -25,6 +25,9 @@ STEPS = 40
 AT_ONCE = 6
 """Starts that are iterated together."""
 
+SPARE = 4
+"""Units that the first layer must have beyond the two ranks: with none to spare every mixture passes both tests."""
+
 
 @dataclass(frozen=True)
 class Separation:
@@ -66,8 +69,8 @@ def separate(
     input, all others fulfil uᵀ G_1⁺ x = 0 (Wedderburn's rank reduction), so that the next start looks among the others
     only, and little more than B starts do.
 
-    The second layer's output must be at least as wide as the batch, the first's at least twice. What is not found is
-    missing from the result; an input that is in it has passed both tests.
+    The second layer must have as many outputs as the batch has inputs, the first `SPARE` more than twice as many. What
+    is not found is missing from the result; an input that is in it has passed both tests.
 
     Args:
         first: A fully connected layer with a positively homogeneous activation that is not linear (LeakyReLU, PReLU,
@@ -88,7 +91,7 @@ def separate(
     search = _Search(first, second, spans, precision)
     generator = torch.Generator().manual_seed(seed)
     starts, failed, whole = 0, 0, False
-    while search.missing and failed < PATIENCE:
+    while search.missing and failed < PATIENCE and search.has_tests:
         count = min(AT_ONCE, search.missing, PATIENCE - failed)
         known = search.found
         search.look(count, generator, whole=whole)
@@ -152,6 +155,10 @@ class _Search:
     @property
     def missing(self) -> int:
         return self.first.rank - self.found
+
+    @property
+    def has_tests(self) -> bool:
+        return self.first.rank + self.second.rank + SPARE <= len(self.E)
 
     def look(self, count: int, generator: torch.Generator, *, whole: bool) -> None:
         """One round of starts, among the inputs that are left, or among all of them (`whole`)."""
