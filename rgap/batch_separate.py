@@ -17,13 +17,17 @@ from rgap.chain import Layer
 from rgap.results import UnsupportedLayerError
 
 PATIENCE = 60
-"""Starts in a row without a new input after which the search ends."""
+"""Starts in a row without a new input that end the search; a third of them where the second gradient lacks rank."""
 
 STEPS = 40
 """Steps of one fixed point; it takes about ten."""
 
 AT_ONCE = 6
 """Starts that are iterated together."""
+
+DISTINCT = 1e-3
+"""Sine of the angle, in units of the next one, up to which a direction is accepted: about its error. Where two images
+switch the same units every mixture of them fits, and the next angle is as small."""
 
 SPARE = 4
 """Units that the first layer must have beyond the two ranks: with none to spare every mixture passes both tests."""
@@ -91,8 +95,9 @@ def separate(
     search = _Search(first, second, spans, precision)
     generator = torch.Generator().manual_seed(seed)
     starts, failed, whole = 0, 0, False
-    while search.missing and failed < PATIENCE and search.has_tests:
-        count = min(AT_ONCE, search.missing, PATIENCE - failed)
+    patience = PATIENCE if search.second.rank >= search.first.rank else PATIENCE // 3
+    while search.missing and failed < patience and search.has_tests:
+        count = min(AT_ONCE, search.missing, patience - failed)
         known = search.found
         search.look(count, generator, whole=whole)
         starts += count
@@ -200,14 +205,15 @@ class _Search:
     def accept(self, signs: Tensor) -> None:
         """Adds the input with these signs if it passes both tests and is new."""
         D = torch.where(signs, self.up, self.down)[:, None]
-        q, miss = meet(D * self.Z, self.H)
+        q, miss, next_miss = meet(D * self.Z, self.H)
         h = len(self.E)
-        b, miss_back = meet(D[:h] * self.E, self.first.U)
+        b, miss_back, next_back = meet(D[:h] * self.E, self.first.U)
         z = self.Z @ q
         if ((z > 0) == signs).sum() * 2 < len(signs):
             q = -q
         share = (self.dual @ q).abs() * self.q.norm(dim=1)  # ‖q‖ for the input itself, 0 for every other one
-        if max(miss, miss_back) > self.tolerance or (share > 0.5 * q.norm()).any():
+        unclear = miss > DISTINCT * next_miss or miss_back > DISTINCT * next_back
+        if max(miss, miss_back) > self.tolerance or unclear or (share > 0.5 * q.norm()).any():
             return
         q = q / (self.first.V[-1] @ q if self.has_constant else (self.first.V @ q).norm())
         dz = (D[:h] * self.E) @ b

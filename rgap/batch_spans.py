@@ -62,7 +62,7 @@ def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float) ->
     return Span(U[:, :rank], S[:rank], Vt[:rank].T, above, below)
 
 
-def meet(A: Tensor, V: Tensor) -> tuple[Tensor, float]:
+def meet(A: Tensor, V: Tensor) -> tuple[Tensor, float, float]:
     """The vector A a, of unit length, that lies closest to the range of V.
 
     Args:
@@ -70,13 +70,14 @@ def meet(A: Tensor, V: Tensor) -> tuple[Tensor, float]:
         V: (m, l), orthonormal.
 
     Returns:
-        a (k,), and the sine of the smallest principal angle between the two ranges.
+        a (k,), the sine of the smallest principal angle between the two ranges, and that of the next one (1 for k = 1).
     """
     Q, R = torch.linalg.qr(A)
-    y = torch.linalg.svd(Q - V @ (V.T @ Q), full_matrices=False)[2][-1]
-    nearest = Q @ y
+    _, sines, directions = torch.linalg.svd(Q - V @ (V.T @ Q), full_matrices=False)
+    nearest = Q @ directions[-1]
     sine = (nearest - V @ (V.T @ nearest)).norm().item()
-    return torch.linalg.lstsq(R, y[:, None], driver="gelsd").solution[:, 0], sine
+    a = torch.linalg.lstsq(R, directions[-1][:, None], driver="gelsd").solution[:, 0]
+    return a, sine, sines[-2].item() if len(sines) > 1 else 1.0
 
 
 def null_of_rows(rows: Tensor) -> Tensor:

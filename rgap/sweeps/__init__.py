@@ -1,10 +1,11 @@
 """Many attacks and analyses as tables; only here and in notebooks do attack and truth meet. One module a subject."""
 
 from rgap.sweeps.attacks import attack_each, layer_errors, wrong_signs
-from rgap.sweeps.batches import attack_batches, batch_outcome, sample_batches, width_table
+from rgap.sweeps.batches import COSINE, attack_batches, batch_outcome, sample_batches, width_table
 from rgap.sweeps.ranks import predicted_and_measured, rank_law_sample, rank_table
 
 __all__ = [
+    "COSINE",
     "attack_batches",
     "attack_each",
     "batch_outcome",

@@ -80,7 +80,7 @@ def batch_outcome(result: Reconstruction, images: Tensor, labels: Tensor) -> dic
     truth = images[order]
     cosine = (_unit(result.images) * _unit(truth)).flatten(1).sum(1)
     errors, quality = mse(result.images, truth), psnr_db(result.images, truth)
-    exact = torch.tensor([verdict == "exact" for verdict, _ in result.per_image], dtype=torch.bool)
+    exact = _certified(result)
     return {
         "found": len(result.images),
         "false": int((cosine < COSINE).sum()),
@@ -183,7 +183,7 @@ def _checked(result: Reconstruction, images: Tensor) -> dict:
     nearest = cosine.argmax(1)
     quality = psnr_db(result.images, images[nearest])
     false = int((cosine < COSINE).all(1).sum())
-    certified = torch.tensor([v == "exact" for v, _ in result.per_image], dtype=torch.bool)
+    certified = _certified(result)
     wrong = int((certified & (quality < 50)).sum())
     incomplete = result.verdict == "exact" and len(set(nearest.tolist())) < len(images)
     why = "; ".join(
@@ -196,6 +196,12 @@ def _checked(result: Reconstruction, images: Tensor) -> dict:
         if holds
     )
     return {"psnr_db": min(quality.tolist(), default=float("nan")), "ok": not why, "why": why}
+
+
+def _certified(result: Reconstruction) -> Tensor:
+    """Which images are exact by their own verdict, (F,); a single image has that of the result."""
+    verdicts = [verdict for verdict, _ in result.per_image] or [result.verdict] * len(result.images)
+    return torch.tensor([verdict == "exact" for verdict in verdicts], dtype=torch.bool)
 
 
 def _unit(images: Tensor) -> Tensor:
