@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rgap.batch_heads import output_gradients, scale_hypotheses, share_residual
-from rgap.batch_separate import SPARE, Separation, separate
+from rgap.batch_search import SPARE
+from rgap.batch_separate import Separation, separate
 from rgap.batch_size import BatchSize
 from rgap.chain import Chain
 from rgap.client import gradients_of

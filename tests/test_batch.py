@@ -38,9 +38,16 @@ def test_fcn3_gives_every_face_of_a_batch_back():
     assert any("10 of 10 images found, in" in note for note in result.notes)
 
 
+HEADS = [
+    ("logistic", 1, (120, 30)),
+    ("logistic", 1, (120, 30, 10)),
+    ("cross_entropy", 6, (120, 30)),
+    ("cross_entropy", 6, (60,)),
+]
+
+
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("loss", "outputs", "widths"), [("logistic", 1, (120, 30)), ("logistic", 1, (120, 30, 10)),
-                                                         ("cross_entropy", 6, (120, 30)), ("cross_entropy", 6, (60,))])  # fmt: skip
+@pytest.mark.parametrize(("loss", "outputs", "widths"), HEADS)
 def test_heads_biases_and_depths(loss, outputs, widths, bias):
     network, (images, labels) = fcn(widths, outputs, bias, seed=1), batch(4, max(outputs, 2))
     check_exact(recovered(network, images, labels, loss, dtype=torch.float64), images, labels, 1e-9)

@@ -163,3 +163,19 @@ def test_the_width_family_has_both_thresholds_and_names_the_widths():
     assert places == [pytest.approx(82**0.5), pytest.approx(0.93 * 486)]
     assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] == [60]
     assert {"22", "20", "18", "24 to 24"} <= {text.get_text() for text in axis.texts}
+
+
+def test_batches_have_their_shares_their_seconds_and_the_limit():
+    table = pd.DataFrame({"batch": [1, 8, 8], "seed": [0, 0, 1], "found": [1, 8, 6], "false": [0, 0, 2],
+                          "certified": [1, 8, 4], "seconds": [0.1, 0.5, 0.7]})  # fmt: skip
+    (axis,) = drawn(plots.found_against_batch(table, limit=9))
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "found",
+        "certified as exact",
+        "false images",
+    ]
+    np.testing.assert_allclose([line.get_ydata() for line in axis.lines[:3]], [[1, 0.75], [1, 0.75], [0, 0.125]])
+    assert axis.texts[0].get_text() == "second layer's width, 9"
+    (axis,) = drawn(plots.seconds_against_batch(table, limit=9))
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), [0.1, 0.6])
+    assert axis.get_ylabel() == "seconds" and len(axis.collections[0].get_offsets()) == 3
