@@ -38,7 +38,7 @@ def test_a_result_without_images_has_an_outcome():
 
 def test_widths_have_a_row_each():
     images, labels = batch(4)
-    table = width_table(lambda seed, widths: fcn(widths[:1] + (30,), seed=seed), images, labels, [40, 80])
+    table = width_table(lambda seed, widths: fcn((*widths[:1], 30), seed=seed), images, labels, [40, 80])
     assert table["width"].tolist() == [40, 80] and (table["found"] == 4).all()
     assert table["parameters"].tolist() == [36 * w + 30 * w + 30 for w in (40, 80)]
     assert table["megabytes"].is_monotonic_increasing
