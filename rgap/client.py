@@ -1,4 +1,4 @@
-"""The client's side: the gradient that it shares."""
+"""The client's side: the gradient that it shares, and the defences that it may apply (from `rgap.defences`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,23 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rgap.defences import clip_and_noise, epsilon, gaussian_noise, prune, quantise
+
+__all__ = [
+    "LOSSES",
+    "LOSS_OUTPUTS",
+    "check_loss",
+    "client_gradients",
+    "clip_and_noise",
+    "epsilon",
+    "gaussian_noise",
+    "gradients_of",
+    "loss_value",
+    "outputs_fit",
+    "prune",
+    "quantise",
+]
 
 LOSSES = ("logistic", "cross_entropy", "mse")
 """Names of the losses."""
