@@ -29,6 +29,10 @@ LARGEST_BATCH = 1024
 """Images behind one gradient up to which is searched."""
 
 
+ARGUMENTS = {"output channels": "out_channels", "stride": "stride"}
+"""Kind of a change of a convolution -> the argument of `with_convolution`."""
+
+
 @dataclass(frozen=True)
 class Change:
     """One change of a network after which the linear equations no longer lead to the image.
@@ -88,7 +92,7 @@ def advise(model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1) 
     convolutions = [s for s in chain_steps(model, image_shape) if is_layer(s) and not isinstance(s.module, nn.Linear)]
     for step in convolutions[:LAYERS]:
         width = step.module.out_channels
-        built = partial(_changed, model, image_shape, batch_size, step.path, "out_channels")
+        built = partial(_changed, model, image_shape, batch_size, step.path, "output channels")
         found.append(_change("output channels", step.path, width, _bisect(width, 0, built)))
     for step in convolutions[:LAYERS]:
         stride = max(step.module.stride)
@@ -97,6 +101,20 @@ def advise(model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1) 
     judged = partial(_judge, model, image_shape)
     found.append(_change("batch size", "", batch_size, _first_batch(batch_size, judged)))
     return [change for change in found if change is not None]
+
+
+def changed(model: nn.Module, image_shape: tuple[int, ...], change: Change, seed: int = 0) -> nn.Module:
+    """A copy of a network with a change of width or stride made; the network itself for another batch size.
+
+    Args:
+        model: The network that was advised on; it is left as it is.
+        image_shape: Shape of one image, without the batch dimension.
+        change: From `advise`.
+        seed: Of the weights of the layers that change.
+    """
+    if change.what not in ARGUMENTS:
+        return model
+    return with_convolution(model, image_shape, change.layer, seed=seed, **{ARGUMENTS[change.what]: change.after})
 
 
 def advice_frame(changes: Iterable[Change]) -> pd.DataFrame:
@@ -113,7 +131,7 @@ def _changed(
 ) -> Exposure | None:
     """The exposure of a changed copy; None where there is no such network."""
     try:
-        return _judge(with_convolution(model, image_shape, path, **{what: value}), image_shape, batch_size)
+        return _judge(with_convolution(model, image_shape, path, **{ARGUMENTS[what]: value}), image_shape, batch_size)
     except (UnsupportedLayerError, ValueError):
         return None
 

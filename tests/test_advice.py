@@ -3,7 +3,7 @@ from torch import nn
 
 import rgap
 from rgap import models
-from rgap.advice import advice_frame, advise
+from rgap.advice import ARGUMENTS, advice_frame, advise, changed
 from rgap.exposure import exposure
 from rgap.rebuild import with_convolution
 
@@ -20,16 +20,15 @@ def advice():
 
 
 def test_each_change_is_the_smallest_of_its_kind(advice):
-    options = {"output channels": "out_channels", "stride": "stride"}
-    assert {change.what for change in advice} == {*options, "batch size"}
+    assert {change.what for change in advice} == {*ARGUMENTS, "batch size"}
     for change in advice:
         step = 1 if change.after > change.before else -1
         for value, stops in ((change.after, True), (change.after - step, False)):
             if change.what == "batch size":
                 assert (outcome(models.cnn6(), SHAPE, value) == "stops") == stops
             elif value != change.before:
-                changed = with_convolution(models.cnn6(), SHAPE, change.layer, **{options[change.what]: value})
-                assert (outcome(changed, SHAPE) == "stops") == stops
+                other = with_convolution(models.cnn6(), SHAPE, change.layer, **{ARGUMENTS[change.what]: value})
+                assert (outcome(other, SHAPE) == "stops") == stops
 
 
 def test_the_second_layers_width_is_where_the_virtual_constraints_end(advice):
@@ -67,6 +66,16 @@ def test_what_cannot_be_adapted_is_left_out():
     assert ("output channels", "0") in {(c.what, c.layer) for c in advise(nn.Sequential(*layers), (3, 8, 8))}
     layers[2] = nn.Conv2d(12, 8, 3, 1, 1, groups=2)
     assert ("output channels", "0") not in {(c.what, c.layer) for c in advise(nn.Sequential(*layers), (3, 8, 8))}
+
+
+def test_a_change_can_be_made(advice):
+    model = models.cnn6()
+    for change in advice:
+        new = changed(model, SHAPE, change)
+        if change.what == "batch size":
+            assert new is model
+        else:
+            assert outcome(new, SHAPE) == "stops"
 
 
 def test_as_a_table(advice):
