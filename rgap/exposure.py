@@ -35,7 +35,8 @@ class StepExposure:
         deficit: Unknowns that its own equations leave open; None where no rank is known.
         supply: The most equations that the step before can add; None where that is not known.
         status: "determined" (its own equations are enough), "closable" (with those of the step before there are
-            enough, which virtual constraints may use), "open" (there are not enough even so), or "unknown".
+            enough, by count: whether an attack finds the solution is another question, for mini-batches above all),
+            "open" (there are not enough even so), or "unknown".
     """
 
     name: str
