@@ -179,3 +179,21 @@ def test_batches_have_their_shares_their_seconds_and_the_limit():
     (axis,) = drawn(plots.seconds_against_batch(table, limit=9))
     np.testing.assert_allclose(axis.lines[0].get_ydata(), [0.1, 0.6])
     assert axis.get_ylabel() == "seconds" and len(axis.collections[0].get_offsets()) == 3
+
+
+def test_an_audits_bars_are_shares_of_the_unknowns_with_the_numbers_beside_them():
+    rows = [("conv", "convolution", 200, 0, 0, "determined"), ("narrow", "convolution", 100, 40, 30, "open")]
+    rows += [("2.0", "convolution", 100, 40, 90, "closable"), ("block", "residual block", 100, None, None, "unknown")]
+    steps = pd.DataFrame(rows, columns=["name", "kind", "unknowns", "deficit", "supply", "status"])
+    steps = steps.astype({"deficit": "Int64", "supply": "Int64"})
+    (axis,) = drawn(plots.audit_steps(steps))
+    widths = np.array([bar.get_width() for bar in axis.patches]).reshape(4, 3)
+    np.testing.assert_allclose(widths, [[100, 100, 0], [100, 60, 30], [100, 60, 40], [100, 0, 0]])
+    assert [text.get_text().replace("\n", " ") for text in axis.get_yticklabels()][1] == "narrow convolution"
+    assert [text.get_text() for text in axis.texts] == [
+        "200 unknowns: gives its input away",
+        "100 unknowns, 40 missing: stays open",
+        "100 unknowns, 40 missing: gives its input away with the step before",
+        "100 unknowns: whether it leaks is not known",
+    ]
+    assert [text.get_text() for text in axis.get_legend().get_texts()][-1] == "not known"

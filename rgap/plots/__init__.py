@@ -1,5 +1,6 @@
 """Figures from results and tables; nothing here computes. One module a subject, all names here."""
 
+from rgap.plots.audit import audit_steps
 from rgap.plots.batches import found_against_batch, seconds_against_batch
 from rgap.plots.images import gallery, rescale
 from rgap.plots.layers import error_growth, phase_transition, wrong_signs
@@ -9,6 +10,7 @@ from rgap.plots.style import MARKERS, PALETTE
 __all__ = [
     "MARKERS",
     "PALETTE",
+    "audit_steps",
     "deficit_against_psnr",
     "error_growth",
     "found_against_batch",

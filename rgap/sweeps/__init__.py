@@ -1,6 +1,7 @@
 """Many attacks and analyses as tables; only here and in notebooks do attack and truth meet. One module a subject."""
 
 from rgap.sweeps.attacks import attack_each, layer_errors, wrong_signs
+from rgap.sweeps.audits import attacks_under_defence, audited_and_attacked
 from rgap.sweeps.batches import COSINE, attack_batches, batch_outcome, sample_batches, width_table
 from rgap.sweeps.ranks import predicted_and_measured, rank_law_sample, rank_table
 
@@ -8,6 +9,8 @@ __all__ = [
     "COSINE",
     "attack_batches",
     "attack_each",
+    "attacks_under_defence",
+    "audited_and_attacked",
     "batch_outcome",
     "layer_errors",
     "predicted_and_measured",
