@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -133,4 +134,7 @@ def _close(before: Layer, evidence: Evidence, solution: LayerSolution, z: Tensor
         noise=noise,
     )
     reads_image = before.input_shape[0] in (1, 3)
-    return solve_virtual(problem, (lambda: smooth_image_rows(factors)) if reads_image else None)
+    try:
+        return solve_virtual(problem, (lambda: smooth_image_rows(factors)) if reads_image else None)
+    except np.linalg.LinAlgError:  # of a wrong hypothesis, whose pre-activations are beyond all bounds
+        return None

@@ -159,6 +159,8 @@ def _with_weights(
     A, y = weight_columns(layer, found.V), layer.apply(found.x0.T.reshape(layer.input_shape)).flatten()
     if known is not None:
         A, y = A[known], y[known]
+    if A.norm() <= rcond * layer.weight.flatten(1).norm(dim=1).max():  # W repeats K: what is left of it is rounding
+        A = torch.zeros_like(A)
     b = z - y
     scale = _rms(z) / _rms(G) if G.any() and len(z) else 0.0
     dim = (scale * found.sigmas).repeat(channels)
