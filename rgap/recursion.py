@@ -78,10 +78,12 @@ def descend(
         G = evidence.gradients[layer.weight_name].reshape(layer.weight.shape)
         z = layer.activation.inverse(x.reshape(layer.output_shape))
         dz = layer.activation.derivative(z) * dx.reshape(layer.output_shape)
-        mismatch = max(mismatch, _identities(layer, G, dz, z))
+        if layer.weight_name not in evidence.lost:
+            mismatch = max(mismatch, _identities(layer, G, dz, z))
         if mismatch > give_up:
             return Descent(inputs, tuple(reports), mismatch, False)
-        solution = solve_layer(layer, G, dz, z, rcond=evidence.rcond)
+        heard = 0.0 if layer.weight_name in evidence.lost else 1.0
+        solution = solve_layer(layer, heard * G, heard * dz, z, rcond=evidence.rcond)
         x, dx, report = solution.x, layer.adjoint(dz), solution.report
         if report.deficit:
             closed = (
