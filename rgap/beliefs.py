@@ -16,7 +16,6 @@ from rgap.activations import Activation
 from rgap.linearise import Fit, slope
 from rgap.previous import PreviousLayer
 
-
 UNSEEN = 1e-12
 """Gradient rows below this share of the largest say nothing: they are not scaled up."""
 

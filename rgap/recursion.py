@@ -28,6 +28,9 @@ REFUTED = 0.3
 AMPLIFIED = 5.0
 """Error of a pre-activation in units of the gradient's: what the layers above and σ⁻¹ make of it, roughly."""
 
+ROUNDING = 1e-13
+"""Least relative error of a recovered input: that of the float64 arithmetic here, over a chain of layers."""
+
 
 @dataclass(frozen=True)
 class Descent:
@@ -77,13 +80,15 @@ def descend(
     beliefs: dict[str, Tensor] = {}
     for i in reversed(range(len(chain.layers) - 1)):
         layer, begin = chain.layers[i], time.perf_counter()
-        G = torch.zeros_like(layer.weight) if layer.is_fixed else layer.gradient(evidence.gradients)
-        z, known = layer.activation.invert(x.reshape(layer.output_shape), AMPLIFIED * evidence.precision)
+        heard = not layer.is_fixed and layer.weight_name not in evidence.lost
+        G = layer.gradient(evidence.gradients) if heard else torch.zeros_like(layer.weight)
+        z, known = layer.activation.invert(x.reshape(layer.output_shape), _accuracy(reports[-1], evidence))
         dz = layer.activation.derivative(z) * dx.reshape(layer.output_shape)
-        mismatch = max(mismatch, _identities(layer, evidence, G, dz, z, known))
+        if heard:
+            mismatch = max(mismatch, _identities(layer, evidence, G, dz, z, known))
         if mismatch > give_up:
             return Descent(inputs, tuple(reports), mismatch, False)
-        solution = solve_layer(layer, G, dz, z, rcond=evidence.rcond, known=known)
+        solution = solve_layer(layer, G, dz if heard else 0 * dz, z, rcond=evidence.rcond, known=known)
         x, dx, report = solution.x, layer.adjoint(dz), solution.report
         if known is not None:
             report = replace(report, saturated=int((~known).sum()))
@@ -105,14 +110,18 @@ def descend(
     return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open), beliefs)
 
 
+def _accuracy(report: LayerReport, evidence: Evidence) -> float:
+    """Error of a layer's recovered input relative to its size, roughly: what rounding makes of its condition number."""
+    condition = report.condition if report.condition and math.isfinite(report.condition) else 1.0
+    return min(AMPLIFIED * condition * max(evidence.precision, ROUNDING), 1e-3)
+
+
 def _identities(layer: Layer, evidence: Evidence, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None) -> float:
-    """The largest identity residual of the layer's groups and of its bias; a fixed layer has none."""
-    if layer.is_fixed:
-        return 0.0
+    """The largest identity residual of the layer's groups and of its bias."""
     parts = split_groups(layer)
     chunks = zip(parts, *(t.chunk(len(parts)) for t in (G, dz, z)), strict=True)
     found = max(identity_residual(*chunk, known) for chunk in chunks)
-    if layer.bias_name is None:
+    if layer.bias_name is None or layer.bias_name in evidence.lost:
         return found
     return max(found, bias_residual(layer, evidence.gradients[layer.bias_name], dz))
 
