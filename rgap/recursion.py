@@ -88,7 +88,8 @@ def descend(
             mismatch = max(mismatch, _identities(layer, evidence, G, dz, z, known))
         if mismatch > give_up:
             return Descent(inputs, tuple(reports), mismatch, False)
-        solution = solve_layer(layer, G, dz if heard else 0 * dz, z, rcond=evidence.rcond, known=known)
+        limits = {"rcond": evidence.rcond, "precision": evidence.precision}
+        solution = solve_layer(layer, G, dz if heard else 0 * dz, z, known=known, **limits)
         x, dx, report = solution.x, layer.adjoint(dz), solution.report
         if known is not None:
             report = replace(report, saturated=int((~known).sum()))
