@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from rgap.attack import reconstruct
 from rgap.chain import Chain, Layer, prepare
-from rgap.client import client_gradients, loss_value
+from rgap.client import LOSSES, client_gradients, loss_value
 from rgap.metrics import psnr_db
 from rgap.results import GradientMismatchError
 
@@ -53,6 +53,7 @@ class _Draft:
     """A chain under construction."""
 
     rng: np.random.Generator
+    unknowns: int
     shape: tuple[int, ...]
     modules: list[nn.Module] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
@@ -64,7 +65,7 @@ class _Draft:
                 shape = tuple(module.double().eval()(torch.zeros(1, *self.shape, dtype=torch.float64)).shape[1:])
         except RuntimeError:
             return False
-        if min(shape) < 1 or np.prod(shape) > UNKNOWNS:
+        if min(shape) < 1 or np.prod(shape) > self.unknowns:
             return False
         self.shape = shape
         self.modules.append(module)
@@ -80,22 +81,23 @@ class _Draft:
         return bool(self.rng.random() < share)
 
 
-def random_chain(seed: int) -> tuple[nn.Sequential, tuple[int, ...], list[str]]:
+def random_chain(seed: int, unknowns: int = UNKNOWNS) -> tuple[nn.Sequential, tuple[int, ...], str, list[str]]:
     """A random network in eval mode, float64, of 1 to 5 layers with weights, on an image of 8 to 24 pixels a side.
 
     Args:
         seed: Decides everything.
+        unknowns: Most entries of any layer's input or output.
 
     Returns:
-        The network, the image shape, and the kinds of what it is made of, activations among them.
+        The network, the image shape, the loss, and the kinds of what they are made of, activations among them.
     """
     rng = np.random.default_rng([seed, 7])
     axes = 1 if rng.random() < 0.2 else 2
-    sides = rng.integers(8, 25, axes).tolist()
-    shape = (int(rng.choice([1, 3])) if np.prod(sides) <= UNKNOWNS // 3 else 1, *sides)
+    sides = rng.integers(8, min(24, int(unknowns ** (1 / axes))) + 1, axes).tolist()
+    shape = (int(rng.choice([1, 3])) if np.prod(sides) <= unknowns // 3 else 1, *sides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        draft = _Draft(rng, shape)
+        draft = _Draft(rng, unknowns, shape)
         if draft.chance(0.15):
             draft.add(_batch_norm(draft), "normalisation")
         for _ in range(int(rng.integers(0, 4))):
@@ -107,26 +109,30 @@ def random_chain(seed: int) -> tuple[nn.Sequential, tuple[int, ...], list[str]]:
         network, kinds = draft.modules, draft.kinds
         if draft.chance(0.3) and len(network) > 2:
             network, kinds = [nn.Sequential(*network[:2]), *network[2:]], [*kinds, "nested"]
-        head = nn.Linear(draft.shape[0], 1, draft.chance(0.5))
-        return nn.Sequential(*network, head).double().eval(), shape, kinds
+        loss = draft.pick(*LOSSES)
+        outputs = {"logistic": 1, "cross_entropy": int(rng.integers(2, 11)), "mse": int(rng.integers(1, 6))}[loss]
+        head = nn.Linear(draft.shape[0], outputs, draft.chance(0.5))
+        return nn.Sequential(*network, head).double().eval(), shape, loss, [*kinds, loss]
 
 
-def sample_chains(count: int, seed: int = 0) -> pd.DataFrame:
+def sample_chains(count: int, seed: int = 0, unknowns: int = UNKNOWNS) -> pd.DataFrame:
     """Attacks random chains from float64 gradients and judges every verdict by dense ranks.
 
-    A row is in order where the image came back at 60 dB or more, or where the verdict is not "exact" and a layer's
-    dense [W; K], at the true input and its true ∂ℓ/∂z, is short of full numerical rank.
+    A row is in order where the image came back at 60 dB or more (as one of the candidates, if these are ambiguous), or
+    where the verdict is not "exact" and a layer's dense [W; K], at the true input and its true ∂ℓ/∂z, is short of full
+    numerical rank.
 
     Args:
         count: Chains.
         seed: Of the first; the others follow.
+        unknowns: Most entries of any layer's input or output.
 
     Returns:
         case, kinds, unknowns (most of a layer), verdict, psnr_db, ok, why.
     """
     rows = []
     for number in tqdm(range(seed, seed + count), desc="chains", disable=not sys.stderr.isatty()):
-        rows.append(_attack(number))
+        rows.append(_attack(number, unknowns))
     return pd.DataFrame(rows)
 
 
@@ -187,23 +193,24 @@ def _dense_rank(layer: Layer, dz: Tensor, z: Tensor) -> int:
     return int((S > RCOND * S.max()).sum())
 
 
-def _attack(number: int) -> dict:
-    network, shape, kinds = random_chain(number)
+def _attack(number: int, unknowns: int) -> dict:
+    network, shape, loss, kinds = random_chain(number, unknowns)
     generator = torch.Generator().manual_seed(number)
     image = torch.rand(1, *shape, generator=generator, dtype=torch.float64)
-    label = torch.randint(2, (1,), generator=generator)
+    label = torch.randint(max(2, network[-1].out_features), (1,), generator=generator)
     chain = prepare(network, shape)
     row = {"case": f"chain {number}", "kinds": ", ".join(kinds), "unknowns": max(x.unknowns for x in chain.layers)}
-    gradients = client_gradients(network, image, label)
+    gradients = client_gradients(network, image, label, loss)
     try:
-        result = reconstruct(chain, gradients)
+        result = reconstruct(chain, gradients, loss=loss)
     except GradientMismatchError as error:
         nothing = not gradients[-1].any() or not any(g.any() for g in gradients[-2:])
         return row | {"verdict": "no gradient", "psnr_db": float("nan"), "ok": nothing, "why": str(error)}
-    quality = psnr_db(result.images.reshape(1, 1, 1, -1), image.reshape(1, 1, 1, -1)).item()
+    found = result.candidates if result.verdict == "ambiguous" else result.candidates[:1]
+    quality = max(psnr_db(c.images.reshape(1, 1, 1, -1), image.reshape(1, 1, 1, -1)).item() for c in found)
     ok, why = quality >= RECOVERED_DB, ""
     if not ok:
-        short = {name: n - rank for name, (n, rank) in dense_ranks(chain, image, label).items() if rank < n}
+        short = {name: n - rank for name, (n, rank) in dense_ranks(chain, image, label, loss).items() if rank < n}
         ok = result.verdict != "exact" and bool(short)
         why = ", ".join(f"{name} lacks {lack}" for name, lack in short.items()) or "every layer has full rank"
     return row | {"verdict": result.verdict, "psnr_db": quality, "ok": ok, "why": why}
