@@ -166,6 +166,11 @@ def _judge(candidates: list[Candidate], evidence: Evidence, notes: list[str], de
     consistent = [c for c in candidates if c.gradient_residual <= evidence.tolerance]
     inside = [c for c in consistent if c.in_pixel_range]
     short = [f"{r.name!r} by {r.deficit}" for r in best.layers if r.deficit]
+    if silent := [f"{r.saturated} at {r.name!r}" for r in best.layers if r.saturated]:
+        notes = [
+            *notes,
+            f"outputs that do not tell their pre-activation (zeros of a ReLU, saturation): {', '.join(silent)}",
+        ]
     if short and not best.open_layers:
         notes = [*notes, f"layers short of full rank, closed by virtual constraints: {', '.join(short)}"]
     if best.open_layers:

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import rgap
 from rgap.activations import IDENTITY
 from rgap.constraints import weight_matrix
-from rgap.sweeps.chains import random_chain
+from rgap.sweeps import random_chain
 
 IMAGE = (3, 8, 8)
 CONV, NEXT = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)

@@ -1,7 +1,8 @@
 """Many attacks and analyses as tables; only here and in notebooks do attack and truth meet. One module a subject."""
 
 from rgap.sweeps.attacks import attack_each, layer_errors, wrong_signs
-from rgap.sweeps.chains import kind_table, random_chain, sample_chains
+from rgap.sweeps.chains import kind_table, sample_chains
+from rgap.sweeps.random_chains import random_chain
 from rgap.sweeps.ranks import predicted_and_measured, rank_law_sample, rank_table
 
 __all__ = [
