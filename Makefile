@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help env figures test lab test-lab notebooks reconstruction audit report clean FORCE
+.PHONY: help env figures test verify lab test-lab notebooks reconstruction audit report clean FORCE
 .DEFAULT_GOAL := help
 
 # Values for the command line only: a variable of this name in the environment changes nothing.
@@ -15,9 +15,11 @@ DATA := embedded
 SEED := 0
 BATCH := 1
 SHAPE :=
+SAMPLES :=
+COUNT :=
 PIP_ARGS :=
 # By way of the environment values reach a recipe whole, whatever spaces a path has.
-export COLOR GRAY MODEL INDEX DATA SEED BATCH SHAPE
+export COLOR GRAY MODEL INDEX DATA SEED BATCH SHAPE COUNT
 # Images of containers often set it; every start of a kernel would then compile torch anew, for a quarter of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -69,6 +71,9 @@ test: $(ENV) ## unit tests with coverage, then the committed notebooks against w
 	$(PYTHON) -m pytest --cov
 	@mkdir -p build/nbval
 	$(call run,default,build/nbval) -m pytest --nbval-lax --nbval-current-env notebooks
+
+verify: $(ENV) ## attack hundreds of random networks, write build/verify.csv; SAMPLES=chains COUNT=200 SEED=0
+	@$(PYTHON) -m rgap.verify $(SAMPLES) $${COUNT:+--count "$$COUNT"} --seed "$$SEED"
 
 lab: $(ENV) ## open JupyterLab in notebooks/, with the audit of your own model
 	$(PYTHON) -m jupyterlab --ServerApp.root_dir=notebooks --LabApp.default_url=/lab/tree/08_audit_your_model.ipynb

@@ -15,9 +15,9 @@ from rgap.chain import Chain
 from rgap.client import gradients_of
 from rgap.door import check_arguments, checked_chain, checked_labels
 from rgap.evidence import Evidence, weigh
-from rgap.head import Hypothesis, logistic_hypotheses
+from rgap.head import Hypothesis, read_head
 from rgap.recursion import REFUTED, Descent, descend
-from rgap.results import Candidate, GradientMismatchError, Reconstruction
+from rgap.results import Candidate, Reconstruction
 
 
 def reconstruct(
@@ -44,7 +44,7 @@ def reconstruct(
         model: The network, or a `Chain` from `rgap.prepare`, which keeps its factorisations for the next attack.
         gradients: One tensor for each parameter, in the order of `model.parameters()`, or a mapping from name.
         image_shape: (C, H, W) of one image; may be left out with a `Chain`.
-        loss: "logistic".
+        loss: A name in `rgap.client.LOSSES`.
         batch_size: Images in the batch, or None to find it from the gradient's rank. More than one need a fully
             connected network; the result then has `per_image`.
         labels: Labels if they are known, (B,), of a batch in any order: other hypotheses are then not considered.
@@ -66,6 +66,8 @@ def reconstruct(
     """
     chain = checked_chain(model, image_shape)
     check_arguments(chain, loss, batch_size, pixel_range, rcond, noise_std)
+    head = chain.layers[-1]
+    known = checked_labels(labels, loss, head.output_shape[0]) if batch_size == 1 else None
     evidence = weigh(chain, gradients, rcond, noise_std)
     found_size: tuple[str, ...] = ()
     if batch_size != 1:
@@ -73,42 +75,54 @@ def reconstruct(
         if size.size != 1:
             options = {"labels": labels, "pixel_range": pixel_range, "seed": seed, "device": device}
             return recover_batch(chain, evidence, size, loss, **options)
-        found_size = size.notes
-    known = checked_labels(labels)
-    head = chain.layers[-1]
-    bias = evidence.gradients[head.bias_name] if head.bias_name else None
-    hypotheses, notes = logistic_hypotheses(head, evidence.gradients[head.weight_name], bias)
-    notes = [*found_size, *notes]
-    if known is not None:
-        hypotheses = [h for h in hypotheses if h.label == known]
-        if not hypotheses:
-            raise GradientMismatchError(f"label {known} was given; the last layer's gradient is that of {1 - known}")
-    descents = _follow(chain, evidence, hypotheses, virtual_constraints)
+        known, found_size = checked_labels(labels, loss, head.output_shape[0]), size.notes
+    reading = read_head(loss, head, evidence, known)
+    hypotheses = list(reading.hypotheses)
+    evidence = replace(evidence, rounding=max(h.rounding for h in hypotheses))
+    notes = [*found_size, *_underflow(evidence), *reading.notes]
+    descents, refuted = _follow(chain, evidence, hypotheses, virtual_constraints)
     candidates = [_candidate(chain, evidence, h, d, loss, pixel_range) for h, d in descents]
-    return _judge(candidates, evidence, notes, device)
+    return _judge(candidates, evidence, [*notes, *refuted], device)
+
+
+def _underflow(evidence: Evidence) -> list[str]:
+    """A note on gradients that underflowed."""
+    if not evidence.lost:
+        return []
+    return [f"lost to underflow, and not used: the gradient of {', '.join(map(repr, evidence.lost))}"]
 
 
 def _follow(
     chain: Chain, evidence: Evidence, hypotheses: list[Hypothesis], virtual_constraints: bool
-) -> list[tuple[Hypothesis, Descent]]:
-    """Follows each hypothesis down; twins are scaled copies; where all are refuted the least unlikely is followed."""
-    found: dict[int, list[tuple[Hypothesis, Descent]]] = {}
+) -> tuple[list[tuple[Hypothesis, Descent]], list[str]]:
+    """Follows each hypothesis down; twins are scaled copies; where all are refuted the least unlikely is followed.
+
+    Returns the descents that are complete, and a note where the layers decided between labels.
+    """
+    found: dict[object, list[tuple[Hypothesis, Descent]]] = {}
 
     def go(hypothesis: Hypothesis, give_up: float) -> Descent:
         return descend(chain, evidence, hypothesis, virtual_constraints=virtual_constraints, give_up=give_up)
 
-    for hypothesis in hypotheses:
-        twins = found.setdefault(hypothesis.label, [])
-        if twins and chain.homogeneous:
-            twins.append((hypothesis, _scaled(twins[0][1], hypothesis.mu / twins[0][0].mu)))
+    for number, hypothesis in enumerate(hypotheses):
+        twins = found.setdefault(hypothesis.scale > 0 if chain.homogeneous else number, [])
+        if twins:
+            twins.append((hypothesis, _scaled(twins[0][1], hypothesis.scale / twins[0][0].scale)))
         else:
             twins.append((hypothesis, go(hypothesis, REFUTED)))
     every = [pair for pairs in found.values() for pair in pairs]
     complete = [pair for pair in every if pair[1].complete]
-    if complete:
-        return complete
-    hypothesis, _ = min(every, key=lambda pair: pair[1].mismatch)
-    return [(hypothesis, go(hypothesis, math.inf))]
+    if not complete:
+        hypothesis, _ = min(every, key=lambda pair: pair[1].mismatch)
+        return [(hypothesis, go(hypothesis, math.inf))], []
+    kept = {h.label for h, _ in complete}
+    against = {h.label: d.mismatch for h, d in every if h.label not in kept}
+    if not against:
+        return complete, []
+    least = min(d.mismatch for _, d in complete)
+    others = ", ".join(f"label {label} by {mismatch:.2g}" for label, mismatch in against.items())
+    labels = " and ".join(f"label {label}" for label in sorted(kept))
+    return complete, [f"{labels} by the identities of the layers, missed by {least:.2g}; {others}"]
 
 
 def _scaled(descent: Descent, factor: float) -> Descent:
@@ -132,7 +146,8 @@ def _candidate(
     residual = math.inf
     if torch.isfinite(image).all():
         mine = gradients_of(chain.model, chain.parameters, image, label, loss)
-        residual = max(_relative(mine[name], g, evidence.gradients) for name, g in evidence.gradients.items())
+        heard = {name: g for name, g in evidence.gradients.items() if name not in evidence.lost}
+        residual = max(_relative(mine[name], g, heard) for name, g in heard.items())
     width = pixel_range[1] - pixel_range[0]
     slack = (width if math.isfinite(width) else 1.0) * min(evidence.tolerance, 0.1)
     excess = max((pixel_range[0] - image).max().item(), (image - pixel_range[1]).max().item())
@@ -161,6 +176,11 @@ def _judge(candidates: list[Candidate], evidence: Evidence, notes: list[str], de
     consistent = [c for c in candidates if c.gradient_residual <= evidence.tolerance]
     inside = [c for c in consistent if c.in_pixel_range]
     short = [f"{r.name!r} by {r.deficit}" for r in best.layers if r.deficit]
+    if silent := [f"{r.saturated} at {r.name!r}" for r in best.layers if r.saturated]:
+        notes = [
+            *notes,
+            f"outputs that do not tell their pre-activation (zeros of a ReLU, saturation): {', '.join(silent)}",
+        ]
     if short and not best.open_layers:
         notes = [*notes, f"layers short of full rank, closed by virtual constraints: {', '.join(short)}"]
     if best.open_layers:

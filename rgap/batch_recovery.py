@@ -53,7 +53,7 @@ def recover_batch(
         UnsupportedLayerError: If the network is not one that can be separated.
         GradientMismatchError: If the labels contradict what was found.
     """
-    _check_layers(chain)
+    _check_layers(chain, loss)
     known = _checked_labels(labels, size.size)
     begin = time.perf_counter()
     apart = separate(*chain.layers[:2], evidence.gradients, precision=evidence.precision, seed=seed, span=size.span)
@@ -74,7 +74,15 @@ def recover_batch(
     return _judge(chain, evidence, loss, size.size, apart, images, reports, notes, known, device)
 
 
-def _check_layers(chain: Chain) -> None:
+def _check_layers(chain: Chain, loss: str) -> None:
+    if loss == "mse":
+        raise UnsupportedLayerError("a batch under the mse loss is not taken apart; logistic and cross_entropy are")
+    for layer in chain.layers:
+        if layer.is_fixed or layer.shift is not None or layer.output_scale is not None:
+            raise UnsupportedLayerError(
+                f"layer {layer.name!r} has a normalisation around it: batches are taken apart through fully connected "
+                "layers and their activations only"
+            )
     if len(chain.layers) < 2:
         raise UnsupportedLayerError(
             "a batch through a single layer is one sum that many batches have; two layers or more"

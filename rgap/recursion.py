@@ -7,14 +7,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rgap.beliefs import Open
 from rgap.chain import Chain, Layer
-from rgap.constraints import identity_residual, split_groups
+from rgap.constraints import bias_residual, identity_residual, split_groups
 from rgap.evidence import Evidence
 from rgap.head import Hypothesis
+from rgap.linearise import flattened
 from rgap.previous import previous_factors, smooth_image_rows
 from rgap.results import LayerReport
 from rgap.solve import LayerSolution, solve_layer
@@ -25,6 +27,9 @@ REFUTED = 0.3
 
 AMPLIFIED = 5.0
 """Error of a pre-activation in units of the gradient's: what the layers above and σ⁻¹ make of it, roughly."""
+
+ROUNDING = 1e-13
+"""Least relative error of a recovered input: that of the float64 arithmetic here, over a chain of layers."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +80,19 @@ def descend(
     beliefs: dict[str, Tensor] = {}
     for i in reversed(range(len(chain.layers) - 1)):
         layer, begin = chain.layers[i], time.perf_counter()
-        G = evidence.gradients[layer.weight_name].reshape(layer.weight.shape)
-        z = layer.activation.inverse(x.reshape(layer.output_shape))
+        heard = not layer.is_fixed and layer.weight_name not in evidence.lost
+        G = layer.gradient(evidence.gradients) if heard else torch.zeros_like(layer.weight)
+        z, known = layer.activation.invert(x.reshape(layer.output_shape), _accuracy(reports[-1], evidence))
         dz = layer.activation.derivative(z) * dx.reshape(layer.output_shape)
-        mismatch = max(mismatch, _identities(layer, G, dz, z))
+        if heard:
+            mismatch = max(mismatch, _identities(layer, evidence, G, dz, z, known))
         if mismatch > give_up:
             return Descent(inputs, tuple(reports), mismatch, False)
-        solution = solve_layer(layer, G, dz, z, rcond=evidence.rcond)
+        limits = {"rcond": evidence.rcond, "precision": evidence.precision}
+        solution = solve_layer(layer, G, dz if heard else 0 * dz, z, known=known, **limits)
         x, dx, report = solution.x, layer.adjoint(dz), solution.report
+        if known is not None:
+            report = replace(report, saturated=int((~known).sum()))
         if report.deficit:
             closed = (
                 _close(chain.layers[i - 1], evidence, solution, z, dx)
@@ -101,16 +111,25 @@ def descend(
     return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open), beliefs)
 
 
-def _identities(layer: Layer, G: Tensor, dz: Tensor, z: Tensor) -> float:
-    """The largest identity residual of the layer's groups."""
+def _accuracy(report: LayerReport, evidence: Evidence) -> float:
+    """Error of a layer's recovered input relative to its size, roughly: what rounding makes of its condition number."""
+    condition = report.condition if report.condition and math.isfinite(report.condition) else 1.0
+    return min(AMPLIFIED * condition * max(evidence.precision, ROUNDING), 1e-3)
+
+
+def _identities(layer: Layer, evidence: Evidence, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None) -> float:
+    """The largest identity residual of the layer's groups and of its bias."""
     parts = split_groups(layer)
     chunks = zip(parts, *(t.chunk(len(parts)) for t in (G, dz, z)), strict=True)
-    return max(identity_residual(*chunk) for chunk in chunks)
+    found = max(identity_residual(*chunk, known) for chunk in chunks)
+    if layer.bias_name is None or layer.bias_name in evidence.lost:
+        return found
+    return max(found, bias_residual(layer, evidence.gradients[layer.bias_name], dz))
 
 
 def _close(before: Layer, evidence: Evidence, solution: LayerSolution, z: Tensor, dx: Tensor) -> VirtualSolution | None:
-    """Closes a deficient layer's null space by the layer before, or None where that has no factors."""
-    factors = previous_factors(before)
+    """Closes a deficient layer's null space by the layer before, or None where that has no factors or forgets z."""
+    factors = previous_factors(before) if before.activation.one_to_one else None
     if factors is None:
         return None
     noise = AMPLIFIED * max(evidence.precision, 1e-13)
@@ -118,11 +137,14 @@ def _close(before: Layer, evidence: Evidence, solution: LayerSolution, z: Tensor
         x=solution.x.flatten().numpy(),
         N=torch.cat([solution.null_basis, solution.weak_basis], 1).numpy(),
         known=(noise * z.square().mean().sqrt() * solution.weak_gain).numpy(),
-        activation=before.activation,
+        activation=flattened(before.activation, before.output_shape),
         previous=factors,
-        G=evidence.gradients[before.weight_name].reshape(before.weight.shape).numpy(),
+        G=before.gradient(evidence.gradients).numpy(),
         dx=dx.reshape(before.output_shape).numpy(),
         noise=noise,
     )
     reads_image = before.input_shape[0] in (1, 3)
-    return solve_virtual(problem, (lambda: smooth_image_rows(factors)) if reads_image else None)
+    try:
+        return solve_virtual(problem, (lambda: smooth_image_rows(factors)) if reads_image else None)
+    except np.linalg.LinAlgError:  # of a wrong hypothesis, whose pre-activations are beyond all bounds
+        return None
