@@ -27,6 +27,9 @@ STEPS = 30
 PATIENCE = 4
 """Solves without fewer signs changing after which no more are made."""
 
+STILL = 1e-9
+"""Change, by signs or by a step's relative length, at which the linearisation is that of the solution."""
+
 SURPLUS = 8
 """Equations beyond the unknowns that a certificate needs."""
 
@@ -86,14 +89,16 @@ def close_by_range(
     bias = (before.pre_bias() + x.new_zeros(before.output_shape)).flatten()
     own = max(_misfit(system, x), AMPLIFIED * precision * system.size / system.b.numel() ** 0.5)
     noise = AMPLIFIED * own * system.b.numel() ** 0.5 / system.size
-    changes: list[int] = []
+    changes, kept, first = [], False, x
     for _ in range(STEPS):
         z, slope = _linearised(before, x)
+        if not torch.isfinite(z).all():  # outside the range of σ: no inverse to linearise
+            return RangeSolution(first, False, left.shape[1] * len(x), len(changes), math.inf, math.inf)
         unit = noise * z.square().mean().sqrt().item()
         dense = _solve(system, left, z - bias, slope, x, (own, unit), rcond)
         moved = system.x0 + system.spread(dense.y)
-        changes.append(int((_linearised(before, moved)[1] != slope).sum()))
-        kept = changes[-1] == 0 or _smooth_and_still(before, moved, x)
+        changes.append(_change(before, x, moved, slope))
+        kept = changes[-1] <= STILL
         x = moved
         stalled = len(changes) > PATIENCE and min(changes[-PATIENCE:]) >= min(changes[:-PATIENCE])
         if kept or stalled:
@@ -140,9 +145,11 @@ def _linearised(before: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
     return z, before.activation.derivative(z)
 
 
-def _smooth_and_still(before: Layer, moved: Tensor, x: Tensor) -> bool:
-    """Whether a step on a smooth activation was the last one that matters."""
-    return not before.activation.homogeneous and bool((moved - x).norm() <= 1e-12 * x.norm())
+def _change(before: Layer, x: Tensor, moved: Tensor, slope: Tensor) -> float:
+    """How much a step has changed: the count of signs, or for smooth activations the step's relative length."""
+    if before.activation.homogeneous:
+        return float((_linearised(before, moved)[1] != slope).sum())
+    return ((moved - x).norm() / x.norm()).item()
 
 
 def _misfit(system: Open, x: Tensor) -> float:

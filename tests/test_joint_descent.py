@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from deficient import TALL
+from deficient import TALL, TANH
 from networks import rand, sequential
 from torch import nn
 from torch.testing import assert_close
@@ -8,8 +10,10 @@ from torch.testing import assert_close
 import rgap
 from rgap import joint_descent
 from rgap.evidence import weigh
+from rgap.joint_dense import Normal
 from rgap.joint_descent import descend_jointly, joint_identities
-from rgap.joint_range import range_factor
+from rgap.joint_range import close_by_range, range_factor
+from rgap.joint_system import Open
 
 
 def network(*specs, bias=False, activation=None, classes=5):
@@ -56,6 +60,34 @@ def test_every_image_of_a_batch_comes_back(count, bias):
 def test_other_slopes_and_groups(activation):
     images, _, found = attack(network(TALL, (24, 3, 2, 1, 2), (16, 3, 1, 1), activation=activation), 2)
     assert rgap.metrics.psnr_db(found.layer_inputs["0"], images).min() > 120
+
+
+@pytest.mark.parametrize("channels", [18, 13])
+def test_smooth_activations_have_range_constraints_too(monkeypatch, channels):
+    monkeypatch.setattr(joint_descent, "BLURRED", 0.0)
+    specs = (TALL, (channels, 3, 2, 1), (16, 3, 1, 1))
+    smooth, stand_in = network(*specs, activation=nn.Tanh()), network(*specs)
+    chain = rgap.prepare(stand_in, (3, 12, 12))
+    layers = [replace(layer, activation=TANH) if layer.weight.shape[2] > 1 else layer for layer in chain.layers]
+    images, labels = rand(3, 3, 12, 12), torch.arange(3)
+    features = smooth[:7](images).detach().requires_grad_()
+    nn.functional.cross_entropy(smooth[7:](features), labels).backward()
+    evidence = weigh(chain, rgap.client_gradients(smooth, images, labels, loss="cross_entropy"))
+    found = descend_jointly(replace(chain, layers=tuple(layers)), evidence, features.detach(), features.grad, below=3)
+    report = next(r for r in found.reports if r.name == "2")
+    assert report.virtual_constraints == 3 * 156 and report.iterations is not None
+    assert (report.deficit > 0) == (channels == 13) and not found.open_layers
+    assert rgap.metrics.psnr_db(found.layer_inputs["0"], images).min() > 120
+
+
+def test_a_belief_outside_the_range_of_an_activation_certifies_nothing():
+    layer = replace(rgap.prepare(deficient(), (3, 12, 12)).layers[0], activation=TANH)
+    x = torch.full((2, *layer.output_shape), 2.0, dtype=torch.float64)
+    system = Open(
+        x.flatten(1), None, lambda v: v, None, Normal(None, lambda v: v, None, None), 0 * x.flatten(1), None, 1.0
+    )
+    found = close_by_range(layer, range_factor(layer), system, x, deficit=1, precision=1e-7, rcond=1e-4)
+    assert not found.certified and torch.equal(found.x, x.flatten(1)) and found.iterations == 0
 
 
 def deficient():
