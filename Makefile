@@ -17,9 +17,10 @@ BATCH := 1
 SHAPE :=
 SAMPLES :=
 COUNT :=
+SCHEDULER :=
 PIP_ARGS :=
 # By way of the environment values reach a recipe whole, whatever spaces a path has.
-export COLOR GRAY MODEL INDEX DATA SEED BATCH SHAPE COUNT
+export COLOR GRAY MODEL INDEX DATA SEED BATCH SHAPE COUNT SCHEDULER
 # Images of containers often set it; every start of a kernel would then compile torch anew, for a quarter of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -47,14 +48,14 @@ FIGURES := $(if $(filter default,$(PROFILE)),figures,build/$(PROFILE)/figures)
 PARAMETERS := $(if $(filter paper,$(PROFILE)),notebooks/paper.yml)$(if $(filter custom,$(PROFILE)),build/custom/.images)
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
 EXECUTED := $(NOTEBOOKS:notebooks/%=build/$(PROFILE)/%)
-run = RGAP_PROFILE=$(1) RGAP_FIGURES="$(CURDIR)/$(2)" $(PYTHON)
+run = RGAP_PROFILE=$(1) RGAP_FIGURES="$(CURDIR)/$(2)" $(if $(SCHEDULER),RGAP_SCHEDULER="$$SCHEDULER" )$(PYTHON)
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' Makefile
 
 env: $(ENV) ## .venv with every pinned package and this one; PIP_ARGS=… goes to the installer
 
-figures: $(EXECUTED) | $(ENV) ## run the notebooks, write figures/, print the claims; PROFILE=paper | COLOR=folder:PATH GRAY=folder:PATH
+figures: $(EXECUTED) | $(ENV) ## run the notebooks, write figures/, print the claims; PROFILE=paper | COLOR=folder:PATH GRAY=folder:PATH; SCHEDULER=tcp://… hands sweeps to Dask
 	@$(call run,$(PROFILE),$(FIGURES)) -c 'from rgap import artifact; raise SystemExit(artifact.print_report())'
 
 build/$(PROFILE)/%.ipynb: notebooks/%.ipynb notebooks/claims.yml $(wildcard rgap/*.py rgap/*/*.py) $(PARAMETERS) | $(ENV)

@@ -63,8 +63,22 @@ def weigh(
     Raises:
         GradientMismatchError: If their number, names, shapes or dtypes do not fit, they are not finite, or all zero.
     """
-    named = _by_name(chain, gradients)
-    for (name, g), parameter in zip(named.items(), chain.parameters.values(), strict=True):
+    evidence = weigh_gradients(chain.parameters, gradients, rcond, noise_std)
+    head = chain.layers[-1]
+    if not evidence.gradients[head.weight_name].any():
+        raise GradientMismatchError(f"the last layer's gradient {head.weight_name!r} is zero; nothing can be recovered")
+    return evidence
+
+
+def weigh_gradients(
+    parameters: Mapping[str, Tensor],
+    gradients: Sequence[Tensor] | Mapping[str, Tensor],
+    rcond: float | None = None,
+    noise_std: float | None = None,
+) -> Evidence:
+    """The same for the named parameters of any network, whatever its last layer."""
+    named = _by_name(list(parameters), gradients)
+    for (name, g), parameter in zip(named.items(), parameters.values(), strict=True):
         if not isinstance(g, Tensor) or not g.is_floating_point():
             kind = g.dtype if isinstance(g, Tensor) else type(g).__name__
             raise GradientMismatchError(f"gradient of {name!r} is {kind}; it must be a floating-point tensor")
@@ -75,9 +89,6 @@ def weigh(
             raise GradientMismatchError(f"gradient of {name!r} holds NaN or infinity; nothing can be recovered from it")
     if not any(g.any() for g in named.values()):
         raise GradientMismatchError("every gradient is zero; nothing can be recovered from them")
-    head = chain.layers[-1]
-    if not named[head.weight_name].any():
-        raise GradientMismatchError(f"the last layer's gradient {head.weight_name!r} is zero; nothing can be recovered")
     values = {name: g.detach().to("cpu", torch.float64) for name, g in named.items()}
     formats = _formats({name: g for name, g in named.items() if g.any()})
     quantum = max(_quantum(dtype) for dtype in formats.values())
@@ -94,8 +105,7 @@ def weigh(
     return Evidence(values, precision, default if rcond is None else rcond, lost)
 
 
-def _by_name(chain: Chain, gradients) -> dict[str, Tensor]:
-    names = list(chain.parameters)
+def _by_name(names: list[str], gradients) -> dict[str, Tensor]:
     if not isinstance(gradients, Iterable):
         raise GradientMismatchError(f"gradients are a {type(gradients).__name__}; give a list or a mapping of tensors")
     if isinstance(gradients, Mapping):

@@ -124,6 +124,15 @@ def test_other_profiles_write_beside_the_figures(clone):
     ] * 2
 
 
+def test_a_scheduler_reaches_the_notebooks_and_only_from_the_command_line(clone):
+    put_program(
+        clone, "runner", 'echo "${RGAP_SCHEDULER-none}" >> calls; mkdir -p "${4%/*}"; echo ran > "${4:-/dev/null}"'
+    )
+    make(clone, "build/default/01_one.ipynb", "PYTHON=runner", "SCHEDULER=tcp://host:8786")
+    make(clone, "build/default/02_two.ipynb", "PYTHON=runner", SCHEDULER="tcp://other:1")
+    assert calls(clone) == ["tcp://host:8786", "none"]
+
+
 def test_variables_of_the_environment_change_nothing(clone):
     put_runner(clone)
     make(clone, "figures", "PYTHON=runner", COLOR="always", PROFILE="mine", DATA="/data", PYTHON="nothing")

@@ -197,3 +197,31 @@ def test_an_audits_bars_are_shares_of_the_unknowns_with_the_numbers_beside_them(
         "100 unknowns: whether it leaks is not known",
     ]
     assert [text.get_text() for text in axis.get_legend().get_texts()][-1] == "not known"
+
+
+def test_quality_against_time_has_a_line_an_image_and_a_marker_a_method():
+    rows = [
+        ("cnn6", 0, image, method, 0, step, 0.1 * step, 10.0 * step)
+        for image in (0, 1)
+        for method, steps in (("R-GAP", [1]), ("DLG", [1, 2, 3]))
+        for step in steps
+    ]
+    names = ["network", "seed", "image", "method", "restart", "step", "seconds", "psnr_db"]
+    figure = plots.quality_against_time(pd.DataFrame(rows, columns=names), ["R-GAP", "DLG"])
+    (axis,) = drawn(figure)
+    assert axis.get_xscale() == "log" and axis.get_ylabel() == "PSNR (dB)" and len(axis.lines) == 4
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["R-GAP", "DLG"]
+
+
+def test_cost_has_a_panel_a_network_and_names_the_exponents():
+    rows = [("n", "side", v, m, k * v) for v in (1, 2) for m, k in (("a", 1.0), ("b", 5.0))]
+    table = pd.DataFrame(rows, columns=["network", "against", "value", "method", "seconds"])
+    slopes = pd.DataFrame({"network": "n", "against": "side", "method": ["a", "b"], "exponent": [1.0, 1.0]})
+    (axis,) = drawn(plots.cost_against_size(table, slopes))
+    assert axis.get_xscale() == axis.get_yscale() == "log" and "pixels" in axis.get_xlabel()
+    assert [t.get_text() for t in axis.get_legend().get_texts()] == ["a (exponent 1.0)", "b (exponent 1.0)"]
+
+
+def test_a_row_may_hold_images_of_several_shapes():
+    axes = drawn(plots.gallery({"both": [rand(3, 4, 4), rand(1, 6, 6)]}))
+    assert [axis.images[0].get_array().shape for axis in axes] == [(4, 4, 3), (6, 6)]

@@ -4,6 +4,7 @@ from rgap.plots.audit import audit_steps
 from rgap.plots.batches import found_against_batch, seconds_against_batch
 from rgap.plots.images import gallery, rescale
 from rgap.plots.layers import error_growth, phase_transition, wrong_signs
+from rgap.plots.methods import cost_against_size, quality_against_time
 from rgap.plots.ranks import deficit_against_psnr, law_against_number, ra_along_depth
 from rgap.plots.style import MARKERS, PALETTE
 
@@ -11,12 +12,14 @@ __all__ = [
     "MARKERS",
     "PALETTE",
     "audit_steps",
+    "cost_against_size",
     "deficit_against_psnr",
     "error_growth",
     "found_against_batch",
     "gallery",
     "law_against_number",
     "phase_transition",
+    "quality_against_time",
     "ra_along_depth",
     "rescale",
     "seconds_against_batch",

@@ -10,11 +10,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 
-def gallery(rows: Mapping[str, Tensor], titles: Sequence[str] | None = None, size: float = 1.25) -> Figure:
+def gallery(
+    rows: Mapping[str, Tensor | Sequence[Tensor]], titles: Sequence[str] | None = None, size: float = 1.25
+) -> Figure:
     """Images in a grid, one row for each entry.
 
     Args:
-        rows: Row label -> images (N, C, H, W) with values in [0, 1]; others are clipped.
+        rows: Row label -> images (N, C, H, W), or a list of images (C, H, W), with values in [0, 1];
+            others are clipped.
         titles: A line above each column, (N,).
         size: Side of one picture, inches.
 

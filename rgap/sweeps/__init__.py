@@ -4,24 +4,36 @@ from rgap.sweeps.attacks import attack_each, layer_errors, wrong_signs
 from rgap.sweeps.audits import attacks_under_defence, audited_and_attacked
 from rgap.sweeps.batches import COSINE, attack_batches, batch_outcome, sample_batches, width_table
 from rgap.sweeps.chains import kind_table, sample_chains
+from rgap.sweeps.cost import costs, exponents
+from rgap.sweeps.methods import METHODS, compare_methods, networks_won, quality_table, time_ratios, time_table
 from rgap.sweeps.random_chains import random_chain
 from rgap.sweeps.ranks import predicted_and_measured, rank_law_sample, rank_table
+from rgap.sweeps.soundness import soundness
 
 __all__ = [
     "COSINE",
+    "METHODS",
     "attack_batches",
     "attack_each",
     "attacks_under_defence",
     "audited_and_attacked",
     "batch_outcome",
+    "compare_methods",
+    "costs",
+    "exponents",
     "kind_table",
     "layer_errors",
+    "networks_won",
     "predicted_and_measured",
+    "quality_table",
     "random_chain",
     "rank_law_sample",
     "rank_table",
     "sample_batches",
     "sample_chains",
+    "soundness",
+    "time_ratios",
+    "time_table",
     "width_table",
     "wrong_signs",
 ]

@@ -1,0 +1,193 @@
+"""The two optimisers, L-BFGS and Adam on signs, and the record of what they did."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+SCALE = 1e6
+"""L-BFGS works on so many times the objective: torch's forgets curvature below an absolute bound."""
+
+FAR = 10.0
+"""Widths of the pixel range around its middle; an iterate beyond has diverged."""
+
+COLUMNS = ("restart", "step", "loss", "gradient_residual", "seconds")
+
+Objective = Callable[[Tensor], tuple[Tensor, float]]
+"""Variables -> what is minimised, differentiable, and the gradient residual there."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The images at one step.
+
+    Attributes:
+        restart: Number of the restart, from 0.
+        step: Number of the step, from 1.
+        seconds: Wall time since the attack began.
+        images: (B, C, H, W), float64.
+    """
+
+    restart: int
+    step: int
+    seconds: float
+    images: Tensor
+
+
+@dataclass
+class Record:
+    """Grows while an attack runs: a row a step, and images at steps that grow by about a quarter."""
+
+    begin: float = field(default_factory=time.perf_counter)
+    rows: list[tuple] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
+    restart: int = 0
+    due: int = 0
+
+    def next_restart(self) -> None:
+        """Counts the next restart, whose steps begin at 1 again."""
+        self.restart, self.due = self.restart + 1, 1
+
+    def note(self, step: int, loss: float, residual: float, images: Tensor | None, last: bool = False) -> None:
+        """Notes a step, and keeps its images where a snapshot is due (none where there are no images to keep)."""
+        seconds = time.perf_counter() - self.begin
+        self.rows.append((self.restart, step, loss, residual, seconds))
+        if images is not None and (self.wanted(step) or last):
+            kept = images.detach().to("cpu", torch.float64, copy=True)
+            self.snapshots.append(Snapshot(self.restart, step, seconds, kept))
+            self.due = max(step + 1, math.ceil(1.25 * step))
+
+    def wanted(self, step: int) -> bool:
+        """Whether a snapshot is due."""
+        return step >= self.due
+
+    def frame(self) -> pd.DataFrame:
+        """The rows as a table."""
+        return pd.DataFrame(self.rows, columns=list(COLUMNS))
+
+
+@dataclass(frozen=True)
+class Descended:
+    """Where a descent ended.
+
+    Attributes:
+        best: The iterate with the smallest objective.
+        loss: Its objective.
+        diverged: The step at which it left every bound, or None.
+    """
+
+    best: Tensor
+    loss: float
+    diverged: int | None = None
+
+
+def lbfgs(
+    objective: Objective,
+    start: Tensor,
+    steps: int,
+    record: Record,
+    title: str,
+    far: Callable[[Tensor], bool] = lambda _: False,
+    images: Callable[[Tensor], Tensor] | None = lambda x: x,
+) -> Descended:
+    """L-BFGS with 100 corrections; one step is one evaluation of the objective.
+
+    Args:
+        objective: What is minimised.
+        start: Where it begins.
+        steps: Most evaluations.
+        record: Where steps are noted.
+        title: Of the progress bar.
+        far: Whether an iterate has diverged.
+        images: Variables -> images, for the snapshots; None takes none.
+
+    Returns:
+        The best iterate; the descent stops at the first that is not finite or has diverged.
+    """
+    x = start.detach().clone().requires_grad_()
+    # One iteration a call, so that every evaluation is seen; the corrections are kept between calls.
+    optimiser = torch.optim.LBFGS(
+        [x], lr=1.0, max_iter=1, history_size=100, tolerance_grad=0, tolerance_change=0, line_search_fn=None
+    )
+    best, lowest, seen = x.detach().clone(), math.inf, (math.inf, math.inf)
+
+    def closure() -> Tensor:
+        nonlocal seen
+        value, residual = objective(x)
+        seen = value.item(), residual
+        (x.grad,) = torch.autograd.grad(SCALE * value, x)
+        return SCALE * value.detach()
+
+    for step in _steps(steps, title):
+        at = x.detach().clone()
+        optimiser.step(closure)
+        loss, residual = seen
+        broken = not math.isfinite(loss) or far(at)
+        last = broken or step == steps or x.equal(at)
+        shown = images(at) if images is not None and (last or record.wanted(step)) else None
+        record.note(step, loss, residual, shown, last)
+        if broken:
+            return Descended(best, lowest, step)
+        if loss < lowest:
+            best, lowest = at, loss
+        if last:
+            break
+    return Descended(best, lowest)
+
+
+def signed_adam(
+    objective: Objective, start: Tensor, steps: int, record: Record, box: tuple[float, float], rate: float, title: str
+) -> Descended:
+    """Adam on the sign of the gradient, in a box, its rate cut by ten after 3/8, 5/8 and 7/8 of the steps.
+
+    Args:
+        objective: What is minimised.
+        start: Where it begins.
+        steps: Evaluations.
+        record: Where steps are noted.
+        box: Smallest and largest value of a variable.
+        rate: First step length.
+        title: Of the progress bar.
+
+    Returns:
+        The best iterate.
+    """
+    x = start.detach().clone().requires_grad_()
+    optimiser = torch.optim.Adam([x], lr=rate)
+    cuts = [max(1, steps * part // 8) for part in (3, 5, 7)]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, cuts, gamma=0.1)
+    best, lowest = x.detach().clone(), math.inf
+    for step in _steps(steps, title):
+        value, residual = objective(x)
+        loss, at = value.item(), x.detach().clone()
+        record.note(step, loss, residual, at, last=step == steps or not math.isfinite(loss))
+        if not math.isfinite(loss):
+            return Descended(best, lowest, step)
+        if loss < lowest:
+            best, lowest = at, loss
+        (slope,) = torch.autograd.grad(value, x)
+        x.grad = slope.sign()
+        optimiser.step()
+        schedule.step()
+        with torch.no_grad():
+            x.clamp_(*box)
+    return Descended(best, lowest)
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring pixels, along both axes together."""
+    return (images.diff(dim=-1).abs().mean() if images.shape[-1] > 1 else 0.0) + (
+        images.diff(dim=-2).abs().mean() if images.shape[-2] > 1 else 0.0
+    )
+
+
+def _steps(count: int, title: str):
+    return tqdm(range(1, count + 1), desc=title, leave=False, disable=not sys.stderr.isatty())

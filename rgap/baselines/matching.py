@@ -1,0 +1,146 @@
+"""How far the gradient of trial images is from the shared one, differentiable by the images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rgap.chain import Chain
+from rgap.client import check_loss, loss_value
+from rgap.evidence import Evidence, weigh_gradients
+
+
+@dataclass(frozen=True)
+class Match:
+    """Distances between two sets of gradients.
+
+    Attributes:
+        squared: ‖g′ − g‖² / ‖g‖² over all tensors together.
+        cosine: 1 − ⟨g′, g⟩ / (‖g′‖ ‖g‖) over all tensors together.
+        residual: Largest over the tensors of ‖g′ − g‖ / ‖g‖; a number, not differentiated.
+    """
+
+    squared: Tensor
+    cosine: Tensor
+    residual: float
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """A gradient to be matched by images, in the precision and on the device that the optimiser works with.
+
+    Attributes:
+        model: The network, in eval or training mode as it was given.
+        parameters: Parameter name -> value.
+        buffers: Buffer name -> value.
+        targets: The shared gradient, in the order of the parameters.
+        sizes: ‖g‖² of each of its tensors.
+        loss: Name of the loss.
+        shape: (B, C, H, W) of the images.
+        pixel_range: Smallest and largest value of a pixel.
+        evidence: The gradients in float64, and how far they can be trusted.
+    """
+
+    model: nn.Module
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    targets: tuple[Tensor, ...]
+    sizes: Tensor
+    loss: str
+    shape: tuple[int, int, int, int]
+    pixel_range: tuple[float, float]
+    evidence: Evidence
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the images."""
+        return self.sizes.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the images."""
+        return self.sizes.device
+
+    def gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of trial images, differentiable by them."""
+        outputs = torch.func.functional_call(self.model, {**self.buffers, **self.parameters}, images)
+        value = loss_value(self.loss, outputs, labels)
+        return torch.autograd.grad(value, list(self.parameters.values()), create_graph=True, materialize_grads=True)
+
+    def match(self, images: Tensor, labels: Tensor) -> Match:
+        """Compares the gradient of trial images with the shared one.
+
+        Args:
+            images: (B, C, H, W), of this object's dtype.
+            labels: (B,).
+
+        Returns:
+            A `Match`.
+        """
+        mine = self.gradients(images, labels)
+        pairs = list(zip(mine, self.targets, strict=True))
+        squares = torch.stack([(a - g).square().sum() for a, g in pairs])
+        dot = sum((a * g).sum() for a, g in pairs)
+        length = sum(a.square().sum() for a in mine)
+        total = self.sizes.sum()
+        residual = (squares.detach() / torch.where(self.sizes > 0, self.sizes, self.sizes.max())).max().sqrt().item()
+        return Match(squares.sum() / total, 1 - dot / (length * total).sqrt().clamp(min=1e-30), residual)
+
+    def uniform_start(self, generator: torch.Generator) -> Tensor:
+        """Noise, uniform over the pixel range (the unit interval where that is infinite)."""
+        low, width = self.low_and_width()
+        noise = torch.rand(self.shape, generator=generator, dtype=torch.float64)
+        return (low + width * noise).to(self.device, self.dtype)
+
+    def low_and_width(self) -> tuple[float, float]:
+        """Of the pixel range; of the unit interval where that is infinite."""
+        low, high = self.pixel_range
+        return (low, high - low) if math.isfinite(high - low) else (0.0, 1.0)
+
+
+def matching(
+    model: nn.Module | Chain,
+    gradients: Sequence[Tensor] | Mapping[str, Tensor],
+    image_shape: tuple[int, int, int] | None,
+    loss: str,
+    batch_size: int,
+    pixel_range: tuple[float, float],
+    noise_std: float | None,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> Matching:
+    """Checks what was given and makes the problem of it.
+
+    Raises:
+        GradientMismatchError: If the gradients do not belong to the network.
+        ValueError: If another argument is out of range.
+    """
+    check_loss(loss)
+    if isinstance(model, Chain):
+        model, image_shape = model.model, image_shape or model.image_shape
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}; give an nn.Module or a Chain from rgap.prepare")
+    if image_shape is None:
+        raise ValueError("image_shape is missing; give (channels, height, width), or a Chain from rgap.prepare")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; an optimiser must know it, give at least 1")
+    if len(tuple(pixel_range)) != 2 or not pixel_range[0] < pixel_range[1]:
+        raise ValueError(f"pixel_range is {pixel_range}; give (smallest, largest)")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype is {dtype}; the optimisers work in torch.float32 or torch.float64")
+    named = dict(model.named_parameters())
+    evidence = weigh_gradients(named, gradients, noise_std=noise_std)
+    target = {"device": device, "dtype": dtype}
+    values = {name: p.detach().to(**target).requires_grad_() for name, p in named.items()}
+    shared = tuple(g.to(**target) for g in evidence.gradients.values())
+    # Copies, because a network in training mode writes to its buffers.
+    buffers = {
+        n: b.to(device, dtype if b.is_floating_point() else b.dtype, copy=True) for n, b in model.named_buffers()
+    }
+    sizes = torch.stack([g.square().sum() for g in shared])
+    shape = (batch_size, *image_shape)
+    return Matching(model, values, buffers, shared, sizes, loss, shape, tuple(pixel_range), evidence)

@@ -1,0 +1,96 @@
+"""What an optimiser leaves: its images, its course, and a verdict by the rules of the closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from rgap.baselines.descent import Record, Snapshot
+from rgap.baselines.matching import Matching
+from rgap.results import Candidate, Reconstruction
+
+REACHED = 100
+"""Gradient residual, in units of the precision, up to which a gradient counts as reproduced by an optimiser."""
+
+ROUNDED = 1e-6
+"""Relative error of a gradient up to which it is mere rounding."""
+
+SAME = 0.01
+"""Root-mean-square difference, in widths of the pixel range, below which two results count as one."""
+
+
+@dataclass(frozen=True)
+class Optimised(Reconstruction):
+    """A reconstruction with the course that led to it.
+
+    The candidates are the restarts, best first by gradient residual. The verdicts are those of the closed form, and
+    harder to earn: an optimiser sees neither a null space nor how its image answers to an error of the gradient. So
+    "exact" takes a residual of a hundred roundings at most, and where the gradient is noisier than rounding, other
+    images match it as well: "ambiguous".
+
+    Attributes:
+        history: One row a step: restart, step, loss (what was minimised), gradient_residual, seconds (wall time since
+            the attack began).
+        snapshots: The images along the way, at steps that grow by about a quarter.
+    """
+
+    history: pd.DataFrame = field(default_factory=pd.DataFrame)
+    snapshots: tuple[Snapshot, ...] = ()
+
+
+def candidate(problem: Matching, images: Tensor, labels: Tensor) -> Candidate:
+    """The images with what the gradient says about them."""
+    residual = problem.match(images.to(problem.device, problem.dtype), labels).residual
+    width = problem.low_and_width()[1]
+    images = images.detach().to("cpu", torch.float64)
+    slack = width * min(problem.evidence.tolerance, 0.1)
+    inside = bool((images >= problem.pixel_range[0] - slack).all() and (images <= problem.pixel_range[1] + slack).all())
+    return Candidate(images, labels.cpu(), residual if math.isfinite(residual) else math.inf, inside)
+
+
+def outcome(
+    problem: Matching,
+    candidates: Sequence[Candidate],
+    record: Record,
+    notes: Sequence[str] = (),
+) -> Optimised:
+    """Ranks the candidates by their gradient residual and gives the verdict; the truth has no part in it."""
+    ranked = sorted(candidates, key=lambda c: c.gradient_residual)
+    best, notes = ranked[0], list(notes)
+    evidence = problem.evidence
+    noisy = evidence.precision > ROUNDED
+    reached = evidence.tolerance if noisy else REACHED * max(evidence.precision, torch.finfo(problem.dtype).eps)
+    consistent = [c for c in ranked if c.gradient_residual <= reached and c.in_pixel_range]
+    if best.open_layers:
+        verdict = "rank-deficient"
+    elif best.gradient_residual > reached:
+        verdict = "inconsistent"
+        notes.append(
+            f"no restart reproduces the gradient: the best misses it by {best.gradient_residual:.2g}; {reached:.2g} "
+            "is asked of an optimiser at this precision"
+        )
+    elif noisy:
+        verdict = "ambiguous"
+        notes.append("the gradient is reproduced to its noise, as it is by other images; an optimiser cannot tell")
+    elif _different(consistent, problem.low_and_width()[1]):
+        verdict = "ambiguous"
+        notes.append(f"{len(consistent)} restarts inside the pixel range have this gradient, and they differ")
+    else:
+        verdict = "exact"
+    return Optimised(
+        best.images, best.labels, verdict, tuple(ranked), best.layers, tuple(notes),
+        history=record.frame(), snapshots=tuple(record.snapshots),
+    )  # fmt: skip
+
+
+def _different(candidates: Sequence[Candidate], width: float) -> bool:
+    """Whether any of them is another image than the first."""
+    if not candidates:
+        return False
+    first = candidates[0].images
+    return any((c.images - first).square().mean().sqrt().item() > SAME * width for c in candidates[1:])
