@@ -4,10 +4,12 @@ from rgap.plots.images import gallery, rescale
 from rgap.plots.layers import error_growth, phase_transition, wrong_signs
 from rgap.plots.ranks import deficit_against_psnr, law_against_number, ra_along_depth
 from rgap.plots.style import MARKERS, PALETTE
+from rgap.plots.twins import ambiguity, twin_branches
 
 __all__ = [
     "MARKERS",
     "PALETTE",
+    "ambiguity",
     "deficit_against_psnr",
     "error_growth",
     "gallery",
@@ -15,5 +17,6 @@ __all__ = [
     "phase_transition",
     "ra_along_depth",
     "rescale",
+    "twin_branches",
     "wrong_signs",
 ]
