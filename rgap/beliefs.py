@@ -49,7 +49,8 @@ class Open:
     @property
     def homogeneous(self) -> bool:
         """Whether scaling x scales z′: then each channel's gradient repeats one equation."""
-        return self.activation.homogeneous and self.previous.layer.bias is None
+        layer = self.previous.layer
+        return self.activation.homogeneous and layer.bias is None and layer.shift is None
 
 
 @dataclass(frozen=True)

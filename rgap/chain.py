@@ -5,94 +5,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rgap.activations import IDENTITY, Activation, from_module
+from rgap.activations import IDENTITY
+from rgap.folding import Folder, parameter_copy, parameters_read
+from rgap.layer import Layer
 from rgap.results import UnsupportedLayerError
 from rgap.tracing import Step, trace
 
 __all__ = ["Chain", "Layer", "prepare", "trace"]
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """A linear layer with the activation that follows it; a convolution, or a linear layer as one on a 1×1 image.
-
-    Attributes:
-        name: Path of the module in the model.
-        weight: (O, C/groups, kh, kw), float64.
-        bias: (O,), float64, or None.
-        input_shape: (C, H, W).
-        output_shape: (O, H′, W′).
-        feature_shape: Shape of the input as the model has it, e.g. (n,) for a linear layer.
-        stride, dilation: (vertical, horizontal).
-        padding: Zeros added (left, right, top, bottom), as `F.pad` takes them.
-        groups: Independent groups of channels.
-        activation: The elementwise map after the layer.
-        weight_name, bias_name: Names among `model.named_parameters()`.
-        cache: What was computed from the model alone, kept for the next attack.
-    """
-
-    name: str
-    weight: Tensor
-    bias: Tensor | None
-    input_shape: tuple[int, int, int]
-    output_shape: tuple[int, int, int]
-    feature_shape: tuple[int, ...]
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    activation: Activation = IDENTITY
-    weight_name: str = ""
-    bias_name: str | None = None
-    cache: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    @property
-    def unknowns(self) -> int:
-        """Entries of the input."""
-        return math.prod(self.input_shape)
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether the layer is a matrix on a vector (a linear layer, or a 1×1 convolution of one pixel)."""
-        return self.input_shape[1:] == self.output_shape[1:] == self.weight.shape[2:] == (1, 1) and self.groups == 1
-
-    def apply(self, x: Tensor) -> Tensor:
-        """W x without the bias: (..., C, H, W) -> (..., O, H′, W′)."""
-        if self.is_dense:
-            return (x.flatten(-3) @ self.weight.flatten(1).T)[..., None, None]
-        batch = x.reshape(-1, *self.input_shape)
-        z = F.conv2d(F.pad(batch, self.padding), self.weight, None, self.stride, 0, self.dilation, self.groups)
-        return z.reshape(*x.shape[:-3], *self.output_shape)
-
-    def adjoint(self, dz: Tensor) -> Tensor:
-        """Wᵀ δz: (..., O, H′, W′) -> (..., C, H, W)."""
-        if self.is_dense:
-            return (dz.flatten(-3) @ self.weight.flatten(1))[..., None, None]
-        left, right, top, bottom = self.padding
-        channels, height, width = self.input_shape
-        batch = dz.reshape(-1, *self.output_shape)
-        padded = (len(batch), channels, height + top + bottom, width + left + right)
-        x = torch.nn.grad.conv2d_input(padded, self.weight, batch, self.stride, 0, self.dilation, self.groups)
-        return x[..., top : top + height, left : left + width].reshape(*dz.shape[:-3], *self.input_shape)
-
-    def pre_bias(self) -> Tensor | float:
-        """The bias in a shape that adds to z, or 0."""
-        return 0.0 if self.bias is None else self.bias[:, None, None]
-
-    def cached(self, key: str, build: Callable[[], Any]) -> Any:
-        """`build()`, computed on first use. It may depend on the model alone, never on a gradient."""
-        if key not in self.cache:
-            self.cache[key] = build()
-        return self.cache[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +40,8 @@ class Chain:
     @property
     def homogeneous(self) -> bool:
         """Whether f(a x) = a f(x) for every a > 0: no biases, and homogeneous activations."""
-        return all(layer.bias is None and layer.activation.homogeneous for layer in self.layers)
+        constant = any(layer.bias is not None or layer.shift is not None for layer in self.layers)
+        return not constant and all(layer.activation.homogeneous for layer in self.layers)
 
     def layer_inputs(self, images: Tensor) -> dict[str, Tensor]:
         """The input of every layer for given images, float64: the truth that an evaluation compares with.
@@ -137,8 +64,9 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
     """Makes the chain that `rgap.reconstruct` walks; give it in place of the model to attack many gradients.
 
     Args:
-        model: A network that is a chain of convolutions and linear layers with invertible activations between.
-        image_shape: (C, H, W) of one image.
+        model: A network that is a chain of convolutions and linear layers with activations between, and of what
+            `rgap.folding` folds into these.
+        image_shape: (C, H, W) of one image; (C, L) and (n,) are taken too.
 
     Returns:
         A `Chain` with float64 copies of the weights. Factorisations are made on first use and kept in it.
@@ -151,87 +79,40 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
         if tuple(image_shape) != model.image_shape:
             raise ValueError(f"the chain was prepared for images {model.image_shape}, not {tuple(image_shape)}")
         return model
-    steps = trace(model, image_shape)
-    names = {id(p): name for name, p in model.named_parameters()}
-    layers: list[Layer] = []
-    previous = None
+    if isinstance(image_shape, Sequence) and len(image_shape) > 3:
+        raise ValueError(f"image_shape is {image_shape}; it must be (channels, height, width) or (channels, length)")
+    steps = trace(model, image_shape, any_shape=True)
+    constants = {step.name for step in steps if step.kind == "constant"}
+    folder, previous = Folder({id(p): name for name, p in model.named_parameters()}, []), None
     for step in steps:
+        if step.kind == "constant" or (step.kind == "reshape" and not step.output_shape):
+            continue  # a size that is read, no tensor
+        sources = tuple(name for name in step.sources if name not in constants)
         if step.kind == "unsupported":
             raise UnsupportedLayerError(f"layer {step.title} cannot be inverted: {step.reason}")
-        if step.kind == "reshape" and not step.output_shape:
-            continue  # a size that is read, no tensor
-        if previous is not None and step.sources != (previous,):
+        if previous is not None and sources != (previous,):
             raise UnsupportedLayerError(
                 f"layer {step.title} does not follow the one before it: branches and skip connections are not chains"
             )
         previous = step.name
-        if step.kind == "linear":
-            layers.append(_layer(step, names))
-        elif step.kind == "activation":
-            layers = _with_activation(layers, step)
-    _check_parameters(layers, names)
-    if not layers[-1].is_dense or layers[-1].activation is not IDENTITY:
+        folder.take(step)
+    layers = folder.finish()
+    _check_parameters(layers, steps, folder.names)
+    last = layers[-1]
+    if not last.is_dense or last.is_fixed or last.activation is not IDENTITY or last.output_scale is not None:
         raise UnsupportedLayerError(
-            f"the last layer {layers[-1].name!r} must be a Linear with nothing after it: "
-            "the loss is taken on its output"
+            f"the last layer {last.name!r} must be a Linear with nothing after it: the loss is taken on its output"
         )
-    parameters = {name: _copy(p) for name, p in model.named_parameters()}
+    parameters = {name: parameter_copy(p) for name, p in model.named_parameters()}
     return Chain(model, tuple(image_shape), tuple(layers), parameters)
 
 
-def _layer(step: Step, names: dict[int, str]) -> Layer:
-    module = step.module
-    assert module is not None  # a step of kind "linear" always has one
-    weight = _copy(module.weight)
-    bias = None if module.bias is None else _copy(module.bias)
-    common = {
-        "name": step.path,
-        "bias": bias,
-        "feature_shape": step.input_shape,
-        "weight_name": names[id(module.weight)],
-        "bias_name": None if bias is None else names[id(module.bias)],
-    }
-    if isinstance(module, nn.Linear):
-        if len(step.input_shape) != 1:
-            raise UnsupportedLayerError(
-                f"layer {step.path!r} (Linear) gets an input of shape {step.input_shape}; put a Flatten before it"
-            )
-        outputs, inputs = weight.shape
-        return Layer(weight=weight[..., None, None], input_shape=(inputs, 1, 1), output_shape=(outputs, 1, 1), **common)
-    return Layer(
-        weight=weight,
-        input_shape=step.input_shape,
-        output_shape=step.output_shape,
-        stride=module.stride,
-        padding=tuple(module._reversed_padding_repeated_twice),
-        dilation=module.dilation,
-        groups=module.groups,
-        **common,
-    )
-
-
-def _copy(parameter: Tensor) -> Tensor:
-    """Its value as it is now: training the model on leaves a chain as it was."""
-    return parameter.detach().to("cpu", torch.float64, copy=True)
-
-
-def _with_activation(layers: list[Layer], step: Step) -> list[Layer]:
-    """The list with the activation attached to its last layer."""
-    activation = from_module(step.module)
-    if activation is IDENTITY:
-        return layers
-    if not layers or layers[-1].activation is not IDENTITY:
-        where = "before the first layer" if not layers else f"after another activation of layer {layers[-1].name!r}"
-        raise UnsupportedLayerError(f"layer {step.title} stands {where}; one per linear layer is known")
-    last = layers[-1]
-    return [*layers[:-1], replace(last, activation=activation)]
-
-
-def _check_parameters(layers: list[Layer], names: dict[int, str]) -> None:
-    """Every parameter must belong to exactly one layer: else a gradient mixes several places, or none."""
-    if not layers:
+def _check_parameters(layers: list[Layer], steps: list[Step], names: dict[int, str]) -> None:
+    """Every weight must belong to exactly one layer, and no parameter to none: else a gradient mixes several places."""
+    if all(layer.is_fixed for layer in layers):
         raise UnsupportedLayerError("the network has no linear layer and so no gradient to attack")
-    used = [name for layer in layers for name in (layer.weight_name, layer.bias_name) if name is not None]
-    for name in names.values():
-        if used.count(name) != 1:
-            raise UnsupportedLayerError(f"parameter {name!r} is used by {used.count(name)} layers; it must be one")
+    uses = Counter(key for step in steps for key in parameters_read(step))
+    weights = {name for layer in layers for name in (layer.weight_name, layer.bias_name) if name}
+    for key, name in names.items():
+        if uses[key] == 0 or (uses[key] > 1 and name in weights):
+            raise UnsupportedLayerError(f"parameter {name!r} is used by {uses[key]} layers; it must be one")

@@ -6,14 +6,16 @@ is known on average and leaves a rest of known variance: σ⁻¹(x) = alpha + be
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import ndtr
+from torch import Tensor
 
-from rgap.activations import Activation
+from rgap.activations import Activation, leaky_relu
 
 NODES = 15
 """Nodes of the Gauss–Hermite rule for smooth activations."""
@@ -52,8 +54,28 @@ def fit(activation: Activation, m: NDArray, v: NDArray) -> Fit:
         A `Fit` of arrays (n,).
     """
     if activation.negative_slope is not None:
-        return _leaky_relu(activation.negative_slope, m, v)
+        return _leaky_relu(np.asarray(activation.negative_slope), m, v)
     return _smooth(activation, m, v)
+
+
+def flattened(activation: Activation, shape: tuple[int, ...]) -> Activation:
+    """The same map on vectors (n,) and on columns (n, k) of entries of that shape.
+
+    Args:
+        activation: Whose parameters broadcast to the shape.
+        shape: With n entries.
+    """
+    if isinstance(activation.negative_slope, float):
+        return activation
+    if activation.negative_slope is not None:
+        slope = activation.negative_slope.expand(shape).flatten()
+        return leaky_relu(slope)
+
+    def on_columns(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: f(x.T.reshape(*x.shape[1:], *shape)).reshape(*x.shape[:0:-1], len(x)).T
+
+    names = ("forward", "inverse", "derivative")
+    return replace(activation, **{name: on_columns(getattr(activation, name)) for name in names})
 
 
 def inverse(activation: Activation, x: NDArray) -> NDArray:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import linalg
 
-from rgap.chain import Layer
 from rgap.constraints import blocks, gradient_matrix, weight_matrix
+from rgap.layer import Layer
 
 LARGEST = 8000
 """Most rows or columns of W for which its dense pseudo-inverse is made (0.5 GB)."""
@@ -74,15 +74,18 @@ class PreviousLayer:
     def patches(self, x: NDArray) -> NDArray:
         """What each output position reads of x′, (C·kh·kw, H′·W′)."""
         layer = self.layer
-        image = F.pad(torch.from_numpy(x).reshape(1, *layer.input_shape), layer.padding)
-        columns = F.unfold(image, layer.weight.shape[2:], layer.dilation, 0, layer.stride)
-        return columns[0].numpy()
+        image = torch.from_numpy(x).reshape(1, *layer.input_shape)
+        image = F.pad(image if layer.before is None else layer.before.apply(image), layer.padding)
+        columns = F.unfold(image, layer.weight.shape[2:], layer.dilation, 0, layer.stride)[0]
+        if layer.after is not None:
+            columns = layer.after.apply(columns.reshape(-1, *layer.pixels_out)).flatten(1)
+        return columns.numpy()
 
 
 def previous_factors(layer: Layer) -> PreviousLayer | None:
-    """The factors of a layer, made once; None where it has groups, is too large, or W is not of full rank."""
+    """The factors of a layer, made once; None where it has groups or no weight, is too large, or short of full rank."""
     size = (np.prod(layer.output_shape), layer.unknowns)
-    if layer.groups > 1 or max(size) > LARGEST:
+    if layer.groups > 1 or layer.is_fixed or max(size) > LARGEST:
         return None
     return layer.cached("previous_factors", lambda: _factor(layer))
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rgap.activations import from_module
-from rgap.tracing import RESHAPES, Step
+from rgap.kinds import RESHAPES, from_module
+from rgap.tracing import Step
 
 SHARED = "its weight is used"
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -140,7 +140,9 @@ def kind_of(step: Step) -> tuple[str, str]:
         return "reshape", "dropout, which is the identity in eval mode; in training mode it is random"
     if step.kind == "reshape" or (operation in RESHAPES and same):
         return "reshape", ""
-    if (from_module(module) if module else None) or isinstance(module, INVERTIBLE) or operation in INVERTIBLE_FUNCTIONS:
+    known = from_module(module)
+    one_to_one = known is not None and known.one_to_one
+    if one_to_one or isinstance(module, INVERTIBLE) or operation in INVERTIBLE_FUNCTIONS:
         return "activation", "invertible"
     if operation in ELEMENTWISE or (
         type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, MIXING)

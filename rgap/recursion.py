@@ -12,9 +12,10 @@ from torch import Tensor
 
 from rgap.beliefs import Open
 from rgap.chain import Chain, Layer
-from rgap.constraints import identity_residual, split_groups
+from rgap.constraints import bias_residual, identity_residual, split_groups
 from rgap.evidence import Evidence
 from rgap.head import Hypothesis
+from rgap.linearise import flattened
 from rgap.previous import previous_factors, smooth_image_rows
 from rgap.results import LayerReport
 from rgap.solve import LayerSolution, solve_layer
@@ -75,14 +76,16 @@ def descend(
     beliefs: dict[str, Tensor] = {}
     for i in reversed(range(len(chain.layers) - 1)):
         layer, begin = chain.layers[i], time.perf_counter()
-        G = evidence.gradients[layer.weight_name].reshape(layer.weight.shape)
-        z = layer.activation.inverse(x.reshape(layer.output_shape))
+        G = torch.zeros_like(layer.weight) if layer.is_fixed else layer.gradient(evidence.gradients)
+        z, known = layer.activation.invert(x.reshape(layer.output_shape), AMPLIFIED * evidence.precision)
         dz = layer.activation.derivative(z) * dx.reshape(layer.output_shape)
-        mismatch = max(mismatch, _identities(layer, G, dz, z))
+        mismatch = max(mismatch, _identities(layer, evidence, G, dz, z, known))
         if mismatch > give_up:
             return Descent(inputs, tuple(reports), mismatch, False)
-        solution = solve_layer(layer, G, dz, z, rcond=evidence.rcond)
+        solution = solve_layer(layer, G, dz, z, rcond=evidence.rcond, known=known)
         x, dx, report = solution.x, layer.adjoint(dz), solution.report
+        if known is not None:
+            report = replace(report, saturated=int((~known).sum()))
         if report.deficit:
             closed = (
                 _close(chain.layers[i - 1], evidence, solution, z, dx)
@@ -101,16 +104,21 @@ def descend(
     return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open), beliefs)
 
 
-def _identities(layer: Layer, G: Tensor, dz: Tensor, z: Tensor) -> float:
-    """The largest identity residual of the layer's groups."""
+def _identities(layer: Layer, evidence: Evidence, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None) -> float:
+    """The largest identity residual of the layer's groups and of its bias; a fixed layer has none."""
+    if layer.is_fixed:
+        return 0.0
     parts = split_groups(layer)
     chunks = zip(parts, *(t.chunk(len(parts)) for t in (G, dz, z)), strict=True)
-    return max(identity_residual(*chunk) for chunk in chunks)
+    found = max(identity_residual(*chunk, known) for chunk in chunks)
+    if layer.bias_name is None:
+        return found
+    return max(found, bias_residual(layer, evidence.gradients[layer.bias_name], dz))
 
 
 def _close(before: Layer, evidence: Evidence, solution: LayerSolution, z: Tensor, dx: Tensor) -> VirtualSolution | None:
-    """Closes a deficient layer's null space by the layer before, or None where that has no factors."""
-    factors = previous_factors(before)
+    """Closes a deficient layer's null space by the layer before, or None where that has no factors or forgets z."""
+    factors = previous_factors(before) if before.activation.one_to_one else None
     if factors is None:
         return None
     noise = AMPLIFIED * max(evidence.precision, 1e-13)
@@ -118,9 +126,9 @@ def _close(before: Layer, evidence: Evidence, solution: LayerSolution, z: Tensor
         x=solution.x.flatten().numpy(),
         N=torch.cat([solution.null_basis, solution.weak_basis], 1).numpy(),
         known=(noise * z.square().mean().sqrt() * solution.weak_gain).numpy(),
-        activation=before.activation,
+        activation=flattened(before.activation, before.output_shape),
         previous=factors,
-        G=evidence.gradients[before.weight_name].reshape(before.weight.shape).numpy(),
+        G=before.gradient(evidence.gradients).numpy(),
         dx=dx.reshape(before.output_shape).numpy(),
         noise=noise,
     )

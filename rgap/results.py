@@ -42,6 +42,8 @@ class LayerReport:
         residual: ‖A x − b‖ / ‖b‖ over the constraints that were used.
         predicted_error: Predicted root-mean-square error of the layer's input.
         seconds: Wall time spent on this layer.
+        saturated: Entries of the layer's output from which its activation does not tell the pre-activation, zeros of a
+            ReLU for one: W's rows there were not used. None where every entry tells it.
     """
 
     name: str
@@ -58,6 +60,7 @@ class LayerReport:
     residual: float | None = None
     predicted_error: float | None = None
     seconds: float | None = None
+    saturated: int | None = None
 
 
 @dataclass(frozen=True)

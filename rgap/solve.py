@@ -12,12 +12,12 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rgap.chain import Layer
-from rgap.constraints import blocks, gradient_matrix, gradient_values, split_groups, weight_columns
-from rgap.dense import least_squares, svd
+from rgap.constraints import blocks, split_groups, weight_columns
+from rgap.dense import least_squares
+from rgap.kronecker import GradientSolution, solve_gradients
+from rgap.layer import Layer
 from rgap.results import LayerReport
 from rgap.sparse import ConjugateGradients, weight_factor
 
@@ -28,8 +28,8 @@ DENSE_UNKNOWNS = 1600
 DENSE_MOST = 10_000
 """Open unknowns up to which the dense problem is solved at all (1 GB); beyond, W's own minimum-norm solution stands."""
 
-TRUSTED = 0.02
-"""Directions of M whose singular value is below this share of the largest are shared with the weight constraints."""
+NULL_ENTRIES = 20_000_000
+"""Largest null basis of a fixed layer that is made (160 MB)."""
 
 
 @dataclass(frozen=True)
@@ -51,40 +51,29 @@ class LayerSolution:
     report: LayerReport
 
 
-@dataclass(frozen=True)
-class _Gradients:
-    """What the gradient constraints say: x = x0 + (I ⊗ V) y, where ‖sigmas ∘ y‖ should be small.
-
-    V holds M's null space (sigma 0) and, where that is not empty, the directions that M sees too dimly to be trusted
-    alone: noise comes back divided by sigma.
-    """
-
-    x0: Tensor  # (H·W, C)
-    V: Tensor  # (H·W, k)
-    sigmas: Tensor  # (k,), singular values of M
-    rank: int  # of M
-    above: float  # smallest singular value kept, relative to the largest
-    below: float | None  # largest dropped
-    residual: float
-
-
-def solve_layer(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float) -> LayerSolution:
+def solve_layer(
+    layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float, known: Tensor | None = None
+) -> LayerSolution:
     """Recovers one layer's input from its weight and gradient constraints.
 
     Args:
         layer: The linear layer.
-        G: Gradient of the loss by the weight, shaped as the weight.
+        G: Gradient of the loss by the weight, shaped as the weight; zeros of a fixed layer.
         dz: Gradient of the loss by the pre-activation, (O, H′, W′).
         z: Pre-activation, (O, H′, W′).
         rcond: Singular values below rcond times the largest count as zero.
+        known: Mask of the entries of z that are known, None for all: W's other rows are not used.
 
     Returns:
         A `LayerSolution`; where [W; K] falls short of full rank, its minimum-norm solution with the null basis.
     """
     start = time.perf_counter()
+    if layer.is_fixed and known is None:
+        return _solve_fixed(layer, z, start)
     parts = split_groups(layer)
+    masks = [None] * len(parts) if known is None else [mask.flatten() for mask in known.chunk(len(parts))]
     split = (t.chunk(len(parts)) for t in (G, dz, z))
-    solutions = [_solve_group(*part, rcond) for part in zip(parts, *split, strict=True)]
+    solutions = [_solve_group(*part, rcond) for part in zip(parts, *split, masks, strict=True)]
     x = torch.cat([s.x for s in solutions])
     report = _merge(layer.name, [s.report for s in solutions], time.perf_counter() - start)
     bases = (s.null_basis if s.null_basis is not None else s.x.new_zeros(s.x.numel(), 0) for s in solutions)
@@ -94,12 +83,28 @@ def solve_layer(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float)
     return LayerSolution(x, null, weak, torch.cat([s.weak_gain for s in solutions]), report)
 
 
-def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -> LayerSolution:
+def _solve_fixed(layer: Layer, z: Tensor, start: float) -> LayerSolution:
+    """By the pseudo-inverse of the map of pixels, which acts on every channel alike."""
+    y = z - layer.pre_bias()
+    channels, missing, null = layer.input_shape[0], 0, None
+    x = y if layer.after is None else layer.after.solve(y)
+    if layer.after is not None and not layer.after.injective:
+        missing = layer.unknowns - channels * layer.after.rank
+        if missing * layer.unknowns <= NULL_ENTRIES:
+            null = torch.kron(torch.eye(channels, dtype=z.dtype), layer.after.null_basis())
+    rank = layer.unknowns - missing
+    report = LayerReport(layer.name, layer.unknowns, rank, 0, rank, missing, seconds=time.perf_counter() - start)
+    return LayerSolution(x, null, x.new_zeros(layer.unknowns, 0), x.new_zeros(0), report)
+
+
+def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None, rcond: float) -> LayerSolution:
     z = (z - layer.pre_bias()).flatten()
+    if known is not None:
+        z = z[known]
     channels = layer.input_shape[0]
     at_least_open = layer.unknowns - channels * sum(min(len(G) * len(b.taps), len(b.pixels)) for b in blocks(layer))
     if at_least_open > DENSE_UNKNOWNS and len(z) >= layer.unknowns:
-        factor = weight_factor(layer)
+        factor = weight_factor(layer, known)
         if factor.full_rank:
             x, residual, iterations = factor.solve(z)
             report = LayerReport(
@@ -114,8 +119,8 @@ def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -
             )
             return _determined(x, layer, report)
     if at_least_open > DENSE_MOST:
-        return _too_large(layer, z)
-    found = _from_gradients(layer, G, dz, rcond)
+        return _too_large(layer, z, known)
+    found = solve_gradients(layer, G, dz, rcond)
     if found.V.shape[1] == 0:
         report = LayerReport(
             layer.name,
@@ -129,12 +134,12 @@ def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -
             residual=found.residual,
         )
         return _determined(found.x0.T, layer, report)
-    return _with_weights(layer, G, z, found, rcond)
+    return _with_weights(layer, G, z, known, found, rcond)
 
 
-def _too_large(layer: Layer, z: Tensor) -> LayerSolution:
+def _too_large(layer: Layer, z: Tensor, known: Tensor | None) -> LayerSolution:
     """The minimum-norm solution of W x = z alone, of a layer whose open unknowns no dense system can hold."""
-    solver = ConjugateGradients(layer)
+    solver = ConjugateGradients(layer, known)
     x, residual, iterations = solver.solve(z)
     rank = layer.unknowns - solver.missing
     report = LayerReport(
@@ -143,52 +148,19 @@ def _too_large(layer: Layer, z: Tensor) -> LayerSolution:
     return _determined(x, layer, report)
 
 
-def _from_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> _Gradients:
-    """Solves (I ⊗ M) x = vec(G) block by block; the cutoff is relative to M's largest singular value."""
-    pixels, channels = math.prod(layer.input_shape[1:]), layer.input_shape[0]
-    systems = []
-    for block in blocks(layer):
-        M = gradient_matrix(layer, block, dz)
-        systems.append((block.pixels, gradient_values(layer, block, G), *svd(M, full_matrices=M.shape[0] < M.shape[1])))
-    largest = max(S[0].item() for _, _, _, S, _ in systems)
-    x0, missed = G.new_zeros(pixels, channels), 0.0
-    untouched = torch.ones(pixels, dtype=torch.bool)
-    bases, sigmas = [], []
-    for places, values, U, S, Vh in systems:
-        rank = int((S > rcond * largest).sum())
-        coefficients = U[:, :rank].T @ values
-        x0[places] = Vh[:rank].T @ (coefficients / S[:rank, None])
-        missed += max(values.square().sum().item() - coefficients.square().sum().item(), 0.0)
-        untouched[places] = False
-        bases.append(_rows(Vh.T, places, pixels))
-        sigmas.append(F.pad(S, (0, len(Vh) - len(S))))
-    sigma = torch.cat(sigmas) / largest if largest > 0 else torch.cat(sigmas)
-    kept, dropped = sigma[sigma > rcond], sigma[sigma <= rcond]
-    full = len(kept) == pixels
-    open_ = sigma <= (0.0 if full else max(rcond, TRUSTED))
-    V = torch.cat([torch.cat(bases, 1)[:, open_], torch.eye(pixels, dtype=G.dtype)[:, untouched]], 1)
-    weights = F.pad(torch.where(sigma > rcond, sigma, 0.0)[open_] * largest, (0, int(untouched.sum())))
-    size = G.norm().item()
-    return _Gradients(
-        x0,
-        V,
-        weights,
-        len(kept),
-        kept.min().item() if len(kept) else 0.0,
-        dropped.max().item() if len(dropped) else None,
-        missed**0.5 / size if size > 0 else 0.0,
-    )
-
-
-def _with_weights(layer: Layer, G: Tensor, z: Tensor, found: _Gradients, rcond: float) -> LayerSolution:
+def _with_weights(
+    layer: Layer, G: Tensor, z: Tensor, known: Tensor | None, found: GradientSolution, rcond: float
+) -> LayerSolution:
     """Closes the null space of the gradient constraints by W x = z.
 
     Both kinds of rows are scaled by the size of their right-hand side: K's entries carry δz, which is tiny.
     """
     channels = layer.input_shape[0]
-    A = weight_columns(layer, found.V)
-    b = z - layer.apply(found.x0.T.reshape(layer.input_shape)).flatten()
-    scale = _rms(z) / _rms(G) if G.any() else 0.0
+    A, y = weight_columns(layer, found.V), layer.apply(found.x0.T.reshape(layer.input_shape)).flatten()
+    if known is not None:
+        A, y = A[known], y[known]
+    b = z - y
+    scale = _rms(z) / _rms(G) if G.any() and len(z) else 0.0
     dim = (scale * found.sigmas).repeat(channels)
     dense = least_squares(A, b, rcond, dim)
 
@@ -224,12 +196,6 @@ def _determined(x: Tensor, layer: Layer, report: LayerReport) -> LayerSolution:
 def _rms(values: Tensor) -> float:
     largest = values.abs().max()  # squares of the smallest gradients underflow
     return (largest * (values / largest).square().mean().sqrt()).item() if largest > 0 else 0.0
-
-
-def _rows(values: Tensor, rows: Tensor, size: int) -> Tensor:
-    result = values.new_zeros(size, values.shape[1])
-    result[rows] = values
-    return result
 
 
 def _merge(name: str, reports: list[LayerReport], seconds: float) -> LayerReport:

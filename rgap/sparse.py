@@ -12,8 +12,8 @@ import torch
 from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
-from rgap.chain import Layer
 from rgap.constraints import weight_matrix
+from rgap.layer import Layer
 
 FACTOR_UNKNOWNS = 40_000
 """Unknowns up to which a sparse factorisation is made; beyond, conjugate gradients need less time and memory."""
@@ -53,9 +53,16 @@ class SparseFactor:
 
 @dataclass
 class ConjugateGradients:
-    """Solves W x = b by conjugate gradients on the normal equations (CGLS); no matrix, no factor."""
+    """Solves W x = b by conjugate gradients on the normal equations (CGLS); no matrix, no factor.
+
+    Attributes:
+        layer: The layer, without groups.
+        known: Mask of the rows of W that are used, None for all; b is then as long as it has ones.
+        condition: That of W, as the last solve saw it.
+    """
 
     layer: Layer
+    known: Tensor | None = None
     condition: float = float("nan")
 
     @cached_property
@@ -66,7 +73,7 @@ class ConjugateGradients:
         """
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(self.layer.input_shape, generator=generator, dtype=torch.float64)
-        found = self.solve(self.layer.apply(x), tolerance=1e-10, truth=x)[0]
+        found = self.solve(self._rows(self.layer.apply(x)), tolerance=1e-10, truth=x)[0]
         share = ((found - x.flatten()).norm() / x.norm()).item() ** 2
         return max(1, round(share * self.layer.unknowns)) if share > CLOSE**2 else 0
 
@@ -81,12 +88,12 @@ class ConjugateGradients:
         """Least-squares solution of minimum norm of W x = b: (x, ‖W x − b‖ / ‖b‖, iterations).
 
         Args:
-            b: (O·H′·W′,) or shaped as the output.
+            b: (rows,).
             tolerance: Largest ‖Wᵀ r‖ at the end, relative to the start.
             most: Most iterations.
             truth: Ends the iterations as soon as x is this close to it, relative `CLOSE`.
         """
-        b = b.reshape(self.layer.output_shape)
+        b = self._image(b)
         x = b.new_zeros(self.layer.input_shape)
         r = b.clone()
         s = self.layer.adjoint(r)
@@ -94,7 +101,7 @@ class ConjugateGradients:
         size = first = s.square().sum()
         alphas, betas = [], []
         while len(alphas) < most and size > tolerance**2 * first:
-            q = self.layer.apply(p)
+            q = self._image(self._rows(self.layer.apply(p)))
             alpha = size / q.square().sum()
             x += alpha * p
             r -= alpha * q
@@ -108,9 +115,23 @@ class ConjugateGradients:
         self.condition = _ritz_condition(alphas, betas)
         return x.flatten(), _relative(r.numpy(), b.numpy()), len(alphas)
 
+    def _rows(self, z: Tensor) -> Tensor:
+        """The rows that are used."""
+        return z.flatten() if self.known is None else z.flatten()[self.known]
 
-def weight_factor(layer: Layer) -> SparseFactor | ConjugateGradients:
-    """The solver for W x = b of a layer without groups; made once."""
+    def _image(self, rows: Tensor) -> Tensor:
+        """Back in the shape of the output, 0 where a row is not used."""
+        if self.known is None:
+            return rows.reshape(self.layer.output_shape)
+        return rows.new_zeros(self.known.shape).masked_scatter(self.known, rows).reshape(self.layer.output_shape)
+
+
+def weight_factor(layer: Layer, known: Tensor | None = None) -> SparseFactor | ConjugateGradients:
+    """The solver for W x = b of a layer without groups; made once, unless only some rows of W are known."""
+    if known is not None:
+        if layer.unknowns > FACTOR_UNKNOWNS:
+            return ConjugateGradients(layer, known)
+        return _factor(weight_matrix(layer)[known.numpy()])
     if layer.unknowns > FACTOR_UNKNOWNS:
         return layer.cached("weight_solver", lambda: ConjugateGradients(layer))
     return layer.cached("weight_factor", lambda: _factor(weight_matrix(layer)))

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from rgap.activations import from_module
+from rgap.kinds import RESHAPES, kind_of_function, kind_of_module
 from rgap.results import UnsupportedLayerError
-
-RESHAPES = {torch.flatten, "flatten", "view", "reshape", torch.reshape, "contiguous"}
-REASONS = {
-    nn.modules.pooling._MaxPoolNd: "max pooling forgets where each maximum stood",
-    nn.ReLU: "ReLU forgets its negative pre-activations",
-    nn.modules.batchnorm._BatchNorm: "batch normalisation is not part of the closed form yet",
-    nn.modules.pooling._AvgPoolNd: "average pooling is not part of the closed form yet",
-    nn.modules.dropout._DropoutNd: "dropout in training mode is random; call model.eval() first",
-}
 
 
 @dataclass(frozen=True)
@@ -30,7 +21,8 @@ class Step:
 
     Attributes:
         path: Path of the module in the model, or the name of the traced function.
-        kind: "input", "linear", "activation", "reshape" or "unsupported".
+        kind: "input", "linear", "activation", "affine" (entry by entry), "pixels" (a linear map of pixels, the same for
+            every channel), "reshape", "constant" (does not depend on the image) or "unsupported".
         module: The module, None for a function.
         sources: Names of the steps that it reads.
         name: Its own name in the graph.
@@ -39,7 +31,9 @@ class Step:
         reason: Why it cannot be inverted; empty where it can.
         operation: What a function step calls, a function or a method's name; None for a module.
         call: A function step on another tensor, its other arguments as traced; None for a module, and where it reads
-            several tensors.
+            several tensors that depend on the image.
+        arguments, options: The positional arguments behind the first and the keyword arguments of a function step.
+        value: Of a constant.
     """
 
     path: str
@@ -52,6 +46,9 @@ class Step:
     reason: str = ""
     operation: Any = None
     call: Callable[[Tensor], Any] | None = None
+    arguments: tuple = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    value: Any = None
 
     @property
     def title(self) -> str:
@@ -83,16 +80,18 @@ def trace(model: nn.Module, image_shape: tuple[int, ...], any_shape: bool = Fals
         raise UnsupportedLayerError(
             f"{type(model).__name__} cannot be traced by torch.fx ({error}); its forward must not branch on data"
         ) from error
-    shapes = _Shapes(fx.GraphModule(_eval_copy(root), graph)).shapes_for(shape)
+    run = _Run(fx.GraphModule(_eval_copy(root), graph))
+    run.on_image(shape)
     modules = dict(root.named_modules())
-    return [_step(node, modules, shapes) for node in graph.nodes if node.op != "output"]
+    return [_step(node, modules, run) for node in graph.nodes if node.op != "output"]
 
 
-class _Shapes(fx.Interpreter):
-    """Runs the graph once on an image of zeros and keeps every output's shape."""
+class _Run(fx.Interpreter):
+    """Runs the graph once on an image of zeros; keeps every output's shape, and the values that no image changes."""
 
-    def shapes_for(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    def on_image(self, shape: tuple[int, ...]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.constants: dict[str, Any] = {}
         parameter = next(self.module.parameters(), torch.zeros(()))
         image = torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device)
         try:
@@ -102,13 +101,14 @@ class _Shapes(fx.Interpreter):
             place = f"{'layer' if self.node.op == 'call_module' else 'operation'} {str(self.node.target)!r}"
             reason = str(error).splitlines()[0]
             raise ValueError(f"image_shape {shape} does not fit the network at {place}: {reason}") from error
-        return self.shapes
 
     def run_node(self, node: fx.Node) -> Any:
         self.node = node
         result = super().run_node(node)
         if isinstance(result, Tensor) and node.op != "output":
             self.shapes[node.name] = tuple(result.shape[1:])
+        if node.op not in ("placeholder", "output") and all(n.name in self.constants for n in node.all_input_nodes):
+            self.constants[node.name] = result
         return result
 
 
@@ -124,48 +124,49 @@ def _checked_shape(image_shape: tuple[int, ...], any_shape: bool) -> tuple[int, 
     return shape
 
 
-def _step(node: fx.Node, modules: dict[str, nn.Module], shapes: dict[str, tuple[int, ...]]) -> Step:
+def _step(node: fx.Node, modules: dict[str, nn.Module], run: _Run) -> Step:
     module = modules[node.target] if node.op == "call_module" else None
     path = str(node.target) if node.op == "call_module" else node.name
-    sources = tuple(source.name for source in node.all_input_nodes if source.name in shapes)
-    input_shape = shapes[sources[0]] if sources else ()
-    output_shape = shapes.get(node.name, ())
+    sources = tuple(source.name for source in node.all_input_nodes if source.name in run.shapes)
+    input_shape = run.shapes[sources[0]] if sources else ()
+    output_shape = run.shapes.get(node.name, ())
+    is_function = node.op in ("call_function", "call_method")
+    call = _call(node, run.constants) if is_function else None
+    arguments, options = _filled(node, run.constants) if is_function else ((), {})
     kind, reason = "unsupported", ""
     if node.op == "placeholder":
         kind = "input"
+    elif node.name in run.constants:
+        kind = "constant"
     elif module is not None:
-        kind, reason = _kind(module)
-    elif node.name not in shapes or (node.target in RESHAPES and math.prod(input_shape) == math.prod(output_shape)):
+        kind, reason = kind_of_module(module)
+    elif node.name not in run.shapes or (node.target in RESHAPES and math.prod(input_shape) == math.prod(output_shape)):
         kind = "reshape"
     else:
-        reason = f"the operation {node.target!r} is not a module that the closed form knows"
-    operation = node.target if node.op in ("call_function", "call_method") else None
-    return Step(path, kind, module, sources, node.name, input_shape, output_shape, reason, operation, _call(node))
+        kind, reason = kind_of_function(node.target, call, arguments[1:], options)
+    operation, value = node.target if is_function else None, run.constants.get(node.name)
+    what = (path, kind, module, sources, node.name, input_shape, output_shape, reason, operation, call)
+    return Step(*what, arguments[1:], options, value)
 
 
-def _call(node: fx.Node) -> Callable[[Tensor], Any] | None:
-    """A function step as a function of its tensor alone."""
-    if node.op not in ("call_function", "call_method") or node.all_input_nodes != list(node.args[:1]):
+def _filled(node: fx.Node, constants: dict[str, Any], x: Tensor | None = None) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a function step, with the values of constants, and x for what depends on the image."""
+
+    def value(source: fx.Node) -> Any:
+        return constants.get(source.name, x)
+
+    return fx.map_arg(node.args, value), dict(fx.map_arg(node.kwargs, value))
+
+
+def _call(node: fx.Node, constants: dict[str, Any]) -> Callable[[Tensor], Any] | None:
+    """A function step as a function of the tensor that depends on the image."""
+    if len([source for source in node.all_input_nodes if source.name not in constants]) != 1:
         return None
-    rest, options = node.args[1:], node.kwargs
-    if node.op == "call_method":
-        return lambda x: getattr(x, node.target)(*rest, **options)
-    return lambda x: node.target(x, *rest, **options)
 
+    def call(x: Tensor) -> Any:
+        arguments, options = _filled(node, constants, x)
+        if node.op == "call_method":
+            return getattr(arguments[0], node.target)(*arguments[1:], **options)
+        return node.target(*arguments, **options)
 
-def _kind(module: nn.Module) -> tuple[str, str]:
-    """The kind of a module, and the reason where it is not supported."""
-    if isinstance(module, nn.Linear):
-        return "linear", ""
-    if isinstance(module, nn.Conv2d):
-        if module.padding_mode != "zeros":
-            return "unsupported", f"padding mode {module.padding_mode!r}; only zero padding is known"
-        return "linear", ""
-    if isinstance(module, nn.Flatten) or (isinstance(module, nn.modules.dropout._DropoutNd) and not module.training):
-        return "reshape", ""
-    if from_module(module) is not None:
-        return "activation", ""
-    for kind, reason in REASONS.items():
-        if isinstance(module, kind):
-            return "unsupported", reason
-    return "unsupported", f"{type(module).__name__} has no closed-form inverse here"
+    return call
