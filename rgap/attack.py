@@ -10,12 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from rgap.chain import Chain
-from rgap.client import gradients_of
 from rgap.door import check_arguments, checked_chain, checked_labels
 from rgap.evidence import Evidence, weigh
 from rgap.head import Hypothesis, logistic_hypotheses
+from rgap.noise import entry_noise
+from rgap.prediction import start_probe
 from rgap.recursion import REFUTED, Descent, descend
-from rgap.results import Candidate, GradientMismatchError, Reconstruction
+from rgap.results import GradientMismatchError, Reconstruction
+from rgap.verdict import judge, make_candidate
+
+UNKNOWN = 3.0
+"""Times the noise that was known of from which what surplus equations betray is believed."""
 
 
 def reconstruct(
@@ -65,26 +70,60 @@ def reconstruct(
     check_arguments(chain, loss, batch_size, pixel_range, rcond, noise_std)
     known = checked_labels(labels)
     evidence = weigh(chain, gradients, rcond, noise_std)
-    head = chain.layers[-1]
-    bias = evidence.gradients[head.bias_name] if head.bias_name else None
-    hypotheses, notes = logistic_hypotheses(head, evidence.gradients[head.weight_name], bias)
+    hypotheses, notes = _read_head(chain, evidence.gradients)
     if known is not None:
         hypotheses = [h for h in hypotheses if h.label == known]
         if not hypotheses:
             raise GradientMismatchError(f"label {known} was given; the last layer's gradient is that of {1 - known}")
-    descents = _follow(chain, evidence, hypotheses, virtual_constraints)
-    candidates = [_candidate(chain, evidence, h, d, loss, pixel_range) for h, d in descents]
-    return _judge(candidates, evidence, notes, device)
+    evidence, stds, descents, found = _descents(
+        chain, gradients, evidence, rcond, noise_std, hypotheses, virtual_constraints
+    )
+    candidates = [make_candidate(chain, evidence, stds, h, d, loss, pixel_range) for h, d in descents]
+    return judge(candidates, [*notes, *found], pixel_range, device)
+
+
+def _read_head(chain: Chain, gradients: Mapping[str, Tensor]) -> tuple[list[Hypothesis], list[str]]:
+    head = chain.layers[-1]
+    bias = gradients[head.bias_name] if head.bias_name else None
+    return logistic_hypotheses(head, gradients[head.weight_name], bias)
+
+
+def _descents(chain, gradients, evidence, rcond, noise_std, hypotheses, virtual_constraints):
+    """Follows the hypotheses; a second time where surplus equations betray more noise than was known of.
+
+    Returns the evidence, the standard deviation of every entry's error, the descents, and a note on the noise.
+    """
+    stds = entry_noise(evidence.gradients, noise_std)
+    descents = _follow(chain, evidence, stds, hypotheses, virtual_constraints)
+    found = min((d.misfits[0] for _, d in descents if d.misfits), default=0.0)
+    known = max(std.square().mean().sqrt().item() for std in stds.values())
+    if noise_std is not None or found <= UNKNOWN * known:
+        return evidence, stds, descents, []
+    noisy = weigh(chain, gradients, rcond, found)
+    noisy_stds = entry_noise(evidence.gradients, found)
+    again = _follow(chain, noisy, noisy_stds, hypotheses, virtual_constraints)
+    if not any(d.mismatch <= REFUTED and max(d.misfits, default=0.0) <= UNKNOWN * found for _, d in again):
+        return evidence, stds, descents, []  # no white noise: the layers contradict each other
+    note = f"noise of standard deviation {found:.2g} on the gradient, by the misfit of equations that are to spare"
+    return noisy, noisy_stds, again, [note]
 
 
 def _follow(
-    chain: Chain, evidence: Evidence, hypotheses: list[Hypothesis], virtual_constraints: bool
+    chain: Chain,
+    evidence: Evidence,
+    stds: Mapping[str, Tensor],
+    hypotheses: list[Hypothesis],
+    virtual_constraints: bool,
 ) -> list[tuple[Hypothesis, Descent]]:
     """Follows each hypothesis down; twins are scaled copies; where all are refuted the least unlikely is followed."""
     found: dict[int, list[tuple[Hypothesis, Descent]]] = {}
 
     def go(hypothesis: Hypothesis, give_up: float) -> Descent:
-        return descend(chain, evidence, hypothesis, virtual_constraints=virtual_constraints, give_up=give_up)
+        probe = start_probe(
+            chain.layers[-1], evidence.gradients, stds, hypothesis, lambda changed: _read_head(chain, changed)[0]
+        )
+        options = {"virtual_constraints": virtual_constraints, "give_up": give_up}
+        return descend(chain, evidence, hypothesis, probe=probe, **options)
 
     for hypothesis in hypotheses:
         twins = found.setdefault(hypothesis.label, [])
@@ -105,74 +144,7 @@ def _scaled(descent: Descent, factor: float) -> Descent:
     scaled = {
         key: {name: factor * x for name, x in getattr(descent, key).items()} for key in ("layer_inputs", "beliefs")
     }
-    return replace(descent, **scaled)
-
-
-def _candidate(
-    chain: Chain,
-    evidence: Evidence,
-    hypothesis: Hypothesis,
-    descent: Descent,
-    loss: str,
-    pixel_range: tuple[float, float],
-) -> Candidate:
-    image = descent.layer_inputs[chain.layers[0].name].reshape(1, *chain.image_shape)
-    label = torch.tensor([hypothesis.label])
-    residual = math.inf
-    if torch.isfinite(image).all():
-        mine = gradients_of(chain.model, chain.parameters, image, label, loss)
-        residual = max(_relative(mine[name], g, evidence.gradients) for name, g in evidence.gradients.items())
-    width = pixel_range[1] - pixel_range[0]
-    slack = (width if math.isfinite(width) else 1.0) * min(evidence.tolerance, 0.1)
-    excess = max((pixel_range[0] - image).max().item(), (image - pixel_range[1]).max().item())
-    inside = excess <= slack
-    return Candidate(
-        image, label, residual, inside, descent.layer_inputs, descent.reports, descent.open_layers, descent.beliefs
-    )
-
-
-def _relative(mine: Tensor, shared: Tensor, gradients: Mapping[str, Tensor]) -> float:
-    """‖g′ − g‖ / ‖g‖, for a gradient that vanishes relative to the largest of all."""
-    unit = shared.abs().max() if shared.any() else max(g.abs().max() for g in gradients.values())
-    difference = ((mine.cpu() - shared) / unit).norm()  # in this unit squares cannot underflow
-    return (difference / (shared / unit).norm().clamp(min=1.0)).item()
-
-
-def _judge(candidates: list[Candidate], evidence: Evidence, notes: list[str], device) -> Reconstruction:
-    """Ranks the candidates and gives the verdict."""
-
-    def order(candidate: Candidate) -> tuple:  # outside the range, the smaller of two twins is the likelier
-        size = 0.0 if candidate.in_pixel_range else candidate.images.abs().max().item()
-        return candidate.gradient_residual > evidence.tolerance, size, candidate.gradient_residual
-
-    candidates.sort(key=order)
-    best = candidates[0]
-    consistent = [c for c in candidates if c.gradient_residual <= evidence.tolerance]
-    inside = [c for c in consistent if c.in_pixel_range]
-    short = [f"{r.name!r} by {r.deficit}" for r in best.layers if r.deficit]
-    if short and not best.open_layers:
-        notes = [*notes, f"layers short of full rank, closed by virtual constraints: {', '.join(short)}"]
-    if best.open_layers:
-        notes = [*notes, f"layers short of full rank: {', '.join(short)}; what they leave open was not determined"]
-        verdict = "rank-deficient"
-    elif not consistent:
-        notes = [
-            *notes,
-            f"no hypothesis reproduces the gradient: the best misses it by {best.gradient_residual:.2g}; "
-            f"{evidence.tolerance:.2g} is allowed at this precision",
-        ]
-        verdict = "inconsistent"
-    elif len(inside) > 1:
-        notes = [*notes, f"{len(inside)} hypotheses inside the pixel range have this very gradient (twin data)"]
-        verdict = "ambiguous"
-    else:
-        verdict = "exact"
-        if len(inside) == 1 and len(consistent) > 1:
-            notes = [*notes, f"the pixel range chose between {len(consistent)} hypotheses with this gradient"]
-        elif not inside:
-            notes = [*notes, "no consistent hypothesis lies inside the pixel range; the best by gradient was taken"]
-            verdict = "ambiguous" if len(consistent) > 1 else "exact"
-    kept = tuple(consistent or [best])
-    if device is not None:
-        kept = tuple(replace(c, images=c.images.to(device), labels=c.labels.to(device)) for c in kept)
-    return Reconstruction(kept[0].images, kept[0].labels, verdict, kept, best.layers, tuple(notes))
+    errors = [None if r.predicted_error is None else abs(factor) * r.predicted_error for r in descent.reports]
+    reports = tuple(replace(r, predicted_error=e) for r, e in zip(descent.reports, errors, strict=True))
+    probe = None if descent.probe is None else replace(descent.probe, x=factor * descent.probe.x)
+    return replace(descent, **scaled, reports=reports, probe=probe)

@@ -16,8 +16,10 @@ from rgap.constraints import bias_residual, identity_residual, split_groups
 from rgap.evidence import Evidence
 from rgap.head import Hypothesis
 from rgap.linearise import flattened
+from rgap.prediction import Probe, carry
 from rgap.previous import previous_factors, smooth_image_rows
 from rgap.results import LayerReport
+from rgap.signs import decide_slopes
 from rgap.solve import LayerSolution, solve_layer
 from rgap.virtual import VirtualSolution, solve_virtual
 
@@ -39,6 +41,9 @@ class Descent:
         complete: Whether the image was reached.
         open_layers: Names of rank-deficient layers whose null space nothing closed.
         beliefs: Name of a layer that virtual constraints closed -> belief on its input after each step, (steps, n).
+        misfits: Noise on the gradient's entries by the misfit of each layer whose equations alone determine it and that
+            has some to spare, from the last on.
+        probe: What a draw of the noise makes of the image.
     """
 
     layer_inputs: Mapping[str, Tensor]
@@ -47,6 +52,8 @@ class Descent:
     complete: bool
     open_layers: tuple[str, ...] = ()
     beliefs: Mapping[str, Tensor] = field(default_factory=dict)
+    misfits: tuple[float, ...] = ()
+    probe: Probe | None = None
 
 
 def descend(
@@ -54,6 +61,7 @@ def descend(
     evidence: Evidence,
     start: Hypothesis,
     *,
+    probe: Probe | None = None,
     virtual_constraints: bool = True,
     give_up: float = math.inf,
 ) -> Descent:
@@ -63,6 +71,7 @@ def descend(
         chain: The prepared network.
         evidence: The gradients, their precision and the cutoff.
         start: The head's hypothesis.
+        probe: A draw of the noise and what it makes of the hypothesis, to predict errors and to decide signs.
         virtual_constraints: Whether the layer before may close the deficit of a rank-deficient layer.
         give_up: Identity residual above which the hypothesis is dropped; infinity follows it to the end.
 
@@ -71,18 +80,28 @@ def descend(
     """
     head, n = chain.layers[-1], len(start.x)
     inputs = {head.name: start.x[None]}
-    reports = [LayerReport(head.name, n, rank_gradients=n, rank=n, deficit=0, condition=1.0, seconds=0.0)]
+    error = None if probe is None else probe.error
+    reports = [LayerReport(head.name, n, None, n, n, 0, condition=1.0, predicted_error=error, seconds=0.0)]
     dx, x, mismatch, left_open = head.adjoint(start.dz[:, None, None]), start.x, 0.0, []
     beliefs: dict[str, Tensor] = {}
+    misfits: list[float] = []
     for i in reversed(range(len(chain.layers) - 1)):
         layer, begin = chain.layers[i], time.perf_counter()
         G = torch.zeros_like(layer.weight) if layer.is_fixed else layer.gradient(evidence.gradients)
         z, known = layer.activation.invert(x.reshape(layer.output_shape), AMPLIFIED * evidence.precision)
-        dz = layer.activation.derivative(z) * dx.reshape(layer.output_shape)
+        slopes = None if probe is None else _slopes(layer, G, x, dx, probe)
+        slope = layer.activation.derivative(z) if slopes is None else slopes.values
+        dz = slope * dx.reshape(layer.output_shape)
         mismatch = max(mismatch, _identities(layer, evidence, G, dz, z, known))
         if mismatch > give_up:
             return Descent(inputs, tuple(reports), mismatch, False)
         solution = solve_layer(layer, G, dz, z, rcond=evidence.rcond, known=known)
+        if solution.noise_std is not None:
+            misfits.append(solution.noise_std)
+        if probe is not None:
+            shape = layer.output_shape
+            probe = carry(layer, probe, solution, x.reshape(shape), dx.reshape(shape), z, dz, slopes)
+            solution = replace(solution, report=replace(solution.report, predicted_error=probe.error))
         x, dx, report = solution.x, layer.adjoint(dz), solution.report
         if known is not None:
             report = replace(report, saturated=int((~known).sum()))
@@ -101,7 +120,17 @@ def descend(
                 left_open.append(layer.name)
         inputs = {layer.name: x.reshape(1, *layer.feature_shape), **inputs}
         reports.append(replace(report, seconds=time.perf_counter() - begin))
-    return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open), beliefs)
+    return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open), beliefs, tuple(misfits), probe)
+
+
+def _slopes(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, probe: Probe):
+    """The decided slopes of a layer with a kink, None of others."""
+    if layer.is_fixed:
+        return None
+    shape, noise = layer.output_shape, layer.gradient(probe.noise)
+    unit = noise.abs().max().item()
+    std = unit * (noise / unit).square().mean().sqrt().item() if unit > 0 else 0.0
+    return decide_slopes(layer, G, x.reshape(shape), dx.reshape(shape), probe.error, std)
 
 
 def _identities(layer: Layer, evidence: Evidence, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None) -> float:
