@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from rgap.chain import Chain
 from rgap.door import check_arguments, checked_chain, checked_labels
 from rgap.evidence import Evidence, weigh
-from rgap.head import Hypothesis, logistic_hypotheses
+from rgap.head import Hypothesis, read_head
 from rgap.noise import entry_noise
 from rgap.prediction import start_probe
 from rgap.recursion import REFUTED, Descent, descend
@@ -47,7 +48,7 @@ def reconstruct(
         model: The network, or a `Chain` from `rgap.prepare`, which keeps its factorisations for the next attack.
         gradients: One tensor for each parameter, in the order of `model.parameters()`, or a mapping from name.
         image_shape: (C, H, W) of one image; may be left out with a `Chain`.
-        loss: "logistic".
+        loss: A name in `rgap.client.LOSSES`.
         batch_size: Images in the batch; 1.
         labels: Labels if they are known, (B,): other hypotheses are then not considered.
         virtual_constraints: Whether the layer before may close the deficit of a rank-deficient layer.
@@ -68,75 +69,96 @@ def reconstruct(
     """
     chain = checked_chain(model, image_shape)
     check_arguments(chain, loss, batch_size, pixel_range, rcond, noise_std)
-    known = checked_labels(labels)
-    evidence = weigh(chain, gradients, rcond, noise_std)
-    hypotheses, notes = _read_head(chain, evidence.gradients)
-    if known is not None:
-        hypotheses = [h for h in hypotheses if h.label == known]
-        if not hypotheses:
-            raise GradientMismatchError(f"label {known} was given; the last layer's gradient is that of {1 - known}")
-    evidence, stds, descents, found = _descents(
-        chain, gradients, evidence, rcond, noise_std, hypotheses, virtual_constraints
-    )
-    candidates = [make_candidate(chain, evidence, stds, h, d, loss, pixel_range) for h, d in descents]
-    return judge(candidates, [*notes, *found], pixel_range, device)
-
-
-def _read_head(chain: Chain, gradients: Mapping[str, Tensor]) -> tuple[list[Hypothesis], list[str]]:
     head = chain.layers[-1]
-    bias = gradients[head.bias_name] if head.bias_name else None
-    return logistic_hypotheses(head, gradients[head.weight_name], bias)
+    known = checked_labels(labels, loss, head.output_shape[0])
+    evidence = weigh(chain, gradients, rcond, noise_std)
+    reading = read_head(loss, head, evidence, known)
+    hypotheses = list(reading.hypotheses)
+    evidence = replace(evidence, rounding=max(h.rounding for h in hypotheses))
+    attack = _Attack(chain, evidence, entry_noise(evidence.gradients, noise_std), loss, virtual_constraints)
+    descents, refuted = _follow(attack, hypotheses)
+    if noise_std is None:
+        attack, descents, refuted = _with_noise_found(attack, hypotheses, descents, refuted, rcond)
+    notes = [*_underflow(evidence), *reading.notes, *refuted]
+    candidates = [make_candidate(chain, attack.evidence, attack.stds, h, d, loss, pixel_range) for h, d in descents]
+    return judge(candidates, notes, pixel_range, device)
 
 
-def _descents(chain, gradients, evidence, rcond, noise_std, hypotheses, virtual_constraints):
-    """Follows the hypotheses; a second time where surplus equations betray more noise than was known of.
+@dataclass(frozen=True)
+class _Attack:
+    """What stays the same for every hypothesis."""
 
-    Returns the evidence, the standard deviation of every entry's error, the descents, and a note on the noise.
-    """
-    stds = entry_noise(evidence.gradients, noise_std)
-    descents = _follow(chain, evidence, stds, hypotheses, virtual_constraints)
+    chain: Chain
+    evidence: Evidence
+    stds: Mapping[str, Tensor]  # standard deviation of every gradient entry's error
+    loss: str
+    virtual_constraints: bool
+
+    def read(self, gradients: Mapping[str, Tensor], label: int) -> Sequence[Hypothesis]:
+        """The head's hypotheses for other gradients."""
+        try:
+            evidence = replace(self.evidence, gradients=dict(gradients))
+            return read_head(self.loss, self.chain.layers[-1], evidence, label).hypotheses
+        except GradientMismatchError:  # with so much noise the label may look like another
+            return ()
+
+    def descend(self, hypothesis: Hypothesis, give_up: float) -> Descent:
+        """Follows one hypothesis."""
+        read = partial(self.read, label=hypothesis.label)
+        probe = start_probe(self.chain.layers[-1], self.evidence.gradients, self.stds, hypothesis, read)
+        options = {"virtual_constraints": self.virtual_constraints, "give_up": give_up}
+        return descend(self.chain, self.evidence, hypothesis, probe=probe, **options)
+
+
+def _underflow(evidence: Evidence) -> list[str]:
+    """A note on gradients that underflowed."""
+    if not evidence.lost:
+        return []
+    return [f"lost to underflow, and not used: the gradient of {', '.join(map(repr, evidence.lost))}"]
+
+
+def _with_noise_found(attack: _Attack, hypotheses: list[Hypothesis], descents: list, refuted: list[str], rcond):
+    """The attack, its descents and notes; made again where surplus equations betray more noise than was known of."""
     found = min((d.misfits[0] for _, d in descents if d.misfits), default=0.0)
-    known = max(std.square().mean().sqrt().item() for std in stds.values())
-    if noise_std is not None or found <= UNKNOWN * known:
-        return evidence, stds, descents, []
-    noisy = weigh(chain, gradients, rcond, found)
-    noisy_stds = entry_noise(evidence.gradients, found)
-    again = _follow(chain, noisy, noisy_stds, hypotheses, virtual_constraints)
+    known = max(std.square().mean().sqrt().item() for std in attack.stds.values())
+    if found <= UNKNOWN * known:
+        return attack, descents, refuted
+    gradients = attack.evidence.gradients
+    evidence = replace(weigh(attack.chain, gradients, rcond, found), lost=attack.evidence.lost)
+    noisy = replace(attack, evidence=evidence, stds=entry_noise(gradients, found))
+    again, others = _follow(noisy, hypotheses)
     if not any(d.mismatch <= REFUTED and max(d.misfits, default=0.0) <= UNKNOWN * found for _, d in again):
-        return evidence, stds, descents, []  # no white noise: the layers contradict each other
+        return attack, descents, refuted  # no white noise: the layers contradict each other
     note = f"noise of standard deviation {found:.2g} on the gradient, by the misfit of equations that are to spare"
-    return noisy, noisy_stds, again, [note]
+    return noisy, again, [*others, note]
 
 
-def _follow(
-    chain: Chain,
-    evidence: Evidence,
-    stds: Mapping[str, Tensor],
-    hypotheses: list[Hypothesis],
-    virtual_constraints: bool,
-) -> list[tuple[Hypothesis, Descent]]:
-    """Follows each hypothesis down; twins are scaled copies; where all are refuted the least unlikely is followed."""
-    found: dict[int, list[tuple[Hypothesis, Descent]]] = {}
+def _follow(attack: _Attack, hypotheses: list[Hypothesis]) -> tuple[list[tuple[Hypothesis, Descent]], list[str]]:
+    """Follows each hypothesis down; twins are scaled copies; where all are refuted the least unlikely is followed.
 
-    def go(hypothesis: Hypothesis, give_up: float) -> Descent:
-        probe = start_probe(
-            chain.layers[-1], evidence.gradients, stds, hypothesis, lambda changed: _read_head(chain, changed)[0]
-        )
-        options = {"virtual_constraints": virtual_constraints, "give_up": give_up}
-        return descend(chain, evidence, hypothesis, probe=probe, **options)
+    Returns the descents that are complete, and a note where the layers decided between labels.
+    """
+    found: dict[object, list[tuple[Hypothesis, Descent]]] = {}
 
-    for hypothesis in hypotheses:
-        twins = found.setdefault(hypothesis.label, [])
-        if twins and chain.homogeneous:
-            twins.append((hypothesis, _scaled(twins[0][1], hypothesis.mu / twins[0][0].mu)))
+    for number, hypothesis in enumerate(hypotheses):
+        twins = found.setdefault(hypothesis.scale > 0 if attack.chain.homogeneous else number, [])
+        if twins:
+            twins.append((hypothesis, _scaled(twins[0][1], hypothesis.scale / twins[0][0].scale)))
         else:
-            twins.append((hypothesis, go(hypothesis, REFUTED)))
+            twins.append((hypothesis, attack.descend(hypothesis, REFUTED)))
     every = [pair for pairs in found.values() for pair in pairs]
     complete = [pair for pair in every if pair[1].complete]
-    if complete:
-        return complete
-    hypothesis, _ = min(every, key=lambda pair: pair[1].mismatch)
-    return [(hypothesis, go(hypothesis, math.inf))]
+    if not complete:
+        hypothesis, _ = min(every, key=lambda pair: pair[1].mismatch)
+        return [(hypothesis, attack.descend(hypothesis, math.inf))], []
+    kept = {h.label for h, _ in complete}
+    against = {h.label: d.mismatch for h, d in every if h.label not in kept}
+    if not against:
+        return complete, []
+    least = min(d.mismatch for _, d in complete)
+    others = ", ".join(f"label {label} by {mismatch:.2g}" for label, mismatch in against.items())
+    labels = " and ".join(f"label {label}" for label in sorted(kept))
+    return complete, [f"{labels} by the identities of the layers, missed by {least:.2g}; {others}"]
 
 
 def _scaled(descent: Descent, factor: float) -> Descent:

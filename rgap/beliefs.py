@@ -16,6 +16,9 @@ from rgap.activations import Activation
 from rgap.linearise import Fit, slope
 from rgap.previous import PreviousLayer
 
+UNSEEN = 1e-12
+"""Gradient rows below this share of the largest say nothing: they are not scaled up."""
+
 
 @dataclass(frozen=True)
 class Open:
@@ -78,6 +81,9 @@ def assemble(problem: Open, fitted: Fit, m: NDArray, image: NDArray, channels: N
 
     Returns:
         The `Rows`.
+
+    Raises:
+        LinAlgError: If the belief is so far off that the equations overflow.
     """
     previous, N = problem.previous, problem.N
     q = previous.left.shape[1]
@@ -88,7 +94,9 @@ def assemble(problem: Open, fitted: Fit, m: NDArray, image: NDArray, channels: N
     if channels.size:
         dz = (fitted.pi.reshape(problem.dx.shape) * problem.dx)[channels]
         K = previous.gradient_rows(dz, np.hstack([previous.pinv, previous.null]))
-        weight = 1 / np.maximum(np.linalg.norm(K, axis=1), np.finfo(float).tiny)
+        size = np.linalg.norm(K, axis=1)
+        seen = size > UNSEEN * size.max()
+        weight = np.where(seen, 1 / np.where(seen, size, 1.0), 0.0)
         K *= weight[:, None]
         g = problem.G[channels].ravel() * weight
         eps, null, b = [*eps, K[:, : len(m)]], [*null, K[:, len(m) :]], [*b, g]
@@ -100,6 +108,8 @@ def assemble(problem: Open, fitted: Fit, m: NDArray, image: NDArray, channels: N
         floor.append(np.ones(len(target)))
     E = np.vstack(eps)
     A, right = np.hstack([E @ (fitted.beta[:, None] * N), np.vstack(null)]), np.concatenate(b) - E @ z
+    if not (np.isfinite(A).all() and np.isfinite(right).all()):
+        raise np.linalg.LinAlgError("the equations of this belief overflow")
     for rows, entries, R in eta:
         A[rows, : N.shape[1]] += R @ (fitted.rho[entries, None] * N[entries])
         right[rows] -= R @ (fitted.rho * (problem.x - m))[entries]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.chain import Chain, prepare
-from rgap.client import check_loss
+from rgap.client import check_loss, outputs_fit
 from rgap.results import UnsupportedLayerError
 
 
@@ -27,8 +27,6 @@ def checked_chain(model: nn.Module | Chain, image_shape: tuple[int, ...] | None)
 def check_arguments(chain: Chain, loss, batch_size, pixel_range, rcond, noise_std) -> None:
     """Refuses what is out of range, by name."""
     check_loss(loss)
-    if loss != "logistic":
-        raise ValueError(f"the gradient of the {loss} loss cannot be inverted yet; the logistic loss can")
     if batch_size != 1:
         raise ValueError(f"batch_size is {batch_size}; only single images (1) are recovered")
     limits = tuple(pixel_range) if isinstance(pixel_range, Sequence) else ()
@@ -39,17 +37,27 @@ def check_arguments(chain: Chain, loss, batch_size, pixel_range, rcond, noise_st
     if noise_std is not None and not 0 <= noise_std < math.inf:
         raise ValueError(f"noise_std is {noise_std}; it must be at least 0 and finite")
     head = chain.layers[-1]
-    if (outputs := head.output_shape[0]) != 1:
-        raise UnsupportedLayerError(f"the last layer {head.name!r} has {outputs} outputs; the logistic loss takes 1")
+    if not outputs_fit(loss, outputs := head.output_shape[0]):
+        least = "2 or more" if loss == "cross_entropy" else "1"
+        raise UnsupportedLayerError(
+            f"the last layer {head.name!r} has {outputs} outputs; the {loss} loss takes {least}"
+        )
 
 
-def checked_labels(labels: Tensor | Sequence[int] | None) -> int | None:
-    """The label that was given for a single image, or None."""
+def checked_labels(labels: Tensor | Sequence[int] | None, loss: str, outputs: int) -> int | None:
+    """The label that was given for a single image, or None.
+
+    Args:
+        labels: What was given.
+        loss: Name of the loss, for the message.
+        outputs: Of the network; labels of one output are 0 and 1.
+    """
     if labels is None:
         return None
-    values = torch.as_tensor(labels)
+    values, classes = torch.as_tensor(labels), max(outputs, 2)
     if values.numel() == 0:
         raise ValueError("labels are empty; give one for the image, or None")
-    if values.shape != (1,) or values.is_floating_point() or values.item() not in (0, 1):
-        raise ValueError(f"labels are {values.tolist()}; a single image of the logistic loss takes [0] or [1]")
+    if values.shape != (1,) or values.is_floating_point() or not 0 <= values.item() < classes:
+        takes = "[0] or [1]" if classes == 2 else f"[0] to [{classes - 1}]"
+        raise ValueError(f"labels are {values.tolist()}; a single image of the {loss} loss takes {takes}")
     return int(values.item())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,12 @@ from torch import Tensor
 
 from rgap.chain import Chain
 from rgap.results import GradientMismatchError
+
+LOST = 0.3
+"""Relative rounding from which a gradient in a format that underflows early says nothing."""
+
+NEGLIGIBLE = 1e-30
+"""Rounding next to zero that is no underflow: in formats other than float16 a gradient of zeros is one of zeros."""
 
 
 @dataclass(frozen=True)
@@ -20,16 +27,20 @@ class Evidence:
         gradients: Parameter name -> gradient, float64.
         precision: Relative error of their entries: the rounding of their format, or the noise where that is larger.
         rcond: Relative cutoff of singular values.
+        lost: Names of gradients that underflowed: what they would have said is unknown, not zero.
+        rounding: Relative error of the head's δz by the client's own arithmetic, where that is larger.
     """
 
     gradients: dict[str, Tensor]
     precision: float
     rcond: float
+    lost: tuple[str, ...] = ()
+    rounding: float = 0.0
 
     @property
     def tolerance(self) -> float:
         """Gradient residual up to which a candidate counts as consistent."""
-        return min(max(1e-8, 1e4 * self.precision), 0.3)
+        return min(max(1e-8, 1e4 * self.precision, 10 * self.rounding), 0.3)
 
 
 def weigh(
@@ -67,13 +78,20 @@ def weigh(
     head = chain.layers[-1]
     if not named[head.weight_name].any():
         raise GradientMismatchError(f"the last layer's gradient {head.weight_name!r} is zero; nothing can be recovered")
-    precision = max(_rounding(g) for g in named.values() if g.any())
     values = {name: g.detach().to("cpu", torch.float64) for name, g in named.items()}
+    formats = _formats({name: g for name, g in named.items() if g.any()})
+    quantum = max(_quantum(dtype) for dtype in formats.values())
+    steps = {
+        name: _relative_std(quantum if name not in formats else _quantum(formats[name]), g)
+        for name, g in values.items()
+    }
+    lost = tuple(name for name, step in steps.items() if step > LOST)
+    heard = [name for name in formats if name not in lost]
+    precision = max([torch.finfo(formats[name]).eps for name in heard] + [steps[name] for name in heard], default=LOST)
     if noise_std:
-        noise = [noise_std * g.numel() ** 0.5 / g.norm().item() for g in values.values() if g.any()]
-        precision = max(precision, *noise)
+        precision = max(precision, *(_relative_std(noise_std, values[name]) for name in formats))
     default = 1e-5 if precision < 1e-10 else min(1e-4 * (precision / 1.2e-7) ** 0.5, 0.1)
-    return Evidence(values, precision, default if rcond is None else rcond)
+    return Evidence(values, precision, default if rcond is None else rcond, lost)
 
 
 def _by_name(chain: Chain, gradients) -> dict[str, Tensor]:
@@ -94,9 +112,25 @@ def _by_name(chain: Chain, gradients) -> dict[str, Tensor]:
     return dict(zip(names, tensors, strict=True))
 
 
-def _rounding(g: Tensor) -> float:
-    """Relative rounding of the coarsest format that holds every entry: a cast to float64 adds no precision."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        if torch.equal(g.to(dtype).to(g.dtype), g):
-            return torch.finfo(dtype).eps
-    return torch.finfo(g.dtype).eps
+def _formats(named: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """The coarsest format that holds every entry: a cast to float64 adds no precision.
+
+    One for all where there is one: alone, a gradient of few digits that float16 left fits others as well.
+    """
+    formats = (torch.bfloat16, torch.float16, torch.float32)
+    fits = {name: [d for d in formats if torch.equal(g.to(d).to(g.dtype), g)] for name, g in named.items()}
+    common = [d for d in formats if all(d in fitting for fitting in fits.values())]
+    return {name: (common or fits[name] or [g.dtype])[0] for name, g in named.items()}
+
+
+def _quantum(dtype: torch.dtype) -> float:
+    """Standard deviation of an entry's rounding next to zero, by the format's smallest number."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 12**0.5
+
+
+def _relative_std(std: float, g: Tensor) -> float:
+    """Noise of that standard deviation on every entry, relative to the gradient's norm."""
+    size = g.abs().max().item()
+    if size == 0.0:
+        return math.inf if std > NEGLIGIBLE else 0.0
+    return std / size * g.numel() ** 0.5 / (g / size).norm().item()

@@ -72,7 +72,7 @@ def flattened(activation: Activation, shape: tuple[int, ...]) -> Activation:
         return leaky_relu(slope)
 
     def on_columns(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: f(x.T.reshape(*x.shape[1:], *shape)).reshape(*x.shape[:0:-1], len(x)).T
+        return lambda x: f(x.movedim(0, -1).reshape(*x.shape[1:], *shape)).reshape(*x.shape[1:], len(x)).movedim(-1, 0)
 
     names = ("forward", "inverse", "derivative")
     return replace(activation, **{name: on_columns(getattr(activation, name)) for name in names})

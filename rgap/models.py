@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -58,24 +58,49 @@ def fcn3(seed: int = 0, widths: tuple[int, ...] = (1000, 100)) -> nn.Sequential:
     return _seeded(layers, seed)
 
 
-def lenet(seed: int = 0, classes: int = 10, activation: Callable[[], nn.Module] = nn.Sigmoid) -> nn.Sequential:
-    """LeNet as gradient attacks use it, for images of shape (3, 32, 32): three 5×5 convolutions and a linear layer.
+def lenet(
+    seed: int = 0,
+    classes: int = 10,
+    activation: Callable[[], nn.Module] | Sequence[Callable[[], nn.Module]] = nn.Sigmoid,
+    widths: Sequence[int] = (12, 12, 12),
+    strides: Sequence[int] | None = None,
+    bias: bool = False,
+    uniform: float | None = None,
+) -> nn.Sequential:
+    """LeNet as gradient attacks use it, for images of shape (3, 32, 32): 5×5 convolutions and a linear layer.
 
-    conv 3→12 and 12→12 with stride 2, 12→12 with stride 1, all pad 2; 768→`classes`. No biases here (they add no
-    equations), torch's default initialisation.
+    conv 3→12 and 12→12 with stride 2, 12→12 with stride 1, all pad 2; 768→`classes`.
 
     Args:
         seed: Seed of the weights; the global generator is left as it was.
         classes: Outputs; 1 is one logit.
-        activation: Makes the activation after each convolution. `lambda: nn.LeakyReLU(0.2)` with one logit is a network
-            that `rgap.reconstruct` attacks.
+        activation: Makes the activation after each convolution; or one for each.
+        widths: Channels of the convolutions.
+        strides: Their strides; by default 2, 2 and then 1.
+        bias: Whether convolutions and linear layer have biases.
+        uniform: Draws weights and biases from ±`uniform`; None leaves torch's default initialisation.
+
+    Raises:
+        ValueError: If there are not as many strides or activations as widths.
     """
+    strides = (2, 2, *[1] * len(widths))[: len(widths)] if strides is None else strides
+    makers = [activation] * len(widths) if callable(activation) else activation
+    if not len(widths) == len(strides) == len(makers):
+        raise ValueError(
+            f"{len(widths)} widths, {len(strides)} strides, {len(makers)} activations; give as many of each"
+        )
 
     def layers():
         modules: list[nn.Module] = []
-        for inputs, stride in ((3, 2), (12, 2), (12, 1)):
-            modules += [nn.Conv2d(inputs, 12, 5, stride, 2, bias=False), activation()]
-        return nn.Sequential(*modules, nn.Flatten(), nn.Linear(768, classes, bias=False))
+        channels, size = 3, 32
+        for width, stride, make in zip(widths, strides, makers, strict=True):
+            modules += [nn.Conv2d(channels, width, 5, stride, 2, bias=bias), make()]
+            channels, size = width, (size - 1) // stride + 1
+        network = nn.Sequential(*modules, nn.Flatten(), nn.Linear(channels * size * size, classes, bias=bias))
+        if uniform is not None:
+            for parameter in network.parameters():
+                nn.init.uniform_(parameter, -uniform, uniform)
+        return network
 
     return _seeded(layers, seed)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rgap.head import Hypothesis
+from rgap.hypothesis import Hypothesis
 from rgap.layer import Layer
 from rgap.signs import Slopes
 from rgap.solve import LayerSolution
@@ -70,7 +70,9 @@ def start_probe(
     noise = draw_noise(stds, generator)
     found = [h for h in read({name: g + noise[name] for name, g in gradients.items()}) if h.label == start.label]
     other = min(found, key=lambda h: (h.x - start.x).norm().item(), default=start)
-    return Probe(other.x - start.x, head.adjoint((other.dz - start.dz)[:, None, None]), noise, generator)
+    scale = 1 + start.rounding * torch.randn((), generator=generator, dtype=start.x.dtype)
+    dz_change = other.dz * scale - start.dz
+    return Probe(other.x / scale - start.x, head.adjoint(dz_change[:, None, None]), noise, generator)
 
 
 def carry(
@@ -94,7 +96,10 @@ def carry(
     """
     shape = layer.output_shape
     changed, _ = layer.activation.invert(x + probe.x.reshape(shape))
-    slope = layer.activation.derivative(changed) if slopes is None else slopes.draw(probe.generator)
+    if slopes is not None:
+        slope = slopes.draw(probe.generator)
+    else:  # what lies on a flat part is known to
+        slope = layer.activation.derivative(z if layer.activation.clips else changed)
     dz_change = slope * (dx + probe.dx.reshape(shape)) - dz
     rest = torch.zeros_like(layer.weight)
     if not layer.is_fixed:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from rgap.linearise import flattened
 from rgap.prediction import Probe, carry
 from rgap.previous import previous_factors, smooth_image_rows
 from rgap.results import LayerReport
-from rgap.signs import decide_slopes
+from rgap.signs import Slopes, decide_slopes
 from rgap.solve import LayerSolution, solve_layer
 from rgap.virtual import VirtualSolution, solve_virtual
 
@@ -28,6 +29,9 @@ REFUTED = 0.3
 
 AMPLIFIED = 5.0
 """Error of a pre-activation in units of the gradient's: what the layers above and σ⁻¹ make of it, roughly."""
+
+ROUNDING = 1e-13
+"""Least relative error of a recovered input: that of the float64 arithmetic here, over a chain of layers."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +91,22 @@ def descend(
     misfits: list[float] = []
     for i in reversed(range(len(chain.layers) - 1)):
         layer, begin = chain.layers[i], time.perf_counter()
-        G = torch.zeros_like(layer.weight) if layer.is_fixed else layer.gradient(evidence.gradients)
-        z, known = layer.activation.invert(x.reshape(layer.output_shape), AMPLIFIED * evidence.precision)
-        slopes = None if probe is None else _slopes(layer, G, x, dx, probe)
-        slope = layer.activation.derivative(z) if slopes is None else slopes.values
-        dz = slope * dx.reshape(layer.output_shape)
-        mismatch = max(mismatch, _identities(layer, evidence, G, dz, z, known))
+        heard = not layer.is_fixed and layer.weight_name not in evidence.lost
+        G = layer.gradient(evidence.gradients) if heard else torch.zeros_like(layer.weight)
+        x, dx = x.reshape(layer.output_shape), dx.reshape(layer.output_shape)
+        z, known = layer.activation.invert(x, _accuracy(reports[-1], evidence))
+        slopes = _slopes(layer, G, x, dx, probe) if heard and probe is not None else None
+        dz = (layer.activation.derivative(z) if slopes is None else slopes.values) * dx
+        if heard:
+            mismatch = max(mismatch, _identities(layer, evidence, G, dz, z, known))
         if mismatch > give_up:
             return Descent(inputs, tuple(reports), mismatch, False)
-        solution = solve_layer(layer, G, dz, z, rcond=evidence.rcond, known=known)
+        limits = {"rcond": evidence.rcond, "precision": evidence.precision}
+        solution = solve_layer(layer, G, dz if heard else 0 * dz, z, known=known, **limits)
         if solution.noise_std is not None:
             misfits.append(solution.noise_std)
         if probe is not None:
-            shape = layer.output_shape
-            probe = carry(layer, probe, solution, x.reshape(shape), dx.reshape(shape), z, dz, slopes)
+            probe = carry(layer, probe, solution, x, dx, z, dz, slopes)
             solution = replace(solution, report=replace(solution.report, predicted_error=probe.error))
         x, dx, report = solution.x, layer.adjoint(dz), solution.report
         if known is not None:
@@ -123,24 +129,26 @@ def descend(
     return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open), beliefs, tuple(misfits), probe)
 
 
-def _slopes(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, probe: Probe):
+def _slopes(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, probe: Probe) -> Slopes | None:
     """The decided slopes of a layer with a kink, None of others."""
-    if layer.is_fixed:
-        return None
-    shape, noise = layer.output_shape, layer.gradient(probe.noise)
+    noise = layer.gradient(probe.noise)
     unit = noise.abs().max().item()
     std = unit * (noise / unit).square().mean().sqrt().item() if unit > 0 else 0.0
-    return decide_slopes(layer, G, x.reshape(shape), dx.reshape(shape), probe.error, std)
+    return decide_slopes(layer, G, x, dx, probe.error, std)
+
+
+def _accuracy(report: LayerReport, evidence: Evidence) -> float:
+    """Error of a layer's recovered input relative to its size, roughly: what rounding makes of its condition number."""
+    condition = report.condition if report.condition and math.isfinite(report.condition) else 1.0
+    return min(AMPLIFIED * condition * max(evidence.precision, ROUNDING), 1e-3)
 
 
 def _identities(layer: Layer, evidence: Evidence, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None) -> float:
-    """The largest identity residual of the layer's groups and of its bias; a fixed layer has none."""
-    if layer.is_fixed:
-        return 0.0
+    """The largest identity residual of the layer's groups and of its bias."""
     parts = split_groups(layer)
     chunks = zip(parts, *(t.chunk(len(parts)) for t in (G, dz, z)), strict=True)
     found = max(identity_residual(*chunk, known) for chunk in chunks)
-    if layer.bias_name is None:
+    if layer.bias_name is None or layer.bias_name in evidence.lost:
         return found
     return max(found, bias_residual(layer, evidence.gradients[layer.bias_name], dz))
 
@@ -162,4 +170,7 @@ def _close(before: Layer, evidence: Evidence, solution: LayerSolution, z: Tensor
         noise=noise,
     )
     reads_image = before.input_shape[0] in (1, 3)
-    return solve_virtual(problem, (lambda: smooth_image_rows(factors)) if reads_image else None)
+    try:
+        return solve_virtual(problem, (lambda: smooth_image_rows(factors)) if reads_image else None)
+    except np.linalg.LinAlgError:  # of a wrong hypothesis, whose pre-activations are beyond all bounds
+        return None

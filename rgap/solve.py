@@ -29,6 +29,15 @@ DENSE_UNKNOWNS = 1600
 DENSE_MOST = 10_000
 """Open unknowns up to which the dense problem is solved at all (1 GB); beyond, W's own minimum-norm solution stands."""
 
+WELL_CONDITIONED = 1e3
+"""Condition number up to which W's own solution is always taken where gradients leave much open."""
+
+ALONE = 1e-4
+"""Largest relative error of x with which the solution of a W of larger condition number is."""
+
+ROUNDING = 1e-14
+"""Relative error that z has at least."""
+
 NULL_ENTRIES = 20_000_000
 """Largest null basis of a fixed layer that is made (160 MB)."""
 
@@ -58,7 +67,14 @@ class LayerSolution:
 
 
 def solve_layer(
-    layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float, known: Tensor | None = None
+    layer: Layer,
+    G: Tensor,
+    dz: Tensor,
+    z: Tensor,
+    *,
+    rcond: float,
+    known: Tensor | None = None,
+    precision: float = 0.0,
 ) -> LayerSolution:
     """Recovers one layer's input from its weight and gradient constraints.
 
@@ -69,6 +85,7 @@ def solve_layer(
         z: Pre-activation, (O, H′, W′).
         rcond: Singular values below rcond times the largest count as zero.
         known: Mask of the entries of z that are known, None for all: W's other rows are not used.
+        precision: Relative error of the gradient, and so of z: decides whether an ill-conditioned W is trusted alone.
 
     Returns:
         A `LayerSolution`; where [W; K] falls short of full rank, its minimum-norm solution with the null basis.
@@ -79,7 +96,7 @@ def solve_layer(
     parts = split_groups(layer)
     masks = [None] * len(parts) if known is None else [mask.flatten() for mask in known.chunk(len(parts))]
     split = (t.chunk(len(parts)) for t in (G, dz, z))
-    solutions = [_solve_group(*part, rcond) for part in zip(parts, *split, masks, strict=True)]
+    solutions = [_solve_group(*part, rcond, precision) for part in zip(parts, *split, masks, strict=True)]
     x = torch.cat([s.x for s in solutions])
     report = _merge(layer.name, [s.report for s in solutions], time.perf_counter() - start)
     bases = (s.null_basis if s.null_basis is not None else s.x.new_zeros(s.x.numel(), 0) for s in solutions)
@@ -113,7 +130,9 @@ def _solve_fixed(layer: Layer, z: Tensor, start: float) -> LayerSolution:
     return LayerSolution(x, null, x.new_zeros(layer.unknowns, 0), x.new_zeros(0), report, respond)
 
 
-def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None, rcond: float) -> LayerSolution:
+def _solve_group(
+    layer: Layer, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None, rcond: float, precision: float
+) -> LayerSolution:
     z = (z - layer.pre_bias()).flatten()
     if known is not None:
         z = z[known]
@@ -121,7 +140,8 @@ def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, known: Tensor |
     at_least_open = layer.unknowns - channels * sum(min(len(G) * len(b.taps), len(b.pixels)) for b in blocks(layer))
     if at_least_open > DENSE_UNKNOWNS and len(z) >= layer.unknowns:
         factor = weight_factor(layer, known)
-        if factor.full_rank:
+        close = factor.condition <= max(WELL_CONDITIONED, ALONE / max(precision, ROUNDING))
+        if factor.full_rank and (close or at_least_open > DENSE_MOST):
             x, residual, iterations = factor.solve(z)
             report = LayerReport(
                 layer.name,
@@ -176,6 +196,8 @@ def _with_weights(
     A, y = weight_columns(layer, found.V), layer.apply(found.x0.T.reshape(layer.input_shape)).flatten()
     if known is not None:
         A, y = A[known], y[known]
+    if A.norm() <= rcond * layer.weight.flatten(1).norm(dim=1).max():  # W repeats K: what is left of it is rounding
+        A = torch.zeros_like(A)
     b = z - y
     scale = _rms(z) / _rms(G) if G.any() and len(z) else 0.0
     dim = (scale * found.sigmas).repeat(channels)

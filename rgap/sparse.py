@@ -22,7 +22,10 @@ CLOSE = 1e-4
 """How well a vector must come back through W for W to count as of full column rank."""
 
 RANK_TOLERANCE = 1e-7
-"""Smallest σ_min / σ_max at which W still counts as of full column rank."""
+"""Smallest σ_min / σ_max at which W still counts as of full column rank where WᵀW is factored."""
+
+SQUARE_TOLERANCE = 1e-11
+"""The same where W itself is."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,8 @@ def _factor(W: Any) -> SparseFactor:
     except RuntimeError:  # SuperLU met an exactly singular matrix
         return SparseFactor(W, None, float("inf"), False)
     condition = _condition(W, lu)
-    return SparseFactor(W, lu, condition, condition < 1 / RANK_TOLERANCE)
+    tolerance = SQUARE_TOLERANCE if W.shape[0] == W.shape[1] else RANK_TOLERANCE
+    return SparseFactor(W, lu, condition, condition < 1 / tolerance)
 
 
 def _normal_solve(W: Any, lu: Any, b: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch import Tensor
 from rgap.chain import Chain
 from rgap.client import gradients_of
 from rgap.evidence import Evidence
-from rgap.head import Hypothesis
+from rgap.hypothesis import Hypothesis
 from rgap.recursion import Descent
 from rgap.results import Candidate, Reconstruction
 
@@ -57,11 +57,12 @@ def make_candidate(
     residual, allowed, error, reports = math.inf, evidence.tolerance, None, descent.reports
     if torch.isfinite(image).all():
         mine = gradients(image)
-        misses = {name: _relative(mine[name], g, evidence.gradients) for name, g in evidence.gradients.items()}
+        heard = {name: g for name, g in evidence.gradients.items() if name not in evidence.lost}
+        misses = {name: _relative(mine[name], g, heard) for name, g in heard.items()}
         residual = max(misses.values())
         if descent.probe is not None:
             noisy = gradients(image + descent.probe.x.reshape(image.shape))
-            expected = {name: _relative(noisy[name] + stds[name], mine[name], evidence.gradients) for name in mine}
+            expected = {name: _relative(noisy[name] + stds[name], mine[name], heard) for name in heard}
             allowed = max(allowed, min(EXPLAINED * max(expected.values()), MOST))
             # What is missed by more than the noise that was known of says that there was more of it.
             excess = max(1.0, median(miss / max(expected[name], 1e-300) for name, miss in misses.items()))

@@ -12,8 +12,17 @@ IMAGE = rand(1, *SHAPE)
 NETWORK = small_cnn(bias=True)
 
 
-def gradients_for(network, image=IMAGE, label=1, dtype=None):
-    gradients = rgap.client_gradients(network, image, torch.tensor([label]))
+def with_outputs(outputs, bias=True, seed=0, size=1.0):
+    """`small_cnn` with so many outputs."""
+    *modules, _ = small_cnn(seed, bias=bias)
+    return nn.Sequential(*modules, *sequential(nn.Linear(160, outputs, bias=bias), seed=seed + 9, scale=size))
+
+
+TEN = with_outputs(10)
+
+
+def gradients_for(network, image=IMAGE, label=1, dtype=None, loss="logistic"):
+    gradients = rgap.client_gradients(network, image, torch.tensor([label]), loss)
     return gradients if dtype is None else [g.to(dtype) for g in gradients]
 
 
@@ -92,6 +101,78 @@ def test_every_layers_input_is_in_the_candidate_and_every_layer_has_a_report():
         assert_close(best.layer_inputs[name], expected, rtol=0, atol=1e-9)
     assert [r.name for r in result.layers] == ["5", "2", "0"] and best.layers == result.layers
     assert best.gradient_residual < 1e-12 and best.in_pixel_range and result.images.equal(best.images)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "outputs"), [("cross_entropy", 2), ("cross_entropy", 10), ("mse", 1), ("mse", 2), ("mse", 10)]
+)
+def test_every_loss_gives_its_image_and_label_back(loss, outputs, bias):
+    for seed in range(3):
+        network = with_outputs(outputs, bias, seed)
+        label = (seed + 1) % max(outputs, 2)
+        for dtype, least in ((torch.float64, 160), (torch.float32, 85)):
+            gradients = gradients_for(network.to(dtype), label=label, loss=loss)
+            result = rgap.reconstruct(network, gradients, SHAPE, loss)
+            found = [c for c in result.candidates if c.labels.tolist() == [label]]
+            assert max(rgap.metrics.psnr_db(c.images, IMAGE).item() for c in found) > least
+            assert result.verdict in (("exact", "ambiguous") if outputs < 3 and not bias else ("exact",))
+            right = rgap.reconstruct(network, gradients, SHAPE, loss, labels=[label])
+            assert right.verdict in ("exact", "ambiguous") and right.labels.tolist() == [label]
+
+
+def test_a_squared_errors_twins_may_have_either_label():
+    network = with_outputs(1, bias=False)
+    with torch.no_grad():
+        network[-1].weight.mul_(1.6 / network(IMAGE).item())
+    gradients = gradients_for(network, loss="mse")
+    result = rgap.reconstruct(network, gradients, SHAPE, "mse")
+    assert {c.labels.item() for c in result.candidates} == {0, 1} and result.verdict == "ambiguous"
+    for c in result.candidates:
+        for one, shared in zip(gradients_for(network, c.images, c.labels.item(), loss="mse"), gradients, strict=True):
+            assert (one - shared).norm() < 1e-12 * shared.norm()
+
+
+def test_the_notes_say_on_what_evidence_the_label_was_decided():
+    by_head = rgap.reconstruct(TEN, gradients_for(TEN, label=7, loss="cross_entropy"), SHAPE, "cross_entropy").notes
+    assert by_head[0].startswith("label 7 by the head's equations, missed by") and "the next best" in by_head[0]
+    network = small_cnn()
+    by_layers = rgap.reconstruct(network, gradients_for(network), SHAPE).notes
+    assert (
+        by_layers[0].startswith("label 1 by the identities of the layers, missed by") and "; label 0 by" in by_layers[0]
+    )
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 50), (torch.bfloat16, 30)])
+@pytest.mark.parametrize(("loss", "outputs"), [("logistic", 1), ("cross_entropy", 10), ("mse", 10)])
+def test_a_client_that_computes_in_half_precision_is_attacked(loss, outputs, dtype, least):
+    network = with_outputs(outputs).to(dtype)
+    gradients = gradients_for(network, loss=loss)
+    assert {g.dtype for g in gradients} == {dtype}
+    result = rgap.reconstruct(network, gradients, SHAPE, loss)
+    assert result.images.dtype == torch.float64 and result.verdict == "exact"
+    assert rgap.metrics.psnr_db(result.images, IMAGE).item() > least
+
+
+@pytest.mark.parametrize("virtual_constraints", [False, True])
+def test_gradients_that_underflow_are_noted_and_never_certify(virtual_constraints):
+    network = with_outputs(1, size=1e-6).half()
+    gradients = gradients_for(network)
+    assert not gradients[2].any() or gradients[2].norm() < 1e-5
+    result = rgap.reconstruct(network, gradients, SHAPE, virtual_constraints=virtual_constraints)
+    assert result.notes[0].startswith("lost to underflow, and not used: the gradient of '0.weight'")
+    assert result.verdict == "rank-deficient" and result.images.isfinite().all()
+    cast = rgap.reconstruct(network, [g.double() for g in gradients], SHAPE, virtual_constraints=virtual_constraints)
+    assert cast.verdict == "rank-deficient"
+
+
+def test_a_confident_softmax_in_float32_is_recovered():
+    network = with_outputs(10).float()
+    with torch.no_grad():
+        z = network(IMAGE.float())[0]
+        network[-1].bias[3] += 11.5 - (z[3] - z[torch.arange(10) != 3].logsumexp(0))
+    result = rgap.reconstruct(network, gradients_for(network, label=3, loss="cross_entropy"), SHAPE, "cross_entropy")
+    assert result.verdict == "exact" and rgap.metrics.psnr_db(result.images, IMAGE).item() > 80
 
 
 @pytest.mark.parametrize("label", [0, 1])
@@ -228,7 +309,8 @@ def test_model_gradients_mode_and_generator_stay(training):
         ({"image_shape": None}, "image_shape is missing; give .channels, height, width., or a Chain"),
         ({"image_shape": (3, 9, 9)}, "does not fit the network at layer '5'"),
         ({"model": rgap.prepare(NETWORK, SHAPE), "image_shape": (3, 9, 9)}, "prepared for images"),
-        ({"model": sequential(nn.Flatten(), nn.Linear(192, 10))}, "'1' has 10 outputs; the logistic loss takes 1"),
+        ({"model": sequential(nn.Flatten(), nn.Linear(192, 10))}, "'1' has 10 outputs; the logistic loss takes 1$"),
+        ({"loss": "cross_entropy"}, "'5' has 1 outputs; the cross_entropy loss takes 2 or more"),
         ({"model": sequential(nn.ReLU(), nn.Flatten(), nn.Linear(192, 1))}, "'0' .ReLU. cannot be inverted"),
         ({"gradients": []}, "0 gradients for 6 parameters"),
         ({"loss": "hinge"}, "unknown loss 'hinge'; known: "),
@@ -245,6 +327,7 @@ def test_model_gradients_mode_and_generator_stay(training):
         ({"labels": []}, "labels are empty"),
         ({"labels": [2]}, r"labels are \[2\]; a single image of the logistic loss takes \[0\] or \[1\]"),
         ({"labels": [0, 1]}, r"labels are \[0, 1\]"),
+        ({"model": TEN, "loss": "mse", "labels": [10]}, r"\[10\]; a single image of the mse loss takes \[0\] to \[9\]"),
         ({"labels": 1}, "labels are 1"),
         ({"labels": torch.tensor([1.0])}, r"labels are \[1.0\]"),
     ],

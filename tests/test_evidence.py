@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from networks import rand, small_cnn
@@ -48,6 +50,30 @@ def test_a_gradient_of_zeros_says_nothing_about_precision():
 
 def test_one_coarse_tensor_decides():
     assert weigh(CHAIN, changed(2, lambda g: g.half())).precision == pytest.approx(9.8e-4, rel=0.02)
+
+
+def test_entries_next_to_float16s_smallest_number_widen_the_precision():
+    small = [g.half() if i else (1e-5 * g / g.abs().max()).half() for i, g in enumerate(GRADIENTS)]
+    found = weigh(CHAIN, small)
+    assert 2e-3 < found.precision < 0.05 and found.lost == ()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-8, 5e-8])
+def test_a_gradient_that_underflowed_in_float16_is_lost_and_decides_nothing(size):
+    halves = [g.half() if i else (size * g / g.abs().max()).half() for i, g in enumerate(GRADIENTS)]
+    for given in (halves, [g.double() for g in halves]):
+        found = weigh(CHAIN, given)
+        assert found.lost == ("0.weight",) and found.precision == pytest.approx(9.8e-4, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_in_other_formats_a_gradient_of_zeros_is_one(dtype):
+    assert weigh(CHAIN, [g.to(dtype) for g in changed(0, torch.zeros_like)]).lost == ()
+
+
+def test_the_heads_own_rounding_widens_the_tolerance_alone():
+    found = replace(weigh(CHAIN, GRADIENTS), rounding=1e-3)
+    assert found.tolerance == pytest.approx(1e-2) and found.precision < 1e-15
 
 
 def test_noise_widens_precision_tolerance_and_cutoff():

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import rgap
 from rgap.evidence import weigh
-from rgap.head import Hypothesis, logistic_hypotheses
+from rgap.head import Hypothesis, read_head
 from rgap.recursion import REFUTED, descend
 
 IMAGE = rand(1, 3, 8, 8)
@@ -19,8 +19,7 @@ def start(network, label, image=IMAGE):
     """Chain, evidence and one hypothesis of each label."""
     chain = rgap.prepare(network, image.shape[1:])
     evidence = weigh(chain, rgap.client_gradients(network, image, torch.tensor([label])))
-    head, gradients = chain.layers[-1], evidence.gradients
-    found, _ = logistic_hypotheses(head, gradients[head.weight_name], gradients.get(head.bias_name))
+    found = read_head("logistic", chain.layers[-1], evidence).hypotheses
     return chain, evidence, {h.label: h for h in found}
 
 
@@ -33,7 +32,7 @@ def test_the_truth_about_the_head_leads_to_the_input_of_every_layer(bias, label)
     x = truth["5"][0]
     margin = (2 * label - 1) * network(IMAGE).item()
     dz = torch.tensor([(1 - 2 * label) / (1 + math.exp(margin))], dtype=torch.float64)
-    found = descend(chain, evidence, Hypothesis(label, margin, dz, x), give_up=REFUTED)
+    found = descend(chain, evidence, Hypothesis(label, 1 / dz.item(), dz, x), give_up=REFUTED)
     assert found.complete and found.mismatch < 1e-12
     assert list(found.layer_inputs) == ["0", "2", "5"]
     for name, expected in truth.items():

@@ -1,0 +1,148 @@
+"""What the head's readings have in common: hypotheses, the rank-one factors of a gradient, and what is said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from rgap.results import GradientMismatchError
+
+CONTRADICTED = 0.3
+"""Relative misfit from which a label that was given is refused, if another one fits ten times better."""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A label and a scale with which the last layer's gradient can be explained.
+
+    Attributes:
+        label: Index of the class; 0 or 1 for one output.
+        scale: s in x = s v, δz = u / s, where u vᵀ is the gradient. Hypotheses whose scales have one sign are twins in
+            networks that are positively homogeneous: their images differ by the ratio of the scales.
+        dz: Gradient of the loss by the output, (C,).
+        x: Input of the last layer, (n,).
+        residual: How far the head's equations are missed, ‖∂ℓ/∂z(z) − δz‖ / ‖δz‖ with z = W x + b; 0 where they hold.
+        rounding: Relative error that δz has from the client's own arithmetic, beyond the gradient's precision.
+    """
+
+    label: int
+    scale: float
+    dz: Tensor
+    x: Tensor
+    residual: float = 0.0
+    rounding: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the head says.
+
+    Attributes:
+        hypotheses: Every one that the last layer's gradient allows; never empty.
+        misfits: Label -> the smallest residual of the head's equations with it, as far as it was looked for.
+        notes: Sentences: what was out of range, and on what evidence the label was decided.
+    """
+
+    hypotheses: tuple[Hypothesis, ...]
+    misfits: Mapping[int, float]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RankOne:
+    """G ≈ u vᵀ with Σ |u| = 2, as Σ |δz| / 2 is 1 − p of the label for softmax cross-entropy.
+
+    Attributes:
+        u: (C,).
+        v: (n,).
+        residual: ‖G − u vᵀ‖ / ‖G‖: 0 to rounding for a single sample.
+        noise: Standard deviation of u's entries, by what u vᵀ leaves of G.
+    """
+
+    u: Tensor
+    v: Tensor
+    residual: float
+    noise: float
+
+
+def rank_one(G: Tensor) -> RankOne:
+    """The leading factors of a gradient that is not zero, by power iteration from its largest row.
+
+    For a single sample the first step has them to rounding, and, unlike a singular value decomposition's, small entries
+    of u have the relative precision of their rows.
+
+    Args:
+        G: (C, n).
+    """
+    unit = G.abs().max()
+    rows = G / unit  # the squares of the smallest gradients underflow
+    v = rows[rows.square().sum(1).argmax()]
+    for _ in range(3):
+        u = rows @ v / (v @ v)
+        v = u @ rows / (u @ u)
+    size = u.abs().sum() / 2
+    rest = (rows - u[:, None] * v).norm()
+    noise = rest / G.numel() ** 0.5 / (v.norm() * size)
+    return RankOne(u / size, v * size * unit, (rest / rows.norm()).item(), noise.item())
+
+
+def least_squares_input(G: Tensor, dz: Tensor) -> Tensor:
+    """The x of G = δz xᵀ by least squares over the rows, (n,)."""
+    unit = dz.abs().max()
+    return (dz / unit) @ G / (dz / unit).square().sum() / unit
+
+
+def reading(
+    found: list[Hypothesis], misfits: Mapping[int, float], known: int | None, tolerance: float, notes: list[str]
+) -> Reading:
+    """Puts a reading together: checks a known label, and says on what evidence the label was decided.
+
+    Args:
+        found: The hypotheses, of the known label too where one is given.
+        misfits: Label -> smallest residual of the head's equations.
+        known: The label that was given, or None.
+        tolerance: Residual up to which the equations count as fulfilled.
+        notes: What was out of range so far.
+
+    Raises:
+        GradientMismatchError: If the gradient is plainly that of another label than the one given.
+    """
+    ranked = sorted(misfits, key=misfits.__getitem__)
+    best, second = ranked[0], ranked[1]
+    decided = misfits[second] > 10 * misfits[best] and misfits[second] > tolerance
+    evidence = []
+    if known is not None:
+        if known != best and decided and misfits[known] > CONTRADICTED > 10 * misfits[best]:
+            raise GradientMismatchError(f"label {known} was given; the last layer's gradient is that of {best}")
+        if known != best and decided:
+            evidence = [
+                f"label {known} was given, and the head's equations are missed by {misfits[known]:.2g} with it; with "
+                f"label {best} by {misfits[best]:.2g}"
+            ]
+        found = [h for h in found if h.label == known]
+    elif decided:
+        evidence = [
+            f"label {best} by the head's equations, missed by {misfits[best]:.2g}; with label {second}, the next best, "
+            f"by {misfits[second]:.2g}"
+        ]
+    if (least := min(h.residual for h in found)) > tolerance and not notes:
+        notes = [
+            f"the last layer's gradient is that of no single sample: its equations are missed by {least:.2g}; it was "
+            "altered or belongs to a batch, and the nearest possible scale was used"
+        ]
+    return Reading(tuple(found), misfits, (*notes, *evidence))
+
+
+def relabelled(found: list[Hypothesis], label: int | None, residual: float) -> list[Hypothesis]:
+    """The hypotheses, and the first one again under another label where that was given and is not among them."""
+    if label is None or any(h.label == label for h in found):
+        return found
+    return [*found, replace(found[0], label=label, residual=residual)]
+
+
+def relative(model: Tensor, dz: Tensor) -> float:
+    """‖model − δz‖ / ‖δz‖, without overflow of squares."""
+    unit = dz.abs().max()
+    return (((model - dz) / unit).norm() / (dz / unit).norm()).item()
