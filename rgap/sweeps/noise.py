@@ -17,7 +17,10 @@ from rgap import defences
 from rgap.attack import reconstruct
 from rgap.chain import Chain, prepare
 from rgap.client import client_gradients
+from rgap.evidence import weigh
+from rgap.head import read_head
 from rgap.metrics import mse, psnr_db, ssim
+from rgap.recursion import descend
 from rgap.results import Reconstruction
 
 FALSE = 10.0
@@ -80,8 +83,8 @@ def defended_attacks(
         **options: For `rgap.reconstruct`.
 
     Returns:
-        A row an attack (defence, strength, seed, image, verdict, psnr_db, ssim, rmse, predicted, the predicted rmse)
-        and the results in the same order.
+        A row an attack (defence, strength, seed, image, verdict, psnr_db, ssim, rmse, predicted, the predicted rmse,
+        and plain_db, the PSNR of `plain_attack`) and the results in the same order.
     """
     rows, results = [], []
     cases = [(name, strength) for name, values in strengths.items() for strength in values]
@@ -92,7 +95,10 @@ def defended_attacks(
             image = images[i : i + 1]
             gradients = defend(client_gradients(model, image, labels[i : i + 1]), defence, strength, seed=i)
             result = reconstruct(chain, gradients, **options)
+            plain = plain_attack(chain, gradients, int(labels[i]))
+            image = reference(chain, defence, image, result)
             rows.append({"defence": defence, "strength": strength, "seed": seed, "image": i} | outcome(result, image))
+            rows[-1] |= {"plain_db": psnr_db(plain, image.double()).item()}
             results.append(result)
     return pd.DataFrame(rows), results
 
@@ -107,6 +113,35 @@ def outcome(result: Reconstruction, image: Tensor) -> dict:
         "rmse": mse(found, image).sqrt().item(),
         "predicted": getattr(result.candidates[0], "predicted_error", None),
     }
+
+
+def reference(chain: Chain, defence: str, image: Tensor, result: Reconstruction) -> Tensor:
+    """What a result is compared with: the image, up to its brightness where the defence makes that unknowable.
+
+    Clipping scales the gradient, and the gradient of a positively homogeneous network times a factor is that of a
+    brighter or darker image.
+    """
+    if defence != "dp-sgd" or not chain.homogeneous:
+        return image
+    return image * ((result.images * image).sum() / image.square().sum())
+
+
+def plain_attack(chain: Chain, gradients: Sequence[Tensor], label: int, loss: str = "logistic") -> Tensor:
+    """The image of the recursion that takes every sign as it comes and knows of no noise, for comparison.
+
+    Args:
+        chain: The prepared network.
+        gradients: As shared.
+        label: Given, to make it easier.
+        loss: A name in `rgap.client.LOSSES`.
+
+    Returns:
+        The darkest of the images that the label allows, (1, C, H, W).
+    """
+    evidence = weigh(chain, gradients)
+    hypotheses = read_head(loss, chain.layers[-1], evidence, label).hypotheses
+    images = [descend(chain, evidence, h).layer_inputs[chain.layers[0].name] for h in hypotheses]
+    return min(images, key=lambda image: image.abs().max().item())
 
 
 def predicted_and_true(chain: Chain, image: Tensor, result: Reconstruction) -> pd.DataFrame:
@@ -132,8 +167,7 @@ def predicted_and_true(chain: Chain, image: Tensor, result: Reconstruction) -> p
 def sample_noisy_attacks(count: int, seed: int = 0) -> pd.DataFrame:
     """Attacks on random small networks behind random defences: no NaN, no exception, no false certificate.
 
-    Clipping scales the gradient, and the gradient of a positively homogeneous network times a factor is that of a
-    brighter or darker image: there the image counts up to its brightness, which nothing can tell.
+    Where clipping hides the brightness, the image counts up to it, as in `reference`.
 
     Args:
         count: Attacks.
@@ -150,8 +184,7 @@ def sample_noisy_attacks(count: int, seed: int = 0) -> pd.DataFrame:
         try:
             gradients = defend(client_gradients(model, image, label), defence, strength, seed=number)
             result = reconstruct(model, gradients, tuple(image.shape[1:]))
-            if defence == "dp-sgd" and prepare(model, tuple(image.shape[1:])).homogeneous:
-                image = image * ((result.images * image).sum() / image.square().sum())
+            image = reference(prepare(model, tuple(image.shape[1:])), defence, image, result)
             row |= {k: v for k, v in outcome(result, image).items() if k != "ssim"}
             row["why"] = _complaint(result, row)
         except Exception as error:  # whatever it is, it is what is looked for here
