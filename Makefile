@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help env figures test lab notebooks reconstruction clean FORCE
+.PHONY: help env figures test verify lab notebooks reconstruction clean FORCE
 .DEFAULT_GOAL := help
 
 # Values for the command line only: a variable of this name in the environment changes nothing.
@@ -14,9 +14,11 @@ INDEX := 0
 DATA := embedded
 SEED := 0
 BATCH := 1
+SAMPLES :=
+COUNT :=
 PIP_ARGS :=
 # By way of the environment values reach a recipe whole, whatever spaces a path has.
-export COLOR GRAY MODEL INDEX DATA SEED BATCH
+export COLOR GRAY MODEL INDEX DATA SEED BATCH COUNT
 # Images of containers often set it; every start of a kernel would then compile torch anew, for a quarter of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -68,6 +70,9 @@ test: $(ENV) ## unit tests with coverage, then the committed notebooks against w
 	$(PYTHON) -m pytest --cov
 	@mkdir -p build/nbval
 	$(call run,default,build/nbval) -m pytest --nbval-lax --nbval-current-env notebooks
+
+verify: $(ENV) ## attack hundreds of random networks, write build/verify.csv; SAMPLES=chains COUNT=200 SEED=0
+	@$(PYTHON) -m rgap.verify $(SAMPLES) $${COUNT:+--count "$$COUNT"} --seed "$$SEED"
 
 lab: $(ENV) ## open JupyterLab in notebooks/
 	$(PYTHON) -m jupyterlab --ServerApp.root_dir=notebooks

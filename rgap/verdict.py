@@ -103,6 +103,9 @@ def judge(candidates: list[Candidate], notes: list[str], pixel_range: tuple[floa
     best = candidates[0]
     consistent = [c for c in candidates if c.consistent]
     short = [f"{r.name!r} by {r.deficit}" for r in best.layers if r.deficit]
+    if silent := [f"{r.saturated} at {r.name!r}" for r in best.layers if r.saturated]:
+        why = "outputs that do not tell their pre-activation (zeros of a ReLU, saturation)"
+        notes = [*notes, f"{why}: {', '.join(silent)}"]
     if short and not best.open_layers:
         notes = [*notes, f"layers short of full rank, closed by virtual constraints: {', '.join(short)}"]
     verdict, reasons = _verdict(best, consistent, short, pixel_range)

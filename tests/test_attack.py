@@ -311,7 +311,7 @@ def test_model_gradients_mode_and_generator_stay(training):
         ({"model": rgap.prepare(NETWORK, SHAPE), "image_shape": (3, 9, 9)}, "prepared for images"),
         ({"model": sequential(nn.Flatten(), nn.Linear(192, 10))}, "'1' has 10 outputs; the logistic loss takes 1$"),
         ({"loss": "cross_entropy"}, "'5' has 1 outputs; the cross_entropy loss takes 2 or more"),
-        ({"model": sequential(nn.ReLU(), nn.Flatten(), nn.Linear(192, 1))}, "'0' .ReLU. cannot be inverted"),
+        ({"model": sequential(nn.GELU(), nn.Flatten(), nn.Linear(192, 1))}, "'0' .GELU. cannot be inverted"),
         ({"gradients": []}, "0 gradients for 6 parameters"),
         ({"loss": "hinge"}, "unknown loss 'hinge'; known: "),
         ({"batch_size": 0}, "batch_size is 0"),

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings
-from networks import chains, drawn, rand, sequential, small_cnn
+from networks import chains, drawn, rand, randn, sequential, small_cnn
 from torch import nn
 from torch.testing import assert_close
 
@@ -71,3 +71,55 @@ def test_a_random_chain_gives_its_image_back_or_says_that_it_does_not(case):
     if result.verdict == "exact":
         assert rgap.metrics.psnr_db(result.images, image).item() >= 60
         assert result.labels.equal(label)
+
+
+def follow(*modules, seed=0, scale=None, image=IMAGE, **options):
+    """The result of an attack on the modules with a logit behind them, and its PSNR."""
+    size = nn.Sequential(*modules).double().eval()(image).numel()
+    network = sequential(*modules, nn.Flatten(), nn.Linear(size, 1), seed=seed, scale=scale).eval()
+    gradients = rgap.client_gradients(network, image, torch.tensor([1]))
+    result = rgap.reconstruct(network, gradients, image.shape[1:], **options)
+    return result, rgap.metrics.psnr_db(result.images, image).item()
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.5, 0.7)])
+def test_activations_that_clip_leave_the_rows_where_they_do_not(activation):
+    result, psnr = follow(nn.Conv2d(3, 24, 3, 2, 1), activation, nn.Conv2d(24, 12, 3, 1, 1), activation)
+    assert result.verdict == "exact" and psnr > 150
+    reports = {report.name: report for report in result.layers}
+    assert 0 < reports["0"].saturated < 384 and reports["5"].saturated is None
+    assert any(f"{reports['0'].saturated} at '0'" in note for note in result.notes)
+
+
+def test_relu_without_enough_active_rows_is_rank_deficient():
+    result, _ = follow(nn.Conv2d(3, 3, 3, 2, 1), nn.ReLU(), nn.Conv2d(3, 12, 3, 1, 1), nn.ReLU())
+    assert result.verdict == "rank-deficient"
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Tanh(), nn.ELU(), nn.Softplus()])
+def test_saturation_is_counted_and_never_infinite(activation):
+    result, psnr = follow(nn.Conv2d(3, 24, 3, 2, 1), activation, nn.Conv2d(24, 12, 3, 1, 1), nn.Tanh(), scale=40.0)
+    assert torch.isfinite(result.images).all()
+    assert any(report.saturated for report in result.layers) and any("saturation" in note for note in result.notes)
+    assert result.verdict != "exact" or psnr > 60
+
+
+def test_virtual_constraints_reach_through_batch_normalisation_and_slopes_of_channels():
+    norm, slopes = nn.BatchNorm2d(12), nn.PReLU(12)
+    norm.running_mean, norm.running_var = randn(12), 0.5 + rand(12)
+    convolutions = [nn.Conv2d(3, 12, 4, 2, 2, bias=False), norm, slopes, nn.Conv2d(12, 6, 3, 2, 1), nn.LeakyReLU(0.2)]
+    image = rand(1, 3, 12, 12)
+    network = sequential(*convolutions, nn.Conv2d(6, 16, 3, 1, 1), nn.Tanh(), nn.Flatten(), nn.Linear(256, 1)).eval()
+    slopes.weight.data, norm.weight.data = 0.1 + rand(12), 0.5 + rand(12, seed=1)
+    gradients = rgap.client_gradients(network, image, torch.tensor([0]))
+    result = rgap.reconstruct(network, gradients, (3, 12, 12))
+    reports = {report.name: report for report in result.layers}
+    assert reports["3"].deficit == 60 and reports["3"].virtual_constraints >= 60
+    assert result.verdict == "exact" and rgap.metrics.psnr_db(result.images, image).item() > 100
+
+
+def test_a_bias_whose_gradient_does_not_fit_refutes_a_hypothesis():
+    chain, evidence, hypotheses = start(small_cnn(bias=True), 1)
+    evidence.gradients["0.bias"].mul_(-1)
+    found = descend(chain, evidence, hypotheses[1], give_up=REFUTED)
+    assert not found.complete and found.mismatch == pytest.approx(2.0)

@@ -1,7 +1,9 @@
 """Many attacks and analyses as tables; only here and in notebooks do attack and truth meet. One module a subject."""
 
 from rgap.sweeps.attacks import attack_each, layer_errors, wrong_signs
+from rgap.sweeps.chains import kind_table, sample_chains
 from rgap.sweeps.noise import defended_attacks, plain_attack, predicted_and_true, reference, sample_noisy_attacks
+from rgap.sweeps.random_chains import random_chain
 from rgap.sweeps.ranks import predicted_and_measured, rank_law_sample, rank_table
 from rgap.sweeps.twins import enlarged, margin_curve, true_margins, twin_census, twin_pairs
 
@@ -9,14 +11,17 @@ __all__ = [
     "attack_each",
     "defended_attacks",
     "enlarged",
+    "kind_table",
     "layer_errors",
     "margin_curve",
     "plain_attack",
     "predicted_and_measured",
     "predicted_and_true",
+    "random_chain",
     "rank_law_sample",
     "rank_table",
     "reference",
+    "sample_chains",
     "sample_noisy_attacks",
     "true_margins",
     "twin_census",

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from rgap.attack import reconstruct
@@ -19,24 +15,7 @@ from rgap.chain import Chain, Layer, prepare
 from rgap.client import client_gradients, loss_value
 from rgap.metrics import psnr_db
 from rgap.results import GradientMismatchError
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "LeakyReLU": lambda: nn.LeakyReLU(0.2),
-    "PReLU": nn.PReLU,
-    "ELU": nn.ELU,
-    "SELU": nn.SELU,
-    "CELU": lambda: nn.CELU(0.5),
-    "Tanh": nn.Tanh,
-    "Sigmoid": nn.Sigmoid,
-    "Softplus": lambda: nn.Softplus(2.0),
-    "Softsign": nn.Softsign,
-    "LogSigmoid": nn.LogSigmoid,
-    "ReLU": nn.ReLU,
-    "ReLU6": nn.ReLU6,
-    "Hardtanh": nn.Hardtanh,
-    "Identity": nn.Identity,
-}
-"""Name -> what makes the activations that are drawn."""
+from rgap.sweeps.random_chains import UNKNOWNS, random_chain
 
 RECOVERED_DB = 60.0
 """PSNR from which an image counts as recovered."""
@@ -44,89 +23,25 @@ RECOVERED_DB = 60.0
 RCOND = 1e-5
 """Singular values below this share of the largest count as zero, as the attack has it for float64 gradients."""
 
-UNKNOWNS = 1500
-"""Most unknowns of a layer that is drawn: its dense matrices must be cheap."""
 
-
-@dataclass
-class _Draft:
-    """A chain under construction."""
-
-    rng: np.random.Generator
-    shape: tuple[int, ...]
-    modules: list[nn.Module] = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
-
-    def add(self, module: nn.Module, kind: str) -> bool:
-        """Adds a module, unless its output is empty or too large."""
-        try:
-            with torch.no_grad():
-                shape = tuple(module.double().eval()(torch.zeros(1, *self.shape, dtype=torch.float64)).shape[1:])
-        except RuntimeError:
-            return False
-        if min(shape) < 1 or np.prod(shape) > UNKNOWNS:
-            return False
-        self.shape = shape
-        self.modules.append(module)
-        self.kinds.append(kind)
-        return True
-
-    def pick(self, *values: Any) -> Any:
-        """One of the values."""
-        return values[int(self.rng.integers(len(values)))]
-
-    def chance(self, share: float) -> bool:
-        """True in that share of cases."""
-        return bool(self.rng.random() < share)
-
-
-def random_chain(seed: int) -> tuple[nn.Sequential, tuple[int, ...], list[str]]:
-    """A random network in eval mode, float64, of 1 to 5 layers with weights, on an image of 8 to 24 pixels a side.
-
-    Args:
-        seed: Decides everything.
-
-    Returns:
-        The network, the image shape, and the kinds of what it is made of, activations among them.
-    """
-    rng = np.random.default_rng([seed, 7])
-    axes = 1 if rng.random() < 0.2 else 2
-    sides = rng.integers(8, 25, axes).tolist()
-    shape = (int(rng.choice([1, 3])) if np.prod(sides) <= UNKNOWNS // 3 else 1, *sides)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        draft = _Draft(rng, shape)
-        if draft.chance(0.15):
-            draft.add(_batch_norm(draft), "normalisation")
-        for _ in range(int(rng.integers(0, 4))):
-            _add_convolution(draft, axes)
-        draft.add(nn.Flatten(), "Flatten")
-        for _ in range(int(rng.integers(0, 2))):
-            draft.add(nn.Linear(draft.shape[0], int(rng.integers(4, 60)), draft.chance(0.5)), "Linear")
-            _add_activation(draft)
-        network, kinds = draft.modules, draft.kinds
-        if draft.chance(0.3) and len(network) > 2:
-            network, kinds = [nn.Sequential(*network[:2]), *network[2:]], [*kinds, "nested"]
-        head = nn.Linear(draft.shape[0], 1, draft.chance(0.5))
-        return nn.Sequential(*network, head).double().eval(), shape, kinds
-
-
-def sample_chains(count: int, seed: int = 0) -> pd.DataFrame:
+def sample_chains(count: int, seed: int = 0, unknowns: int = UNKNOWNS) -> pd.DataFrame:
     """Attacks random chains from float64 gradients and judges every verdict by dense ranks.
 
-    A row is in order where the image came back at 60 dB or more, or where the verdict is not "exact" and a layer's
-    dense [W; K], at the true input and its true ∂ℓ/∂z, is short of full numerical rank.
+    A row is in order where the image came back at 60 dB or more (as one of the candidates, if these are ambiguous), or
+    where the verdict is not "exact" and a layer's dense [W; K], at the true input and its true ∂ℓ/∂z, is short of full
+    numerical rank.
 
     Args:
         count: Chains.
         seed: Of the first; the others follow.
+        unknowns: Most entries of any layer's input or output.
 
     Returns:
         case, kinds, unknowns (most of a layer), verdict, psnr_db, ok, why.
     """
     rows = []
     for number in tqdm(range(seed, seed + count), desc="chains", disable=not sys.stderr.isatty()):
-        rows.append(_attack(number))
+        rows.append(_attack(number, unknowns))
     return pd.DataFrame(rows)
 
 
@@ -187,94 +102,24 @@ def _dense_rank(layer: Layer, dz: Tensor, z: Tensor) -> int:
     return int((S > RCOND * S.max()).sum())
 
 
-def _attack(number: int) -> dict:
-    network, shape, kinds = random_chain(number)
+def _attack(number: int, unknowns: int) -> dict:
+    network, shape, loss, kinds = random_chain(number, unknowns)
     generator = torch.Generator().manual_seed(number)
     image = torch.rand(1, *shape, generator=generator, dtype=torch.float64)
-    label = torch.randint(2, (1,), generator=generator)
+    label = torch.randint(max(2, network[-1].out_features), (1,), generator=generator)
     chain = prepare(network, shape)
     row = {"case": f"chain {number}", "kinds": ", ".join(kinds), "unknowns": max(x.unknowns for x in chain.layers)}
-    gradients = client_gradients(network, image, label)
+    gradients = client_gradients(network, image, label, loss)
     try:
-        result = reconstruct(chain, gradients)
+        result = reconstruct(chain, gradients, loss=loss)
     except GradientMismatchError as error:
         nothing = not gradients[-1].any() or not any(g.any() for g in gradients[-2:])
         return row | {"verdict": "no gradient", "psnr_db": float("nan"), "ok": nothing, "why": str(error)}
-    quality = psnr_db(result.images.reshape(1, 1, 1, -1), image.reshape(1, 1, 1, -1)).item()
+    found = result.candidates if result.verdict == "ambiguous" else result.candidates[:1]
+    quality = max(psnr_db(c.images.reshape(1, 1, 1, -1), image.reshape(1, 1, 1, -1)).item() for c in found)
     ok, why = quality >= RECOVERED_DB, ""
     if not ok:
-        short = {name: n - rank for name, (n, rank) in dense_ranks(chain, image, label).items() if rank < n}
+        short = {name: n - rank for name, (n, rank) in dense_ranks(chain, image, label, loss).items() if rank < n}
         ok = result.verdict != "exact" and bool(short)
         why = ", ".join(f"{name} lacks {lack}" for name, lack in short.items()) or "every layer has full rank"
     return row | {"verdict": result.verdict, "psnr_db": quality, "ok": ok, "why": why}
-
-
-def _add_convolution(draft: _Draft, axes: int) -> None:
-    rng, channels = draft.rng, draft.shape[0]
-    groups = draft.pick(1, 1, 1, 1, channels, 2 if channels % 2 == 0 else 1)
-
-    def several(low: int, high: int) -> tuple[int, ...]:
-        return tuple(int(n) for n in rng.integers(low, high, axes))
-
-    kernel, stride = several(2, 6), draft.pick((1,) * axes, (1,) * axes, (2,) * axes, several(1, 4))
-    kernel = tuple(max(k, s) for k, s in zip(kernel, stride, strict=True)) if draft.chance(0.9) else several(1, 3)
-    dilation = draft.pick((1,) * axes, (1,) * axes, (1,) * axes, several(1, 3))
-    padding = draft.pick(several(0, 3), tuple(k // 2 for k in kernel), "same" if set(stride) == {1} else 0)
-    mode = draft.pick("zeros", "zeros", "zeros", "reflect", "circular", "replicate") if padding != 0 else "zeros"
-    enough = math.ceil(1.2 * channels / groups * np.prod(stride))  # as many outputs as inputs, and some to spare
-    filters = groups * (enough + int(rng.integers(0, 3)) if draft.chance(0.8) else int(rng.integers(1, 7)))
-    if axes == 2 and draft.chance(0.1):
-        ends = rng.integers(0, 3, 4).tolist()
-        draft.add(draft.pick(nn.ZeroPad2d, nn.ReflectionPad2d)(ends), "padding layer")
-    convolution = (nn.Conv1d if axes == 1 else nn.Conv2d)(
-        channels, filters, kernel, stride, padding, dilation, groups, draft.chance(0.5), mode
-    )
-    kind = f"Conv{axes}d"
-    if not draft.add(convolution, kind):
-        return
-    draft.kinds += [name for name, there in _traits(convolution).items() if there]
-    if draft.chance(0.08):
-        _add_pooling(draft, axes, "pooling of z")
-    if draft.chance(0.2):
-        draft.add(_batch_norm(draft), "BatchNorm")
-    _add_activation(draft)
-    if draft.chance(0.06):
-        _add_pooling(draft, axes, "pooling of x")
-    if draft.chance(0.1):
-        draft.add(_batch_norm(draft), "BatchNorm behind σ")
-    if draft.chance(0.1):
-        draft.add(nn.Dropout(0.5), "Dropout")
-
-
-def _traits(convolution: nn.Module) -> dict[str, bool]:
-    return {
-        "bias": convolution.bias is not None,
-        "groups": convolution.groups > 1,
-        "stride": max(convolution.stride) > 1,
-        "dilation": max(convolution.dilation) > 1,
-        "unequal-kernel": len(set(convolution.kernel_size)) > 1,
-        "padding=same": convolution.padding == "same",
-        f"padding_mode={convolution.padding_mode}": convolution.padding_mode != "zeros",
-    }
-
-
-def _add_activation(draft: _Draft) -> None:
-    name = draft.pick(*ACTIVATIONS)
-    draft.add(ACTIVATIONS[name](), name)
-
-
-def _add_pooling(draft: _Draft, axes: int, kind: str) -> None:
-    if draft.chance(0.5):
-        draft.add((nn.AvgPool1d if axes == 1 else nn.AvgPool2d)(draft.pick(2, 3), draft.pick(1, 2)), kind)
-    else:
-        grid = [max(1, n // draft.pick(1, 2)) for n in draft.shape[1:]]
-        draft.add((nn.AdaptiveAvgPool1d if axes == 1 else nn.AdaptiveAvgPool2d)(grid), kind)
-
-
-def _batch_norm(draft: _Draft) -> nn.Module:
-    norm = (nn.BatchNorm1d if len(draft.shape) < 3 else nn.BatchNorm2d)(draft.shape[0])
-    for values, low, high in ((norm.running_mean, -0.5, 0.5), (norm.running_var, 0.5, 2)):
-        nn.init.uniform_(values, low, high)
-    nn.init.uniform_(norm.weight, 0.5, 1.5)
-    nn.init.uniform_(norm.bias, -0.5, 0.5)
-    return norm

@@ -164,7 +164,7 @@ def predicted_and_true(chain: Chain, image: Tensor, result: Reconstruction) -> p
     return pd.DataFrame(rows)
 
 
-def sample_noisy_attacks(count: int, seed: int = 0) -> pd.DataFrame:
+def sample_noisy_attacks(count: int = 500, seed: int = 0) -> pd.DataFrame:
     """Attacks on random small networks behind random defences: no NaN, no exception, no false certificate.
 
     Where clipping hides the brightness, the image counts up to it, as in `reference`.
