@@ -1,4 +1,4 @@
-"""The client's side: the gradient that it shares, and the defences that it may apply (from `rgap.defences`)."""
+"""The client's side: the gradient that it shares, the defences that it may apply (from `rgap.defences`), and files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgap.defences import clip_and_noise, epsilon, gaussian_noise, prune, quantise
+from rgap.gradient_files import load_gradients, save_gradients
 
 __all__ = [
     "LOSSES",
@@ -19,10 +20,12 @@ __all__ = [
     "epsilon",
     "gaussian_noise",
     "gradients_of",
+    "load_gradients",
     "loss_value",
     "outputs_fit",
     "prune",
     "quantise",
+    "save_gradients",
 ]
 
 LOSSES = ("logistic", "cross_entropy", "mse")

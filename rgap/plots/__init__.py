@@ -1,5 +1,7 @@
 """Figures from results and tables; nothing here computes. One module a subject, all names here."""
 
+from rgap.plots.audit import audit_steps
+from rgap.plots.batches import found_against_batch, seconds_against_batch
 from rgap.plots.images import gallery, rescale
 from rgap.plots.layers import error_growth, phase_transition, wrong_signs
 from rgap.plots.noise import defence_quality, predicted_against_measured
@@ -11,15 +13,18 @@ __all__ = [
     "MARKERS",
     "PALETTE",
     "ambiguity",
+    "audit_steps",
     "defence_quality",
     "deficit_against_psnr",
     "error_growth",
+    "found_against_batch",
     "gallery",
     "law_against_number",
     "phase_transition",
     "predicted_against_measured",
     "ra_along_depth",
     "rescale",
+    "seconds_against_batch",
     "twin_branches",
     "wrong_signs",
 ]

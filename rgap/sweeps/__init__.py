@@ -1,6 +1,8 @@
 """Many attacks and analyses as tables; only here and in notebooks do attack and truth meet. One module a subject."""
 
 from rgap.sweeps.attacks import attack_each, layer_errors, wrong_signs
+from rgap.sweeps.audits import attacks_under_defence, audited_and_attacked
+from rgap.sweeps.batches import COSINE, attack_batches, batch_outcome, sample_batches, width_table
 from rgap.sweeps.chains import kind_table, sample_chains
 from rgap.sweeps.noise import defended_attacks, plain_attack, predicted_and_true, reference, sample_noisy_attacks
 from rgap.sweeps.random_chains import random_chain
@@ -8,7 +10,12 @@ from rgap.sweeps.ranks import predicted_and_measured, rank_law_sample, rank_tabl
 from rgap.sweeps.twins import enlarged, margin_curve, true_margins, twin_census, twin_pairs
 
 __all__ = [
+    "COSINE",
+    "attack_batches",
     "attack_each",
+    "attacks_under_defence",
+    "audited_and_attacked",
+    "batch_outcome",
     "defended_attacks",
     "enlarged",
     "kind_table",
@@ -21,10 +28,12 @@ __all__ = [
     "rank_law_sample",
     "rank_table",
     "reference",
+    "sample_batches",
     "sample_chains",
     "sample_noisy_attacks",
     "true_margins",
     "twin_census",
     "twin_pairs",
+    "width_table",
     "wrong_signs",
 ]
