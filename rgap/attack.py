@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,17 @@ from torch import Tensor, nn
 from rgap.batch_recovery import recover_batch
 from rgap.batch_size import find_batch_size
 from rgap.chain import Chain
-from rgap.client import gradients_of
 from rgap.door import check_arguments, checked_chain, checked_labels
 from rgap.evidence import Evidence, weigh
 from rgap.head import Hypothesis, read_head
+from rgap.noise import entry_noise
+from rgap.prediction import start_probe
 from rgap.recursion import REFUTED, Descent, descend
-from rgap.results import Candidate, Reconstruction
+from rgap.results import GradientMismatchError, Reconstruction
+from rgap.verdict import judge, make_candidate
+
+UNKNOWN = 3.0
+"""Times the noise that was known of from which what surplus equations betray is believed."""
 
 
 def reconstruct(
@@ -79,10 +85,39 @@ def reconstruct(
     reading = read_head(loss, head, evidence, known)
     hypotheses = list(reading.hypotheses)
     evidence = replace(evidence, rounding=max(h.rounding for h in hypotheses))
-    notes = [*found_size, *_underflow(evidence), *reading.notes]
-    descents, refuted = _follow(chain, evidence, hypotheses, virtual_constraints)
-    candidates = [_candidate(chain, evidence, h, d, loss, pixel_range) for h, d in descents]
-    return _judge(candidates, evidence, [*notes, *refuted], device)
+    attack = _Attack(chain, evidence, entry_noise(evidence.gradients, noise_std), loss, virtual_constraints)
+    descents, refuted = _follow(attack, hypotheses)
+    if noise_std is None:
+        attack, descents, refuted = _with_noise_found(attack, hypotheses, descents, refuted, rcond)
+    notes = [*found_size, *_underflow(evidence), *reading.notes, *refuted]
+    candidates = [make_candidate(chain, attack.evidence, attack.stds, h, d, loss, pixel_range) for h, d in descents]
+    return judge(candidates, notes, pixel_range, device)
+
+
+@dataclass(frozen=True)
+class _Attack:
+    """What stays the same for every hypothesis."""
+
+    chain: Chain
+    evidence: Evidence
+    stds: Mapping[str, Tensor]  # standard deviation of every gradient entry's error
+    loss: str
+    virtual_constraints: bool
+
+    def read(self, gradients: Mapping[str, Tensor], label: int) -> Sequence[Hypothesis]:
+        """The head's hypotheses for other gradients."""
+        try:
+            evidence = replace(self.evidence, gradients=dict(gradients))
+            return read_head(self.loss, self.chain.layers[-1], evidence, label).hypotheses
+        except GradientMismatchError:  # with so much noise the label may look like another
+            return ()
+
+    def descend(self, hypothesis: Hypothesis, give_up: float) -> Descent:
+        """Follows one hypothesis."""
+        read = partial(self.read, label=hypothesis.label)
+        probe = start_probe(self.chain.layers[-1], self.evidence.gradients, self.stds, hypothesis, read)
+        options = {"virtual_constraints": self.virtual_constraints, "give_up": give_up}
+        return descend(self.chain, self.evidence, hypothesis, probe=probe, **options)
 
 
 def _underflow(evidence: Evidence) -> list[str]:
@@ -92,29 +127,40 @@ def _underflow(evidence: Evidence) -> list[str]:
     return [f"lost to underflow, and not used: the gradient of {', '.join(map(repr, evidence.lost))}"]
 
 
-def _follow(
-    chain: Chain, evidence: Evidence, hypotheses: list[Hypothesis], virtual_constraints: bool
-) -> tuple[list[tuple[Hypothesis, Descent]], list[str]]:
+def _with_noise_found(attack: _Attack, hypotheses: list[Hypothesis], descents: list, refuted: list[str], rcond):
+    """The attack, its descents and notes; made again where surplus equations betray more noise than was known of."""
+    found = min((d.misfits[0] for _, d in descents if d.misfits), default=0.0)
+    known = max(std.square().mean().sqrt().item() for std in attack.stds.values())
+    if found <= UNKNOWN * known:
+        return attack, descents, refuted
+    gradients = attack.evidence.gradients
+    evidence = replace(weigh(attack.chain, gradients, rcond, found), lost=attack.evidence.lost)
+    noisy = replace(attack, evidence=evidence, stds=entry_noise(gradients, found))
+    again, others = _follow(noisy, hypotheses)
+    if not any(d.mismatch <= REFUTED and max(d.misfits, default=0.0) <= UNKNOWN * found for _, d in again):
+        return attack, descents, refuted  # no white noise: the layers contradict each other
+    note = f"noise of standard deviation {found:.2g} on the gradient, by the misfit of equations that are to spare"
+    return noisy, again, [*others, note]
+
+
+def _follow(attack: _Attack, hypotheses: list[Hypothesis]) -> tuple[list[tuple[Hypothesis, Descent]], list[str]]:
     """Follows each hypothesis down; twins are scaled copies; where all are refuted the least unlikely is followed.
 
     Returns the descents that are complete, and a note where the layers decided between labels.
     """
     found: dict[object, list[tuple[Hypothesis, Descent]]] = {}
 
-    def go(hypothesis: Hypothesis, give_up: float) -> Descent:
-        return descend(chain, evidence, hypothesis, virtual_constraints=virtual_constraints, give_up=give_up)
-
     for number, hypothesis in enumerate(hypotheses):
-        twins = found.setdefault(hypothesis.scale > 0 if chain.homogeneous else number, [])
+        twins = found.setdefault(hypothesis.scale > 0 if attack.chain.homogeneous else number, [])
         if twins:
             twins.append((hypothesis, _scaled(twins[0][1], hypothesis.scale / twins[0][0].scale)))
         else:
-            twins.append((hypothesis, go(hypothesis, REFUTED)))
+            twins.append((hypothesis, attack.descend(hypothesis, REFUTED)))
     every = [pair for pairs in found.values() for pair in pairs]
     complete = [pair for pair in every if pair[1].complete]
     if not complete:
         hypothesis, _ = min(every, key=lambda pair: pair[1].mismatch)
-        return [(hypothesis, go(hypothesis, math.inf))], []
+        return [(hypothesis, attack.descend(hypothesis, math.inf))], []
     kept = {h.label for h, _ in complete}
     against = {h.label: d.mismatch for h, d in every if h.label not in kept}
     if not against:
@@ -130,80 +176,7 @@ def _scaled(descent: Descent, factor: float) -> Descent:
     scaled = {
         key: {name: factor * x for name, x in getattr(descent, key).items()} for key in ("layer_inputs", "beliefs")
     }
-    return replace(descent, **scaled)
-
-
-def _candidate(
-    chain: Chain,
-    evidence: Evidence,
-    hypothesis: Hypothesis,
-    descent: Descent,
-    loss: str,
-    pixel_range: tuple[float, float],
-) -> Candidate:
-    image = descent.layer_inputs[chain.layers[0].name].reshape(1, *chain.image_shape)
-    label = torch.tensor([hypothesis.label])
-    residual = math.inf
-    if torch.isfinite(image).all():
-        mine = gradients_of(chain.model, chain.parameters, image, label, loss)
-        heard = {name: g for name, g in evidence.gradients.items() if name not in evidence.lost}
-        residual = max(_relative(mine[name], g, heard) for name, g in heard.items())
-    width = pixel_range[1] - pixel_range[0]
-    slack = (width if math.isfinite(width) else 1.0) * min(evidence.tolerance, 0.1)
-    excess = max((pixel_range[0] - image).max().item(), (image - pixel_range[1]).max().item())
-    inside = excess <= slack
-    return Candidate(
-        image, label, residual, inside, descent.layer_inputs, descent.reports, descent.open_layers, descent.beliefs
-    )
-
-
-def _relative(mine: Tensor, shared: Tensor, gradients: Mapping[str, Tensor]) -> float:
-    """‖g′ − g‖ / ‖g‖, for a gradient that vanishes relative to the largest of all."""
-    unit = shared.abs().max() if shared.any() else max(g.abs().max() for g in gradients.values())
-    difference = ((mine.cpu() - shared) / unit).norm()  # in this unit squares cannot underflow
-    return (difference / (shared / unit).norm().clamp(min=1.0)).item()
-
-
-def _judge(candidates: list[Candidate], evidence: Evidence, notes: list[str], device) -> Reconstruction:
-    """Ranks the candidates and gives the verdict."""
-
-    def order(candidate: Candidate) -> tuple:  # outside the range, the smaller of two twins is the likelier
-        size = 0.0 if candidate.in_pixel_range else candidate.images.abs().max().item()
-        return candidate.gradient_residual > evidence.tolerance, size, candidate.gradient_residual
-
-    candidates.sort(key=order)
-    best = candidates[0]
-    consistent = [c for c in candidates if c.gradient_residual <= evidence.tolerance]
-    inside = [c for c in consistent if c.in_pixel_range]
-    short = [f"{r.name!r} by {r.deficit}" for r in best.layers if r.deficit]
-    if silent := [f"{r.saturated} at {r.name!r}" for r in best.layers if r.saturated]:
-        notes = [
-            *notes,
-            f"outputs that do not tell their pre-activation (zeros of a ReLU, saturation): {', '.join(silent)}",
-        ]
-    if short and not best.open_layers:
-        notes = [*notes, f"layers short of full rank, closed by virtual constraints: {', '.join(short)}"]
-    if best.open_layers:
-        notes = [*notes, f"layers short of full rank: {', '.join(short)}; what they leave open was not determined"]
-        verdict = "rank-deficient"
-    elif not consistent:
-        notes = [
-            *notes,
-            f"no hypothesis reproduces the gradient: the best misses it by {best.gradient_residual:.2g}; "
-            f"{evidence.tolerance:.2g} is allowed at this precision",
-        ]
-        verdict = "inconsistent"
-    elif len(inside) > 1:
-        notes = [*notes, f"{len(inside)} hypotheses inside the pixel range have this very gradient (twin data)"]
-        verdict = "ambiguous"
-    else:
-        verdict = "exact"
-        if len(inside) == 1 and len(consistent) > 1:
-            notes = [*notes, f"the pixel range chose between {len(consistent)} hypotheses with this gradient"]
-        elif not inside:
-            notes = [*notes, "no consistent hypothesis lies inside the pixel range; the best by gradient was taken"]
-            verdict = "ambiguous" if len(consistent) > 1 else "exact"
-    kept = tuple(consistent or [best])
-    if device is not None:
-        kept = tuple(replace(c, images=c.images.to(device), labels=c.labels.to(device)) for c in kept)
-    return Reconstruction(kept[0].images, kept[0].labels, verdict, kept, best.layers, tuple(notes))
+    errors = [None if r.predicted_error is None else abs(factor) * r.predicted_error for r in descent.reports]
+    reports = tuple(replace(r, predicted_error=e) for r, e in zip(descent.reports, errors, strict=True))
+    probe = None if descent.probe is None else replace(descent.probe, x=factor * descent.probe.x)
+    return replace(descent, **scaled, reports=reports, probe=probe)

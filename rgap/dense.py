@@ -28,6 +28,7 @@ class LeastSquares:
         rank: Number of singular values kept.
         above: Smallest singular value kept, relative to the largest; an estimate where rank is full.
         below: Largest singular value dropped, relative to the largest; None where none was.
+        invert: The pseudo-inverse of AᵀA, damping included, (k, p) -> (k, p): y = invert(Aᵀ b).
     """
 
     y: Tensor
@@ -37,6 +38,7 @@ class LeastSquares:
     rank: int
     above: float
     below: float | None
+    invert: Callable[[Tensor], Tensor]
 
 
 def svd(A: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +102,7 @@ def _by_cholesky(A: Tensor, b: Tensor, rcond: float, damping: Tensor) -> LeastSq
     for _ in range(2):  # the second pass refines
         y = y + invert(A.T @ (b[:, None] - A @ y) - damping.square()[:, None] * y)
     none = A.new_zeros(A.shape[1], 0)
-    return LeastSquares(y[:, 0], null if len(left) else None, none, none[0], rank, ratio, unseen)
+    return LeastSquares(y[:, 0], null if len(left) else None, none, none[0], rank, ratio, unseen, invert)
 
 
 def _by_directions(A: Tensor, b: Tensor, rcond: float, damping: Tensor) -> LeastSquares:
@@ -128,6 +130,7 @@ def _by_directions(A: Tensor, b: Tensor, rcond: float, damping: Tensor) -> Least
         rank,
         S[rank - 1].item() / largest if rank else 0.0,
         None if full else (S[rank].item() / largest if largest > 0 else 0.0),
+        lambda v: seen @ ((seen.T @ v) / S[:rank, None].square()),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,9 @@ from rgap.layer import Layer
 
 TRUSTED = 0.02
 """Directions of M whose singular value is below this share of the largest are shared with the weight constraints."""
+
+ENOUGH = 30
+"""Surplus equations from which their misfit says how large the noise is, to about an eighth."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class GradientSolution:
     above: float  # smallest singular value kept, relative to the largest
     below: float | None  # largest dropped
     residual: float
+    noise_std: float | None  # of the gradient's entries, by what M leaves of them; None where it leaves nothing
+    respond: Callable[[Tensor], Tensor]  # how x0 changes with G, (O, C, kh, kw) -> (H·W, C)
 
 
 def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> GradientSolution:
@@ -42,14 +48,22 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> Gradie
         M = gradient_matrix(layer, block, dz)
         systems.append((block.pixels, gradient_values(layer, block, G), *svd(M, full_matrices=M.shape[0] < M.shape[1])))
     largest = max(S[0].item() for _, _, _, S, _ in systems)
-    x0, missed = G.new_zeros(pixels, channels), 0.0
+    ranks = [int((S > rcond * largest).sum()) for _, _, _, S, _ in systems]
+
+    def respond(change: Tensor) -> Tensor:
+        x = change.new_zeros(pixels, channels)
+        for block, (places, _, U, S, Vh), rank in zip(blocks(layer), systems, ranks, strict=True):
+            values = gradient_values(layer, block, change)
+            x[places] = Vh[:rank].T @ ((U[:, :rank].T @ values) / S[:rank, None])
+        return x
+
+    x0, missed, surplus = respond(G), 0.0, 0
     untouched = torch.ones(pixels, dtype=torch.bool)
     bases, sigmas = [], []
-    for places, values, U, S, Vh in systems:
-        rank = int((S > rcond * largest).sum())
-        coefficients = U[:, :rank].T @ values
-        x0[places] = Vh[:rank].T @ (coefficients / S[:rank, None])
-        missed += max(values.square().sum().item() - coefficients.square().sum().item(), 0.0)
+    for (places, values, U, S, Vh), rank in zip(systems, ranks, strict=True):
+        rest = values - U[:, :rank] @ (U[:, :rank].T @ values)
+        missed += rest.square().sum().item()
+        surplus += (len(values) - rank) * channels
         untouched[places] = False
         bases.append(_rows(Vh.T, places, pixels))
         sigmas.append(F.pad(S, (0, len(Vh) - len(S))))
@@ -68,6 +82,8 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> Gradie
         kept.min().item() if len(kept) else 0.0,
         dropped.max().item() if len(dropped) else None,
         missed**0.5 / size if size > 0 else 0.0,
+        (missed / surplus) ** 0.5 if surplus >= ENOUGH else None,
+        respond,
     )
 
 

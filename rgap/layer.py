@@ -117,6 +117,15 @@ class Layer:
         """∂ℓ by the convolution's own output: (..., O, H′, W′) -> (..., O, *pixels_out)."""
         return dz if self.after is None else self.after.adjoint(dz)
 
+    def weight_gradient(self, x: Tensor, dz: Tensor) -> Tensor:
+        """K x: the gradient of the weight for an input (C, H, W) and a δz (O, H′, W′), shaped as the weight."""
+        if self.is_dense:
+            return (dz.flatten()[:, None] * x.flatten())[..., None, None]
+        x, dz = x.reshape(1, *self.input_shape), self.conv_gradient(dz)[None]
+        padded = F.pad(x if self.before is None else self.before.apply(x), self.padding)
+        shape = self.weight.shape
+        return torch.nn.grad.conv2d_weight(padded, shape, dz, self.stride, 0, self.dilation, self.groups)
+
     def pre_bias(self) -> Tensor | float:
         """What is added to W x, in a shape that adds to z, or 0."""
         bias = 0.0 if self.bias is None else self.bias[:, None, None]

@@ -17,8 +17,10 @@ from rgap.constraints import bias_residual, identity_residual, split_groups
 from rgap.evidence import Evidence
 from rgap.head import Hypothesis
 from rgap.linearise import flattened
+from rgap.prediction import Probe, carry
 from rgap.previous import previous_factors, smooth_image_rows
 from rgap.results import LayerReport
+from rgap.signs import Slopes, decide_slopes
 from rgap.solve import LayerSolution, solve_layer
 from rgap.virtual import VirtualSolution, solve_virtual
 
@@ -43,6 +45,9 @@ class Descent:
         complete: Whether the image was reached.
         open_layers: Names of rank-deficient layers whose null space nothing closed.
         beliefs: Name of a layer that virtual constraints closed -> belief on its input after each step, (steps, n).
+        misfits: Noise on the gradient's entries by the misfit of each layer whose equations alone determine it and that
+            has some to spare, from the last on.
+        probe: What a draw of the noise makes of the image.
     """
 
     layer_inputs: Mapping[str, Tensor]
@@ -51,6 +56,8 @@ class Descent:
     complete: bool
     open_layers: tuple[str, ...] = ()
     beliefs: Mapping[str, Tensor] = field(default_factory=dict)
+    misfits: tuple[float, ...] = ()
+    probe: Probe | None = None
 
 
 def descend(
@@ -58,6 +65,7 @@ def descend(
     evidence: Evidence,
     start: Hypothesis,
     *,
+    probe: Probe | None = None,
     virtual_constraints: bool = True,
     give_up: float = math.inf,
 ) -> Descent:
@@ -67,6 +75,7 @@ def descend(
         chain: The prepared network.
         evidence: The gradients, their precision and the cutoff.
         start: The head's hypothesis.
+        probe: A draw of the noise and what it makes of the hypothesis, to predict errors and to decide signs.
         virtual_constraints: Whether the layer before may close the deficit of a rank-deficient layer.
         give_up: Identity residual above which the hypothesis is dropped; infinity follows it to the end.
 
@@ -75,21 +84,30 @@ def descend(
     """
     head, n = chain.layers[-1], len(start.x)
     inputs = {head.name: start.x[None]}
-    reports = [LayerReport(head.name, n, rank_gradients=n, rank=n, deficit=0, condition=1.0, seconds=0.0)]
+    error = None if probe is None else probe.error
+    reports = [LayerReport(head.name, n, None, n, n, 0, condition=1.0, predicted_error=error, seconds=0.0)]
     dx, x, mismatch, left_open = head.adjoint(start.dz[:, None, None]), start.x, 0.0, []
     beliefs: dict[str, Tensor] = {}
+    misfits: list[float] = []
     for i in reversed(range(len(chain.layers) - 1)):
         layer, begin = chain.layers[i], time.perf_counter()
         heard = not layer.is_fixed and layer.weight_name not in evidence.lost
         G = layer.gradient(evidence.gradients) if heard else torch.zeros_like(layer.weight)
-        z, known = layer.activation.invert(x.reshape(layer.output_shape), _accuracy(reports[-1], evidence))
-        dz = layer.activation.derivative(z) * dx.reshape(layer.output_shape)
+        x, dx = x.reshape(layer.output_shape), dx.reshape(layer.output_shape)
+        z, known = layer.activation.invert(x, _accuracy(reports[-1], evidence))
+        slopes = _slopes(layer, G, x, dx, probe) if heard and probe is not None else None
+        dz = (layer.activation.derivative(z) if slopes is None else slopes.values) * dx
         if heard:
             mismatch = max(mismatch, _identities(layer, evidence, G, dz, z, known))
         if mismatch > give_up:
             return Descent(inputs, tuple(reports), mismatch, False)
         limits = {"rcond": evidence.rcond, "precision": evidence.precision}
         solution = solve_layer(layer, G, dz if heard else 0 * dz, z, known=known, **limits)
+        if solution.noise_std is not None:
+            misfits.append(solution.noise_std)
+        if probe is not None:
+            probe = carry(layer, probe, solution, x, dx, z, dz, slopes)
+            solution = replace(solution, report=replace(solution.report, predicted_error=probe.error))
         x, dx, report = solution.x, layer.adjoint(dz), solution.report
         if known is not None:
             report = replace(report, saturated=int((~known).sum()))
@@ -108,7 +126,15 @@ def descend(
                 left_open.append(layer.name)
         inputs = {layer.name: x.reshape(1, *layer.feature_shape), **inputs}
         reports.append(replace(report, seconds=time.perf_counter() - begin))
-    return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open), beliefs)
+    return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open), beliefs, tuple(misfits), probe)
+
+
+def _slopes(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, probe: Probe) -> Slopes | None:
+    """The decided slopes of a layer with a kink, None of others."""
+    noise = layer.gradient(probe.noise)
+    unit = noise.abs().max().item()
+    std = unit * (noise / unit).square().mean().sqrt().item() if unit > 0 else 0.0
+    return decide_slopes(layer, G, x, dx, probe.error, std)
 
 
 def _accuracy(report: LayerReport, evidence: Evidence) -> float:

@@ -76,6 +76,9 @@ class Candidate:
         layers: The reports of this candidate's way down, from the last layer to the first.
         open_layers: Names of rank-deficient layers whose null space nothing closed.
         beliefs: Name of a layer that virtual constraints closed -> belief on its input after each step, (steps, n).
+        residual_allowed: Residual up to which the candidate is consistent: by the gradient's format, or by what its
+            noise and the predicted error of the image make of it.
+        predicted_error: Predicted root-mean-square error of the image, pixel units.
     """
 
     images: torch.Tensor
@@ -86,6 +89,13 @@ class Candidate:
     layers: tuple[LayerReport, ...] = field(default=(), repr=False)
     open_layers: tuple[str, ...] = ()
     beliefs: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    residual_allowed: float = 0.0
+    predicted_error: float | None = None
+
+    @property
+    def consistent(self) -> bool:
+        """Whether the candidate reproduces the shared gradient as well as it can."""
+        return self.gradient_residual <= self.residual_allowed
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +52,9 @@ class LayerSolution:
         weak_basis: Where something is: directions that are determined, but badly, (C·H·W, w).
         weak_gain: How many times the pre-activation's error is their error, (w,).
         report: The layer's report.
+        respond: How x changes, to first order, with G and z: (O, C, kh, kw) and (O, H′, W′) -> (C, H, W).
+        noise_std: Standard deviation of noise on G's entries, by the misfit of surplus equations where M alone
+            determines x; None elsewhere.
     """
 
     x: Tensor
@@ -58,6 +62,8 @@ class LayerSolution:
     weak_basis: Tensor
     weak_gain: Tensor
     report: LayerReport
+    respond: Callable[[Tensor, Tensor], Tensor]
+    noise_std: float | None = None
 
 
 def solve_layer(
@@ -97,7 +103,13 @@ def solve_layer(
     null = torch.block_diag(*bases)
     null = null if null.shape[1] else None
     weak = torch.block_diag(*(s.weak_basis for s in solutions))
-    return LayerSolution(x, null, weak, torch.cat([s.weak_gain for s in solutions]), report)
+
+    def respond(dG: Tensor, z_change: Tensor) -> Tensor:
+        changes = zip(solutions, dG.chunk(len(parts)), z_change.chunk(len(parts)), strict=True)
+        return torch.cat([s.respond(*change) for s, *change in changes])
+
+    noise = max((s.noise_std for s in solutions if s.noise_std is not None), default=None)
+    return LayerSolution(x, null, weak, torch.cat([s.weak_gain for s in solutions]), report, respond, noise)
 
 
 def _solve_fixed(layer: Layer, z: Tensor, start: float) -> LayerSolution:
@@ -111,7 +123,11 @@ def _solve_fixed(layer: Layer, z: Tensor, start: float) -> LayerSolution:
             null = torch.kron(torch.eye(channels, dtype=z.dtype), layer.after.null_basis())
     rank = layer.unknowns - missing
     report = LayerReport(layer.name, layer.unknowns, rank, 0, rank, missing, seconds=time.perf_counter() - start)
-    return LayerSolution(x, null, x.new_zeros(layer.unknowns, 0), x.new_zeros(0), report)
+
+    def respond(_: Tensor, z_change: Tensor) -> Tensor:
+        return z_change if layer.after is None else layer.after.solve(z_change)
+
+    return LayerSolution(x, null, x.new_zeros(layer.unknowns, 0), x.new_zeros(0), report, respond)
 
 
 def _solve_group(
@@ -137,7 +153,7 @@ def _solve_group(
                 residual=residual,
                 iterations=iterations,
             )
-            return _determined(x, layer, report)
+            return _determined(x, layer, report, lambda _, change: factor.respond(_rows(change, known)))
     if at_least_open > DENSE_MOST:
         return _too_large(layer, z, known)
     found = solve_gradients(layer, G, dz, rcond)
@@ -153,7 +169,8 @@ def _solve_group(
             sigma_below_cut=found.below,
             residual=found.residual,
         )
-        return _determined(found.x0.T, layer, report)
+        solution = _determined(found.x0.T, layer, report, lambda change, _: found.respond(change).T)
+        return replace(solution, noise_std=found.noise_std)
     return _with_weights(layer, G, z, known, found, rcond)
 
 
@@ -165,7 +182,7 @@ def _too_large(layer: Layer, z: Tensor, known: Tensor | None) -> LayerSolution:
     report = LayerReport(
         layer.name, layer.unknowns, rank, None, rank, solver.missing, residual=residual, iterations=iterations
     )
-    return _determined(x, layer, report)
+    return _determined(x, layer, report, lambda _, change: solver.respond(_rows(change, known)))
 
 
 def _with_weights(
@@ -207,12 +224,28 @@ def _with_weights(
         sigma_below_cut=dense.below,
         residual=misfit,
     )
-    return LayerSolution(x, spread(dense.null), spread(dense.weak), 1 / dense.weak_sigmas, report)
+
+    def respond(dG: Tensor, z_change: Tensor) -> Tensor:
+        x0 = found.respond(dG).T.reshape(layer.input_shape)
+        rest = _rows(z_change, known) - _rows(layer.apply(x0), known)
+        return x0 + spread(dense.invert(A.T @ rest[:, None])).reshape(layer.input_shape)
+
+    weak = spread(dense.weak)
+    return LayerSolution(x, spread(dense.null), weak, 1 / dense.weak_sigmas, report, respond)
 
 
-def _determined(x: Tensor, layer: Layer, report: LayerReport) -> LayerSolution:
+def _determined(x: Tensor, layer: Layer, report: LayerReport, respond: Callable) -> LayerSolution:
     """A solution that leaves nothing open."""
-    return LayerSolution(x.reshape(layer.input_shape), None, x.new_zeros(layer.unknowns, 0), x.new_zeros(0), report)
+    none = x.new_zeros(layer.unknowns, 0)
+    shape = layer.input_shape
+    return LayerSolution(
+        x.reshape(shape), None, none, none[0], report, lambda dG, change: respond(dG, change).reshape(shape)
+    )
+
+
+def _rows(z: Tensor, known: Tensor | None) -> Tensor:
+    """The entries of z that are known."""
+    return z.flatten() if known is None else z.flatten()[known]
 
 
 def _rms(values: Tensor) -> float:

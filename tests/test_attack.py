@@ -5,6 +5,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
+from rgap import client
 
 SHAPE = (3, 8, 8)
 IMAGE = rand(1, *SHAPE)
@@ -244,13 +245,21 @@ def test_a_gradient_below_the_smallest_c_is_noted_and_flagged():
     assert result.verdict == "inconsistent" and "the smallest of any single sample" in result.notes[0]
 
 
-def test_noise_makes_a_gradient_inconsistent_unless_it_is_declared():
-    noisy = [
-        g + 1e-6 * torch.randn(g.shape, generator=torch.Generator().manual_seed(1)) for g in gradients_for(NETWORK)
-    ]
-    assert rgap.reconstruct(NETWORK, noisy, SHAPE).verdict == "inconsistent"
-    declared = rgap.reconstruct(NETWORK, noisy, SHAPE, noise_std=1e-6)
-    assert declared.verdict == "exact" and rgap.metrics.psnr_db(declared.images, IMAGE).item() > 30
+@pytest.mark.parametrize("declared", [None, 1e-6])
+def test_noise_is_found_or_declared_and_the_error_that_it_leaves_is_predicted(declared):
+    noisy = client.gaussian_noise(gradients_for(NETWORK), 1e-6, seed=1)
+    result = rgap.reconstruct(NETWORK, noisy, SHAPE, noise_std=declared)
+    assert result.verdict == "exact" and rgap.metrics.psnr_db(result.images, IMAGE).item() > 30
+    rmse = (result.images - IMAGE).square().mean().sqrt().item()
+    assert rmse / 3 < result.candidates[0].predicted_error < 3 * rmse
+    assert result.candidates[0].predicted_error == result.layers[-1].predicted_error
+    assert ("noise of standard deviation" in " ".join(result.notes)) == (declared is None)
+
+
+def test_noise_that_drowns_the_image_leaves_no_certificate():
+    noisy = client.gaussian_noise(gradients_for(NETWORK), 1e-2, seed=1)
+    result = rgap.reconstruct(NETWORK, noisy, SHAPE)
+    assert result.verdict == "inconsistent" and result.candidates[0].predicted_error > 0.1
 
 
 def test_a_gradient_that_vanishes_in_a_layer_is_measured_against_the_largest():

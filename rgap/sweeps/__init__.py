@@ -6,9 +6,11 @@ from rgap.sweeps.batches import COSINE, attack_batches, batch_outcome, sample_ba
 from rgap.sweeps.chains import kind_table, sample_chains
 from rgap.sweeps.cost import costs, exponents
 from rgap.sweeps.methods import METHODS, compare_methods, networks_won, quality_table, time_ratios, time_table
+from rgap.sweeps.noise import defended_attacks, plain_attack, predicted_and_true, reference, sample_noisy_attacks
 from rgap.sweeps.random_chains import random_chain
 from rgap.sweeps.ranks import predicted_and_measured, rank_law_sample, rank_table
 from rgap.sweeps.soundness import soundness
+from rgap.sweeps.twins import enlarged, margin_curve, true_margins, twin_census, twin_pairs
 
 __all__ = [
     "COSINE",
@@ -20,20 +22,30 @@ __all__ = [
     "batch_outcome",
     "compare_methods",
     "costs",
+    "defended_attacks",
+    "enlarged",
     "exponents",
     "kind_table",
     "layer_errors",
+    "margin_curve",
     "networks_won",
+    "plain_attack",
     "predicted_and_measured",
+    "predicted_and_true",
     "quality_table",
     "random_chain",
     "rank_law_sample",
     "rank_table",
+    "reference",
     "sample_batches",
     "sample_chains",
+    "sample_noisy_attacks",
     "soundness",
     "time_ratios",
     "time_table",
+    "true_margins",
+    "twin_census",
+    "twin_pairs",
     "width_table",
     "wrong_signs",
 ]
