@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help env figures test verify lab notebooks reconstruction clean FORCE
+.PHONY: help env figures test verify lab test-lab notebooks reconstruction audit report clean FORCE
 .DEFAULT_GOAL := help
 
 # Values for the command line only: a variable of this name in the environment changes nothing.
@@ -14,11 +14,12 @@ INDEX := 0
 DATA := embedded
 SEED := 0
 BATCH := 1
+SHAPE :=
 SAMPLES :=
 COUNT :=
 PIP_ARGS :=
 # By way of the environment values reach a recipe whole, whatever spaces a path has.
-export COLOR GRAY MODEL INDEX DATA SEED BATCH COUNT
+export COLOR GRAY MODEL INDEX DATA SEED BATCH SHAPE COUNT
 # Images of containers often set it; every start of a kernel would then compile torch anew, for a quarter of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -49,7 +50,7 @@ EXECUTED := $(NOTEBOOKS:notebooks/%=build/$(PROFILE)/%)
 run = RGAP_PROFILE=$(1) RGAP_FIGURES="$(CURDIR)/$(2)" $(PYTHON)
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' Makefile
 
 env: $(ENV) ## .venv with every pinned package and this one; PIP_ARGS=… goes to the installer
 
@@ -74,8 +75,11 @@ test: $(ENV) ## unit tests with coverage, then the committed notebooks against w
 verify: $(ENV) ## attack hundreds of random networks, write build/verify.csv; SAMPLES=chains COUNT=200 SEED=0
 	@$(PYTHON) -m rgap.verify $(SAMPLES) $${COUNT:+--count "$$COUNT"} --seed "$$SEED"
 
-lab: $(ENV) ## open JupyterLab in notebooks/
-	$(PYTHON) -m jupyterlab --ServerApp.root_dir=notebooks
+lab: $(ENV) ## open JupyterLab in notebooks/, with the audit of your own model
+	$(PYTHON) -m jupyterlab --ServerApp.root_dir=notebooks --LabApp.default_url=/lab/tree/08_audit_your_model.ipynb
+
+test-lab: $(ENV) ## JupyterLab in a real browser, as a person uses it; a screenshot stays in build/lab/
+	$(PYTHON) -m pytest tests/lab/test_lab.py
 
 notebooks: $(NOTEBOOKS:%=refresh/%) ## run the notebooks where they lie, to refresh the outputs that are committed
 refresh/%: FORCE | $(ENV)
@@ -84,6 +88,12 @@ refresh/%: FORCE | $(ENV)
 
 reconstruction: $(ENV) ## one attack: MODEL=cnn6 INDEX=0 DATA=embedded|cifar10|mnist|folder:PATH SEED=0 BATCH=1
 	@$(PYTHON) -m rgap.reconstruction --model "$$MODEL" --index "$$INDEX" --data "$$DATA" --seed "$$SEED" --batch "$$BATCH"
+
+audit: $(ENV) ## what a network gives away, in build/audit/: MODEL=cnn6|module:function SHAPE=3,224,224 BATCH=1; fails where it leaks
+	@$(PYTHON) -m rgap.audit --model "$$MODEL" $${SHAPE:+--shape "$$SHAPE"} --batch "$$BATCH"
+
+report: $(ENV) ## every notebook, figure, table and claim as web pages in build/report/; PROFILE=paper for that profile's
+	@$(call run,$(PROFILE),$(FIGURES)) -m rgap.report
 
 clean: ## remove everything made in build/, downloaded data apart
 	rm -rf .coverage .pytest_cache .ruff_cache .hypothesis

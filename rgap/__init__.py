@@ -10,7 +10,7 @@ systems. The letters, as in the paper and in every module here:
     μ      margin y f(x), with y = 2·label − 1         c      ⟨G_d, W_d⟩ of the last layer, −μ / (1 + e^μ)
 """
 
-from rgap import artifact, client, data, metrics, models
+from rgap import artifact, batch, client, data, metrics, models
 from rgap.attack import reconstruct
 from rgap.chain import Chain, Layer, prepare
 from rgap.client import client_gradients
@@ -36,6 +36,7 @@ __all__ = [
     "Reconstruction",
     "UnsupportedLayerError",
     "artifact",
+    "batch",
     "client",
     "client_gradients",
     "data",

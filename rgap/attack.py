@@ -9,6 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rgap.batch_recovery import recover_batch
+from rgap.batch_size import find_batch_size
 from rgap.chain import Chain
 from rgap.client import gradients_of
 from rgap.door import check_arguments, checked_chain, checked_labels
@@ -43,14 +45,15 @@ def reconstruct(
         gradients: One tensor for each parameter, in the order of `model.parameters()`, or a mapping from name.
         image_shape: (C, H, W) of one image; may be left out with a `Chain`.
         loss: A name in `rgap.client.LOSSES`.
-        batch_size: Images in the batch; 1.
-        labels: Labels if they are known, (B,): other hypotheses are then not considered.
+        batch_size: Images in the batch, or None to find it from the gradient's rank. More than one need a fully
+            connected network; the result then has `per_image`.
+        labels: Labels if they are known, (B,), of a batch in any order: other hypotheses are then not considered.
         virtual_constraints: Whether the layer before may close the deficit of a rank-deficient layer.
         pixel_range: Smallest and largest value of a pixel; chooses between twins, where it can.
         rcond: Singular values below rcond times the largest count as zero; by default matched to the gradient's
             precision (1e-4 for float32, 1e-5 for float64).
         noise_std: Standard deviation of noise known to be on every gradient entry; widens cutoff and tolerance.
-        seed: Seed of random starts; a single image needs none.
+        seed: Seed of a batch's random starts; a single image needs none.
         device: Where the returned images and labels live, by default the CPU, on which the systems are solved.
 
     Returns:
@@ -64,12 +67,19 @@ def reconstruct(
     chain = checked_chain(model, image_shape)
     check_arguments(chain, loss, batch_size, pixel_range, rcond, noise_std)
     head = chain.layers[-1]
-    known = checked_labels(labels, loss, head.output_shape[0])
+    known = checked_labels(labels, loss, head.output_shape[0]) if batch_size == 1 else None
     evidence = weigh(chain, gradients, rcond, noise_std)
+    found_size: tuple[str, ...] = ()
+    if batch_size != 1:
+        size = find_batch_size(chain, evidence, batch_size)
+        if size.size != 1:
+            options = {"labels": labels, "pixel_range": pixel_range, "seed": seed, "device": device}
+            return recover_batch(chain, evidence, size, loss, **options)
+        known, found_size = checked_labels(labels, loss, head.output_shape[0]), size.notes
     reading = read_head(loss, head, evidence, known)
     hypotheses = list(reading.hypotheses)
     evidence = replace(evidence, rounding=max(h.rounding for h in hypotheses))
-    notes = [*_underflow(evidence), *reading.notes]
+    notes = [*found_size, *_underflow(evidence), *reading.notes]
     descents, refuted = _follow(chain, evidence, hypotheses, virtual_constraints)
     candidates = [_candidate(chain, evidence, h, d, loss, pixel_range) for h, d in descents]
     return _judge(candidates, evidence, [*notes, *refuted], device)

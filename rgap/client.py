@@ -1,4 +1,4 @@
-"""The client's side: the gradient that it shares."""
+"""The client's side: the gradient that it shares, the defences that it may apply (from `rgap.defences`), and files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,26 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rgap.defences import clip_and_noise, epsilon, gaussian_noise, prune, quantise
+from rgap.gradient_files import load_gradients, save_gradients
+
+__all__ = [
+    "LOSSES",
+    "LOSS_OUTPUTS",
+    "check_loss",
+    "client_gradients",
+    "clip_and_noise",
+    "epsilon",
+    "gaussian_noise",
+    "gradients_of",
+    "load_gradients",
+    "loss_value",
+    "outputs_fit",
+    "prune",
+    "quantise",
+    "save_gradients",
+]
 
 LOSSES = ("logistic", "cross_entropy", "mse")
 """Names of the losses."""

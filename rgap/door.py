@@ -27,8 +27,8 @@ def checked_chain(model: nn.Module | Chain, image_shape: tuple[int, ...] | None)
 def check_arguments(chain: Chain, loss, batch_size, pixel_range, rcond, noise_std) -> None:
     """Refuses what is out of range, by name."""
     check_loss(loss)
-    if batch_size != 1:
-        raise ValueError(f"batch_size is {batch_size}; only single images (1) are recovered")
+    if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
+        raise ValueError(f"batch_size is {batch_size}; give a positive integer, or None to find it from the gradient")
     limits = tuple(pixel_range) if isinstance(pixel_range, Sequence) else ()
     if len(limits) != 2 or not limits[0] < limits[1]:
         raise ValueError(f"pixel_range is {pixel_range}; give (smallest, largest)")

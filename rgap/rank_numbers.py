@@ -235,11 +235,11 @@ def _gram_rank(gram: Tensor, cut: float) -> tuple[int, float]:
     if not failed:
         rcond, _ = scipy.linalg.lapack.dpocon(factor, np.abs(G).sum(0).max(), uplo="L")
         if rcond**0.5 > 10 * cut:  # an estimate in the 1-norm, within a small factor of (σ_min / σ_max)²
-            return len(G), _power_ratio(G, factor)
+            return len(G), power_ratio(G, factor)
     return _count(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt(), cut)
 
 
-def _power_ratio(G: np.ndarray, factor: np.ndarray, steps: int = 12) -> float:
+def power_ratio(G: np.ndarray, factor: np.ndarray, steps: int = 12) -> float:
     """σ_min / σ_max of A from AᵀA and its Cholesky factor, by power iteration (an upper bound, close)."""
     large = small = np.random.default_rng(0).standard_normal((len(G), 4))
     for _ in range(steps):
@@ -247,4 +247,4 @@ def _power_ratio(G: np.ndarray, factor: np.ndarray, steps: int = 12) -> float:
         small = np.linalg.qr(scipy.linalg.cho_solve((factor, True), small, check_finite=False))[0]
     largest = np.linalg.eigvalsh(large.T @ G @ large)[-1]
     smallest = np.linalg.eigvalsh(small.T @ G @ small)[0]
-    return float((smallest / largest) ** 0.5)
+    return float((max(smallest, 0.0) / largest) ** 0.5)

@@ -67,7 +67,8 @@ def calls(clone):
 def test_help_is_the_default_and_lists_every_target(clone):
     listed = make(clone).stdout
     assert listed == make(clone, "help").stdout
-    for target in ("env", "figures", "test", "lab", "notebooks", "reconstruction", "clean", "help"):
+    targets = ("env", "figures", "test", "lab", "test-lab", "notebooks", "reconstruction", "audit", "report", "clean")
+    for target in (*targets, "help"):
         assert f"make {target} " in listed
 
 
@@ -140,6 +141,35 @@ def test_reconstruction_hands_its_values_on(clone):
     put_runner(clone)
     make(clone, "reconstruction", "PYTHON=runner", "MODEL=fcn3", "INDEX=3", "DATA=folder:a b")
     assert calls(clone) == ["||-m rgap.reconstruction --model fcn3 --index 3 --data folder:a b --seed 0 --batch 1"]
+
+
+def test_audit_hands_its_values_on_and_fails_where_the_network_leaks(clone):
+    put_runner(clone)
+    assert make(clone, "audit", "PYTHON=runner").returncode == 0
+    assert calls(clone) == ["||-m rgap.audit --model cnn6 --batch 1"]
+    make(clone, "audit", "PYTHON=runner", "MODEL=my.nets:small", "SHAPE=3,32,32", "BATCH=4")
+    assert calls(clone) == ["||-m rgap.audit --model my.nets:small --shape 3,32,32 --batch 4"]
+    put_program(clone, "runner", "exit 1")
+    assert make(clone, "audit", "PYTHON=runner").returncode != 0
+
+
+def test_a_report_is_of_its_profile(clone):
+    put_runner(clone)
+    make(clone, "report", "PYTHON=runner")
+    make(clone, "report", "PYTHON=runner", "PROFILE=paper")
+    assert calls(clone) == ["default|figures|-m rgap.report", "paper|build/paper/figures|-m rgap.report"]
+
+
+def test_lab_opens_the_audit_and_its_test_is_run_by_itself(clone):
+    put_runner(clone)
+    make(clone, "lab", "PYTHON=runner")
+    make(clone, "test-lab", "PYTHON=runner")
+    (lab, test) = calls(clone)
+    assert lab.endswith(
+        "jupyterlab --ServerApp.root_dir=notebooks --LabApp.default_url=/lab/tree/08_audit_your_model.ipynb"
+    )
+    assert test == "||-m pytest tests/lab/test_lab.py"
+    assert (ROOT / "notebooks" / "08_audit_your_model.ipynb").is_file() and (ROOT / "tests/lab/test_lab.py").is_file()
 
 
 def test_notebooks_are_refreshed_every_time_with_figures_elsewhere(clone):

@@ -163,3 +163,37 @@ def test_the_width_family_has_both_thresholds_and_names_the_widths():
     assert places == [pytest.approx(82**0.5), pytest.approx(0.93 * 486)]
     assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] == [60]
     assert {"22", "20", "18", "24 to 24"} <= {text.get_text() for text in axis.texts}
+
+
+def test_batches_have_their_shares_their_seconds_and_the_limit():
+    table = pd.DataFrame({"batch": [1, 8, 8], "seed": [0, 0, 1], "found": [1, 8, 6], "false": [0, 0, 2],
+                          "certified": [1, 8, 4], "seconds": [0.1, 0.5, 0.7]})  # fmt: skip
+    (axis,) = drawn(plots.found_against_batch(table, limit=9))
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "found",
+        "certified as exact",
+        "false images",
+    ]
+    np.testing.assert_allclose([line.get_ydata() for line in axis.lines[:3]], [[1, 0.75], [1, 0.75], [0, 0.125]])
+    assert axis.texts[0].get_text() == "second layer's width, 9"
+    (axis,) = drawn(plots.seconds_against_batch(table, limit=9))
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), [0.1, 0.6])
+    assert axis.get_ylabel() == "seconds" and len(axis.collections[0].get_offsets()) == 3
+
+
+def test_an_audits_bars_are_shares_of_the_unknowns_with_the_numbers_beside_them():
+    rows = [("conv", "convolution", 200, 0, 0, "determined"), ("narrow", "convolution", 100, 40, 30, "open")]
+    rows += [("2.0", "convolution", 100, 40, 90, "closable"), ("block", "residual block", 100, None, None, "unknown")]
+    steps = pd.DataFrame(rows, columns=["name", "kind", "unknowns", "deficit", "supply", "status"])
+    steps = steps.astype({"deficit": "Int64", "supply": "Int64"})
+    (axis,) = drawn(plots.audit_steps(steps))
+    widths = np.array([bar.get_width() for bar in axis.patches]).reshape(4, 3)
+    np.testing.assert_allclose(widths, [[100, 100, 0], [100, 60, 30], [100, 60, 40], [100, 0, 0]])
+    assert [text.get_text().replace("\n", " ") for text in axis.get_yticklabels()][1] == "narrow convolution"
+    assert [text.get_text() for text in axis.texts] == [
+        "200 unknowns: gives its input away",
+        "100 unknowns, 40 missing: stays open",
+        "100 unknowns, 40 missing: gives its input away with the step before",
+        "100 unknowns: whether it leaks is not known",
+    ]
+    assert [text.get_text() for text in axis.get_legend().get_texts()][-1] == "not known"

@@ -1,5 +1,7 @@
 """Figures from results and tables; nothing here computes. One module a subject, all names here."""
 
+from rgap.plots.audit import audit_steps
+from rgap.plots.batches import found_against_batch, seconds_against_batch
 from rgap.plots.images import gallery, rescale
 from rgap.plots.layers import error_growth, phase_transition, wrong_signs
 from rgap.plots.ranks import deficit_against_psnr, law_against_number, ra_along_depth
@@ -8,12 +10,15 @@ from rgap.plots.style import MARKERS, PALETTE
 __all__ = [
     "MARKERS",
     "PALETTE",
+    "audit_steps",
     "deficit_against_psnr",
     "error_growth",
+    "found_against_batch",
     "gallery",
     "law_against_number",
     "phase_transition",
     "ra_along_depth",
     "rescale",
+    "seconds_against_batch",
     "wrong_signs",
 ]

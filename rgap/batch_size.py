@@ -1,0 +1,78 @@
+"""How many images are behind a gradient: as many as it has singular values above rounding, if they differ."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rgap.batch_spans import Span, row_span
+from rgap.chain import Chain
+from rgap.evidence import Evidence
+from rgap.results import UnsupportedLayerError
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """How many images the attack goes by, and why.
+
+    Attributes:
+        size: Images in the batch.
+        notes: Sentences for the report.
+        span: Spaces of the first fully connected layer's gradient.
+    """
+
+    size: int
+    notes: tuple[str, ...]
+    span: Span
+
+
+def find_batch_size(chain: Chain, evidence: Evidence, given: int | None) -> BatchSize:
+    """The batch size, from the rank of the first fully connected layer's gradient where it was not given.
+
+    G_1 = Δ_1ᵀ X has as many singular values above rounding as there are different images. Equal images count once, and
+    without bias an image of zeros does not count.
+
+    Args:
+        chain: The prepared network.
+        evidence: The gradients.
+        given: The batch size if it is known.
+
+    Raises:
+        UnsupportedLayerError: If a convolution stands before the first fully connected layer and the batch has more
+            than one image.
+        ValueError: If it is not known and no gradient can tell it.
+    """
+    dense = [layer for layer in chain.layers if layer.is_dense]
+    first, convolutions = dense[0], [layer.name for layer in chain.layers if not layer.is_dense]
+    if given is not None and convolutions:
+        raise UnsupportedLayerError(_through_convolutions(given, convolutions[0]))
+    span = row_span(first, evidence.gradients, evidence.precision)
+    gap = math.inf if span.below_cut == 0 else span.above_cut / span.below_cut
+    found = f"the gradient of {first.name!r} has {span.rank} singular values above rounding, {gap:.1g} times the next"
+    if given is None:
+        if min(len(span.U), len(span.V)) == 1:
+            raise ValueError(
+                f"batch_size is None, and the gradient of {first.name!r}, a single row, cannot tell it; give a number"
+            )
+        if convolutions and span.rank > 1:
+            raise UnsupportedLayerError(_through_convolutions(span.rank, convolutions[0]))
+        return BatchSize(span.rank, (f"{found}: a batch of {span.rank}, if its images differ",), span)
+    if span.rank > given:
+        return BatchSize(
+            span.rank,
+            (f"{found}: batch_size={given} is too small, at least {span.rank} images have this gradient; taken as so",),
+            span,
+        )
+    if span.rank == given:
+        return BatchSize(given, (f"{found}, as a batch of {given} has",), span)
+    why = "equal images, an image of zeros, or a batch_size that is too large"
+    if span.is_full:
+        why = f"no more fit into a gradient of {len(span.U)} rows and {len(span.V)} columns; or {why}"
+    return BatchSize(given, (f"{found}, {given - span.rank} fewer than the batch has images: {why}",), span)
+
+
+def _through_convolutions(size: int, name: str) -> str:
+    return (
+        f"a batch of {size} images through the convolution {name!r} is not taken apart yet: its gradient is one sum "
+        "over images and places; batches of fully connected networks are, and single images here (batch_size=1)"
+    )

@@ -1,0 +1,208 @@
+"""Defences: what a client may do to its gradient before it shares it.
+
+Each is one function of the gradients (and a seed where it is random); it takes a list or a mapping and gives back the
+same kind, with the dtypes that came in. Nothing that is passed in changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from rgap.results import GradientMismatchError
+
+Gradients = TypeVar("Gradients", Sequence[Tensor], Mapping[str, Tensor])
+
+FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+"""The floating-point formats of `quantise`."""
+
+LEVELS = 127
+"""Steps of int8 on either side of zero; −128 stays unused, so that the grid is symmetric."""
+
+
+def gaussian_noise(gradients: Gradients, std: float, seed: int = 0) -> Gradients:
+    """Adds independent N(0, std²) to every entry.
+
+    Args:
+        gradients: One tensor for each parameter, or a mapping from name.
+        std: Standard deviation, in the gradient's own units.
+        seed: Of the noise, which is the same for every dtype.
+
+    Returns:
+        The noisy gradients.
+
+    Raises:
+        ValueError: If `std` is negative or not finite, or the noise overflows a gradient's dtype.
+        GradientMismatchError: If the gradients are no finite floating-point tensors.
+    """
+    _check(0 <= std < math.inf, f"std is {std}; it must be at least 0 and finite")
+    return _each(gradients, _noise(std, seed))
+
+
+def clip_and_noise(gradients: Gradients, clip_norm: float, noise_multiplier: float, seed: int = 0) -> Gradients:
+    """Scales all gradients together to a norm of at most `clip_norm`, then adds noise: a step of DP-SGD.
+
+    The noise is N(0, (noise_multiplier · clip_norm)²) on every entry (Abadi et al. 2016, for the gradient of a single
+    sample; for a batch it protects the batch as a whole). `epsilon` says what it guarantees.
+
+    Args:
+        gradients: One tensor for each parameter, or a mapping from name.
+        clip_norm: Largest 2-norm, over all tensors, that is left as it is.
+        noise_multiplier: Standard deviation of the noise in units of `clip_norm`.
+        seed: Of the noise.
+
+    Returns:
+        The clipped and noisy gradients.
+
+    Raises:
+        ValueError: If `clip_norm` is not positive or `noise_multiplier` is negative, one of them is not finite, or the
+            noise overflows a gradient's dtype.
+        GradientMismatchError: If the gradients are no finite floating-point tensors.
+    """
+    _check(0 < clip_norm < math.inf, f"clip_norm is {clip_norm}; it must be above 0 and finite")
+    _check(
+        0 <= noise_multiplier < math.inf, f"noise_multiplier is {noise_multiplier}; it must be at least 0 and finite"
+    )
+    add_noise = _noise(noise_multiplier * clip_norm, seed)
+    norms = [g.detach().double().norm().item() for _, g in _checked(gradients)]
+    scale = min(1.0, clip_norm / max(math.hypot(*norms), math.ulp(0.0)))
+    return _each(gradients, lambda g: add_noise(scale * g))
+
+
+def prune(gradients: Gradients, share: float) -> Gradients:
+    """Sets the smallest entries of each tensor to zero, as gradient compression does.
+
+    Args:
+        gradients: One tensor for each parameter, or a mapping from name.
+        share: Share of each tensor's entries that goes, rounded down, in [0, 1); of entries of one magnitude the first
+            go first.
+
+    Returns:
+        The pruned gradients.
+
+    Raises:
+        ValueError: If `share` is out of range.
+        GradientMismatchError: If the gradients are no finite floating-point tensors.
+    """
+    _check(0 <= share < 1, f"share is {share}; it must be at least 0 and below 1: what is left is shared")
+
+    def without_smallest(g: Tensor) -> Tensor:
+        flat = g.flatten().clone()
+        flat[flat.abs().argsort(stable=True)[: math.floor(share * flat.numel())]] = 0.0
+        return flat.reshape(g.shape)
+
+    return _each(gradients, without_smallest)
+
+
+def quantise(gradients: Gradients, dtype: str) -> Gradients:
+    """Rounds every entry to a coarser format; the values come back in the dtype they had.
+
+    Args:
+        gradients: One tensor for each parameter, or a mapping from name.
+        dtype: "float16", "bfloat16", or "int8": integers from −127 to 127 times one scale for each tensor, its largest
+            magnitude over 127.
+
+    Returns:
+        The rounded gradients.
+
+    Raises:
+        ValueError: If `dtype` is another, or an entry overflows the format.
+        GradientMismatchError: If the gradients are no finite floating-point tensors.
+    """
+    known = ", ".join((*FORMATS, "int8"))
+    _check(dtype in FORMATS or dtype == "int8", f"dtype is {dtype!r}; it must be one of {known}")
+    if dtype == "int8":
+        return _each(gradients, _on_grid)
+    return _each(gradients, lambda g: _to(g, FORMATS[dtype]).double())
+
+
+def epsilon(noise_multiplier: float, sample_rate: float = 1.0, steps: int = 1, delta: float = 1e-5) -> float:
+    """The ε of (ε, δ)-differential privacy that steps of `clip_and_noise` give, by the accountant of dp-accounting.
+
+    Rényi accounting of the Gaussian mechanism on Poisson-sampled batches, for neighbours that differ by one record: an
+    upper bound.
+
+    Args:
+        noise_multiplier: As in `clip_and_noise`.
+        sample_rate: Probability with which a record takes part in a step; 1 where every step sees it.
+        steps: Gradients shared.
+        delta: δ.
+
+    Returns:
+        ε; infinity without noise.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, rdp  # takes seconds to import
+
+    _check(
+        0 <= noise_multiplier < math.inf, f"noise_multiplier is {noise_multiplier}; it must be at least 0 and finite"
+    )
+    _check(0 < sample_rate <= 1, f"sample_rate is {sample_rate}; it must be above 0 and at most 1")
+    _check(isinstance(steps, Integral) and steps >= 1, f"steps is {steps}; it must be an integer of at least 1")
+    _check(0 < delta < 1, f"delta is {delta}; it must be between 0 and 1")
+    if noise_multiplier == 0:
+        return math.inf
+    event = GaussianDpEvent(noise_multiplier)
+    accountant = rdp.RdpAccountant()
+    accountant.compose(event if sample_rate == 1 else PoissonSampledDpEvent(sample_rate, event), int(steps))
+    return float(accountant.get_epsilon(delta))
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _noise(std: float, seed: int) -> Callable[[Tensor], Tensor]:
+    """Adds noise to a tensor; called for one tensor after the other, with one stream of random numbers."""
+    _check(isinstance(seed, Integral), f"seed is {seed!r}; it must be an integer")
+    generator = torch.Generator().manual_seed(int(seed))
+
+    def add(g: Tensor) -> Tensor:
+        return g + std * torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g.device)
+
+    return add
+
+
+def _on_grid(g: Tensor) -> Tensor:
+    scale = g.abs().max() / LEVELS if g.numel() else g.new_zeros(())
+    return scale * (g / scale).round() if scale > 0 else torch.zeros_like(g)
+
+
+def _each(gradients: Gradients, change: Callable[[Tensor], Tensor]) -> Gradients:
+    """Applies a change, computed in float64, to every tensor, and puts them together as they came."""
+    changed = {name: _to(change(g.detach().double()), g.dtype, name) for name, g in _checked(gradients)}
+    return changed if isinstance(gradients, Mapping) else list(changed.values())
+
+
+def _checked(gradients: Gradients) -> list[tuple[str | int, Tensor]]:
+    """Name or place of every tensor, and the tensor; or a refusal."""
+    if isinstance(gradients, Tensor) or not isinstance(gradients, Mapping | Sequence):
+        raise GradientMismatchError(
+            f"gradients are a {type(gradients).__name__}; give a list or a mapping of tensors, one for each parameter"
+        )
+    named = list(gradients.items() if isinstance(gradients, Mapping) else enumerate(gradients))
+    for name, g in named:
+        if not isinstance(g, Tensor) or not g.is_floating_point():
+            kind = g.dtype if isinstance(g, Tensor) else type(g).__name__
+            raise GradientMismatchError(f"gradient {name!r} is {kind}; it must be a floating-point tensor")
+        if not torch.isfinite(g).all():
+            raise GradientMismatchError(f"gradient {name!r} holds NaN or infinity; no defence makes that good")
+    return named
+
+
+def _to(values: Tensor, dtype: torch.dtype, name: str | int | None = None) -> Tensor:
+    """A cast that refuses to overflow."""
+    cast = values.to(dtype)
+    if not torch.isfinite(cast).all():
+        where = "an entry" if name is None else f"an entry of gradient {name!r}"
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{where} overflows {kind}: {values.abs().max().item():.3g} is beyond its range")
+    return cast

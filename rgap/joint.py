@@ -1,0 +1,193 @@
+"""One layer of a mini-batch: the inputs of all images together, each image exactly (ours).
+
+W x_b = z_b − b holds for each image alone, the gradient constraints are shared. Where these determine every channel
+nothing else is needed; else one kind of constraints goes first and the other one decides what it leaves open, in the
+order that leaves less.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.chain import Layer
+from rgap.constraints import blocks, split_groups
+from rgap.dense import LeastSquares
+from rgap.joint_dense import solve_normal
+from rgap.joint_system import Open, gradient_first, shared_gradient, weights_first
+from rgap.joint_weights import complement
+from rgap.results import LayerReport
+from rgap.sparse import ConjugateGradients, weight_factor
+
+WEIGHTS_ALONE = 300.0
+"""Condition number of W up to which W alone is used where the gradients leave many unknowns open."""
+
+FEW = 800
+"""Unknowns that the gradients may leave open before W alone is preferred."""
+
+WORTH = 1 / 3
+"""Share of what the gradients leave open up to which W goes first: it is the quicker way, and passes on more error."""
+
+MOST = 12_000
+"""Open unknowns up to which a dense system is solved at all (1.2 GB)."""
+
+
+@dataclass(frozen=True)
+class JointSolution:
+    """The inputs of one layer for all images, and what is left open.
+
+    Attributes:
+        x: (B, C, H, W); of all solutions the one of minimum norm.
+        null_basis: Orthonormal basis of the directions left open, (B·C·H·W, deficit), or None where nothing is.
+        report: The layer's report; counts are over all images.
+        systems: For each group of channels what was solved, None where W or the gradients alone did.
+    """
+
+    x: Tensor
+    null_basis: Tensor | None
+    report: LayerReport
+    systems: tuple[Open | None, ...]
+
+
+def solve_joint(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float) -> JointSolution:
+    """Recovers one layer's inputs of all images of a batch from its weights and the gradient of their mean loss.
+
+    Args:
+        layer: The linear layer.
+        G: Gradient of the mean loss by the weight, shaped as the weight.
+        dz: Gradient of the mean loss by each image's pre-activation, (B, O, H′, W′).
+        z: Pre-activations, (B, O, H′, W′).
+        rcond: Singular values below rcond times the largest count as zero.
+
+    Returns:
+        A `JointSolution`; where the constraints fall short of full rank, the minimum-norm solution with the null basis.
+    """
+    start = time.perf_counter()
+    parts = split_groups(layer)
+    chunks = zip(parts, G.chunk(len(parts)), *(t.chunk(len(parts), 1) for t in (dz, z)), strict=True)
+    solved = [_solve_group(*chunk, rcond) for chunk in chunks]
+    x = torch.cat([s.x for s in solved], 1)
+    report = _merged(layer.name, [s.report for s in solved], time.perf_counter() - start)
+    systems = tuple(system for s in solved for system in s.systems)
+    return JointSolution(x, _null_basis(solved, len(z)), report, systems)
+
+
+def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -> JointSolution:
+    z, count = z - layer.pre_bias(), len(z)
+    channels, outputs = layer.input_shape[0], math.prod(layer.output_shape)
+    left_open = count * layer.unknowns - channels * sum(
+        min(len(G) * len(b.taps), count * len(b.pixels)) for b in blocks(layer)
+    )
+    if left_open > FEW and outputs >= layer.unknowns:
+        factor = weight_factor(layer)
+        if factor.full_rank and (factor.condition < WEIGHTS_ALONE or left_open > MOST):
+            return _by_weights(layer, z, factor)
+    by_weights = count * (layer.unknowns - outputs)
+    if 0 < by_weights < WORTH * left_open:
+        factor = complement(layer) if by_weights <= MOST else None
+        if factor is not None:
+            return _closed(layer, weights_first(layer, G, dz, z, factor), rcond, count * outputs)
+    if left_open > MOST:
+        return _minimum_norm(layer, z)
+    found = shared_gradient(layer, G, dz, rcond)
+    if found.V.shape[2] == 0:
+        counts = {"rank_gradients": count * layer.unknowns, "rank": count * layer.unknowns, "deficit": 0}
+        report = LayerReport(
+            layer.name,
+            count * layer.unknowns,
+            **counts,
+            condition=1 / found.above,
+            sigma_above_cut=found.above,
+            sigma_below_cut=found.below,
+            residual=found.residual,
+        )
+        return JointSolution(found.x0.transpose(1, 2).reshape(count, *layer.input_shape), None, report, (None,))
+    return _closed(layer, gradient_first(layer, G, z, found), rcond, None)
+
+
+def _closed(layer: Layer, system: Open, rcond: float, rank_weights: int | None) -> JointSolution:
+    """Solves for what one kind of constraints leaves open."""
+    dense: LeastSquares = solve_normal(system.normal, system.b, rcond)
+    count = len(system.x0)
+    x = (system.x0 + system.spread(dense.y)).reshape(count, *layer.input_shape)
+    null = None if dense.null is None else system.spread(dense.null).flatten(0, 1)
+    deficit = 0 if null is None else null.shape[1]
+    misfit = (system.b - system.normal.apply(dense.y)).norm().item()
+    report = LayerReport(
+        layer.name,
+        count * layer.unknowns,
+        rank_weights=rank_weights,
+        rank_gradients=system.rank_gradients,
+        rank=count * layer.unknowns - deficit,
+        deficit=deficit,
+        condition=1 / dense.above if dense.above else math.inf,
+        sigma_above_cut=dense.above,
+        sigma_below_cut=dense.below,
+        residual=misfit / system.size if system.size > 0 else 0.0,
+    )
+    return JointSolution(x, null, report, (system,))
+
+
+def _by_weights(layer: Layer, z: Tensor, factor) -> JointSolution:
+    """Each image by W alone."""
+    solved = [factor.solve(image.flatten()) for image in z]
+    x = torch.stack([s[0] for s in solved]).reshape(len(z), *layer.input_shape)
+    full = len(z) * layer.unknowns
+    residual, iterations = max(s[1] for s in solved), max(s[2] for s in solved)
+    report = LayerReport(
+        layer.name,
+        full,
+        rank_weights=full,
+        rank=full,
+        deficit=0,
+        condition=factor.condition,
+        residual=residual,
+        iterations=iterations,
+    )
+    return JointSolution(x, None, report, (None,))
+
+
+def _minimum_norm(layer: Layer, z: Tensor) -> JointSolution:
+    """W's minimum-norm solutions alone, of a layer whose open unknowns no dense system can hold."""
+    solver = ConjugateGradients(layer)
+    solved = [solver.solve(image) for image in z]
+    x = torch.stack([s[0] for s in solved]).reshape(len(z), *layer.input_shape)
+    full, deficit = len(z) * layer.unknowns, len(z) * solver.missing
+    report = LayerReport(
+        layer.name, full, full - deficit, None, full - deficit, deficit, residual=max(s[1] for s in solved)
+    )
+    return JointSolution(x, None, report, (None,))
+
+
+def _null_basis(solved: list[JointSolution], count: int) -> Tensor | None:
+    """The groups' null bases as one, over (image, channel, pixel)."""
+    bases = [s.null_basis for s in solved]
+    if all(basis is None for basis in bases):
+        return None
+    if len(bases) == 1:
+        return bases[0]
+    width, columns = sum(0 if b is None else b.shape[1] for b in bases), 0
+    placed = []
+    for s in solved:
+        part = s.x.new_zeros(count, s.x[0].numel(), width)
+        if s.null_basis is not None:
+            part[:, :, columns : columns + s.null_basis.shape[1]] = s.null_basis.reshape(count, s.x[0].numel(), -1)
+            columns += s.null_basis.shape[1]
+        placed.append(part)
+    return torch.cat(placed, 1).flatten(0, 1)
+
+
+def _merged(name: str, reports: list[LayerReport], seconds: float) -> LayerReport:
+    """One report for the groups of a layer: counts add up, the worst value of the rest stands for all."""
+
+    def over(field: str, combine):
+        values = [getattr(r, field) for r in reports]
+        return None if any(v is None for v in values) else combine(values)
+
+    counts = {f: over(f, sum) for f in ("unknowns", "rank_weights", "rank_gradients", "rank", "deficit")}
+    worst = {f: over(f, max) for f in ("iterations", "condition", "sigma_below_cut", "residual")}
+    return LayerReport(name, **counts, **worst, sigma_above_cut=over("sigma_above_cut", min), seconds=seconds)
