@@ -168,11 +168,16 @@ def update(rows: Rows, fitted: Fit, N: NDArray, scales: NDArray) -> tuple[NDArra
 
     Returns:
         (t, y); the variances of x, (n,); χ² per surplus row; and the ε that fits best, (n,).
+
+    Raises:
+        LinAlgError: If the belief is so far off that the equations overflow.
     """
     lower = linalg.cholesky(_covariance(rows, fitted), lower=True, overwrite_a=True, check_finite=False)
     whitened = linalg.solve_triangular(lower, np.column_stack([rows.A, rows.b]), lower=True, check_finite=False)
     A, b = whitened[:, :-1], whitened[:, -1]
     information = A.T @ A
+    if not np.isfinite(information).all():
+        raise np.linalg.LinAlgError("the equations of this belief overflow")
     information[np.diag_indices_from(information)] += scales**-2
     factor = linalg.cholesky(information, lower=True, check_finite=False)
     theta = linalg.cho_solve((factor, True), A.T @ b)

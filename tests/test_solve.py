@@ -153,3 +153,47 @@ def test_the_second_convolution_has_the_deficit_of_the_table(name, gradients, de
     _, G, dz, z = sample(layer)
     report = solve_layer(layer, G, dz, z, rcond=1e-6).report
     assert (report.rank_gradients, report.deficit, report.rank) == (gradients, deficit, 3468 - deficit)
+
+
+@pytest.mark.parametrize("factored", [True, False])
+@pytest.mark.parametrize("dense", [True, False])
+def test_rows_of_unknown_outputs_are_not_used(monkeypatch, dense, factored):
+    layer = conv_layer(nn.Conv2d(2, 16, 4, 2, 2), 10, 10)
+    x, G, dz, z = sample(layer)
+    known = randn(*layer.output_shape, seed=9) < 1
+    if not dense:
+        monkeypatch.setattr(solve, "DENSE_UNKNOWNS", 10)
+    if not factored:
+        monkeypatch.setattr("rgap.sparse.FACTOR_UNKNOWNS", 10)
+    found = solve_layer(layer, 0 * G, 0 * dz, z.where(known, 100.0), rcond=1e-9, known=known)
+    assert found.report.deficit == 0 and not known.all()
+    assert_close(found.x, x, rtol=0, atol=1e-8)
+
+
+def test_an_ill_conditioned_weight_system_is_trusted_as_far_as_the_gradient_is_precise(monkeypatch):
+    layer = conv_layer(nn.Conv2d(2, 8, 4, 2, 1), 16, 16)
+    x, G, dz, z = sample(layer)
+    monkeypatch.setattr(solve, "DENSE_UNKNOWNS", 10)
+    monkeypatch.setattr(solve, "WELL_CONDITIONED", 1.0)
+    alone = solve_layer(layer, G, dz, z, rcond=1e-9)
+    assert alone.report.rank_weights == 512 and alone.report.rank_gradients is None
+    joined = solve_layer(layer, G, dz, z, rcond=1e-9, precision=1e-2)
+    assert joined.report.rank_gradients > 0 and joined.report.condition < alone.report.condition
+    assert_close(joined.x, x, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("known_all", [True, False])
+def test_a_fixed_layer_is_solved_by_its_map_of_pixels(known_all, monkeypatch):
+    network = nn.Sequential(nn.Tanh(), nn.AvgPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(18, 1)).double()
+    layer = rgap.prepare(network, (2, 6, 6)).layers[1]
+    x = randn(2, 6, 6)
+    z = layer.apply(x)
+    known = None if known_all else torch.ones_like(z, dtype=torch.bool)
+    found = solve_layer(layer, 0 * layer.weight, 0 * z, z, rcond=1e-9, known=known)
+    assert (found.report.rank, found.report.deficit) == (18, 54)
+    assert_close(layer.apply(found.x), z)
+    N = found.null_basis
+    assert_close(N.T @ N, torch.eye(54).double(), rtol=0, atol=1e-10)
+    assert layer.apply(N.T.reshape(54, 2, 6, 6)).abs().max() < 1e-10 and (N.T @ found.x.flatten()).abs().max() < 1e-10
+    monkeypatch.setattr(solve, "NULL_ENTRIES", 10)
+    assert not known_all or solve_layer(layer, 0 * layer.weight, 0 * z, z, rcond=1e-9).null_basis is None
