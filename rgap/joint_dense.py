@@ -53,21 +53,30 @@ def solve_normal(problem: Normal, b: Tensor, rcond: float) -> LeastSquares:
     ratio = 0.0 if failed else power_ratio(gram.numpy(), factor)
     if ratio > 2 * rcond:
         lower = torch.from_numpy(factor).tril()
-        y = _refined(problem, b, lambda v: torch.cholesky_solve(v[:, None], lower)[:, 0])
-        return LeastSquares(y, None, gram[:, :0], gram[0, :0], len(gram), ratio, None)
+
+        def invert(v: Tensor) -> Tensor:
+            return torch.cholesky_solve(v, lower)
+
+        y = _refined(problem, b, invert)
+        return LeastSquares(y, None, gram[:, :0], gram[0, :0], len(gram), ratio, None, invert)
     values, Q = torch.linalg.eigh(gram)
     S, Q = values.clamp(min=0).sqrt().flip(0), Q.flip(1)
     largest = S[0].item()
     rank = int((S > rcond * largest).sum()) if largest > 0 else 0
     seen, kept = Q[:, :rank], S[:rank]
-    y = _refined(problem, b, lambda v: seen @ ((seen.T @ v) / kept.square()))
+
+    def invert(v: Tensor) -> Tensor:
+        return seen @ ((seen.T @ v) / kept.square()[:, None])
+
+    y = _refined(problem, b, invert)
     full = rank == len(S)
     above, below = (S[i].item() / largest if largest > 0 and 0 <= i < len(S) else 0.0 for i in (rank - 1, rank))
-    return LeastSquares(y, None if full else Q[:, rank:], Q[:, :0], S[:0], rank, above, None if full else below)
+    return LeastSquares(y, None if full else Q[:, rank:], Q[:, :0], S[:0], rank, above, None if full else below, invert)
 
 
 def _refined(problem: Normal, b: Tensor, invert: Callable[[Tensor], Tensor]) -> Tensor:
-    y = invert(problem.adjoint(b))
+    y = invert(problem.adjoint(b)[:, None])[:, 0]
     for _ in range(REFINEMENTS):
-        y = y + invert(problem.adjoint(b - problem.apply(y)) - problem.damping.square() * y)
+        rest = problem.adjoint(b - problem.apply(y)) - problem.damping.square() * y
+        y = y + invert(rest[:, None])[:, 0]
     return y
