@@ -80,10 +80,10 @@ def test_a_singular_matrix_is_not_of_full_rank(rows):
     assert isinstance(factor, SparseFactor) and not factor.full_rank and factor.condition == math.inf
 
 
-@pytest.mark.parametrize("rows", [4, 6])
-def test_a_nearly_singular_matrix_is_not_of_full_rank(rows):
+@pytest.mark.parametrize(("rows", "angle"), [(4, 1e-13), (6, 1e-9)])
+def test_a_nearly_singular_matrix_is_not_of_full_rank(rows, angle):
     W = np.eye(rows, 4)
-    W[:, 3] = W[:, 2] + 1e-9 * W[:, 3]
+    W[:, 3] = W[:, 2] + angle * W[:, 3]
     assert not sparse._factor(sp.csr_array(W)).full_rank
 
 
