@@ -79,17 +79,10 @@ def reconstruct(
     reading = read_head(loss, head, evidence, known)
     hypotheses = list(reading.hypotheses)
     evidence = replace(evidence, rounding=max(h.rounding for h in hypotheses))
-    notes = [*found_size, *_underflow(evidence), *reading.notes]
+    notes = [*found_size, *evidence.notes, *reading.notes]
     descents, refuted = _follow(chain, evidence, hypotheses, virtual_constraints)
     candidates = [_candidate(chain, evidence, h, d, loss, pixel_range) for h, d in descents]
     return _judge(candidates, evidence, [*notes, *refuted], device)
-
-
-def _underflow(evidence: Evidence) -> list[str]:
-    """A note on gradients that underflowed."""
-    if not evidence.lost:
-        return []
-    return [f"lost to underflow, and not used: the gradient of {', '.join(map(repr, evidence.lost))}"]
 
 
 def _follow(
