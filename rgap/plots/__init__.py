@@ -7,6 +7,7 @@ from rgap.plots.layers import error_growth, phase_transition, wrong_signs
 from rgap.plots.methods import cost_against_size, quality_against_time
 from rgap.plots.ranks import deficit_against_psnr, law_against_number, ra_along_depth
 from rgap.plots.style import MARKERS, PALETTE
+from rgap.plots.trained import trained
 
 __all__ = [
     "MARKERS",
@@ -23,5 +24,6 @@ __all__ = [
     "ra_along_depth",
     "rescale",
     "seconds_against_batch",
+    "trained",
     "wrong_signs",
 ]

@@ -9,6 +9,7 @@ from rgap.sweeps.methods import METHODS, compare_methods, networks_won, quality_
 from rgap.sweeps.random_chains import random_chain
 from rgap.sweeps.ranks import predicted_and_measured, rank_law_sample, rank_table
 from rgap.sweeps.soundness import soundness
+from rgap.sweeps.trained import trained_attacks
 
 __all__ = [
     "COSINE",
@@ -34,6 +35,7 @@ __all__ = [
     "soundness",
     "time_ratios",
     "time_table",
+    "trained_attacks",
     "width_table",
     "wrong_signs",
 ]
