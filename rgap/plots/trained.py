@@ -22,9 +22,9 @@ def trained(runs: pd.DataFrame) -> Figure:
     panels = [
         ("psnr_best_db", "PSNR of the closer candidate / dB", "linear"),
         ("gradient_norm", "size of the gradient ‖G‖", "log"),
-        ("condition", "largest condition number of a layer", "log"),
+        ("condition", "worst condition number of a layer", "linear"),
     ]
-    figure, axes = plt.subplots(1, 4, figsize=(12.8, 3.2))
+    figure, axes = plt.subplots(1, 4, figsize=(14.0, 3.2))
     colours = sns.color_palette(PALETTE)
     for number, (axis, (column, label, scale)) in enumerate(zip(axes, panels, strict=False)):
         sns.lineplot(
@@ -36,7 +36,7 @@ def trained(runs: pd.DataFrame) -> Figure:
     for number, verdict in enumerate(v for v in ("exact", "ambiguous", "inconsistent", "rank-deficient") if v in share):
         axes[3].plot(share.index, share[verdict], marker=MARKERS[number], color=colours[number], label=verdict)
     axes[3].set(ylabel="share of the attacks", ylim=(-0.05, 1.05), xlabel="epoch")
-    axes[3].legend(title="verdict", frameon=False)
+    axes[3].legend(title="verdict", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axis in axes:
         axis.set_xlabel("epochs of training")
         axis.set_xticks(sorted(runs["epoch"].unique()))
