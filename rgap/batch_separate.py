@@ -85,12 +85,15 @@ def separate(
     search = Search(first, second, spans, precision)
     generator = torch.Generator().manual_seed(seed)
     starts, failed, whole = 0, 0, False
-    patience = PATIENCE if search.second.rank >= search.first.rank else PATIENCE // 3
-    while search.missing and failed < patience and search.has_tests:
-        count = min(AT_ONCE, search.missing, patience - failed)
-        known = search.found
+    patience = PATIENCE
+    while search.missing > search.half_found and failed < patience and search.has_tests:
+        count = min(AT_ONCE, search.missing - search.half_found, patience - failed)
+        known = search.found + search.half_found
         search.look(count, generator, whole=whole)
         starts += count
-        failed = 0 if search.found > known else failed + count
+        progress = search.found + search.half_found > known
+        if progress and search.half_found:
+            search.settle()
+        failed = 0 if progress else failed + count
         whole = failed > 0 and not whole  # where the rest gives nothing, look among all, and take turns
     return Separation(search.inputs, search.dz, search.residuals, search.first, search.second, starts, search.steps)
