@@ -103,6 +103,9 @@ def test_a_wrong_batch_size_is_said(bias):
     small = rgap.reconstruct(network, shared, SHAPE, batch_size=3)
     check_exact(small, images, labels, 1e-3)
     assert "batch_size=3 is too small, at least 5 images have this gradient" in small.notes[0]
+    unknown = rgap.reconstruct(network, shared, SHAPE, batch_size=None)
+    for result in (small, unknown):
+        assert any("make a batch look smaller than it is" in note for note in result.notes) != bias
     large = rgap.reconstruct(network, shared, SHAPE, batch_size=7)
     assert large.verdict == "rank-deficient" and len(large.images) == 5
     assert "2 fewer than the batch has images" in large.notes[0]
