@@ -56,19 +56,27 @@ def find_batch_size(chain: Chain, evidence: Evidence, given: int | None) -> Batc
             )
         if convolutions and span.rank > 1:
             raise UnsupportedLayerError(_through_convolutions(span.rank, convolutions[0]))
-        return BatchSize(span.rank, (f"{found}: a batch of {span.rank}, if its images differ",), span)
+        said = (f"{found}: a batch of {span.rank}, if its images differ", *_only_by_rank(chain))
+        return BatchSize(span.rank, said, span)
     if span.rank > given:
-        return BatchSize(
-            span.rank,
-            (f"{found}: batch_size={given} is too small, at least {span.rank} images have this gradient; taken as so",),
-            span,
-        )
+        small = f"batch_size={given} is too small, at least {span.rank} images have this gradient; taken as so"
+        return BatchSize(span.rank, (f"{found}: {small}", *_only_by_rank(chain)), span)
     if span.rank == given:
         return BatchSize(given, (f"{found}, as a batch of {given} has",), span)
     why = "equal images, an image of zeros, or a batch_size that is too large"
     if span.is_full:
         why = f"no more fit into a gradient of {len(span.U)} rows and {len(span.V)} columns; or {why}"
     return BatchSize(given, (f"{found}, {given - span.rank} fewer than the batch has images: {why}",), span)
+
+
+def _only_by_rank(chain: Chain) -> tuple[str, ...]:
+    """Without bias and with one output nothing but the rank tells the batch size, by which every scale goes."""
+    if not chain.homogeneous or chain.layers[-1].output_shape[0] > 1:
+        return ()
+    return (
+        "the images' scales go by this batch size; without bias and with one output, equal images or an image of zeros "
+        "make a batch look smaller than it is, and nothing else shows it",
+    )
 
 
 def _through_convolutions(size: int, name: str) -> str:

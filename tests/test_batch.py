@@ -103,6 +103,9 @@ def test_a_wrong_batch_size_is_said(bias):
     small = rgap.reconstruct(network, shared, SHAPE, batch_size=3)
     check_exact(small, images, labels, 1e-3)
     assert "batch_size=3 is too small, at least 5 images have this gradient" in small.notes[0]
+    unknown = rgap.reconstruct(network, shared, SHAPE, batch_size=None)
+    for result in (small, unknown):
+        assert any("make a batch look smaller than it is" in note for note in result.notes) != bias
     large = rgap.reconstruct(network, shared, SHAPE, batch_size=7)
     assert large.verdict == "rank-deficient" and len(large.images) == 5
     assert "2 fewer than the batch has images" in large.notes[0]
@@ -132,8 +135,8 @@ def test_an_image_of_zeros_is_missing_without_bias_and_found_with():
 
 def test_beyond_the_limits_nothing_is_certified():
     images, labels = batch(12)
-    narrow = recovered(fcn((120, 8)), images, labels)
-    assert narrow.verdict == "rank-deficient" and any("it has only 8 rows" in note for note in narrow.notes)
+    narrow = recovered(fcn((120, 3)), images, labels)
+    assert narrow.verdict == "rank-deficient" and any("it has only 3 rows" in note for note in narrow.notes)
     none = recovered(fcn((24, 12)), images, labels)
     assert len(none.images) == 0 and none.verdict != "exact" and none.candidates[0].gradient_residual == 1
     assert any("24 units, too few for a batch of this size" in note for note in none.notes)
