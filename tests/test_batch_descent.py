@@ -72,7 +72,7 @@ def test_one_logit_has_twins_only_where_nothing_fixes_the_scale(bias):
 
 def test_twins_give_the_same_gradient():
     model = network(head=(60, 24, 1))
-    images, labels, gradients = shared(model, 3, 2, "logistic")
+    *_, gradients = shared(model, 3, 2, "logistic")
     result = rgap.reconstruct(model, gradients, SHAPE, batch_size=3, pixel_range=(-math.inf, math.inf))
     assert result.verdict == "ambiguous"
     other = torch.cat([candidates[-1].images for _, candidates in result.per_image])
@@ -96,22 +96,26 @@ def test_convolutions_with_biases_choose_between_scales_of_a_head_without():
 
 def test_pooling_normalisation_and_smooth_activations():
     modules = [nn.Conv2d(3, 16, 3, 1, 1), nn.AvgPool2d(2), nn.Tanh(), nn.Conv2d(16, 16, 3, 1, 1), nn.BatchNorm2d(16)]
-    modules += [nn.ELU(), nn.Flatten(), nn.Linear(256, 40), nn.LeakyReLU(0.2), nn.Linear(40, 5)]
-    model = sequential(*modules).eval()
+    modules += [nn.ELU(), nn.Flatten(), nn.Linear(256, 160), nn.LeakyReLU(0.2), nn.Linear(160, 5)]
+    model = sequential(*modules, scale=1.5).eval()
     images, labels, gradients = shared(model)
     result = rgap.reconstruct(model, gradients, SHAPE, "cross_entropy", batch_size=3)
     assert result.verdict == "exact" and quality(result, images, labels) > 120
 
 
 def test_virtual_constraints_close_a_layer_or_it_is_named():
-    model = network(((12, 4, 2, 1), (4, 3, 1, 1)))
-    images, labels, gradients = shared(model, 2)
-    plain = rgap.reconstruct(model, gradients, SHAPE, "cross_entropy", batch_size=2, virtual_constraints=False)
-    assert plain.verdict == "rank-deficient" and plain.candidates[0].open_layers == ("2",) and len(plain.images) == 2
+    model = network(((16, 4, 2, 1), (6, 3, 1, 1)), head=(80, 9))
+    limit = rgap.largest_batch(model, SHAPE)
+    count = limit.alone + 1
+    assert limit.batch_size >= count
+    images, labels, gradients = shared(model, count, 9)
+    options = {"loss": "cross_entropy", "batch_size": count}
+    plain = rgap.reconstruct(model, gradients, SHAPE, virtual_constraints=False, **options)
+    assert (
+        plain.verdict == "rank-deficient" and plain.candidates[0].open_layers == ("2",) and len(plain.images) == count
+    )
     assert any("what they leave open was not determined" in note for note in plain.notes)
-    wide = network(((20, 4, 2, 1), (9, 3, 1, 1)))
-    images, labels, gradients = shared(wide, 3)
-    closed = rgap.reconstruct(wide, gradients, SHAPE, "cross_entropy", batch_size=3)
+    closed = rgap.reconstruct(model, gradients, SHAPE, **options)
     report = next(report for report in closed.layers if report.name == "2")
     assert report.deficit > 0 and report.virtual_constraints > report.deficit
     assert closed.verdict == "exact" and quality(closed, images, labels) > 120
@@ -129,7 +133,7 @@ def test_beyond_the_limit_nothing_is_certified():
 
 def test_a_batch_size_that_is_wrong_is_said():
     model = network()
-    images, labels, gradients = shared(model)
+    *_, gradients = shared(model)
     small = rgap.reconstruct(model, gradients, SHAPE, "cross_entropy", batch_size=2)
     assert small.verdict == "exact" and len(small.images) == 3
     assert any("batch_size=2 is too small" in note for note in small.notes)
@@ -227,11 +231,11 @@ def test_images_are_moved_to_the_signs_that_were_recovered():
     images, _, _ = shared(model)
     chain = rgap.prepare(model, SHAPE)
     inputs = chain.layer_inputs(images)
-    near = images + 1e-3 * rand(*images.shape, seed=3)
+    near = images + 0.02 * rand(*images.shape, seed=3)
     moved = agree(chain, near, inputs, first_dense(chain))
     signs = chain.layer_inputs(moved)
     assert all(torch.equal(signs[name] > 0, inputs[name] > 0) for name in ("2", "5"))
-    assert not torch.equal(near, moved) and (moved - near).abs().max() < 0.01
+    assert not torch.equal(near, moved) and (moved - near).abs().max() < 0.05
     assert torch.equal(agree(chain, rand(*images.shape, seed=5), {n: -x for n, x in inputs.items()}, 2)[0],
                        rand(*images.shape, seed=5)[0])  # fmt: skip
     smooth = rgap.prepare(network(activation=nn.Tanh()), SHAPE)
