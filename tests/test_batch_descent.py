@@ -95,9 +95,18 @@ def test_convolutions_with_biases_choose_between_scales_of_a_head_without():
 
 
 def test_pooling_normalisation_and_smooth_activations():
-    modules = [nn.Conv2d(3, 16, 3, 1, 1), nn.AvgPool2d(2), nn.Tanh(), nn.Conv2d(16, 16, 3, 1, 1), nn.BatchNorm2d(16)]
-    modules += [nn.ELU(), nn.Flatten(), nn.Linear(256, 160), nn.LeakyReLU(0.2), nn.Linear(160, 5)]
-    model = sequential(*modules, scale=1.5).eval()
+    modules = [
+        nn.Conv2d(3, 16, 3, 1, 1),
+        nn.AvgPool2d(2),
+        nn.Tanh(),
+        nn.Conv2d(16, 16, 3, 1, 1),
+        nn.ELU(),
+        nn.Flatten(),
+    ]
+    model = sequential(*modules, nn.Linear(256, 40), nn.LeakyReLU(0.2), nn.Linear(40, 5))
+    normalisation = nn.BatchNorm2d(16).double()
+    normalisation.running_var += rand(16)
+    model = nn.Sequential(*model[:4], normalisation, *model[4:]).eval()
     images, labels, gradients = shared(model)
     result = rgap.reconstruct(model, gradients, SHAPE, "cross_entropy", batch_size=3)
     assert result.verdict == "exact" and quality(result, images, labels) > 120
@@ -226,7 +235,7 @@ def test_a_unit_next_to_zero_is_turned_where_the_identities_say_so():
     assert settle_signs(linear, G, x, dx, doubt=0.1) is x
 
 
-def test_images_are_moved_to_the_signs_that_were_recovered():
+def test_images_are_moved_to_the_signs_that_were_recovered(monkeypatch):
     model = network(bias=True)
     images, _, _ = shared(model)
     chain = rgap.prepare(model, SHAPE)
@@ -236,7 +245,7 @@ def test_images_are_moved_to_the_signs_that_were_recovered():
     signs = chain.layer_inputs(moved)
     assert all(torch.equal(signs[name] > 0, inputs[name] > 0) for name in ("2", "5"))
     assert not torch.equal(near, moved) and (moved - near).abs().max() < 0.05
-    assert torch.equal(agree(chain, rand(*images.shape, seed=5), {n: -x for n, x in inputs.items()}, 2)[0],
-                       rand(*images.shape, seed=5)[0])  # fmt: skip
     smooth = rgap.prepare(network(activation=nn.Tanh()), SHAPE)
     assert agree(smooth, near, inputs, 2) is near
+    monkeypatch.setattr("rgap.joint_signs.MOST", 0)
+    assert torch.equal(agree(chain, near, inputs, 2), near)
