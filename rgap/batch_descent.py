@@ -6,16 +6,15 @@ together. Everything in this module is ours; no other closed form takes batches 
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from rgap.batch_heads import output_gradients, output_jacobians, scale_hypotheses
+from rgap.batch_reading import Reading, read_batch
 from rgap.batch_recovery import (
     check_separable,
     checked_batch_labels,
@@ -25,33 +24,14 @@ from rgap.batch_recovery import (
     what_was_chosen,
     what_was_found,
 )
-from rgap.batch_refine import Head, refine_head
-from rgap.batch_separate import Separation, separate
+from rgap.batch_separate import separate
 from rgap.batch_size import BatchSize, first_dense
 from rgap.chain import Chain, Layer
 from rgap.evidence import Evidence
-from rgap.joint_descent import descend_jointly, joint_identities
+from rgap.joint_descent import descend_jointly
 from rgap.joint_signs import agree
 from rgap.recursion import Descent
 from rgap.results import VERDICTS, Candidate, GradientMismatchError, LayerReport, Reconstruction, UnsupportedLayerError
-
-COMBINATIONS = 64
-"""Most combinations of scale hypotheses between which the last convolution is asked to choose."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A hypothesis on all images at the first fully connected layer.
-
-    Attributes:
-        labels: (B,).
-        head: The layer's inputs and the gradients by them.
-        twins: For each image the factors by which it may as well be scaled; the first is 1.
-    """
-
-    labels: Tensor
-    head: Head
-    twins: tuple[tuple[float, ...], ...]
 
 
 def recover_through_convolutions(
@@ -97,7 +77,7 @@ def recover_through_convolutions(
     known = checked_batch_labels(labels, size.size)
     begin = time.perf_counter()
     apart = separate(*tail[:2], evidence.gradients, precision=evidence.precision, seed=seed, span=size.span)
-    reading, said = _read(chain, evidence, apart, loss) if len(apart.inputs) == size.size else (None, [])
+    reading, said = read_batch(chain, evidence, apart, size.size, loss, known, seed)
     reports = head_reports(tail, apart, size.size, time.perf_counter() - begin)
     notes = [*size.notes, *what_was_found(tail, apart, size.size), *said]
     if reading is None:
@@ -122,52 +102,6 @@ def _check_convolutions(layers: Sequence[Layer]) -> None:
                 f"layer {layer.name!r}: a batch is taken through convolutions with invertible activations, and "
                 f"{layer.activation.name} is constant on a half-line; single images go through it (batch_size=1)"
             )
-
-
-def _read(chain: Chain, evidence: Evidence, apart: Separation, loss: str) -> tuple[Reading | None, list[str]]:
-    """Labels and scales of the separated inputs, then all of it fitted together; None where an image has no scale."""
-    below, count = first_dense(chain), len(apart.inputs)
-    tail = chain.layers[below:]
-    c, f = output_gradients(tail, evidence.gradients, apart.inputs, apart.dz, complete=True)
-    hypotheses, notes = [], []
-    for f_b, c_b in zip(f, count * c, strict=True):
-        found, said = scale_hypotheses(loss, f_b, c_b, tail[0].bias is not None)
-        notes += [note for note in said if note not in notes]
-        hypotheses.append(found)
-    if not all(hypotheses):
-        return None, [*notes, "without a scale for every image the convolutions were not solved"]
-    combinations = list(itertools.islice(itertools.product(*hypotheses), COMBINATIONS))
-    if len(combinations) > 1 and not chain.homogeneous:
-        shares = torch.einsum("bco,bc->bo", output_jacobians(tail, apart.inputs)[1][0], c)
-        misses = [_mismatch(chain, evidence, apart.inputs, shares, one) for one in combinations]
-        best = min(range(len(misses)), key=misses.__getitem__)
-        notes.append(
-            f"the last convolution chose between {len(combinations)} combinations of scales: it misses its identities "
-            f"by {misses[best]:.2g}, with the next one by {sorted(misses)[1]:.2g}"
-        )
-        hypotheses = [[one] for one in combinations[best]]
-    heads = []
-    for number in range(max(map(len, hypotheses))):
-        chosen = [found[min(number, len(found) - 1)] for found in hypotheses]
-        labels = torch.tensor([label for label, _ in chosen])
-        scales = apart.inputs.new_tensor([scale for _, scale in chosen])
-        heads.append((labels, refine_head(tail, evidence.gradients, scales[:, None] * apart.inputs, labels, loss)))
-    labels, head = heads[0]
-    factors = [((other.x * head.x).sum(1) / head.x.square().sum(1)).tolist() for _, other in heads]
-    twins = tuple((1.0, *(factors[n][b] for n in range(1, len(each)))) for b, each in enumerate(hypotheses))
-    return Reading(labels, head, twins), notes
-
-
-def _mismatch(
-    chain: Chain, evidence: Evidence, inputs: Tensor, shares: Tensor, chosen: Sequence[tuple[int, float]]
-) -> float:
-    """How badly a combination of scales fits the last convolution's gradient, before anything is solved."""
-    below = first_dense(chain)
-    layer, scales = chain.layers[below - 1], inputs.new_tensor([scale for _, scale in chosen])[:, None]
-    x, dx = scales * inputs, shares @ chain.layers[below].weight.flatten(1) / scales
-    z = layer.activation.inverse(x.reshape(len(x), *layer.output_shape))
-    dz = layer.activation.derivative(z) * dx.reshape(z.shape)
-    return joint_identities(layer, layer.gradient(evidence.gradients), dz, z)
 
 
 def _nothing(chain, apart, size, reports, notes, device) -> Reconstruction:

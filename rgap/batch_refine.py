@@ -16,11 +16,20 @@ from torch import Tensor
 from rgap.chain import Layer
 from rgap.client import loss_value
 
-STEPS = 8
-"""Most Gauss–Newton steps; two or three are usual."""
+STEPS = 60
+"""Most Gauss–Newton steps; two or three are usual from separated inputs."""
+
+LITTLE = 1e-3
+"""Relative gain of a step at which no more are made."""
+
+STIFF = 1e2
+"""Damping, in units of the Jacobian's largest column, at which no step is tried any more."""
 
 ENOUGH = 1e-13
 """Relative length of a step at which no more are made."""
+
+SOFT = 1e-6
+"""Least damping."""
 
 LARGEST = 24
 """Most images for which this is done: the Jacobian has B² columns."""
@@ -63,19 +72,31 @@ def refine_head(layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Ten
         mine, _ = _gradients(layers, W, T, labels, loss)
         return [((a - b) / unit).flatten() for a, b, unit in zip(mine, target, units, strict=True)]
 
-    T = R.T
+    T, damping = R.T, 0.0
     miss = torch.cat(misses(T))
     for _ in range(STEPS if len(x) <= LARGEST else 0):
         J = torch.func.jacfwd(lambda t: torch.cat(misses(t)))(T).flatten(1)
-        step = torch.linalg.lstsq(J, -miss[:, None], driver="gelsd").solution.reshape(T.shape)
-        after = torch.cat(misses(T + step))
-        if not after.norm() < miss.norm():
-            break
-        T, miss = T + step, after
-        if step.norm() < ENOUGH * T.norm():
+        T, after, damping, length = _step(misses, T, J, miss, damping)
+        gained, miss = miss.norm() - after.norm(), after
+        if length < ENOUGH * T.norm() or gained < LITTLE * miss.norm():
             break
     _, dz = _gradients(layers, W, T, labels, loss)
     return Head(T @ Q.T, dz @ layers[0].weight.flatten(1), max(part.norm().item() for part in misses(T)))
+
+
+def _step(misses, T: Tensor, J: Tensor, miss: Tensor, damping: float) -> tuple[Tensor, Tensor, float, Tensor]:
+    """One step that lowers the misses, damped as far as it takes (Levenberg and Marquardt); none where none does."""
+    unit = J.norm(dim=0).max()
+    identity = unit * torch.eye(J.shape[1], dtype=J.dtype)
+    while damping < STIFF:
+        A = torch.cat([J, damping * identity]) if damping else J
+        right = torch.cat([-miss, miss.new_zeros(len(A) - len(miss))])
+        step = torch.linalg.lstsq(A, right[:, None], driver="gelsd").solution.reshape(T.shape)
+        after = torch.cat(misses(T + step))
+        if after.norm() < miss.norm():
+            return T + step, after, damping / 10 if damping > SOFT else 0.0, step.norm()
+        damping = max(10 * damping, SOFT)
+    return T, miss, damping, miss.new_zeros(())
 
 
 def _shared(layers: Sequence[Layer], gradients: Mapping[str, Tensor], Q: Tensor) -> list[Tensor]:

@@ -8,9 +8,11 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap import batch_descent
+from rgap import batch_reading
+from rgap.batch_coupled import fit_together
 from rgap.batch_refine import refine_head
 from rgap.batch_size import first_dense
+from rgap.batch_spans import row_span
 from rgap.evidence import weigh
 from rgap.joint_signs import agree, settle_signs
 
@@ -170,7 +172,7 @@ def test_an_altered_gradient_is_certified_by_nothing():
 def test_an_image_without_a_scale_ends_the_attack(monkeypatch):
     model = network()
     _, _, gradients = shared(model)
-    monkeypatch.setattr(batch_descent, "scale_hypotheses", lambda *_: ([], ["no scale"]))
+    monkeypatch.setattr(batch_reading, "scale_hypotheses", lambda *_: ([], ["no scale"]))
     result = rgap.reconstruct(model, gradients, SHAPE, "cross_entropy", batch_size=3)
     assert result.verdict == "inconsistent" and len(result.images) == 0
     assert "without a scale for every image the convolutions were not solved" in result.notes
@@ -249,3 +251,43 @@ def test_images_are_moved_to_the_signs_that_were_recovered(monkeypatch):
     assert agree(smooth, near, inputs, 2) is near
     monkeypatch.setattr("rgap.joint_signs.MOST", 0)
     assert torch.equal(agree(chain, near, inputs, 2), near)
+
+
+def alike(count, dtype=torch.float64, bias=True):
+    """A network in which biases dominate, so that all images switch the same units."""
+    torch.manual_seed(0)
+    modules = [nn.Conv2d(3, 12, 4, 2, 1, bias=bias), nn.LeakyReLU(0.2), nn.Conv2d(12, 16, 3, 1, 1, bias=bias)]
+    modules += [nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(256, 24, bias=bias), nn.LeakyReLU(0.2)]
+    model = nn.Sequential(*modules, nn.Linear(24, 8, bias=bias)).to(dtype)
+    images, labels = 0.4 + 0.2 * rand(count, *SHAPE), torch.arange(count)
+    return model, images, labels, rgap.client_gradients(model, images.to(dtype), labels, "cross_entropy")
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float64, 150), (torch.float32, 70)])
+@pytest.mark.parametrize("known", [False, True])
+def test_images_that_switch_the_same_units_are_told_apart_by_the_softmax(dtype, least, known):
+    model, images, labels, gradients = alike(3, dtype)
+    options = {"labels": labels.flip(0) if known else None, "batch_size": None if not known else 3}
+    result = rgap.reconstruct(model, gradients, SHAPE, "cross_entropy", **options)
+    assert result.verdict == "exact" and quality(result, images, labels) > least
+    assert any("all images found together, by the softmax" in note for note in result.notes)
+
+
+def test_where_the_softmax_has_too_few_equations_nothing_is_returned():
+    model, _, _, gradients = alike(7)
+    result = rgap.reconstruct(model, gradients, SHAPE, "cross_entropy", batch_size=7)
+    assert result.verdict != "exact" and len(result.images) == 0
+    assert "nor were all images found together, by the softmax of their outputs" in result.notes
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_inputs_found_together_are_the_true_ones(bias):
+    model, images, labels, gradients = alike(3, bias=bias)
+    chain = rgap.prepare(model, SHAPE)
+    layers, evidence = chain.layers[2:], weigh(chain, gradients)
+    span = row_span(layers[0], evidence.gradients, evidence.precision)
+    found, head = fit_together(layers, evidence.gradients, span, labels=None, precision=evidence.precision)
+    assert torch.equal(found, labels) and head.residual < 1e-12
+    assert_close(head.x, chain.layer_inputs(images)["5"], rtol=0, atol=1e-9)
+    assert fit_together(layers, evidence.gradients, span, labels=[0, 1], precision=1e-16) is None
+    assert fit_together(layers, evidence.gradients, span, labels=[3, 3, 3], precision=1e-16) is None

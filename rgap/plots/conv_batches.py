@@ -31,12 +31,11 @@ def against_batch(runs: pd.DataFrame, value: str, label: str, limits: Mapping[st
     options |= {"palette": PALETTE, "ax": axis}
     sns.lineplot(runs, dashes=False, errorbar=None, legend=False, **options)
     sns.scatterplot(runs, markers=MARKERS[: len(kinds)], s=50, **options)
-    for number, (name, limit) in enumerate(limits.items()):
+    for name, limit in limits.items():
         axis.axvline(limit + 0.5, color="0.4", ls=":", lw=1)
         axis.annotate(
-            name, (limit + 0.45, 0.98 - 0.1 * number), xycoords=("data", "axes fraction"), fontsize=8, ha="right",
-            va="top",
-        )  # fmt: skip
+            name, (limit + 0.5, 0.98), xycoords=("data", "axes fraction"), fontsize=8, ha="right", va="top", rotation=90
+        )
     axis.set(xlabel="images in the batch, B", ylabel=label, ylim=(0, None))
     axis.set_xlim(0.5, max([*limits.values(), runs["batch"].max()]) + 0.9)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
