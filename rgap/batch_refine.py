@@ -75,7 +75,7 @@ def refine_head(layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Ten
     T, damping = R.T, 0.0
     miss = torch.cat(misses(T))
     for _ in range(STEPS if len(x) <= LARGEST else 0):
-        J = torch.func.jacfwd(lambda t: torch.cat(misses(t)))(T).flatten(1)
+        J = torch.func.jacrev(lambda t: torch.cat(misses(t)))(T).flatten(1)
         T, after, damping, length = _step(misses, T, J, miss, damping)
         gained, miss = miss.norm() - after.norm(), after
         if length < ENOUGH * T.norm() or gained < LITTLE * miss.norm():

@@ -39,7 +39,7 @@ def against_batch(runs: pd.DataFrame, value: str, label: str, limits: Mapping[st
     axis.set(xlabel="images in the batch, B", ylabel=label, ylim=(0, None))
     axis.set_xlim(0.5, max([*limits.values(), runs["batch"].max()]) + 0.9)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(title="gradients", frameon=False, loc="lower left")
+    axis.legend(title="gradients", frameon=False, loc="center", bbox_to_anchor=(0.72, 0.4))
     axis.grid(axis="y", alpha=0.3)
     sns.despine(figure)
     figure.tight_layout()
