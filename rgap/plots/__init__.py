@@ -7,6 +7,7 @@ from rgap.plots.layers import error_growth, phase_transition, wrong_signs
 from rgap.plots.methods import cost_against_size, quality_against_time
 from rgap.plots.noise import defence_quality, predicted_against_measured
 from rgap.plots.ranks import deficit_against_psnr, law_against_number, ra_along_depth
+from rgap.plots.real_networks import least_widths
 from rgap.plots.style import MARKERS, PALETTE
 from rgap.plots.trained import trained
 from rgap.plots.twins import ambiguity, twin_branches
@@ -23,6 +24,7 @@ __all__ = [
     "found_against_batch",
     "gallery",
     "law_against_number",
+    "least_widths",
     "phase_transition",
     "predicted_against_measured",
     "quality_against_time",

@@ -9,6 +9,7 @@ from rgap.sweeps.methods import METHODS, compare_methods, networks_won, quality_
 from rgap.sweeps.noise import defended_attacks, plain_attack, predicted_and_true, reference, sample_noisy_attacks
 from rgap.sweeps.random_chains import random_chain
 from rgap.sweeps.ranks import predicted_and_measured, rank_law_sample, rank_table
+from rgap.sweeps.real_networks import attacked_and_ranked, least_widths, missing_ranks, recovered_or_short
 from rgap.sweeps.soundness import soundness
 from rgap.sweeps.trained import trained_attacks
 from rgap.sweeps.twins import enlarged, margin_curve, true_margins, twin_census, twin_pairs
@@ -18,6 +19,7 @@ __all__ = [
     "METHODS",
     "attack_batches",
     "attack_each",
+    "attacked_and_ranked",
     "attacks_under_defence",
     "audited_and_attacked",
     "batch_outcome",
@@ -28,7 +30,9 @@ __all__ = [
     "exponents",
     "kind_table",
     "layer_errors",
+    "least_widths",
     "margin_curve",
+    "missing_ranks",
     "networks_won",
     "plain_attack",
     "predicted_and_measured",
@@ -37,6 +41,7 @@ __all__ = [
     "random_chain",
     "rank_law_sample",
     "rank_table",
+    "recovered_or_short",
     "reference",
     "sample_batches",
     "sample_chains",
