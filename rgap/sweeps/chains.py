@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import replace
 
 import pandas as pd
@@ -40,8 +41,10 @@ def sample_chains(count: int, seed: int = 0, unknowns: int = UNKNOWNS) -> pd.Dat
         case, kinds, unknowns (most of a layer), verdict, psnr_db, ok, why.
     """
     rows = []
-    for number in tqdm(range(seed, seed + count), desc="chains", disable=not sys.stderr.isatty()):
-        rows.append(_attack(number, unknowns))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using padding='same'")  # of torch, about its own speed
+        for number in tqdm(range(seed, seed + count), desc="chains", disable=not sys.stderr.isatty()):
+            rows.append(_attack(number, unknowns))
     return pd.DataFrame(rows)
 
 
