@@ -38,14 +38,14 @@ def find_batch_size(chain: Chain, evidence: Evidence, given: int | None) -> Batc
         given: The batch size if it is known.
 
     Raises:
-        UnsupportedLayerError: If a convolution stands before the first fully connected layer and the batch has more
+        UnsupportedLayerError: If convolutions are followed by a single fully connected layer and the batch has more
             than one image.
         ValueError: If it is not known and no gradient can tell it.
     """
-    dense = [layer for layer in chain.layers if layer.is_dense]
-    first, convolutions = dense[0], [layer.name for layer in chain.layers if not layer.is_dense]
-    if given is not None and convolutions:
-        raise UnsupportedLayerError(_through_convolutions(given, convolutions[0]))
+    below = first_dense(chain)
+    first, lone = chain.layers[below], below == len(chain.layers) - 1 > 0
+    if given is not None and lone:
+        raise UnsupportedLayerError(_behind_convolutions(given, first.name))
     span = row_span(first, evidence.gradients, evidence.precision)
     gap = math.inf if span.below_cut == 0 else span.above_cut / span.below_cut
     found = f"the gradient of {first.name!r} has {span.rank} singular values above rounding, {gap:.1g} times the next"
@@ -54,8 +54,8 @@ def find_batch_size(chain: Chain, evidence: Evidence, given: int | None) -> Batc
             raise ValueError(
                 f"batch_size is None, and the gradient of {first.name!r}, a single row, cannot tell it; give a number"
             )
-        if convolutions and span.rank > 1:
-            raise UnsupportedLayerError(_through_convolutions(span.rank, convolutions[0]))
+        if lone and span.rank > 1:
+            raise UnsupportedLayerError(_behind_convolutions(span.rank, first.name))
         said = (f"{found}: a batch of {span.rank}, if its images differ", *_only_by_rank(chain))
         return BatchSize(span.rank, said, span)
     if span.rank > given:
@@ -79,8 +79,15 @@ def _only_by_rank(chain: Chain) -> tuple[str, ...]:
     )
 
 
-def _through_convolutions(size: int, name: str) -> str:
+def first_dense(chain: Chain) -> int:
+    """Index of the layer from which on all are fully connected."""
+    after = [i + 1 for i, layer in enumerate(chain.layers) if not layer.is_dense]
+    return after[-1] if after else 0
+
+
+def _behind_convolutions(size: int, name: str) -> str:
     return (
-        f"a batch of {size} images through the convolution {name!r} is not taken apart yet: its gradient is one sum "
-        "over images and places; batches of fully connected networks are, and single images here (batch_size=1)"
+        f"a batch of {size} images cannot be taken apart: {name!r} is the only fully connected layer, and its gradient "
+        "is one sum that many batches have; two or more fully connected layers tell images apart, and a single image "
+        "needs one only (batch_size=1)"
     )

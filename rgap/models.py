@@ -42,6 +42,29 @@ def cnn6_d(seed: int = 0) -> nn.Sequential:
     return cnn6(seed, width=20)
 
 
+def cnn6_batch(
+    seed: int = 0, hidden: Sequence[int] = (64,), classes: int = 10, bias: bool = False, width: int = 36
+) -> nn.Sequential:
+    """CNN6's convolutions with two or more fully connected layers behind them, which tell the images of a batch apart.
+
+    Args:
+        seed: Seed of the weights; the global generator is left as it was.
+        hidden: Units of the fully connected layers before the last, each with LeakyReLU(0.2).
+        classes: Outputs; 1 is one logit.
+        bias: Whether all layers have biases.
+        width: Channels of the second convolution, as in `cnn6`.
+    """
+
+    def layers():
+        modules = _cnn6_layers(width, bias)
+        sizes = (3200, *hidden, classes)
+        for inputs, outputs in itertools.pairwise(sizes):
+            modules += [nn.Linear(inputs, outputs, bias=bias), nn.LeakyReLU(SLOPE)]
+        return nn.Sequential(*modules[:-1])
+
+    return _seeded(layers, seed)
+
+
 def fcn3(seed: int = 0, widths: tuple[int, ...] = (1000, 100)) -> nn.Sequential:
     """FCN3: 784–1000–100–1, fully connected, LeakyReLU(0.2), no biases, for images of shape (1, 28, 28).
 
@@ -144,12 +167,12 @@ def _without_skip(block: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict([(name, getattr(block, name)) for name in order] + [("relu2", nn.ReLU())]))
 
 
-def _cnn6_layers(width: int) -> list[nn.Module]:
+def _cnn6_layers(width: int, bias: bool = False) -> list[nn.Module]:
     shapes = [(3, 12, 4, 2, 2), (12, width, 3, 2, 1), (width, 36, 3, 1, 1)]
     shapes += [(36, 36, 3, 1, 1), (36, 64, 3, 2, 1), (64, 128, 3, 1, 1)]
     modules: list[nn.Module] = []
     for inputs, outputs, kernel, stride, padding in shapes:
-        modules += [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False), nn.LeakyReLU(SLOPE)]
+        modules += [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=bias), nn.LeakyReLU(SLOPE)]
     return [*modules, nn.Flatten()]
 
 

@@ -165,7 +165,7 @@ def test_labels_are_compared_in_any_order():
 def test_networks_that_cannot_be_taken_apart_are_refused():
     cnn = small_cnn()
     shared = rgap.client_gradients(cnn, torch.rand(2, 3, 8, 8).double(), torch.tensor([0, 1]))
-    with pytest.raises(rgap.UnsupportedLayerError, match="a batch of 2 images through the convolution '0' is not"):
+    with pytest.raises(rgap.UnsupportedLayerError, match="a batch of 2 images cannot be taken apart: '5' is the only"):
         rgap.reconstruct(cnn, shared, (3, 8, 8), batch_size=2)
     with pytest.raises(ValueError, match="batch_size is None, and the gradient of '5', a single row, cannot tell it"):
         rgap.reconstruct(cnn, shared, (3, 8, 8), batch_size=None)
@@ -179,12 +179,13 @@ def test_networks_that_cannot_be_taken_apart_are_refused():
             rgap.reconstruct(network, gradients(network, images, labels), SHAPE, batch_size=2)
 
 
-def test_a_head_after_convolutions_tells_its_batch_size():
-    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(64, 40), nn.LeakyReLU(0.2),
-                            nn.Linear(40, 1)).double()  # fmt: skip
+def test_a_single_layer_after_convolutions_tells_the_batch_size_it_cannot_take_apart():
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(64, 5)).double()
     images, labels = batch(3)
-    with pytest.raises(rgap.UnsupportedLayerError, match="a batch of 3 images through the convolution '0'"):
-        rgap.reconstruct(network, gradients(network, images, labels), SHAPE, batch_size=None)
+    with pytest.raises(rgap.UnsupportedLayerError, match="a batch of 3 images cannot be taken apart: '3' is the only"):
+        rgap.reconstruct(
+            network, gradients(network, images, labels, "cross_entropy"), SHAPE, "cross_entropy", batch_size=None
+        )
 
 
 def test_the_papers_combination_is_one_image_that_mixes_the_batch():

@@ -2,6 +2,7 @@
 
 from rgap.plots.audit import audit_steps
 from rgap.plots.batches import found_against_batch, seconds_against_batch
+from rgap.plots.conv_batches import against_batch
 from rgap.plots.images import gallery, rescale
 from rgap.plots.layers import error_growth, phase_transition, wrong_signs
 from rgap.plots.methods import cost_against_size, quality_against_time
@@ -15,6 +16,7 @@ from rgap.plots.twins import ambiguity, twin_branches
 __all__ = [
     "MARKERS",
     "PALETTE",
+    "against_batch",
     "ambiguity",
     "audit_steps",
     "cost_against_size",

@@ -4,6 +4,7 @@ from rgap.sweeps.attacks import attack_each, layer_errors, wrong_signs
 from rgap.sweeps.audits import attacks_under_defence, audited_and_attacked
 from rgap.sweeps.batches import COSINE, attack_batches, batch_outcome, sample_batches, width_table
 from rgap.sweeps.chains import kind_table, sample_chains
+from rgap.sweeps.conv_batches import batch_limits, sample_conv_batches
 from rgap.sweeps.cost import costs, exponents
 from rgap.sweeps.methods import METHODS, compare_methods, networks_won, quality_table, time_ratios, time_table
 from rgap.sweeps.noise import defended_attacks, plain_attack, predicted_and_true, reference, sample_noisy_attacks
@@ -22,6 +23,7 @@ __all__ = [
     "attacked_and_ranked",
     "attacks_under_defence",
     "audited_and_attacked",
+    "batch_limits",
     "batch_outcome",
     "compare_methods",
     "costs",
@@ -45,6 +47,7 @@ __all__ = [
     "reference",
     "sample_batches",
     "sample_chains",
+    "sample_conv_batches",
     "sample_noisy_attacks",
     "soundness",
     "time_ratios",
