@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help env figures test verify lab test-lab notebooks reconstruction audit report clean FORCE
+.PHONY: help env figures test verify lab test-lab notebooks reconstruction train audit report clean FORCE
 .DEFAULT_GOAL := help
 
 # Values for the command line only: a variable of this name in the environment changes nothing.
@@ -14,13 +14,15 @@ INDEX := 0
 DATA := embedded
 SEED := 0
 BATCH := 1
+EPOCHS := 3
+WEIGHTS :=
 SHAPE :=
 SAMPLES :=
 COUNT :=
 SCHEDULER :=
 PIP_ARGS :=
 # By way of the environment values reach a recipe whole, whatever spaces a path has.
-export COLOR GRAY MODEL INDEX DATA SEED BATCH SHAPE COUNT SCHEDULER
+export COLOR GRAY MODEL INDEX DATA SEED BATCH EPOCHS WEIGHTS SHAPE COUNT SCHEDULER
 # Images of containers often set it; every start of a kernel would then compile torch anew, for a quarter of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -87,8 +89,12 @@ refresh/%: FORCE | $(ENV)
 	@echo "running $*"
 	@$(call run,default,build/refresh) -m rgap.notebook $*
 
-reconstruction: $(ENV) ## one attack: MODEL=cnn6 INDEX=0 DATA=embedded|cifar10|mnist|folder:PATH SEED=0 BATCH=1
-	@$(PYTHON) -m rgap.reconstruction --model "$$MODEL" --index "$$INDEX" --data "$$DATA" --seed "$$SEED" --batch "$$BATCH"
+reconstruction: $(ENV) ## one attack: MODEL=cnn6 INDEX=0 DATA=embedded|cifar10|mnist|folder:PATH SEED=0 BATCH=1 WEIGHTS=file
+	@$(PYTHON) -m rgap.reconstruction --model "$$MODEL" --index "$$INDEX" --data "$$DATA" --seed "$$SEED" --batch "$$BATCH" \
+		--weights "$$WEIGHTS"
+
+train: $(ENV) ## a few epochs on two classes, for WEIGHTS=: MODEL=cnn6 DATA=embedded|cifar10|mnist|folder:PATH EPOCHS=3 SEED=0
+	@$(PYTHON) -m rgap.train --model "$$MODEL" --data "$$DATA" --epochs "$$EPOCHS" --seed "$$SEED"
 
 audit: $(ENV) ## what a network gives away, in build/audit/: MODEL=cnn6|module:function SHAPE=3,224,224 BATCH=1; fails where it leaks
 	@$(PYTHON) -m rgap.audit --model "$$MODEL" $${SHAPE:+--shape "$$SHAPE"} --batch "$$BATCH"

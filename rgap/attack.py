@@ -85,11 +85,12 @@ def reconstruct(
     reading = read_head(loss, head, evidence, known)
     hypotheses = list(reading.hypotheses)
     evidence = replace(evidence, rounding=max(h.rounding for h in hypotheses))
-    attack = _Attack(chain, evidence, entry_noise(evidence.gradients, noise_std), loss, virtual_constraints)
+    stds = entry_noise(evidence.gradients, noise_std, evidence.known)
+    attack = _Attack(chain, evidence, stds, loss, virtual_constraints)
     descents, refuted = _follow(attack, hypotheses)
     if noise_std is None:
         attack, descents, refuted = _with_noise_found(attack, hypotheses, descents, refuted, rcond)
-    notes = [*found_size, *_underflow(evidence), *reading.notes, *refuted]
+    notes = [*found_size, *evidence.notes, *reading.notes, *refuted]
     candidates = [make_candidate(chain, attack.evidence, attack.stds, h, d, loss, pixel_range) for h, d in descents]
     return judge(candidates, notes, pixel_range, device)
 
@@ -123,13 +124,6 @@ class _Attack:
         probe = start_probe(self.chain.layers[-1], self.evidence.gradients, self.noise, hypothesis, read)
         options = {"virtual_constraints": self.virtual_constraints, "give_up": give_up}
         return descend(self.chain, self.evidence, hypothesis, probe=probe, **options)
-
-
-def _underflow(evidence: Evidence) -> list[str]:
-    """A note on gradients that underflowed."""
-    if not evidence.lost:
-        return []
-    return [f"lost to underflow, and not used: the gradient of {', '.join(map(repr, evidence.lost))}"]
 
 
 def _with_noise_found(attack: _Attack, hypotheses: list[Hypothesis], descents: list, refuted: list[str], rcond):

@@ -10,15 +10,18 @@ from torch import Tensor, nn
 
 from rgap.defences import clip_and_noise, epsilon, gaussian_noise, prune, quantise
 from rgap.gradient_files import load_gradients, save_gradients
+from rgap.update import UpdateGradients, gradients_from_update
 
 __all__ = [
     "LOSSES",
     "LOSS_OUTPUTS",
+    "UpdateGradients",
     "check_loss",
     "client_gradients",
     "clip_and_noise",
     "epsilon",
     "gaussian_noise",
+    "gradients_from_update",
     "gradients_of",
     "load_gradients",
     "loss_value",

@@ -37,7 +37,7 @@ class _Source(NamedTuple):
 
 def load_images(
     source: str = "embedded",
-    count: int = 4,
+    count: int | None = 4,
     image_shape: tuple[int, int, int] = (3, 32, 32),
     index: int | Sequence[int] | None = None,
     seed: int = 0,
@@ -58,7 +58,7 @@ def load_images(
             - `"cifar10"`, `"mnist"`: by torchvision, kept in build/data, or where RGAP_DATA says.
             - `"folder:PATH"`: one folder per class in sorted order (ImageFolder), or images side by side (label 0).
               Other files and hidden ones are passed over.
-        count: How many images to draw at random, without repetition.
+        count: How many images to draw at random, without repetition; None takes all, in their order.
         image_shape: (C, H, W) with C = 1 or 3.
         index: Places in the split (in a folder: in sorted order of its paths); overrules `count` and `seed`.
         seed: Seed of the random draw; it does not change which image an index means.
@@ -86,7 +86,7 @@ def _check_arguments(count, image_shape, split, classes):
     shape = tuple(image_shape)
     if len(shape) != 3 or shape[0] not in (1, 3) or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError(f"image_shape is {image_shape}; it must be (C, H, W) with C = 1 or 3 and positive H and W")
-    if count < 1:
+    if count is not None and count < 1:
         raise ValueError(f"count is {count}; an empty batch has no gradient, ask for at least one image")
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be 'train' or 'test'")
@@ -99,6 +99,8 @@ def _check_arguments(count, image_shape, split, classes):
 def _places(index, count, seed, size, source):
     """Which images: the given ones, or `count` different ones drawn by the seed."""
     if index is None:
+        if count is None:
+            return list(range(size))
         if count > size:
             raise ValueError(f"count is {count}, but {source!r} has {size} images in this split")
         return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Evidence:
         rcond: Relative cutoff of singular values.
         lost: Names of gradients that underflowed: what they would have said is unknown, not zero.
         rounding: Relative error of the head's δz by the client's own arithmetic, where that is larger.
+        notes: Sentences on what limits them.
+        known: Parameter name -> standard deviation of an entry's error, where the gradients came with one.
     """
 
     gradients: dict[str, Tensor]
@@ -36,6 +38,8 @@ class Evidence:
     rcond: float
     lost: tuple[str, ...] = ()
     rounding: float = 0.0
+    notes: tuple[str, ...] = ()
+    known: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tolerance(self) -> float:
@@ -96,24 +100,41 @@ def weigh_gradients(
         name: _relative_std(quantum if name not in formats else _quantum(formats[name]), g)
         for name, g in values.items()
     }
+    given = getattr(gradients, "noise_std", {})  # of gradients that were read off an update
+    known = {name: given.get(name, given.get(place, 0.0)) for place, name in enumerate(values)} if given else {}
+    for name, std in known.items():
+        steps[name] = max(steps[name], math.inf if std and not values[name].any() else _relative_std(std, values[name]))
     lost = tuple(name for name, step in steps.items() if step > LOST)
     heard = [name for name in formats if name not in lost]
     precision = max([torch.finfo(formats[name]).eps for name in heard] + [steps[name] for name in heard], default=LOST)
     if noise_std:
         precision = max(precision, *(_relative_std(noise_std, values[name]) for name in formats))
     default = 1e-5 if precision < 1e-10 else min(1e-4 * (precision / 1.2e-7) ** 0.5, 0.1)
-    return Evidence(values, precision, default if rcond is None else rcond, lost)
+    notes = _notes(lost, precision, bool(known))
+    return Evidence(values, precision, default if rcond is None else rcond, lost, notes=notes, known=known)
+
+
+def _notes(lost: tuple[str, ...], precision: float, update: bool) -> tuple[str, ...]:
+    notes = []
+    if lost:
+        cause = "the rounding of the weights" if update else "underflow"
+        notes = [f"lost to {cause}, and not used: the gradient of {', '.join(map(repr, lost))}"]
+    if update:
+        notes.append(
+            f"the gradient was read off an update of rounded weights; its entries are known to {precision:.1g}"
+        )
+    return tuple(notes)
 
 
 def _by_name(names: list[str], gradients) -> dict[str, Tensor]:
     if not isinstance(gradients, Iterable):
         raise GradientMismatchError(f"gradients are a {type(gradients).__name__}; give a list or a mapping of tensors")
-    if isinstance(gradients, Mapping):
+    if isinstance(gradients, Mapping) and not all(isinstance(key, int) for key in gradients):
         missing, extra = [n for n in names if n not in gradients], [n for n in gradients if n not in names]
         if missing or extra:
             raise GradientMismatchError(f"gradients do not fit the parameters: missing {missing}, unknown {extra}")
         return {name: gradients[name] for name in names}
-    tensors = list(gradients)
+    tensors = list(gradients.values()) if isinstance(gradients, Mapping) else list(gradients)
     if len(tensors) != len(names):
         raise GradientMismatchError(
             f"{len(tensors)} gradients for {len(names)} parameters; give one for each, in the "

@@ -21,7 +21,9 @@ GAP = 10.0
 """Smallest magnitude, in units of the one expected of so many entries, from which zeros are taken for pruned ones."""
 
 
-def entry_noise(gradients: Mapping[str, Tensor], noise_std: float | None = None) -> dict[str, Tensor]:
+def entry_noise(
+    gradients: Mapping[str, Tensor], noise_std: float | None = None, known: Mapping[str, float] | None = None
+) -> dict[str, Tensor]:
     """Standard deviation of the error of every entry, as far as the values themselves betray it.
 
     A float format by the coarsest rounding that leaves every entry as it is; int8 by its grid; pruning by exact zeros
@@ -30,6 +32,7 @@ def entry_noise(gradients: Mapping[str, Tensor], noise_std: float | None = None)
     Args:
         gradients: Parameter name -> gradient, float64.
         noise_std: Standard deviation of noise known to be on every entry.
+        known: Parameter name -> the same for one gradient.
 
     Returns:
         Parameter name -> standard deviations, shaped as the gradient.
@@ -41,7 +44,7 @@ def entry_noise(gradients: Mapping[str, Tensor], noise_std: float | None = None)
         std = _grid(g) if grid else _rounding(g)
         if pruned and (g == 0).any() and g.any():
             std = std + torch.where(g == 0, g[g != 0].abs().min() / 3**0.5, 0.0)
-        found[name] = (std.square() + (noise_std or 0.0) ** 2).sqrt()
+        found[name] = (std.square() + (noise_std or 0.0) ** 2 + (known or {}).get(name, 0.0) ** 2).sqrt()
     return found
 
 

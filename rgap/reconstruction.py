@@ -11,6 +11,7 @@ from PIL import Image
 
 import rgap
 from rgap import artifact, data, metrics, models, plots
+from rgap.train import load_weights
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,6 +39,7 @@ def _parser():
     parser.add_argument("--data", default="embedded", help="embedded, cifar10, mnist or folder:PATH")
     parser.add_argument("--seed", type=int, default=0, help="seed of the model's weights")
     parser.add_argument("--batch", type=int, default=1, help="how many images, from the index on, share the gradient")
+    parser.add_argument("--weights", default="", help="a .safetensors or .pt file with the model's weights")
     parser.add_argument(
         "--output", type=Path, default=artifact.ROOT / "build" / "reconstruction", help="where to write"
     )
@@ -51,6 +53,8 @@ def _attack(options):
         raise ValueError(f"batch is {options.batch}; an empty batch has no gradient, give at least 1")
     shape = models.IMAGE_SHAPES[options.model]
     model = getattr(models, options.model)(seed=options.seed)
+    if options.weights:
+        model = load_weights(model, options.weights)
     places = range(options.index, options.index + options.batch)
     images, labels = data.load_images(options.data, image_shape=shape, index=places, classes=2)
     gradients = rgap.client_gradients(model, images, labels, loss="logistic")

@@ -149,7 +149,15 @@ def test_profiles_that_make_no_sense_are_refused(clone, values):
 def test_reconstruction_hands_its_values_on(clone):
     put_runner(clone)
     make(clone, "reconstruction", "PYTHON=runner", "MODEL=fcn3", "INDEX=3", "DATA=folder:a b")
-    assert calls(clone) == ["||-m rgap.reconstruction --model fcn3 --index 3 --data folder:a b --seed 0 --batch 1"]
+    assert calls(clone) == [
+        "||-m rgap.reconstruction --model fcn3 --index 3 --data folder:a b --seed 0 --batch 1 --weights "
+    ]
+
+
+def test_training_hands_its_values_on(clone):
+    put_runner(clone)
+    make(clone, "train", "PYTHON=runner", "MODEL=fcn3", "DATA=folder:a b", "EPOCHS=5")
+    assert calls(clone) == ["||-m rgap.train --model fcn3 --data folder:a b --epochs 5 --seed 0"]
 
 
 def test_audit_hands_its_values_on_and_fails_where_the_network_leaks(clone):

@@ -126,3 +126,19 @@ def test_the_figures_show_every_numeric_defence_and_every_point():
     errors = pd.DataFrame({"defence": ["noise", "prune"], "rmse": [1e-6, 1e-2], "predicted": [2e-6, 1e-2]})
     (axis,) = plots.predicted_against_measured(errors).axes
     assert axis.get_xscale() == axis.get_yscale() == "log" and len(axis.collections[0].get_offsets()) == 2
+
+
+def test_noise_that_came_with_one_gradient_is_added_to_that_one():
+    plain, noisy = entry_noise(GRADIENTS), entry_noise(GRADIENTS, known={"w": 1e-3})
+    assert noisy["b"].equal(plain["b"])
+    torch.testing.assert_close(noisy["w"], (plain["w"].square() + 1e-6).sqrt())
+
+
+def test_the_error_behind_an_update_is_predicted_from_the_weights_rounding():
+    network = small_cnn().float()
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    gradients = rgap.client_gradients(network, IMAGES[:1], LABELS[:1])
+    after = {name: p - 0.1 * g for (name, p), g in zip(before.items(), gradients, strict=True)}
+    result = rgap.reconstruct(network, client.gradients_from_update(before, after, 0.1), SHAPE)
+    error = (result.images - IMAGES[:1]).square().mean().sqrt().item()
+    assert result.verdict == "exact" and error / 10 < result.candidates[0].predicted_error < 10 * error

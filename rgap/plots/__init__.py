@@ -8,6 +8,7 @@ from rgap.plots.methods import cost_against_size, quality_against_time
 from rgap.plots.noise import defence_quality, predicted_against_measured
 from rgap.plots.ranks import deficit_against_psnr, law_against_number, ra_along_depth
 from rgap.plots.style import MARKERS, PALETTE
+from rgap.plots.trained import trained
 from rgap.plots.twins import ambiguity, twin_branches
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ra_along_depth",
     "rescale",
     "seconds_against_batch",
+    "trained",
     "twin_branches",
     "wrong_signs",
 ]

@@ -10,6 +10,7 @@ from rgap.sweeps.noise import defended_attacks, plain_attack, predicted_and_true
 from rgap.sweeps.random_chains import random_chain
 from rgap.sweeps.ranks import predicted_and_measured, rank_law_sample, rank_table
 from rgap.sweeps.soundness import soundness
+from rgap.sweeps.trained import trained_attacks
 from rgap.sweeps.twins import enlarged, margin_curve, true_margins, twin_census, twin_pairs
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "soundness",
     "time_ratios",
     "time_table",
+    "trained_attacks",
     "true_margins",
     "twin_census",
     "twin_pairs",
