@@ -5,7 +5,7 @@ from rgap.plots.batches import found_against_batch, seconds_against_batch
 from rgap.plots.images import gallery, rescale
 from rgap.plots.layers import error_growth, phase_transition, wrong_signs
 from rgap.plots.methods import cost_against_size, quality_against_time
-from rgap.plots.noise import defence_quality, predicted_against_measured
+from rgap.plots.noise import defence_quality, predicted_against_measured, stage_quality
 from rgap.plots.ranks import deficit_against_psnr, law_against_number, ra_along_depth
 from rgap.plots.style import MARKERS, PALETTE
 from rgap.plots.trained import trained
@@ -29,6 +29,7 @@ __all__ = [
     "ra_along_depth",
     "rescale",
     "seconds_against_batch",
+    "stage_quality",
     "trained",
     "twin_branches",
     "wrong_signs",

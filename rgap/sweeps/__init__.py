@@ -9,27 +9,32 @@ from rgap.sweeps.methods import METHODS, compare_methods, networks_won, quality_
 from rgap.sweeps.noise import defended_attacks, plain_attack, predicted_and_true, reference, sample_noisy_attacks
 from rgap.sweeps.random_chains import random_chain
 from rgap.sweeps.ranks import predicted_and_measured, rank_law_sample, rank_table
+from rgap.sweeps.refinement import STAGES, attack_stages, normal_weights
 from rgap.sweeps.soundness import soundness
 from rgap.sweeps.trained import trained_attacks
-from rgap.sweeps.twins import enlarged, margin_curve, true_margins, twin_census, twin_pairs
+from rgap.sweeps.twins import dlg_on_twins, enlarged, margin_curve, true_margins, twin_census, twin_pairs
 
 __all__ = [
     "COSINE",
     "METHODS",
+    "STAGES",
     "attack_batches",
     "attack_each",
+    "attack_stages",
     "attacks_under_defence",
     "audited_and_attacked",
     "batch_outcome",
     "compare_methods",
     "costs",
     "defended_attacks",
+    "dlg_on_twins",
     "enlarged",
     "exponents",
     "kind_table",
     "layer_errors",
     "margin_curve",
     "networks_won",
+    "normal_weights",
     "plain_attack",
     "predicted_and_measured",
     "predicted_and_true",
