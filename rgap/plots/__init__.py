@@ -6,7 +6,7 @@ from rgap.plots.conv_batches import against_batch
 from rgap.plots.images import gallery, rescale
 from rgap.plots.layers import error_growth, phase_transition, wrong_signs
 from rgap.plots.methods import cost_against_size, quality_against_time
-from rgap.plots.noise import defence_quality, predicted_against_measured
+from rgap.plots.noise import defence_quality, predicted_against_measured, stage_quality
 from rgap.plots.ranks import deficit_against_psnr, law_against_number, ra_along_depth
 from rgap.plots.real_networks import least_widths
 from rgap.plots.style import MARKERS, PALETTE
@@ -33,6 +33,7 @@ __all__ = [
     "ra_along_depth",
     "rescale",
     "seconds_against_batch",
+    "stage_quality",
     "trained",
     "twin_branches",
     "wrong_signs",

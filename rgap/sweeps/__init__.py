@@ -11,15 +11,18 @@ from rgap.sweeps.noise import defended_attacks, plain_attack, predicted_and_true
 from rgap.sweeps.random_chains import random_chain
 from rgap.sweeps.ranks import predicted_and_measured, rank_law_sample, rank_table
 from rgap.sweeps.real_networks import attacked_and_ranked, least_widths, missing_ranks, recovered_or_short
+from rgap.sweeps.refinement import STAGES, attack_stages, normal_weights
 from rgap.sweeps.soundness import soundness
 from rgap.sweeps.trained import trained_attacks
-from rgap.sweeps.twins import enlarged, margin_curve, true_margins, twin_census, twin_pairs
+from rgap.sweeps.twins import dlg_on_twins, enlarged, margin_curve, true_margins, twin_census, twin_pairs
 
 __all__ = [
     "COSINE",
     "METHODS",
+    "STAGES",
     "attack_batches",
     "attack_each",
+    "attack_stages",
     "attacked_and_ranked",
     "attacks_under_defence",
     "audited_and_attacked",
@@ -28,6 +31,7 @@ __all__ = [
     "compare_methods",
     "costs",
     "defended_attacks",
+    "dlg_on_twins",
     "enlarged",
     "exponents",
     "kind_table",
@@ -36,6 +40,7 @@ __all__ = [
     "margin_curve",
     "missing_ranks",
     "networks_won",
+    "normal_weights",
     "plain_attack",
     "predicted_and_measured",
     "predicted_and_true",
