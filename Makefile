@@ -70,8 +70,9 @@ build/custom/.images: FORCE
 	@mkdir -p $(@D)
 	@printf '%s\n' "$$COLOR" "$$GRAY" | cmp -s - $@ || printf '%s\n' "$$COLOR" "$$GRAY" > $@
 
+# Tests run side by side, a process a core; more threads in each would only get in each other's way.
 test: $(ENV) ## unit tests with coverage, then the committed notebooks against what they print
-	$(PYTHON) -m pytest --cov
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --cov -n auto
 	@mkdir -p build/nbval
 	$(call run,default,build/nbval) -m pytest --nbval-lax --nbval-current-env notebooks
 

@@ -15,6 +15,7 @@ from rgap.attack import reconstruct
 from rgap.chain import Chain, Layer, prepare
 from rgap.client import client_gradients
 from rgap.rank import rank_analysis
+from rgap.rank_batch import LargestBatch, largest_batch
 from rgap.results import (
     Candidate,
     GradientMismatchError,
@@ -29,6 +30,7 @@ __all__ = [
     "Candidate",
     "Chain",
     "GradientMismatchError",
+    "LargestBatch",
     "Layer",
     "LayerRank",
     "LayerReport",
@@ -41,6 +43,7 @@ __all__ = [
     "client",
     "client_gradients",
     "data",
+    "largest_batch",
     "metrics",
     "models",
     "prepare",

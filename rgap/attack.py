@@ -10,8 +10,9 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
+from rgap.batch_descent import recover_through_convolutions
 from rgap.batch_recovery import recover_batch
-from rgap.batch_size import find_batch_size
+from rgap.batch_size import find_batch_size, first_dense
 from rgap.chain import Chain
 from rgap.door import check_arguments, checked_chain, checked_labels
 from rgap.evidence import Evidence, weigh
@@ -51,8 +52,8 @@ def reconstruct(
         gradients: One tensor for each parameter, in the order of `model.parameters()`, or a mapping from name.
         image_shape: (C, H, W) of one image; may be left out with a `Chain`.
         loss: A name in `rgap.client.LOSSES`.
-        batch_size: Images in the batch, or None to find it from the gradient's rank. More than one need a fully
-            connected network; the result then has `per_image`.
+        batch_size: Images in the batch, or None to find it from the gradient's rank. More than one need two or more
+            fully connected layers at the network's end; the result then has `per_image`.
         labels: Labels if they are known, (B,), of a batch in any order: other hypotheses are then not considered.
         virtual_constraints: Whether the layer before may close the deficit of a rank-deficient layer.
         pixel_range: Smallest and largest value of a pixel; chooses between twins, where it can.
@@ -80,6 +81,9 @@ def reconstruct(
         size = find_batch_size(chain, evidence, batch_size)
         if size.size != 1:
             options = {"labels": labels, "pixel_range": pixel_range, "seed": seed, "device": device}
+            if first_dense(chain):
+                options["virtual_constraints"] = virtual_constraints
+                return recover_through_convolutions(chain, evidence, size, loss, **options)
             return recover_batch(chain, evidence, size, loss, **options)
         known, found_size = checked_labels(labels, loss, head.output_shape[0]), size.notes
     reading = read_head(loss, head, evidence, known)

@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rgap.batch_found import SPARE
 from rgap.batch_heads import output_gradients, scale_hypotheses, share_residual
-from rgap.batch_search import SPARE
 from rgap.batch_separate import Separation, separate
 from rgap.batch_size import BatchSize
-from rgap.chain import Chain
+from rgap.chain import Chain, Layer
 from rgap.client import gradients_of
 from rgap.evidence import Evidence
 from rgap.results import VERDICTS, Candidate, GradientMismatchError, LayerReport, Reconstruction, UnsupportedLayerError
@@ -53,15 +53,15 @@ def recover_batch(
         UnsupportedLayerError: If the network is not one that can be separated.
         GradientMismatchError: If the labels contradict what was found.
     """
-    _check_layers(chain, loss)
-    known = _checked_labels(labels, size.size)
+    check_separable(chain.layers, loss)
+    known = checked_batch_labels(labels, size.size)
     begin = time.perf_counter()
     apart = separate(*chain.layers[:2], evidence.gradients, precision=evidence.precision, seed=seed, span=size.span)
     seconds = time.perf_counter() - begin
     complete = len(apart.inputs) == apart.first.rank
     c, f = output_gradients(chain.layers, evidence.gradients, apart.inputs, apart.dz, complete=complete)
-    notes = [*size.notes, *_what_was_found(chain, apart, size.size)]
-    reports, images = _reports(chain, apart, size.size, seconds), []
+    notes = [*size.notes, *what_was_found(chain.layers, apart, size.size)]
+    reports, images = head_reports(chain.layers, apart, size.size, seconds), []
     for x, f_b, c_b in zip(apart.inputs, f, size.size * c, strict=True):
         found, said = scale_hypotheses(loss, f_b, c_b, chain.layers[0].bias is not None)
         notes += [note for note in said if note not in notes]
@@ -74,26 +74,31 @@ def recover_batch(
     return _judge(chain, evidence, loss, size.size, apart, images, reports, notes, known, device)
 
 
-def _check_layers(chain: Chain, loss: str) -> None:
+def check_separable(layers: Sequence[Layer], loss: str) -> None:
+    """Refuses fully connected layers that cannot be separated, by name.
+
+    Raises:
+        UnsupportedLayerError: With the layer and the reason.
+    """
     if loss == "mse":
         raise UnsupportedLayerError("a batch under the mse loss is not taken apart; logistic and cross_entropy are")
-    for layer in chain.layers:
+    for layer in layers:
         if layer.is_fixed or layer.shift is not None or layer.output_scale is not None:
             raise UnsupportedLayerError(
                 f"layer {layer.name!r} has a normalisation around it: batches are taken apart through fully connected "
                 "layers and their activations only"
             )
-    if len(chain.layers) < 2:
+    if len(layers) < 2:
         raise UnsupportedLayerError(
             "a batch through a single layer is one sum that many batches have; two layers or more"
         )
-    biased = [layer.bias is not None for layer in chain.layers]
+    biased = [layer.bias is not None for layer in layers]
     if any(biased) and not biased[0]:
         raise UnsupportedLayerError(
-            f"layer {chain.layers[0].name!r} has no bias, and {chain.layers[biased.index(True)].name!r} has one: for a "
+            f"layer {layers[0].name!r} has no bias, and {layers[biased.index(True)].name!r} has one: for a "
             "batch the first layer must have a bias, or none may"
         )
-    for layer in chain.layers[:-1]:
+    for layer in layers[:-1]:
         if not layer.activation.homogeneous:
             raise UnsupportedLayerError(
                 f"layer {layer.name!r}: a batch is taken apart through LeakyReLU, PReLU or ReLU, "
@@ -101,7 +106,12 @@ def _check_layers(chain: Chain, loss: str) -> None:
             )
 
 
-def _checked_labels(labels: Tensor | Sequence[int] | None, size: int) -> list[int] | None:
+def checked_batch_labels(labels: Tensor | Sequence[int] | None, size: int) -> list[int] | None:
+    """Labels that are given for a batch, sorted, for their order says nothing.
+
+    Raises:
+        ValueError: If they are not as many integers as the batch has images.
+    """
     if labels is None:
         return None
     values = torch.as_tensor(labels)
@@ -112,24 +122,24 @@ def _checked_labels(labels: Tensor | Sequence[int] | None, size: int) -> list[in
     return sorted(values.tolist())
 
 
-def _what_was_found(chain: Chain, apart: Separation, size: int) -> list[str]:
+def what_was_found(layers: Sequence[Layer], apart: Separation, size: int) -> list[str]:
+    """Notes on how many images the separation has found, and what stood in its way."""
     count, rank = len(apart.inputs), apart.first.rank
     notes = [f"{count} of {size} images found, in {apart.starts} random starts and {apart.steps} steps"]
     if apart.second.rank < rank:
-        width = chain.layers[1].output_shape[0]
+        width = layers[1].output_shape[0]
         why = (
             f"it has only {width} rows"
             if apart.second.rank == width
             else "images that switch the same units of the layer after it share a row, or it drowns in rounding"
         )
         notes.append(
-            f"the gradient of {chain.layers[1].name!r} has rank {apart.second.rank}, below {rank} of the layer before: "
-            f"{why}"
+            f"the gradient of {layers[1].name!r} has rank {apart.second.rank}, below {rank} of the layer before: {why}"
         )
-    units = chain.layers[0].output_shape[0]
+    units = layers[0].output_shape[0]
     if rank + apart.second.rank + SPARE > units:
         notes.append(
-            f"layer {chain.layers[0].name!r} has {units} units, too few for a batch of this size: "
+            f"layer {layers[0].name!r} has {units} units, too few for a batch of this size: "
             f"the ranks {rank} and {apart.second.rank} need {rank + apart.second.rank + SPARE}"
         )
     if count < rank:
@@ -137,10 +147,11 @@ def _what_was_found(chain: Chain, apart: Separation, size: int) -> list[str]:
     return notes
 
 
-def _reports(chain: Chain, apart: Separation, size: int, seconds: float) -> tuple[LayerReport, ...]:
+def head_reports(layers: Sequence[Layer], apart: Separation, size: int, seconds: float) -> tuple[LayerReport, ...]:
+    """Reports of the two layers that were separated, the later one first."""
     worst = apart.residuals.amax(0) if len(apart.residuals) else apart.residuals.new_ones(2)
     rows = []
-    for layer, span, miss in zip(chain.layers[:2], (apart.first, apart.second), (worst[1], worst[0]), strict=True):
+    for layer, span, miss in zip(layers[:2], (apart.first, apart.second), (worst[1], worst[0]), strict=True):
         rows.append(
             LayerReport(
                 layer.name,
@@ -176,7 +187,7 @@ def _candidate(
     return Candidate(image, torch.tensor([label]), residual, inside, chain.layer_inputs(image), reports)
 
 
-def _residual(chain: Chain, evidence: Evidence, joint: Tensor, labels: Tensor, loss: str, size: int) -> float:
+def joint_residual(chain: Chain, evidence: Evidence, joint: Tensor, labels: Tensor, loss: str, size: int) -> float:
     """Largest over the tensors of ‖g′ − g‖ / ‖g‖; images that were not found give nothing to g′."""
     mine = gradients_of(chain.model, chain.parameters, joint, labels, loss)
     if not len(joint):
@@ -196,11 +207,11 @@ def _judge(chain, evidence, loss, size, apart, images, reports, notes, known, de
     labels = torch.cat([torch.zeros(0, dtype=torch.int64), *(one[0].labels for one in images)])
     if known is not None and len(images) == size and known != sorted(labels.tolist()):
         raise GradientMismatchError(f"labels {known} were given; the gradient is that of {sorted(labels.tolist())}")
-    residual = _residual(chain, evidence, joint, labels, loss, size)
+    residual = joint_residual(chain, evidence, joint, labels, loss, size)
     # Without a bias a single output fixes a scale by the batch size alone, which the rank then does not confirm.
     unconfirmed = apart.first.rank < size and chain.homogeneous and chain.layers[-1].output_shape[0] == 1
     verdicts = ["rank-deficient" if unconfirmed else _verdict(each, evidence.tolerance) for each in images]
-    notes = [*notes, *_what_was_chosen(images, verdicts)]
+    notes = [*notes, *what_was_chosen(images, verdicts)]
     if apart.first.rank < size or (len(images) < size and apart.second.rank < size):
         top = "rank-deficient"
     elif len(images) < size or residual > evidence.tolerance:
@@ -211,13 +222,14 @@ def _judge(chain, evidence, loss, size, apart, images, reports, notes, known, de
     inputs = chain.layer_inputs(joint)
     whole = Candidate(joint, labels, residual, all(one[0].in_pixel_range for one in images), inputs, reports)
     if device is not None:
-        whole = _to(whole, device)
-        images = [[_to(one, device) for one in each] for each in images]
+        whole = on_device(whole, device)
+        images = [[on_device(one, device) for one in each] for each in images]
     per_image = tuple((verdict, tuple(each)) for verdict, each in zip(verdicts, images, strict=True))
     return Reconstruction(whole.images, whole.labels, top, (whole,), reports, tuple(notes), per_image)
 
 
-def _what_was_chosen(images: list[list[Candidate]], verdicts: list[str]) -> list[str]:
+def what_was_chosen(images: list[list[Candidate]], verdicts: list[str]) -> list[str]:
+    """Notes on scales that the pixel range chose, or did not."""
     notes = []
     if chosen := sum(len(each) > 1 and sum(one.in_pixel_range for one in each) == 1 for each in images):
         notes.append(f"the pixel range chose between two scales for {chosen} of {len(images)} images")
@@ -238,5 +250,6 @@ def _verdict(candidates: list[Candidate], tolerance: float) -> str:
     return "ambiguous" if inside > 1 or (len(candidates) > 1 and not inside) else "exact"
 
 
-def _to(candidate: Candidate, device) -> Candidate:
+def on_device(candidate: Candidate, device) -> Candidate:
+    """The candidate with its images and labels there."""
     return replace(candidate, images=candidate.images.to(device), labels=candidate.labels.to(device))

@@ -2,103 +2,36 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from rgap.batch_spans import Span, meet, null_of_rows
-from rgap.chain import Layer
-from rgap.results import UnsupportedLayerError
+from rgap.batch_found import DISTINCT, SPARE, Found
+from rgap.batch_shares import extended, fit_share, inputs_of_shares, share_outside
+from rgap.batch_spans import meet, null_of_rows
 
 STEPS = 40
 """Steps of one fixed point; it takes about ten."""
 
-DISTINCT = 1e-3
-"""Sine of the angle, in units of the next one, up to which a direction is accepted: about its error. Where two images
-switch the same units every mixture of them fits, and the next angle is as small."""
 
-DOUBTFUL = 8
-"""Units next to 0 that are turned, one after the other, where an input's ∂ℓ/∂z_1 does not fit."""
-
-SPARE = 4
-"""Units that the first layer must have beyond the two ranks: with none to spare every mixture passes both tests."""
-
-
-def slopes(layer: Layer) -> tuple[Tensor, Tensor]:
-    """Slopes (h,) of the layer's activation for positive and for negative z.
-
-    Raises:
-        UnsupportedLayerError: If it is no pair of half-lines through 0, or a single line.
-    """
-    if not layer.activation.homogeneous:
-        raise UnsupportedLayerError(
-            f"layer {layer.name!r}: inputs of a batch are separated through LeakyReLU, PReLU or ReLU, "
-            f"and its activation is {layer.activation.name}"
-        )
-    one = torch.ones(layer.output_shape, dtype=torch.float64)
-    up, down = layer.activation.forward(one).flatten(), -layer.activation.forward(-one).flatten()
-    if torch.equal(up, down):
-        raise UnsupportedLayerError(
-            f"layer {layer.name!r} has no activation that bends: any mixture of the batch has the same gradient"
-        )
-    return up, down
-
-
-class Search:
-    """The fixed point, with what has been found so far in coordinates of the row and column spaces."""
-
-    def __init__(self, first: Layer, second: Layer, spans: tuple[Span, Span], precision: float):
-        """Takes the spaces of both layers' gradients; see `separate` for the arguments."""
-        self.up, self.down = slopes(first)
-        self.tolerance = min(max(1e-8, 1e4 * precision), 1e-2)
-        self.has_constant = first.bias is not None
-        self.first, self.second = spans
-        W, W_next = first.weight.flatten(1), second.weight.flatten(1)
-        self.W, self.inputs = W, W.new_zeros(0, W.shape[1])
-        Z = W @ self.first.V[: W.shape[1]]
-        H = self.second.V[: len(W)]
-        if self.has_constant:
-            Z = Z + first.bias[:, None] * self.first.V[-1]
-            if second.bias is not None:  # the constant of the next layer is one more unit, always on
-                Z, H = torch.cat([Z, self.first.V[-1:]]), self.second.V
-                one = self.up.new_ones(1)
-                self.up, self.down = torch.cat([self.up, one]), torch.cat([self.down, one])
-        elif second.bias is not None:
-            H = torch.linalg.qr(H)[0]
-        self.Z, self.H = Z, H
-        self.E = W_next.T @ self.second.U
-        rank, rank_next = self.first.rank, self.second.rank
-        self.q, self.dual = Z.new_zeros(0, rank), Z.new_zeros(0, rank)
-        self.dual_next = Z.new_zeros(0, rank_next)
-        self.dz, self.residuals = Z.new_zeros(0, len(W)), Z.new_zeros(0, 2)
-        self.steps = 0
-
-    @property
-    def found(self) -> int:
-        """Inputs found so far."""
-        return len(self.q)
-
-    @property
-    def missing(self) -> int:
-        """Inputs that the first gradient holds and that are not found yet."""
-        return self.first.rank - self.found
-
-    @property
-    def has_tests(self) -> bool:
-        """Whether the first layer has units enough for the two tests to mean anything."""
-        return self.first.rank + self.second.rank + SPARE <= len(self.E)
+class Search(Found):
+    """The fixed point, and what becomes of the signs that it finds."""
 
     def look(self, count: int, generator: torch.Generator, *, whole: bool) -> None:
         """One round of starts, among the inputs that are left, or among all of them (`whole`)."""
-        rest = torch.eye(self.first.rank, dtype=self.Z.dtype) if whole else null_of_rows(self.dual)
-        rest_next = torch.eye(self.second.rank, dtype=self.Z.dtype)
+        rest = (
+            torch.eye(self.first.rank, dtype=self.Z.dtype)
+            if whole
+            else null_of_rows(torch.cat([self.dual, self.shares_of_halves()]))
+        )
+        rest_next = torch.eye(self.H.shape[1], dtype=self.Z.dtype)
         if not whole and self.second.rank == self.first.rank:
             rest_next = null_of_rows(self.dual_next)
         Z = torch.linalg.qr(self.Z @ rest)[0]
         start = torch.randn(count, Z.shape[1], generator=generator, dtype=Z.dtype)
         signs = self.iterate(Z, self.H @ rest_next, start @ Z.T > 0)
-        if not whole and self.found:  # deflation carries the errors of what was found; the whole spaces do not
+        if (
+            not whole and self.found and not self.lacking
+        ):  # deflation carries the errors of what was found; the whole spaces do not
             signs = self.iterate(torch.linalg.qr(self.Z)[0], self.H, signs)
         for s in signs:
             self.accept(s)
@@ -127,56 +60,74 @@ class Search:
         return signs
 
     def accept(self, signs: Tensor) -> None:
-        """Adds the input with these signs if it passes both tests and is new."""
-        q, miss, following = meet(torch.where(signs, self.up, self.down)[:, None] * self.Z, self.H)
-        share = (self.dual @ q).abs() * self.q.norm(dim=1)  # ‖q‖ for an input that is there, 0 for every other one
-        if not self.passes(miss, following) or (share > 0.5 * q.norm()).any():
+        """Adds the input with these signs if it passes both tests and is new; keeps ∂ℓ/∂z_1 if it passes the second."""
+        if self.is_known(self.forward(signs)[0]):
             return
-        z = self.Z @ q
-        if ((z > 0) == signs).sum() * 2 < len(signs):
-            q, z = -q, -z
-        q, z = (t / (self.first.V[-1] @ q if self.has_constant else q.norm()) for t in (q, z))
-        signs, dz, b, miss_back = self.backward(z, signs)
+        signs, b, miss_back = self.backward(signs)
         if b is None:
             return
-        dual = (self.first.U.T @ dz) / self.first.S
-        size = dual @ q
-        self.inputs = torch.cat([self.inputs, self.across(q, z, signs)[None]])
-        self.q = torch.cat([self.q, q[None]])
-        self.dual = torch.cat([self.dual, dual[None] / size])
-        self.dual_next = torch.cat([self.dual_next, b[None] / self.second.S])
-        self.dz = torch.cat([self.dz, dz[None] / size])
-        self.residuals = torch.cat([self.residuals, q.new_tensor([[miss, miss_back]])])
+        dz = torch.where(signs, self.up, self.down)[: len(self.E)] * (self.E @ b)
+        q, miss, following = self.forward(signs)
+        unsure = self.unsure(dz)
+        if unsure.any() and (oriented := self.turned(q, signs, unsure)) is not None:
+            signs = torch.where(unsure, self.Z @ oriented > 0, signs)
+            q, miss, following = self.forward(signs)
+        if self.is_known(q):
+            return
+        q = self.turned(q, signs, unsure)
+        if self.passes(miss, following) and q is not None:
+            self.dual_next = torch.cat([self.dual_next, b[None] / self.second.S])
+            self.add(q, signs, dz, (miss, miss_back))
+        elif self.second.rank < self.first.rank:
+            self.keep_half(signs, dz, miss_back)
 
-    def passes(self, sine: float, following: float) -> bool:
-        """Whether an angle is 0 up to the gradient's precision, and the only such one."""
-        return sine <= self.tolerance and sine <= DISTINCT * following
+    def forward(self, signs: Tensor) -> tuple[Tensor, float, float]:
+        """The coordinates q whose D_s Z q is nearest to the row space of G_2, the sine of the angle, and the next."""
+        return meet(torch.where(signs, self.up, self.down)[:, None] * self.Z, self.H)
 
-    def backward(self, z: Tensor, signs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
-        """∂ℓ/∂z_1 for these signs, or None where it is not in the column space of G_1.
+    def keep_half(self, signs: Tensor, dz: Tensor, miss: float) -> None:
+        """Keeps an input's share that passes its test, for G_2 may not hold its hidden vector, unless it is known."""
+        known = torch.cat([self.dz, *(half[1][None] for half in self.halves)])
+        if (known @ dz > (1 - 1e-6) * known.norm(dim=1) * dz.norm()).any():
+            return
+        self.halves.append((signs, dz / dz.norm(), miss))
 
-        A unit that is almost 0 may have had the other sign on the client's machine; hidden vectors do not show it, but
-        ∂ℓ/∂z_1 does: such units are turned where that makes it fit.
-        """
-        doubtful = iter(z[: len(self.E)].abs().argsort()[:DOUBTFUL].tolist())
-        best, tried = (math.inf, None, None), signs
-        while True:
-            D = torch.where(tried, self.up, self.down)[: len(self.E), None]
-            b, miss, following = meet(D * self.E, self.first.U)
-            if miss < best[0]:
-                best, signs = (miss, (D * self.E) @ b, b), tried
-            if self.passes(miss, following):
-                return signs, best[1], best[2], miss
-            if (unit := next(doubtful, None)) is None:
-                return signs, None, None, miss
-            tried = signs.clone()
-            tried[unit] = ~tried[unit]
+    def settle(self) -> None:
+        """Finds the inputs that belong to the shares kept, where these are enough; see `inputs_of_shares`."""
+        halves, known = self.halves, self.found + len(self.halves)
+        count = len(halves) if known == self.first.rank else self.lacking + 1  # more would be less independent
+        columns = count * (self.first.rank - known + 1)
+        if len(halves) < count or self.H.shape[1] + columns + SPARE > len(self.E):
+            return
+        duals = torch.cat([self.shares_of_halves().roll(count, 0), self.dual])
+        taken = halves[-count:]
+        slopes = torch.stack([torch.where(signs, self.up, self.down) for signs, *_ in taken])
+        sure = ~torch.stack([self.unsure(dz) for _, dz, _ in taken]).any(0)
+        H = torch.linalg.qr(self.H[sure])[0]
+        q, which, miss = inputs_of_shares(self.Z[sure], H, slopes[:, sure], duals, self.tolerance, DISTINCT)
+        right = {j: self.turned(q_j, taken[j][0], self.unsure(taken[j][1])) for q_j, j in zip(q, which, strict=True)}
+        right = {j: q_j for j, q_j in right.items() if q_j is not None}
+        if known == self.first.rank:
+            miss = self.misses_rows(torch.stack(list(right.values()))) if len(right) == len(halves) else 1.0
+        if not right or miss > self.tolerance:
+            return
+        self.halves = []
+        for j, q_j in right.items():
+            signs, dz, miss_back = taken[j]
+            signs = torch.where(self.unsure(dz), self.Z @ q_j > 0, signs)
+            self.add(q_j, signs, dz, (miss, miss_back))
+        self.H = extended(self.H, self.hidden(torch.stack(list(right.values()))), self.lacking)
+        for j, (signs, *_) in enumerate(taken + halves[:-count]):
+            if j not in right:
+                self.accept(signs)
 
-    def across(self, q: Tensor, z: Tensor, signs: Tensor) -> Tensor:
-        """The input V q, moved by less than its error to the side of 0 that was found for each unit."""
-        x = self.first.V @ q
-        x = x[:-1] if self.has_constant else x
-        for unit in torch.nonzero((z > 0) != signs).flatten().tolist():
-            w = self.W[unit]
-            x = x - (1 + 1e-6) * z[unit] / w.square().sum() * w
-        return x
+    def misses_rows(self, q: Tensor) -> float:
+        """How much of G_2 is outside the span of the hidden vectors of these inputs and of those found."""
+        return share_outside(self.second.V[: len(self.Z)] * self.second.S, self.hidden(torch.cat([q, self.q])))
+
+    def backward(self, signs: Tensor) -> tuple[Tensor, Tensor | None, float]:
+        """∂ℓ/∂z_1 = D_s E b for these signs or some near them; b is None where it is not in the column space of G_1."""
+        count = len(self.E)
+        bend = self.up[:count], self.down[:count]
+        mine, b, miss, following = fit_share(signs[:count], self.E, self.first.U, bend, self.tolerance)
+        return torch.cat([mine, signs[count:]]), b if self.passes(miss, following) else None, miss

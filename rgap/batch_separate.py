@@ -17,7 +17,7 @@ from rgap.batch_spans import Span, row_span
 from rgap.chain import Layer
 
 PATIENCE = 60
-"""Starts in a row without a new input that end the search; a third of them where the second gradient lacks rank."""
+"""Starts in a row without a new input, or a new share of one, that end the search."""
 
 AT_ONCE = 6
 """Starts that are iterated together."""
@@ -30,7 +30,8 @@ class Separation:
     Attributes:
         inputs: (F, n), float64: of unit length without bias, else with their true length.
         dz: ∂ℓ/∂z_1 that belongs to these inputs, (F, h): Σ dz_bᵀ x_b is the found inputs' share of G_1.
-        residuals: Sines of the angles by which (hidden vector, dz) miss the spaces that they must lie in, (F, 2).
+        residuals: Sines of the angles by which (hidden vector, dz) miss the spaces that they must lie in, (F, 2); for
+            an input that follows from shares, the first is that of all such inputs together.
         first, second: Row and column spaces of the two gradients, with their ranks.
         starts: Random starts that were used.
         steps: Steps of the fixed point over all starts.
@@ -63,8 +64,12 @@ def separate(
     input, all others fulfil uᵀ G_1⁺ x = 0 (Wedderburn's rank reduction), so that the next start looks among the others
     only, and little more than B starts do.
 
-    The second layer must have as many outputs as the batch has inputs, the first `batch_search.SPARE` more than twice
-    as many. What is not found is missing from the result; an input that is in it has passed both tests.
+    Where the second gradient has a lower rank than the first, single hidden vectors are not in its row space, and the
+    second test leads: shares ∂ℓ/∂z_1 are collected, and the inputs follow from them (`batch_shares`).
+
+    The first layer must have `batch_found.SPARE` more outputs than the ranks of both gradients together. What is
+    not found is missing from the result; an input that is in it has passed both tests, or, by its share, the second one
+    and that of the signs of all its units.
 
     Args:
         first: A fully connected layer with a positively homogeneous activation that is not linear (LeakyReLU, PReLU,
@@ -85,12 +90,14 @@ def separate(
     search = Search(first, second, spans, precision)
     generator = torch.Generator().manual_seed(seed)
     starts, failed, whole = 0, 0, False
-    patience = PATIENCE if search.second.rank >= search.first.rank else PATIENCE // 3
-    while search.missing and failed < patience and search.has_tests:
-        count = min(AT_ONCE, search.missing, patience - failed)
-        known = search.found
+    while search.missing > search.half_found and failed < PATIENCE and search.has_tests:
+        count = min(AT_ONCE, search.missing - search.half_found, PATIENCE - failed)
+        known = search.found + search.half_found
         search.look(count, generator, whole=whole)
         starts += count
-        failed = 0 if search.found > known else failed + count
+        progress = search.found + search.half_found > known
+        if progress and search.half_found:
+            search.settle()
+        failed = 0 if progress else failed + count
         whole = failed > 0 and not whole  # where the rest gives nothing, look among all, and take turns
     return Separation(search.inputs, search.dz, search.residuals, search.first, search.second, starts, search.steps)

@@ -38,14 +38,14 @@ def find_batch_size(chain: Chain, evidence: Evidence, given: int | None) -> Batc
         given: The batch size if it is known.
 
     Raises:
-        UnsupportedLayerError: If a convolution stands before the first fully connected layer and the batch has more
+        UnsupportedLayerError: If convolutions are followed by a single fully connected layer and the batch has more
             than one image.
         ValueError: If it is not known and no gradient can tell it.
     """
-    dense = [layer for layer in chain.layers if layer.is_dense]
-    first, convolutions = dense[0], [layer.name for layer in chain.layers if not layer.is_dense]
-    if given is not None and convolutions:
-        raise UnsupportedLayerError(_through_convolutions(given, convolutions[0]))
+    below = first_dense(chain)
+    first, lone = chain.layers[below], below == len(chain.layers) - 1 > 0
+    if given is not None and lone:
+        raise UnsupportedLayerError(_behind_convolutions(given, first.name))
     span = row_span(first, evidence.gradients, evidence.precision)
     gap = math.inf if span.below_cut == 0 else span.above_cut / span.below_cut
     found = f"the gradient of {first.name!r} has {span.rank} singular values above rounding, {gap:.1g} times the next"
@@ -54,15 +54,13 @@ def find_batch_size(chain: Chain, evidence: Evidence, given: int | None) -> Batc
             raise ValueError(
                 f"batch_size is None, and the gradient of {first.name!r}, a single row, cannot tell it; give a number"
             )
-        if convolutions and span.rank > 1:
-            raise UnsupportedLayerError(_through_convolutions(span.rank, convolutions[0]))
-        return BatchSize(span.rank, (f"{found}: a batch of {span.rank}, if its images differ",), span)
+        if lone and span.rank > 1:
+            raise UnsupportedLayerError(_behind_convolutions(span.rank, first.name))
+        said = (f"{found}: a batch of {span.rank}, if its images differ", *_only_by_rank(chain))
+        return BatchSize(span.rank, said, span)
     if span.rank > given:
-        return BatchSize(
-            span.rank,
-            (f"{found}: batch_size={given} is too small, at least {span.rank} images have this gradient; taken as so",),
-            span,
-        )
+        small = f"batch_size={given} is too small, at least {span.rank} images have this gradient; taken as so"
+        return BatchSize(span.rank, (f"{found}: {small}", *_only_by_rank(chain)), span)
     if span.rank == given:
         return BatchSize(given, (f"{found}, as a batch of {given} has",), span)
     why = "equal images, an image of zeros, or a batch_size that is too large"
@@ -71,8 +69,25 @@ def find_batch_size(chain: Chain, evidence: Evidence, given: int | None) -> Batc
     return BatchSize(given, (f"{found}, {given - span.rank} fewer than the batch has images: {why}",), span)
 
 
-def _through_convolutions(size: int, name: str) -> str:
+def _only_by_rank(chain: Chain) -> tuple[str, ...]:
+    """Without bias and with one output nothing but the rank tells the batch size, by which every scale goes."""
+    if not chain.homogeneous or chain.layers[-1].output_shape[0] > 1:
+        return ()
     return (
-        f"a batch of {size} images through the convolution {name!r} is not taken apart yet: its gradient is one sum "
-        "over images and places; batches of fully connected networks are, and single images here (batch_size=1)"
+        "the images' scales go by this batch size; without bias and with one output, equal images or an image of zeros "
+        "make a batch look smaller than it is, and nothing else shows it",
+    )
+
+
+def first_dense(chain: Chain) -> int:
+    """Index of the layer from which on all are fully connected."""
+    after = [i + 1 for i, layer in enumerate(chain.layers) if not layer.is_dense]
+    return after[-1] if after else 0
+
+
+def _behind_convolutions(size: int, name: str) -> str:
+    return (
+        f"a batch of {size} images cannot be taken apart: {name!r} is the only fully connected layer, and its gradient "
+        "is one sum that many batches have; two or more fully connected layers tell images apart, and a single image "
+        "needs one only (batch_size=1)"
     )

@@ -12,10 +12,17 @@ from rgap.constraints import identity_residual, split_groups
 from rgap.evidence import Evidence
 from rgap.joint import JointSolution, solve_joint
 from rgap.joint_range import SURPLUS, RangeSolution, close_by_range, range_factor
+from rgap.joint_signs import settle_signs
 from rgap.recursion import Descent
 
 BLURRED = 1e-5
 """Precision times condition of a layer's system from which the layer before is asked for its range constraints."""
+
+DOUBT = 1e4
+"""Share of their root-mean-square, in units of the precision, below which outputs may have the wrong sign."""
+
+LEAST = 1e-8
+"""Least such share."""
 
 
 def descend_jointly(
@@ -39,9 +46,12 @@ def descend_jointly(
     reports, left_open, mismatch = [], [], 0.0
     for i in reversed(range(below)):
         layer, begin = chain.layers[i], time.perf_counter()
-        G = evidence.gradients[layer.weight_name].reshape(layer.weight.shape)
-        z = layer.activation.inverse(x.reshape(len(x), *layer.output_shape))
-        dz = layer.activation.derivative(z) * dx.reshape(z.shape)
+        G = layer.gradient(evidence.gradients)
+        x, dx = (t.reshape(len(x), *layer.output_shape) for t in (x, dx))
+        x = settle_signs(layer, G, x, dx, doubt=max(DOUBT * evidence.precision, LEAST))
+        inputs[chain.layers[i + 1].name] = x.reshape(len(x), *chain.layers[i + 1].feature_shape)
+        z = layer.activation.inverse(x)
+        dz = layer.activation.derivative(z) * dx
         mismatch = max(mismatch, joint_identities(layer, G, dz, z))
         solution = solve_joint(layer, G, dz, z, rcond=evidence.rcond)
         x, dx, report = solution.x, layer.adjoint(dz), solution.report
@@ -69,8 +79,8 @@ def joint_identities(layer: Layer, G: Tensor, dz: Tensor, z: Tensor) -> float:
     Returns:
         The largest relative residual of the layer's groups.
     """
-    parts = split_groups(layer)
-    stacked = (t.transpose(0, 1).flatten(2) for t in (dz, z))
+    parts = [replace(part, bias=None, shift=None) for part in split_groups(layer)]
+    stacked = (t.transpose(0, 1).flatten(2) for t in (dz, z - layer.pre_bias()))
     chunks = zip(parts, *(t.chunk(len(parts)) for t in (G, *stacked)), strict=True)
     return max(identity_residual(*chunk) for chunk in chunks)
 

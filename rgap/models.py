@@ -22,7 +22,7 @@ RESNET18_BLOCKS = tuple(f"layer{stage}.{block}" for stage in range(1, 5) for blo
 """The residual blocks of `resnet18`, from the image on."""
 
 
-def cnn6(seed: int = 0, width: int = 36) -> nn.Sequential:
+def cnn6(seed: int = 0, width: int = 36, classes: int = 1, head_bias: bool = False) -> nn.Sequential:
     """CNN6: six convolutions and a linear layer to one logit, for images of shape (3, 32, 32).
 
     conv 3→12 4×4/2 pad 2, 12→`width` 3×3/2, then 3×3 to 36, 36, 64 (stride 2) and 128, all pad 1; 3200→1.
@@ -31,13 +31,38 @@ def cnn6(seed: int = 0, width: int = 36) -> nn.Sequential:
     Args:
         seed: Seed of the weights; the global generator is left as it was.
         width: Channels of the second convolution. 36 is the paper's CNN6, 20 its rank-deficient CNN6-d.
+        classes: Outputs; 1 is one logit, as in the paper.
+        head_bias: Whether the last layer has a bias.
     """
-    return _seeded(lambda: nn.Sequential(*_cnn6_layers(width)), seed)
+    return _seeded(lambda: nn.Sequential(*_cnn6_layers(width), nn.Linear(3200, classes, bias=head_bias)), seed)
 
 
 def cnn6_d(seed: int = 0) -> nn.Sequential:
     """CNN6-d: CNN6 with 20 channels in the second convolution, which leaves it 280 short of full rank."""
     return cnn6(seed, width=20)
+
+
+def cnn6_batch(
+    seed: int = 0, hidden: Sequence[int] = (64,), classes: int = 10, bias: bool = False, width: int = 36
+) -> nn.Sequential:
+    """CNN6's convolutions with two or more fully connected layers behind them, which tell the images of a batch apart.
+
+    Args:
+        seed: Seed of the weights; the global generator is left as it was.
+        hidden: Units of the fully connected layers before the last, each with LeakyReLU(0.2).
+        classes: Outputs; 1 is one logit.
+        bias: Whether all layers have biases.
+        width: Channels of the second convolution, as in `cnn6`.
+    """
+
+    def layers():
+        modules = _cnn6_layers(width, bias)
+        sizes = (3200, *hidden, classes)
+        for inputs, outputs in itertools.pairwise(sizes):
+            modules += [nn.Linear(inputs, outputs, bias=bias), nn.LeakyReLU(SLOPE)]
+        return nn.Sequential(*modules[:-1])
+
+    return _seeded(layers, seed)
 
 
 def fcn3(seed: int = 0, widths: tuple[int, ...] = (1000, 100)) -> nn.Sequential:
@@ -142,13 +167,13 @@ def _without_skip(block: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict([(name, getattr(block, name)) for name in order] + [("relu2", nn.ReLU())]))
 
 
-def _cnn6_layers(width: int) -> list[nn.Module]:
+def _cnn6_layers(width: int, bias: bool = False) -> list[nn.Module]:
     shapes = [(3, 12, 4, 2, 2), (12, width, 3, 2, 1), (width, 36, 3, 1, 1)]
     shapes += [(36, 36, 3, 1, 1), (36, 64, 3, 2, 1), (64, 128, 3, 1, 1)]
     modules: list[nn.Module] = []
     for inputs, outputs, kernel, stride, padding in shapes:
-        modules += [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False), nn.LeakyReLU(SLOPE)]
-    return [*modules, nn.Flatten(), nn.Linear(3200, 1, bias=False)]
+        modules += [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=bias), nn.LeakyReLU(SLOPE)]
+    return [*modules, nn.Flatten()]
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -76,8 +76,11 @@ def _attack(options):
     artifact.write_atomically(folder / "layers.csv", lambda file: table.to_csv(file, index=False, float_format="%.6g"))
 
     print(f"verdict  {result.verdict}")
+    if len(result.images) != options.batch:
+        print(f"found    {len(result.images)} of {options.batch} images")
     print(f"labels   {result.labels.tolist()} (true: {labels[order].tolist()})")
-    print(f"PSNR     {', '.join(f'{value:.1f}' for value in quality.tolist())} dB")
+    if len(result.images):
+        print(f"PSNR     {', '.join(f'{value:.1f}' for value in quality.tolist())} dB")
     print(f"attack   {seconds:.2f} s")
     print(f"written  {folder}")
 

@@ -103,6 +103,9 @@ def test_a_wrong_batch_size_is_said(bias):
     small = rgap.reconstruct(network, shared, SHAPE, batch_size=3)
     check_exact(small, images, labels, 1e-3)
     assert "batch_size=3 is too small, at least 5 images have this gradient" in small.notes[0]
+    unknown = rgap.reconstruct(network, shared, SHAPE, batch_size=None)
+    for result in (small, unknown):
+        assert any("make a batch look smaller than it is" in note for note in result.notes) != bias
     large = rgap.reconstruct(network, shared, SHAPE, batch_size=7)
     assert large.verdict == "rank-deficient" and len(large.images) == 5
     assert "2 fewer than the batch has images" in large.notes[0]
@@ -132,8 +135,8 @@ def test_an_image_of_zeros_is_missing_without_bias_and_found_with():
 
 def test_beyond_the_limits_nothing_is_certified():
     images, labels = batch(12)
-    narrow = recovered(fcn((120, 8)), images, labels)
-    assert narrow.verdict == "rank-deficient" and any("it has only 8 rows" in note for note in narrow.notes)
+    narrow = recovered(fcn((120, 3)), images, labels)
+    assert narrow.verdict == "rank-deficient" and any("it has only 3 rows" in note for note in narrow.notes)
     none = recovered(fcn((24, 12)), images, labels)
     assert len(none.images) == 0 and none.verdict != "exact" and none.candidates[0].gradient_residual == 1
     assert any("24 units, too few for a batch of this size" in note for note in none.notes)
@@ -162,7 +165,7 @@ def test_labels_are_compared_in_any_order():
 def test_networks_that_cannot_be_taken_apart_are_refused():
     cnn = small_cnn()
     shared = rgap.client_gradients(cnn, torch.rand(2, 3, 8, 8).double(), torch.tensor([0, 1]))
-    with pytest.raises(rgap.UnsupportedLayerError, match="a batch of 2 images through the convolution '0' is not"):
+    with pytest.raises(rgap.UnsupportedLayerError, match="a batch of 2 images cannot be taken apart: '5' is the only"):
         rgap.reconstruct(cnn, shared, (3, 8, 8), batch_size=2)
     with pytest.raises(ValueError, match="batch_size is None, and the gradient of '5', a single row, cannot tell it"):
         rgap.reconstruct(cnn, shared, (3, 8, 8), batch_size=None)
@@ -176,12 +179,13 @@ def test_networks_that_cannot_be_taken_apart_are_refused():
             rgap.reconstruct(network, gradients(network, images, labels), SHAPE, batch_size=2)
 
 
-def test_a_head_after_convolutions_tells_its_batch_size():
-    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(64, 40), nn.LeakyReLU(0.2),
-                            nn.Linear(40, 1)).double()  # fmt: skip
+def test_a_single_layer_after_convolutions_tells_the_batch_size_it_cannot_take_apart():
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(64, 5)).double()
     images, labels = batch(3)
-    with pytest.raises(rgap.UnsupportedLayerError, match="a batch of 3 images through the convolution '0'"):
-        rgap.reconstruct(network, gradients(network, images, labels), SHAPE, batch_size=None)
+    with pytest.raises(rgap.UnsupportedLayerError, match="a batch of 3 images cannot be taken apart: '3' is the only"):
+        rgap.reconstruct(
+            network, gradients(network, images, labels, "cross_entropy"), SHAPE, "cross_entropy", batch_size=None
+        )
 
 
 def test_the_papers_combination_is_one_image_that_mixes_the_batch():

@@ -62,10 +62,30 @@ def test_relu_gives_every_image_too(bias):
     assert sorted(cosine.argmax(1).tolist()) == list(range(10)) and cosine.max(1).values.min() > 1 - 1e-9
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_shares_find_more_images_than_the_second_layer_has_outputs(bias):
+    images, labels = batch(12)
+    found, _ = separated(fcn((200, 10), bias=bias), images, labels)
+    assert found.first.rank == 12 and found.second.rank == 9
+    cosine = directions(found.inputs) @ directions(images).T
+    assert sorted(cosine.argmax(1).tolist()) == list(range(12)) and cosine.max(1).values.min() > 1 - 1e-6
+
+
+def test_two_images_that_switch_the_same_units_of_the_second_layer_are_both_found():
+    network, (images, labels) = fcn((200, 40)), batch(6)
+    images[1] = 0.9 * images[0] + 0.1 * images[1]
+    switched = network[:4](images) > 0
+    assert switched[0].equal(switched[1])
+    found, _ = separated(network, images, labels, torch.float64)
+    assert found.first.rank == 6 and found.second.rank == 5
+    cosine = found.inputs @ directions(images).T
+    assert sorted(cosine.argmax(1).tolist()) == list(range(6)) and cosine.max(1).values.min() > 1 - 1e-9
+
+
 def test_what_is_not_found_is_missing_and_nothing_false_is_returned():
     images, labels = batch(12)
-    found, _ = separated(fcn((120, 8)), images, labels)  # the second gradient holds 8 of 12
-    assert found.second.rank == 8 and len(found.inputs) < 12
+    found, _ = separated(fcn((120, 3)), images, labels)  # the second gradient holds 3 of 12
+    assert found.second.rank == 3 and len(found.inputs) < 12
     if len(found.inputs):
         assert (found.inputs @ directions(images).T).max(1).values.min() > 1 - 1e-6
 

@@ -1,6 +1,5 @@
 import dataclasses
 import math
-import time
 
 import pytest
 from torch import nn
@@ -45,16 +44,14 @@ def test_copas_index_weighs_by_the_distance_to_the_output():
     assert analyse("cnn6_d", limit=0).copa_index == round(-280 * 5 / 6)
 
 
-def test_check_values_of_cnn6_and_cnn6_d_by_law_and_by_number_in_ten_seconds():
+def test_check_values_of_cnn6_and_cnn6_d_by_law_and_by_number():
     expected = {
         ("cnn6", "0"): (3072, 576, 3072, 0),
         ("cnn6", "2"): (2916, 2928, 3468, 0),
         ("cnn6_d", "2"): (1620, 1968, 3188, 280),
     }
     for name in ("cnn6", "cnn6_d"):
-        start = time.process_time()
         analysis = analyse(name)
-        assert time.process_time() - start < 10
         for layer in analysis.layers:
             if layer.kind not in {"convolution", "linear"}:
                 continue

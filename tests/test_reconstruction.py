@@ -75,3 +75,15 @@ def test_bad_arguments_get_one_line_and_exit_with_two(tmp_path, capsys, argument
     assert printed.err.startswith(f"reconstruction: {message}")
     assert printed.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_images_than_the_batch_are_counted_and_what_is_there_is_written(tmp_path, capsys, monkeypatch, count):
+    images, labels = rgap.data.load_images(index=[5])
+    found = SimpleNamespace(
+        images=images[:count].double(), labels=labels[:count], verdict="rank-deficient", to_frame=pd.DataFrame
+    )
+    monkeypatch.setattr(rgap, "reconstruct", lambda *_, **__: found)
+    assert run(tmp_path, "--index", "5", "--batch", "2") == 0
+    assert f"found    {count} of 2 images" in capsys.readouterr().out
+    assert len(list((tmp_path / "cnn6_embedded_5").glob("reconstruction_?.png"))) == count

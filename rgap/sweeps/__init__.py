@@ -4,11 +4,13 @@ from rgap.sweeps.attacks import attack_each, layer_errors, wrong_signs
 from rgap.sweeps.audits import attacks_under_defence, audited_and_attacked
 from rgap.sweeps.batches import COSINE, attack_batches, batch_outcome, sample_batches, width_table
 from rgap.sweeps.chains import kind_table, sample_chains
+from rgap.sweeps.conv_batches import batch_limits, sample_conv_batches
 from rgap.sweeps.cost import costs, exponents
 from rgap.sweeps.methods import METHODS, compare_methods, networks_won, quality_table, time_ratios, time_table
 from rgap.sweeps.noise import defended_attacks, plain_attack, predicted_and_true, reference, sample_noisy_attacks
 from rgap.sweeps.random_chains import random_chain
 from rgap.sweeps.ranks import predicted_and_measured, rank_law_sample, rank_table
+from rgap.sweeps.real_networks import attacked_and_ranked, least_widths, missing_ranks, recovered_or_short
 from rgap.sweeps.refinement import STAGES, attack_stages, normal_weights
 from rgap.sweeps.soundness import soundness
 from rgap.sweeps.trained import trained_attacks
@@ -21,8 +23,10 @@ __all__ = [
     "attack_batches",
     "attack_each",
     "attack_stages",
+    "attacked_and_ranked",
     "attacks_under_defence",
     "audited_and_attacked",
+    "batch_limits",
     "batch_outcome",
     "compare_methods",
     "costs",
@@ -32,7 +36,9 @@ __all__ = [
     "exponents",
     "kind_table",
     "layer_errors",
+    "least_widths",
     "margin_curve",
+    "missing_ranks",
     "networks_won",
     "normal_weights",
     "plain_attack",
@@ -42,9 +48,11 @@ __all__ = [
     "random_chain",
     "rank_law_sample",
     "rank_table",
+    "recovered_or_short",
     "reference",
     "sample_batches",
     "sample_chains",
+    "sample_conv_batches",
     "sample_noisy_attacks",
     "soundness",
     "time_ratios",
