@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from rgap.door import check_arguments, checked_chain, checked_labels
 from rgap.evidence import Evidence, weigh
 from rgap.head import Hypothesis, read_head
 from rgap.noise import entry_noise
-from rgap.prediction import start_probe
+from rgap.prediction import draw_noise, start_probe
 from rgap.recursion import REFUTED, Descent, descend
 from rgap.results import GradientMismatchError, Reconstruction
 from rgap.verdict import judge, make_candidate
@@ -109,6 +109,11 @@ class _Attack:
     loss: str
     virtual_constraints: bool
 
+    @cached_property
+    def noise(self) -> dict[str, Tensor]:
+        """One draw of the errors, for all hypotheses."""
+        return draw_noise(self.stds)
+
     def read(self, gradients: Mapping[str, Tensor], label: int) -> Sequence[Hypothesis]:
         """The head's hypotheses for other gradients."""
         try:
@@ -120,7 +125,7 @@ class _Attack:
     def descend(self, hypothesis: Hypothesis, give_up: float) -> Descent:
         """Follows one hypothesis."""
         read = partial(self.read, label=hypothesis.label)
-        probe = start_probe(self.chain.layers[-1], self.evidence.gradients, self.stds, hypothesis, read)
+        probe = start_probe(self.chain.layers[-1], self.evidence.gradients, self.noise, hypothesis, read)
         options = {"virtual_constraints": self.virtual_constraints, "give_up": give_up}
         return descend(self.chain, self.evidence, hypothesis, probe=probe, **options)
 

@@ -175,12 +175,12 @@ def update(rows: Rows, fitted: Fit, N: NDArray, scales: NDArray) -> tuple[NDArra
     lower = linalg.cholesky(_covariance(rows, fitted), lower=True, overwrite_a=True, check_finite=False)
     whitened = linalg.solve_triangular(lower, np.column_stack([rows.A, rows.b]), lower=True, check_finite=False)
     A, b = whitened[:, :-1], whitened[:, -1]
-    information = A.T @ A
-    if not np.isfinite(information).all():
+    information, moment = A.T @ A, A.T @ b
+    if not (np.isfinite(information).all() and np.isfinite(moment).all() and scales.all()):
         raise np.linalg.LinAlgError("the equations of this belief overflow")
     information[np.diag_indices_from(information)] += scales**-2
     factor = linalg.cholesky(information, lower=True, check_finite=False)
-    theta = linalg.cho_solve((factor, True), A.T @ b)
+    theta = linalg.cho_solve((factor, True), moment)
     rest = b - A @ theta
     chi2 = float(rest @ rest) / max(len(b) - len(theta), 1)
     root = linalg.solve_triangular(factor, np.eye(len(theta), N.shape[1]), lower=True, check_finite=False)

@@ -53,6 +53,14 @@ def svd(A: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]
         return tuple(torch.from_numpy(f) for f in factors)
 
 
+def gram_matrix(A: Tensor) -> Tensor:
+    """AᵀA by half the multiplications, for it is symmetric: (m, k) -> (k, k)."""
+    if not A.numel():
+        return A.new_zeros(A.shape[1], A.shape[1])
+    upper = torch.from_numpy(scipy.linalg.blas.dsyrk(1.0, A.T.numpy())).triu()
+    return upper + upper.triu(1).T
+
+
 def least_squares(A: Tensor, b: Tensor, rcond: float, damping: Tensor | None = None) -> LeastSquares:
     """Solves min ‖A y − b‖² + ‖damping ∘ y‖².
 
@@ -76,14 +84,14 @@ def _by_cholesky(A: Tensor, b: Tensor, rcond: float, damping: Tensor) -> LeastSq
     The constraint systems here either determine a direction or do not see it at all (the rank laws say which), so that
     squaring the singular values loses nothing, at a tenth of the cost of a singular decomposition.
     """
-    gram = A.T @ A
+    gram = gram_matrix(A)
     gram.diagonal().add_(damping.square())
     factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(gram.numpy(), lower=0)
     if rank == 0:
         return None
     order = torch.from_numpy(pivots.astype("int64") - 1)
     kept, left = order[:rank], order[rank:]
-    R = torch.from_numpy(factor).triu()[:rank]
+    R = torch.from_numpy(factor).T.tril().T[:rank]  # columns first, as LAPACK wants it: no copy at every solve
     null = torch.zeros(len(order), len(left), dtype=A.dtype)
     null[kept] = torch.linalg.solve_triangular(R[:, :rank], -R[:, rank:], upper=True)
     null[left] = torch.eye(len(left), dtype=A.dtype)
@@ -110,7 +118,7 @@ def _by_directions(A: Tensor, b: Tensor, rcond: float, damping: Tensor) -> Least
     rows = torch.diag(damping)[damping > 0]
     A, b = torch.cat([A, rows]), torch.cat([b, b.new_zeros(len(rows))])
     if rcond >= 1e-6:
-        values, V = torch.linalg.eigh(A.T @ A)
+        values, V = torch.linalg.eigh(gram_matrix(A))
         S, V = values.clamp(min=0).sqrt().flip(0), V.flip(1)
     else:
         _, S, Vh = svd(A, full_matrices=A.shape[0] < A.shape[1])

@@ -203,10 +203,10 @@ def _with_bias(layer: Layer, G: Tensor, dz: Tensor, precision: float, tolerance:
     label = min(residuals, key=residuals.__getitem__)
     rounding = precision * 2 / dz.abs().sum().item()
     notes = []
-    if int((dz < 0).sum()) != 1 or dz.abs().max() >= 1:
+    if int((dz < 0).sum()) != 1 or dz.abs().max() > 1 + precision:
         notes = [
             f"the last bias's gradient has {int((dz < 0).sum())} negative entries and reaches {dz.abs().max():.3g}; a "
-            "single sample's has one and stays below 1: it was altered or belongs to a batch"
+            "single sample's has one and does not exceed 1: it was altered or belongs to a batch"
         ]
     scale = 2 / dz.abs().sum().item()
     found = relabelled([Hypothesis(label, scale, dz, x, residuals[label], rounding)], known, residuals.get(known, 0.0))

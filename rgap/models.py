@@ -22,7 +22,7 @@ RESNET18_BLOCKS = tuple(f"layer{stage}.{block}" for stage in range(1, 5) for blo
 """The residual blocks of `resnet18`, from the image on."""
 
 
-def cnn6(seed: int = 0, width: int = 36) -> nn.Sequential:
+def cnn6(seed: int = 0, width: int = 36, classes: int = 1, head_bias: bool = False) -> nn.Sequential:
     """CNN6: six convolutions and a linear layer to one logit, for images of shape (3, 32, 32).
 
     conv 3→12 4×4/2 pad 2, 12→`width` 3×3/2, then 3×3 to 36, 36, 64 (stride 2) and 128, all pad 1; 3200→1.
@@ -31,8 +31,10 @@ def cnn6(seed: int = 0, width: int = 36) -> nn.Sequential:
     Args:
         seed: Seed of the weights; the global generator is left as it was.
         width: Channels of the second convolution. 36 is the paper's CNN6, 20 its rank-deficient CNN6-d.
+        classes: Outputs; 1 is one logit, as in the paper.
+        head_bias: Whether the last layer has a bias.
     """
-    return _seeded(lambda: nn.Sequential(*_cnn6_layers(width)), seed)
+    return _seeded(lambda: nn.Sequential(*_cnn6_layers(width), nn.Linear(3200, classes, bias=head_bias)), seed)
 
 
 def cnn6_d(seed: int = 0) -> nn.Sequential:
@@ -54,7 +56,7 @@ def cnn6_batch(
     """
 
     def layers():
-        modules = _cnn6_layers(width, bias)[:-1]
+        modules = _cnn6_layers(width, bias)
         sizes = (3200, *hidden, classes)
         for inputs, outputs in itertools.pairwise(sizes):
             modules += [nn.Linear(inputs, outputs, bias=bias), nn.LeakyReLU(SLOPE)]
@@ -171,7 +173,7 @@ def _cnn6_layers(width: int, bias: bool = False) -> list[nn.Module]:
     modules: list[nn.Module] = []
     for inputs, outputs, kernel, stride, padding in shapes:
         modules += [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=bias), nn.LeakyReLU(SLOPE)]
-    return [*modules, nn.Flatten(), nn.Linear(3200, 1, bias=False)]
+    return [*modules, nn.Flatten()]
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -43,31 +43,31 @@ class Probe:
         return (largest * (self.x / largest).square().mean().sqrt()).item() if largest > 0 else 0.0
 
 
-def draw_noise(stds: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+def draw_noise(stds: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
     """Gaussian noise of the given standard deviations."""
+    generator = torch.Generator().manual_seed(seed)
     return {name: std * torch.randn(std.shape, generator=generator, dtype=std.dtype) for name, std in stds.items()}
 
 
 def start_probe(
     head: Layer,
     gradients: Mapping[str, Tensor],
-    stds: Mapping[str, Tensor],
+    noise: Mapping[str, Tensor],
     start: Hypothesis,
     read: Callable[[Mapping[str, Tensor]], Sequence[Hypothesis]],
-    seed: int = 0,
+    seed: int = 1,
 ) -> Probe:
-    """Draws noise and reads the head once more with it.
+    """Reads the head once more with a draw of the noise on the gradients.
 
     Args:
         head: The last layer.
         gradients: Parameter name -> gradient.
-        stds: Parameter name -> standard deviation of every entry's error.
+        noise: Parameter name -> a draw of its gradient's errors, as by `draw_noise`; one serves all hypotheses.
         start: What the head says without that noise.
         read: The hypotheses that gradients allow; the one closest to `start` counts.
-        seed: Of the draw.
+        seed: Of what is drawn later: the rounding of the head's δz, and signs in doubt.
     """
     generator = torch.Generator().manual_seed(seed)
-    noise = draw_noise(stds, generator)
     found = [h for h in read({name: g + noise[name] for name, g in gradients.items()}) if h.label == start.label]
     other = min(found, key=lambda h: (h.x - start.x).norm().item(), default=start)
     scale = 1 + start.rounding * torch.randn((), generator=generator, dtype=start.x.dtype)

@@ -21,7 +21,8 @@ from rgap.prediction import Probe, carry
 from rgap.previous import previous_factors, smooth_image_rows
 from rgap.results import LayerReport
 from rgap.signs import Slopes, decide_slopes
-from rgap.solve import LayerSolution, solve_layer
+from rgap.solution import LayerSolution
+from rgap.solve import solve_layer
 from rgap.virtual import VirtualSolution, solve_virtual
 
 REFUTED = 0.3

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from rgap.dense import least_squares
 from rgap.kronecker import GradientSolution, solve_gradients
 from rgap.layer import Layer
 from rgap.results import LayerReport
+from rgap.solution import LayerSolution, determined, merged_report
 from rgap.sparse import ConjugateGradients, weight_factor
 
 DENSE_UNKNOWNS = 1600
@@ -40,30 +40,6 @@ ROUNDING = 1e-14
 
 NULL_ENTRIES = 20_000_000
 """Largest null basis of a fixed layer that is made (160 MB)."""
-
-
-@dataclass(frozen=True)
-class LayerSolution:
-    """A layer's input and what is left open.
-
-    Attributes:
-        x: The input, (C, H, W); of all solutions the one of minimum norm.
-        null_basis: Orthonormal basis of the directions left open, (C·H·W, deficit), or None where nothing is.
-        weak_basis: Where something is: directions that are determined, but badly, (C·H·W, w).
-        weak_gain: How many times the pre-activation's error is their error, (w,).
-        report: The layer's report.
-        respond: How x changes, to first order, with G and z: (O, C, kh, kw) and (O, H′, W′) -> (C, H, W).
-        noise_std: Standard deviation of noise on G's entries, by the misfit of surplus equations where M alone
-            determines x; None elsewhere.
-    """
-
-    x: Tensor
-    null_basis: Tensor | None
-    weak_basis: Tensor
-    weak_gain: Tensor
-    report: LayerReport
-    respond: Callable[[Tensor, Tensor], Tensor]
-    noise_std: float | None = None
 
 
 def solve_layer(
@@ -98,7 +74,7 @@ def solve_layer(
     split = (t.chunk(len(parts)) for t in (G, dz, z))
     solutions = [_solve_group(*part, rcond, precision) for part in zip(parts, *split, masks, strict=True)]
     x = torch.cat([s.x for s in solutions])
-    report = _merge(layer.name, [s.report for s in solutions], time.perf_counter() - start)
+    report = merged_report(layer.name, [s.report for s in solutions], time.perf_counter() - start)
     bases = (s.null_basis if s.null_basis is not None else s.x.new_zeros(s.x.numel(), 0) for s in solutions)
     null = torch.block_diag(*bases)
     null = null if null.shape[1] else None
@@ -153,7 +129,7 @@ def _solve_group(
                 residual=residual,
                 iterations=iterations,
             )
-            return _determined(x, layer, report, lambda _, change: factor.respond(_rows(change, known)))
+            return determined(x, layer, report, lambda _, change: factor.respond(_rows(change, known)))
     if at_least_open > DENSE_MOST:
         return _too_large(layer, z, known)
     found = solve_gradients(layer, G, dz, rcond)
@@ -169,7 +145,7 @@ def _solve_group(
             sigma_below_cut=found.below,
             residual=found.residual,
         )
-        solution = _determined(found.x0.T, layer, report, lambda change, _: found.respond(change).T)
+        solution = determined(found.x0.T, layer, report, lambda change, _: found.respond(change).T)
         return replace(solution, noise_std=found.noise_std)
     return _with_weights(layer, G, z, known, found, rcond)
 
@@ -182,7 +158,7 @@ def _too_large(layer: Layer, z: Tensor, known: Tensor | None) -> LayerSolution:
     report = LayerReport(
         layer.name, layer.unknowns, rank, None, rank, solver.missing, residual=residual, iterations=iterations
     )
-    return _determined(x, layer, report, lambda _, change: solver.respond(_rows(change, known)))
+    return determined(x, layer, report, lambda _, change: solver.respond(_rows(change, known)))
 
 
 def _with_weights(
@@ -234,15 +210,6 @@ def _with_weights(
     return LayerSolution(x, spread(dense.null), weak, 1 / dense.weak_sigmas, report, respond)
 
 
-def _determined(x: Tensor, layer: Layer, report: LayerReport, respond: Callable) -> LayerSolution:
-    """A solution that leaves nothing open."""
-    none = x.new_zeros(layer.unknowns, 0)
-    shape = layer.input_shape
-    return LayerSolution(
-        x.reshape(shape), None, none, none[0], report, lambda dG, change: respond(dG, change).reshape(shape)
-    )
-
-
 def _rows(z: Tensor, known: Tensor | None) -> Tensor:
     """The entries of z that are known."""
     return z.flatten() if known is None else z.flatten()[known]
@@ -251,15 +218,3 @@ def _rows(z: Tensor, known: Tensor | None) -> Tensor:
 def _rms(values: Tensor) -> float:
     largest = values.abs().max()  # squares of the smallest gradients underflow
     return (largest * (values / largest).square().mean().sqrt()).item() if largest > 0 else 0.0
-
-
-def _merge(name: str, reports: list[LayerReport], seconds: float) -> LayerReport:
-    """One report for the groups of a layer: counts add up, the worst value of the rest stands for all."""
-
-    def over(field: str, combine):
-        values = [getattr(r, field) for r in reports]
-        return None if any(v is None for v in values) else combine(values)
-
-    counts = {f: over(f, sum) for f in ("unknowns", "rank_weights", "rank_gradients", "rank", "deficit")}
-    worst = {f: over(f, max) for f in ("iterations", "condition", "sigma_below_cut", "residual")}
-    return LayerReport(name, **counts, **worst, sigma_above_cut=over("sigma_above_cut", min), seconds=seconds)

@@ -7,7 +7,7 @@ from networks import drawn, randn
 from torch.testing import assert_close
 
 from rgap import dense
-from rgap.dense import least_squares, svd
+from rgap.dense import gram_matrix, least_squares, svd
 
 
 def matrix(rows, columns, singular_values, seed=0):
@@ -15,6 +15,13 @@ def matrix(rows, columns, singular_values, seed=0):
     count = min(rows, columns)
     U, V = torch.linalg.qr(randn(rows, count, seed=seed))[0], torch.linalg.qr(randn(columns, count, seed=seed + 1))[0]
     return U * torch.as_tensor(singular_values, dtype=torch.float64) @ V.T
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(7, 4), (3, 9), (0, 3), (3, 0)])
+def test_the_gram_matrix_is_the_product_whole_and_symmetric(rows, columns):
+    for A in (randn(rows, columns), randn(columns, rows, seed=1).T):  # rows first in memory, and columns first
+        assert_close(gram_matrix(A), A.T @ A, rtol=1e-13, atol=1e-13)
+        assert gram_matrix(A).equal(gram_matrix(A).T)
 
 
 @drawn

@@ -42,7 +42,8 @@ def test_the_attack_gets_a_prepared_chain_the_options_and_no_label(monkeypatch):
 
     monkeypatch.setattr(attacks, "reconstruct", spy)
     attack_each(small_cnn, IMAGES, LABELS, [0], rcond=1e-6)
-    assert [(dtype, options) for _, dtype, options in calls] == [(torch.float32, {"rcond": 1e-6})] * 2
+    expected = {"loss": "logistic", "rcond": 1e-6}
+    assert [(dtype, options) for _, dtype, options in calls] == [(torch.float32, expected)] * 2
     assert isinstance(calls[0][0], rgap.Chain) and calls[0][0] is calls[1][0]
 
 
@@ -52,7 +53,7 @@ def test_the_label_found_is_compared_with_the_clients():
 
 
 def test_a_wrong_label_is_not_counted_as_found(monkeypatch):
-    monkeypatch.setattr(attacks, "reconstruct", lambda *args: rgap.reconstruct(*args, labels=[1]))
+    monkeypatch.setattr(attacks, "reconstruct", lambda *args, **options: rgap.reconstruct(*args, labels=[1], **options))
     table, _ = attack_each(small_cnn, IMAGES[:1], LABELS[:1], [0])
     assert table.label_found.tolist() == [False] and table.verdict.tolist() == ["inconsistent"]
 

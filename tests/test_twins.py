@@ -88,6 +88,18 @@ def test_pairs_have_both_candidates_and_a_verdict_that_knows_when_the_range_cann
         assert row.psnr_db == rgap.metrics.psnr_db(result.images, IMAGES[row.image : row.image + 1]).item()
 
 
+def test_dlg_is_run_on_the_surest_images_and_measured_against_image_and_twin():
+    networks = {"one": sweeps.enlarged(NETWORK, 0.8), "two": NETWORK}
+    table, found = sweeps.dlg_on_twins(networks, IMAGES, LABELS, most=2, steps=3)
+    assert table["weights"].tolist() == ["one", "one", "two", "two"] and found.shape == (4, 3, 8, 8)
+    truth = sweeps.true_margins(NETWORK, IMAGES, LABELS)
+    assert table["mu"].tolist()[2:] == truth["mu"].nlargest(2).tolist()
+    for row, image in zip(table.itertuples(), found, strict=True):
+        twin = row.twin_mu / row.mu * IMAGES[row.image]
+        assert row.from_image == pytest.approx(((image - IMAGES[row.image]).norm() / IMAGES[row.image].norm()).item())
+        assert row.from_twin == pytest.approx(((image - twin).norm() / twin.norm()).item())
+
+
 def test_without_a_correctly_classified_sample_there_is_no_pair():
     table, results = sweeps.twin_pairs(lambda seed: NETWORK, IMAGES[:1], LABELS[:1], [0], most=4)
     assert table.empty and "verdict" in table and results == []

@@ -11,6 +11,8 @@ from torch import nn
 import rgap
 from rgap import virtual
 from rgap.activations import IDENTITY
+from rgap.beliefs import assemble, update
+from rgap.linearise import fit
 from rgap.virtual import solve_virtual
 
 EXACT_DB = {torch.float32: 90, torch.float64: 200}
@@ -189,6 +191,17 @@ def test_a_system_too_ill_conditioned_is_not_certified(monkeypatch):
     problem, x = open_problem(30)
     monkeypatch.setattr(virtual, "CONDITION", 1.0)
     assert not certify(problem, x).certified
+
+
+def test_an_input_of_zeros_leaves_nothing_to_believe():
+    problem, x = open_problem(4)
+    with pytest.raises(np.linalg.LinAlgError):
+        solve_virtual(replace(problem, x=0 * problem.x))
+    fitted = fit(problem.activation, problem.x, np.ones(len(x)))
+    image, channels = np.zeros(len(problem.previous.pinv)), np.arange(len(problem.G))
+    rows = assemble(problem, fitted, problem.x, image, channels, None, 1e-7)
+    with pytest.raises(np.linalg.LinAlgError, match="overflow"):
+        update(rows, fitted, problem.N, np.zeros(rows.A.shape[1]))
 
 
 def test_too_few_equations_are_given_up_soon():

@@ -16,7 +16,8 @@ from rgap.chain import Chain, Layer
 from rgap.client import loss_value
 from rgap.previous import PreviousLayer, previous_factors
 from rgap.results import Candidate
-from rgap.solve import LayerSolution, solve_layer
+from rgap.solution import LayerSolution
+from rgap.solve import solve_layer
 
 ENOUGH = 0.9
 """Share of the range equations up to which the open unknowns may number before gradients are matched, too."""

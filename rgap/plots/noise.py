@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -65,4 +67,37 @@ def predicted_against_measured(errors: pd.DataFrame) -> Figure:
     axis.legend(frameon=False, fontsize=9)
     sns.despine(figure)
     figure.tight_layout()
+    return figure
+
+
+def stage_quality(runs: pd.DataFrame, methods: Sequence[str]) -> Figure:
+    """PSNR of every method behind every defence, one panel for each kind of weights.
+
+    Args:
+        runs: Columns `weights`, `defence`, `strength`, `method` and `psnr_db`.
+        methods: The order of the legend.
+
+    Returns:
+        The figure; markers are medians.
+    """
+    kinds = list(dict.fromkeys(runs["weights"]))
+    named = runs.assign(case=runs["defence"] + "\n" + runs["strength"].astype(str))
+    counts = [named[named["weights"] == kind]["case"].nunique() for kind in kinds]
+    figure, axes = plt.subplots(1, len(kinds), figsize=(1.6 + 1.05 * sum(counts), 3.6), sharey=True, squeeze=False,
+                                width_ratios=counts)  # fmt: skip
+    colours = sns.color_palette(PALETTE)
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        data = named[named["weights"] == kind]
+        cases = list(dict.fromkeys(data["case"]))
+        for number, (method, colour) in enumerate(zip(methods, colours, strict=False)):
+            middle = data[data["method"] == method].groupby("case")["psnr_db"].median()[cases]
+            places = [place + 0.13 * (number - (len(methods) - 1) / 2) for place in range(len(cases))]
+            axis.plot(places, middle, MARKERS[number], color=colour, ms=6, label=method)
+        axis.set_xticks(range(len(cases)), cases, fontsize=8)
+        axis.set(title=kind, xlim=(-0.5, len(cases) - 0.5))
+        axis.grid(axis="y", alpha=0.3)
+    axes[0, 0].set_ylabel("PSNR (dB)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="center right")
+    sns.despine(figure)
+    figure.tight_layout(rect=(0, 0, 1 - 1.45 / figure.get_figwidth(), 1))
     return figure

@@ -10,15 +10,20 @@ from rgap.sweeps.methods import METHODS, compare_methods, networks_won, quality_
 from rgap.sweeps.noise import defended_attacks, plain_attack, predicted_and_true, reference, sample_noisy_attacks
 from rgap.sweeps.random_chains import random_chain
 from rgap.sweeps.ranks import predicted_and_measured, rank_law_sample, rank_table
+from rgap.sweeps.real_networks import attacked_and_ranked, least_widths, missing_ranks, recovered_or_short
+from rgap.sweeps.refinement import STAGES, attack_stages, normal_weights
 from rgap.sweeps.soundness import soundness
 from rgap.sweeps.trained import trained_attacks
-from rgap.sweeps.twins import enlarged, margin_curve, true_margins, twin_census, twin_pairs
+from rgap.sweeps.twins import dlg_on_twins, enlarged, margin_curve, true_margins, twin_census, twin_pairs
 
 __all__ = [
     "COSINE",
     "METHODS",
+    "STAGES",
     "attack_batches",
     "attack_each",
+    "attack_stages",
+    "attacked_and_ranked",
     "attacks_under_defence",
     "audited_and_attacked",
     "batch_limits",
@@ -26,12 +31,16 @@ __all__ = [
     "compare_methods",
     "costs",
     "defended_attacks",
+    "dlg_on_twins",
     "enlarged",
     "exponents",
     "kind_table",
     "layer_errors",
+    "least_widths",
     "margin_curve",
+    "missing_ranks",
     "networks_won",
+    "normal_weights",
     "plain_attack",
     "predicted_and_measured",
     "predicted_and_true",
@@ -39,6 +48,7 @@ __all__ = [
     "random_chain",
     "rank_law_sample",
     "rank_table",
+    "recovered_or_short",
     "reference",
     "sample_batches",
     "sample_chains",

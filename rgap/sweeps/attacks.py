@@ -25,6 +25,7 @@ def attack_each(
     labels: Tensor,
     seeds: Sequence[int],
     dtypes: Sequence[str] = ("float32",),
+    loss: str = "logistic",
     **options,
 ) -> tuple[pd.DataFrame, list[Reconstruction]]:
     """Attacks every image alone, for every seed of the weights and every dtype of the gradients.
@@ -35,6 +36,7 @@ def attack_each(
         labels: (N,), given to the client, never to the attack.
         seeds: Seeds of the weights.
         dtypes: Names of torch dtypes in which the client computes.
+        loss: Name of the client's loss.
         **options: For `rgap.reconstruct`.
 
     Returns:
@@ -47,9 +49,9 @@ def attack_each(
         model = make_model(seed).to(getattr(torch, dtype))
         chain = prepare(model, tuple(images.shape[1:]))
         for i in range(len(images)):
-            gradients = client_gradients(model, images[i : i + 1], labels[i : i + 1])
+            gradients = client_gradients(model, images[i : i + 1], labels[i : i + 1], loss)
             start = time.perf_counter()
-            result = reconstruct(chain, gradients, **options)
+            result = reconstruct(chain, gradients, loss=loss, **options)
             seconds = time.perf_counter() - start
             results.append(result)
             rows.append({"seed": seed, "dtype": dtype, "image": i} | _outcome(result, images[i : i + 1], labels[i]))

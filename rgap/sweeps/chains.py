@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import replace
 
 import pandas as pd
@@ -40,8 +41,10 @@ def sample_chains(count: int, seed: int = 0, unknowns: int = UNKNOWNS) -> pd.Dat
         case, kinds, unknowns (most of a layer), verdict, psnr_db, ok, why.
     """
     rows = []
-    for number in tqdm(range(seed, seed + count), desc="chains", disable=not sys.stderr.isatty()):
-        rows.append(_attack(number, unknowns))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using padding='same'")  # of torch, about its own speed
+        for number in tqdm(range(seed, seed + count), desc="chains", disable=not sys.stderr.isatty()):
+            rows.append(_attack(number, unknowns))
     return pd.DataFrame(rows)
 
 
@@ -76,13 +79,30 @@ def dense_ranks(chain: Chain, image: Tensor, label: Tensor, loss: str = "logisti
     Returns:
         Layer name -> (unknowns, numerical rank); the head is left out.
     """
+    every = true_derivatives(chain, image, label, loss)
+    return {layer.name: (layer.unknowns, _dense_rank(layer, dz, z)) for layer, dz, z in every}
+
+
+def true_derivatives(
+    chain: Chain, image: Tensor, label: Tensor, loss: str = "logistic"
+) -> list[tuple[Layer, Tensor, Tensor]]:
+    """What an attack has to find for every layer but the head, by autograd.
+
+    Args:
+        chain: The prepared network.
+        image: (1, C, H, W).
+        label: (1,).
+        loss: Its name.
+
+    Returns:
+        Layer, ∂ℓ/∂z and z, both (1, O, H′, W′), float64.
+    """
     x, zs = image.to(torch.float64), []
     for layer in chain.layers:
         zs.append((layer.apply(x.reshape(1, *layer.input_shape)) + layer.pre_bias()).requires_grad_())
         x = layer.activation.forward(zs[-1])
     dzs = torch.autograd.grad(loss_value(loss, x.flatten(1), label), zs)
-    every = list(zip(chain.layers, dzs, zs, strict=True))[:-1]
-    return {layer.name: (layer.unknowns, _dense_rank(layer, dz, z.detach())) for layer, dz, z in every}
+    return [(layer, dz, z.detach()) for layer, dz, z in zip(chain.layers, dzs, zs, strict=True)][:-1]
 
 
 def _dense_rank(layer: Layer, dz: Tensor, z: Tensor) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rgap.attack import reconstruct
+from rgap.baselines import dlg
 from rgap.chain import prepare
 from rgap.client import client_gradients
 from rgap.head import MU_AT_MINIMUM, margins
@@ -130,6 +131,38 @@ def twin_pairs(
         rows[-1] |= {"verdict": result.verdict, "psnr_db": psnr_db(result.images, image).item()}
         results.append(result)
     return pd.DataFrame(rows, columns=[*PAIR_COLUMNS, "verdict", "psnr_db"]), results
+
+
+def dlg_on_twins(
+    networks: Mapping[str, nn.Module], images: Tensor, labels: Tensor, most: int, steps: int
+) -> tuple[pd.DataFrame, Tensor]:
+    """Where Deep Leakage from Gradients ends, started from random pixels, on the images that a network is surest of.
+
+    Args:
+        networks: Name of a kind of weights -> network, bias-free and with homogeneous activations.
+        images: (N, C, H, W) in [0, 1].
+        labels: (N,), 0 or 1; DLG is told them.
+        most: Correctly classified images for each network.
+        steps: Evaluations in each run.
+
+    Returns:
+        A row for each run and what it found, (rows, C, H, W): weights, image, mu, twin_mu; from_image and from_twin,
+        ‖x̂ − x‖ / ‖x‖ for either; gradient_residual.
+    """
+    rows, found = [], []
+    for name, model in networks.items():
+        truth = true_margins(model, images, labels)
+        for i, margins_of in truth[truth["mu"] > 0].nlargest(most, "mu").iterrows():
+            image, label = images[i : i + 1], labels[i : i + 1]
+            gradients = client_gradients(model, image, label)
+            result = dlg(model, gradients, tuple(image.shape[1:]), labels=label, steps=steps)
+            pair = (image.double(), margins_of["twin_mu"] / margins_of["mu"] * image.double())
+            away = [((result.images - x).norm() / x.norm()).item() for x in pair]
+            row = {"weights": name, "image": i, "mu": margins_of["mu"], "twin_mu": margins_of["twin_mu"]}
+            row |= {"from_image": away[0], "from_twin": away[1]}
+            rows.append(row | {"gradient_residual": result.candidates[0].gradient_residual})
+            found.append(result.images)
+    return pd.DataFrame(rows), torch.cat(found)
 
 
 def _other_root(mu: float) -> float:
