@@ -16,8 +16,6 @@ from torch import Tensor
 
 from rgap.batch_reading import Reading, read_batch
 from rgap.batch_recovery import (
-    check_separable,
-    checked_batch_labels,
     head_reports,
     joint_residual,
     on_device,
@@ -27,6 +25,7 @@ from rgap.batch_recovery import (
 from rgap.batch_separate import separate
 from rgap.batch_size import BatchSize, first_dense
 from rgap.chain import Chain, Layer
+from rgap.door import check_separable, checked_batch_labels
 from rgap.evidence import Evidence
 from rgap.joint_descent import descend_jointly
 from rgap.joint_signs import agree

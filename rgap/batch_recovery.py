@@ -16,8 +16,9 @@ from rgap.batch_separate import Separation, separate
 from rgap.batch_size import BatchSize
 from rgap.chain import Chain, Layer
 from rgap.client import gradients_of
+from rgap.door import check_separable, checked_batch_labels
 from rgap.evidence import Evidence
-from rgap.results import VERDICTS, Candidate, GradientMismatchError, LayerReport, Reconstruction, UnsupportedLayerError
+from rgap.results import VERDICTS, Candidate, GradientMismatchError, LayerReport, Reconstruction
 
 
 def recover_batch(
@@ -72,54 +73,6 @@ def recover_batch(
         ]
         images.append(sorted(each, key=lambda one: (not one.in_pixel_range, one.images.abs().max().item())))
     return _judge(chain, evidence, loss, size.size, apart, images, reports, notes, known, device)
-
-
-def check_separable(layers: Sequence[Layer], loss: str) -> None:
-    """Refuses fully connected layers that cannot be separated, by name.
-
-    Raises:
-        UnsupportedLayerError: With the layer and the reason.
-    """
-    if loss == "mse":
-        raise UnsupportedLayerError("a batch under the mse loss is not taken apart; logistic and cross_entropy are")
-    for layer in layers:
-        if layer.is_fixed or layer.shift is not None or layer.output_scale is not None:
-            raise UnsupportedLayerError(
-                f"layer {layer.name!r} has a normalisation around it: batches are taken apart through fully connected "
-                "layers and their activations only"
-            )
-    if len(layers) < 2:
-        raise UnsupportedLayerError(
-            "a batch through a single layer is one sum that many batches have; two layers or more"
-        )
-    biased = [layer.bias is not None for layer in layers]
-    if any(biased) and not biased[0]:
-        raise UnsupportedLayerError(
-            f"layer {layers[0].name!r} has no bias, and {layers[biased.index(True)].name!r} has one: for a "
-            "batch the first layer must have a bias, or none may"
-        )
-    for layer in layers[:-1]:
-        if not layer.activation.homogeneous:
-            raise UnsupportedLayerError(
-                f"layer {layer.name!r}: a batch is taken apart through LeakyReLU, PReLU or ReLU, "
-                f"and its activation is {layer.activation.name}"
-            )
-
-
-def checked_batch_labels(labels: Tensor | Sequence[int] | None, size: int) -> list[int] | None:
-    """Labels that are given for a batch, sorted, for their order says nothing.
-
-    Raises:
-        ValueError: If they are not as many integers as the batch has images.
-    """
-    if labels is None:
-        return None
-    values = torch.as_tensor(labels)
-    if values.shape != (size,) or values.is_floating_point():
-        raise ValueError(
-            f"labels have shape {tuple(values.shape)} and {values.dtype}; a batch of {size} takes {size} integers"
-        )
-    return sorted(values.tolist())
 
 
 def what_was_found(layers: Sequence[Layer], apart: Separation, size: int) -> list[str]:

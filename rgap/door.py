@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rgap.chain import Chain, prepare
 from rgap.client import check_loss, outputs_fit
+from rgap.layer import Layer
 from rgap.results import UnsupportedLayerError
 
 
@@ -61,3 +62,51 @@ def checked_labels(labels: Tensor | Sequence[int] | None, loss: str, outputs: in
         takes = "[0] or [1]" if classes == 2 else f"[0] to [{classes - 1}]"
         raise ValueError(f"labels are {values.tolist()}; a single image of the {loss} loss takes {takes}")
     return int(values.item())
+
+
+def check_separable(layers: Sequence[Layer], loss: str) -> None:
+    """Refuses fully connected layers that cannot be separated, by name.
+
+    Raises:
+        UnsupportedLayerError: With the layer and the reason.
+    """
+    if loss == "mse":
+        raise UnsupportedLayerError("a batch under the mse loss is not taken apart; logistic and cross_entropy are")
+    for layer in layers:
+        if layer.is_fixed or layer.shift is not None or layer.output_scale is not None:
+            raise UnsupportedLayerError(
+                f"layer {layer.name!r} has a normalisation around it: batches are taken apart through fully connected "
+                "layers and their activations only"
+            )
+    if len(layers) < 2:
+        raise UnsupportedLayerError(
+            "a batch through a single layer is one sum that many batches have; two layers or more"
+        )
+    biased = [layer.bias is not None for layer in layers]
+    if any(biased) and not biased[0]:
+        raise UnsupportedLayerError(
+            f"layer {layers[0].name!r} has no bias, and {layers[biased.index(True)].name!r} has one: for a "
+            "batch the first layer must have a bias, or none may"
+        )
+    for layer in layers[:-1]:
+        if not layer.activation.homogeneous:
+            raise UnsupportedLayerError(
+                f"layer {layer.name!r}: a batch is taken apart through LeakyReLU, PReLU or ReLU, "
+                f"and its activation is {layer.activation.name}"
+            )
+
+
+def checked_batch_labels(labels: Tensor | Sequence[int] | None, size: int) -> list[int] | None:
+    """Labels that are given for a batch, sorted, for their order says nothing.
+
+    Raises:
+        ValueError: If they are not as many integers as the batch has images.
+    """
+    if labels is None:
+        return None
+    values = torch.as_tensor(labels)
+    if values.shape != (size,) or values.is_floating_point():
+        raise ValueError(
+            f"labels have shape {tuple(values.shape)} and {values.dtype}; a batch of {size} takes {size} integers"
+        )
+    return sorted(values.tolist())
