@@ -25,7 +25,7 @@ MAPS = [
 ]
 
 
-@pytest.mark.parametrize("function", MAPS, ids=lambda f: str(f)[:40])
+@pytest.mark.parametrize("function", MAPS, ids=lambda f: type(f).__name__)
 def test_a_map_of_pixels_is_found_with_its_adjoint_rank_and_inverse(function):
     images = randn(2, 3, 6, 7)
     found = pixel_map(function, 3, (6, 7))
