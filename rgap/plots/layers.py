@@ -94,7 +94,8 @@ def wrong_signs(history: pd.DataFrame) -> Figure:
     style = {"markers": MARKERS[: data["image"].nunique()], "dashes": False, "palette": PALETTE}
     sns.lineplot(data, x="step", y="wrong", hue="image", style="image", ax=axis, **style)
     axis.set_yscale("symlog", linthresh=1)
-    axis.set(xlabel="step", ylabel="wrong signs", ylim=(-0.3, None), xticks=sorted(data["step"].unique()))
+    axis.set(xlabel="step", ylabel="wrong signs", xticks=sorted(data["step"].unique()))
+    axis.set_ylim(-0.3, 2 * max(1, data["wrong"].max()))
     axis.legend(title="image", frameon=False)
     axis.grid(axis="y", alpha=0.3)
     sns.despine(figure)

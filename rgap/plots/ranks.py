@@ -89,7 +89,9 @@ def deficit_against_psnr(runs: pd.DataFrame, limit: float, counted: float) -> Fi
         axis.axvline(place, color="0.4", ls="--", lw=1)
         axis.annotate(text, (place, 1.02), xycoords=("data", "axes fraction"), fontsize=8, ha="center")
     for deficit, group in data[data["deficit"] > 0].groupby("deficit"):
-        axis.annotate(group["channels"].iloc[0], (deficit, group["psnr_db"].max() + 4), fontsize=8, ha="center")
+        place = (deficit, group["psnr_db"].max() + 4)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axis.annotate(group["channels"].iloc[0], place, fontsize=8, ha="center", bbox=box)
     full = sorted(runs.loc[runs["deficit"] == 0, "width"].unique())
     axis.annotate(f"{full[0]} to {full[-1]}", (0, runs["psnr_db"].max() + 4), fontsize=8, ha="center")
     axis.set(xlabel="predicted deficit of the second layer (labels: its channels)", ylabel="PSNR (dB)")
