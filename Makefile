@@ -17,12 +17,13 @@ BATCH := 1
 EPOCHS := 3
 WEIGHTS :=
 SHAPE :=
+LOSS :=
 SAMPLES :=
 COUNT :=
 SCHEDULER :=
 PIP_ARGS :=
 # By way of the environment values reach a recipe whole, whatever spaces a path has.
-export COLOR GRAY MODEL INDEX DATA SEED BATCH EPOCHS WEIGHTS SHAPE COUNT SCHEDULER
+export COLOR GRAY MODEL INDEX DATA SEED BATCH EPOCHS WEIGHTS SHAPE LOSS COUNT SCHEDULER
 # Images of containers often set it; every start of a kernel would then compile torch anew, for a quarter of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -51,6 +52,9 @@ PARAMETERS := $(if $(filter paper,$(PROFILE)),notebooks/paper.yml)$(if $(filter 
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
 EXECUTED := $(NOTEBOOKS:notebooks/%=build/$(PROFILE)/%)
 run = RGAP_PROFILE=$(1) RGAP_FIGURES="$(CURDIR)/$(2)" $(if $(SCHEDULER),RGAP_SCHEDULER="$$SCHEDULER" )$(PYTHON)
+
+# For a network of your own, whose images and loss the package does not know.
+own = $${SHAPE:+--shape "$$SHAPE"} $${LOSS:+--loss "$$LOSS"}
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -90,12 +94,12 @@ refresh/%: FORCE | $(ENV)
 	@echo "running $*"
 	@$(call run,default,build/refresh) -m rgap.notebook $*
 
-reconstruction: $(ENV) ## one attack: MODEL=cnn6 INDEX=0 DATA=embedded|cifar10|mnist|folder:PATH SEED=0 BATCH=1 WEIGHTS=file
+reconstruction: $(ENV) ## one attack: MODEL=cnn6|module:function DATA=embedded|cifar10|mnist|folder:PATH INDEX=0 BATCH=1 SEED=0 WEIGHTS=file SHAPE= LOSS=
 	@$(PYTHON) -m rgap.reconstruction --model "$$MODEL" --index "$$INDEX" --data "$$DATA" --seed "$$SEED" --batch "$$BATCH" \
-		--weights "$$WEIGHTS"
+		--weights "$$WEIGHTS" $(own)
 
-train: $(ENV) ## a few epochs on two classes, for WEIGHTS=: MODEL=cnn6 DATA=embedded|cifar10|mnist|folder:PATH EPOCHS=3 SEED=0
-	@$(PYTHON) -m rgap.train --model "$$MODEL" --data "$$DATA" --epochs "$$EPOCHS" --seed "$$SEED"
+train: $(ENV) ## a few epochs, for WEIGHTS=: MODEL=cnn6|module:function DATA=embedded|cifar10|mnist|folder:PATH EPOCHS=3 SEED=0 SHAPE= LOSS=
+	@$(PYTHON) -m rgap.train --model "$$MODEL" --data "$$DATA" --epochs "$$EPOCHS" --seed "$$SEED" $(own)
 
 audit: $(ENV) ## what a network gives away, in build/audit/: MODEL=cnn6|module:function SHAPE=3,224,224 BATCH=1; fails where it leaks
 	@$(PYTHON) -m rgap.audit --model "$$MODEL" $${SHAPE:+--shape "$$SHAPE"} --batch "$$BATCH"

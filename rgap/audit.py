@@ -7,11 +7,8 @@ argument is wrong, 3 if neither is shown. The analysis needs no data; what it sa
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
-import os
-import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,10 +18,13 @@ from torch import nn
 
 from rgap import artifact, models
 from rgap.advice import Change, advise
+from rgap.command_line import file_stem, load_model, load_model_for, one_line
 from rgap.exposure import Exposure, exposure
 from rgap.rank import rank_analysis
 from rgap.rank_numbers import UNKNOWNS
-from rgap.results import LayerRank, RankAnalysis, UnsupportedLayerError
+from rgap.results import LayerRank, RankAnalysis
+
+__all__ = ["Audit", "audit", "load_model"]
 
 STATUS = {"stops": 0, "leaks": 1, "unknown": 3}
 """Outcome -> exit status; 2 is for wrong arguments."""
@@ -108,40 +108,6 @@ def audit(model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1, *
     return Audit(tuple(image_shape), analysis, exposure(analysis), changes)
 
 
-def load_model(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
-    """Finds a network by name.
-
-    Args:
-        name: A name in `rgap.models.ANALYSIS_SHAPES`, or `module:attribute` with a function that returns a network when
-            called without arguments, or a network; modules in the working directory are found, too.
-
-    Returns:
-        The network, and the image shape it takes where it is one of this package, else None.
-
-    Raises:
-        ValueError: If there is none of this name; the message says what is there instead.
-    """
-    if name in models.ANALYSIS_SHAPES:
-        return getattr(models, name)(), models.ANALYSIS_SHAPES[name]
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        known = ", ".join(models.ANALYSIS_SHAPES)
-        raise ValueError(f"model is {name!r}; give {known}, or module:function, e.g. torchvision.models:resnet18")
-    found = _imported(module)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"model is {name!r}; {module} has no {attribute!r}")
-        found = getattr(found, part)
-    if callable(found) and not isinstance(found, nn.Module):
-        try:
-            found = found()
-        except Exception as error:
-            raise ValueError(f"model is {name!r}; calling it without arguments failed: {_line(error)}") from error
-    if not isinstance(found, nn.Module):
-        raise ValueError(f"model is {name!r}; that is a {type(found).__name__}, and a torch.nn.Module is needed")
-    return found, None
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Prints the audit and leaves it as JSON in build/audit/.
 
@@ -154,14 +120,10 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        model, shape = load_model(options.model)
-        if options.shape:
-            shape = _shape(options.shape)
-        if shape is None:
-            raise ValueError(f"shape is missing; give the image shape that {options.model} takes, e.g. 3,224,224")
+        model, shape = load_model_for(options.model, options.shape)
         result = audit(model, shape, options.batch)
     except (TypeError, ValueError) as error:
-        print(f"audit: {_line(error)}", file=sys.stderr)
+        print(f"audit: {one_line(error)}", file=sys.stderr)
         return 2
     text = json.dumps({"model": options.model} | result.to_dict(), indent=2, allow_nan=False) + "\n"
     if options.json == "-":
@@ -184,33 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _imported(module: str):
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        return importlib.import_module(module)
-    except Exception as error:
-        raise ValueError(f"module {module!r} cannot be imported: {_line(error)}") from error
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
-        raise ValueError(f"shape is {text!r}; give whole numbers with commas between, e.g. 3,224,224")
-    return tuple(int(number) for number in text.split(","))
-
-
 def _default_path(model: str) -> Path:
-    return artifact.ROOT / "build" / "audit" / f"{re.sub(r'[^A-Za-z0-9_]+', '-', model).strip('-')}.json"
-
-
-def _line(error: Exception) -> str:
-    """An error in one line; with its kind, unless this package or its caller worded it."""
-    text = " ".join(str(error).split())
-    ours = isinstance(error, UnsupportedLayerError) or type(error) in (TypeError, ValueError)
-    return text if ours else f"{type(error).__name__}: {text}"
+    return artifact.ROOT / "build" / "audit" / f"{file_stem(model)}.json"
 
 
 def _plain(value):

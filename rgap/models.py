@@ -12,10 +12,16 @@ from torch import nn
 SLOPE = 0.2
 """Negative slope of every LeakyReLU here."""
 
-IMAGE_SHAPES = {"cnn6": (3, 32, 32), "cnn6_d": (3, 32, 32), "fcn3": (1, 28, 28)}
+IMAGE_SHAPES = {
+    "cnn6": (3, 32, 32),
+    "cnn6_d": (3, 32, 32),
+    "cnn6_batch": (3, 32, 32),
+    "fcn3": (1, 28, 28),
+    "lenet": (3, 32, 32),
+}
 """Model name -> the image shape (C, H, W) that it takes, of the models that `rgap.reconstruct` attacks."""
 
-ANALYSIS_SHAPES = IMAGE_SHAPES | {"lenet": (3, 32, 32), "resnet18": (3, 32, 32)}
+ANALYSIS_SHAPES = IMAGE_SHAPES | {"resnet18": (3, 32, 32)}
 """The same for all models here: those that can be analysed."""
 
 RESNET18_BLOCKS = tuple(f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2))

@@ -109,7 +109,7 @@ def _check_outputs(stem, before):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, or 1 after saying what failed."""
+    """The command line; returns 0, or 1 after saying what failed, or 130 when it was interrupted."""
     parser = argparse.ArgumentParser(prog="python -m rgap.notebook", description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path, nargs="?")
@@ -145,6 +145,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (NotebookError, papermill.PapermillExecutionError, CellExecutionError) as error:
         print(f"{options.source}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"{options.source}: interrupted; the next run begins this notebook again", file=sys.stderr)
+        return 130
     return 0
 
 

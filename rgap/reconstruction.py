@@ -1,7 +1,6 @@
 """One attack of your choice, from the command line: `python -m rgap.reconstruction --model cnn6 --index 3`."""
 
 import argparse
-import re
 import sys
 import time
 from pathlib import Path
@@ -10,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 import rgap
-from rgap import artifact, data, metrics, models, plots
+from rgap import artifact, data, metrics, plots
+from rgap.command_line import add_case, file_stem, load_case, one_line
 from rgap.train import load_weights
 
 
@@ -27,17 +27,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _attack(options)
     except (ValueError, FileNotFoundError) as error:
-        print(f"reconstruction: {error}", file=sys.stderr)
+        print(f"reconstruction: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m rgap.reconstruction", description=__doc__)
-    parser.add_argument("--model", default="cnn6", help=f"one of {', '.join(models.IMAGE_SHAPES)}")
+    add_case(parser)
     parser.add_argument("--index", type=int, default=0, help="place of the image in the data")
-    parser.add_argument("--data", default="embedded", help="embedded, cifar10, mnist or folder:PATH")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the model's weights")
     parser.add_argument("--batch", type=int, default=1, help="how many images, from the index on, share the gradient")
     parser.add_argument("--weights", default="", help="a .safetensors or .pt file with the model's weights")
     parser.add_argument(
@@ -47,26 +45,21 @@ def _parser():
 
 
 def _attack(options):
-    if options.model not in models.IMAGE_SHAPES:
-        raise ValueError(f"model is {options.model!r}; it must be one of {', '.join(models.IMAGE_SHAPES)}")
     if options.batch < 1:
         raise ValueError(f"batch is {options.batch}; an empty batch has no gradient, give at least 1")
-    shape = models.IMAGE_SHAPES[options.model]
-    model = getattr(models, options.model)(seed=options.seed)
+    model, shape, loss, classes = load_case(options)
     if options.weights:
         model = load_weights(model, options.weights)
     places = range(options.index, options.index + options.batch)
-    images, labels = data.load_images(options.data, image_shape=shape, index=places, classes=2)
-    gradients = rgap.client_gradients(model, images, labels, loss="logistic")
+    images, labels = data.load_images(options.data, image_shape=shape, index=places, classes=classes)
+    gradients = rgap.client_gradients(model, images, labels, loss=loss)
     start = time.perf_counter()
-    result = rgap.reconstruct(model, gradients, image_shape=shape, loss="logistic", batch_size=options.batch)
+    result = rgap.reconstruct(model, gradients, image_shape=shape, loss=loss, batch_size=options.batch)
     seconds = time.perf_counter() - start
 
     order = metrics.match(result.images, images)
     quality = metrics.psnr_db(result.images, images[order].to(result.images))
-    folder = (
-        options.output / f"{options.model}_{re.sub(r'[^A-Za-z0-9]+', '-', options.data).strip('-')}_{options.index}"
-    )
+    folder = options.output / f"{file_stem(options.model)}_{file_stem(options.data)}_{options.index}"
     for i, place in enumerate(order.tolist()):
         suffix = f"_{options.index + place}" if options.batch > 1 else ""
         _save_png(images[place], folder / f"origin{suffix}.png")

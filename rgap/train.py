@@ -4,7 +4,6 @@ import argparse
 import copy
 import math
 import pickle
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rgap import artifact, data, models
+from rgap import artifact, data
 from rgap.client import loss_value
+from rgap.command_line import add_case, file_stem, load_case, one_line
 
 OPTIMISERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
@@ -158,7 +158,7 @@ def load_weights(model: nn.Module, path: Path | str) -> nn.Module:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains one of the package's networks on two classes and leaves a checkpoint in build/weights/.
+    """Trains a network, on two classes where it has one output, and leaves a checkpoint in build/weights/.
 
     Args:
         arguments: The command line; `--help` explains it.
@@ -170,39 +170,33 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _train(options)
     except (ValueError, FileNotFoundError) as error:
-        print(f"train: {error}", file=sys.stderr)
+        print(f"train: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m rgap.train", description=__doc__)
-    parser.add_argument("--model", default="cnn6", help=f"one of {', '.join(models.IMAGE_SHAPES)}")
-    parser.add_argument(
-        "--data", default="embedded", help="embedded, cifar10, mnist or folder:PATH; the split is train"
-    )
+    add_case(parser)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the images")
     parser.add_argument("--output", type=Path, default=artifact.ROOT / "build" / "weights", help="where to write")
     return parser
 
 
 def _train(options):
-    if options.model not in models.IMAGE_SHAPES:
-        raise ValueError(f"model is {options.model!r}; it must be one of {', '.join(models.IMAGE_SHAPES)}")
     if options.epochs < 1:
         raise ValueError(f"epochs is {options.epochs}; it must be at least 1")
-    shape = models.IMAGE_SHAPES[options.model]
-    images, labels = data.load_images(options.data, None, shape, split="train", classes=2)
-    model = getattr(models, options.model)(seed=options.seed)
-    for epoch, (loss, trained) in enumerate(training(model, images, labels, epochs=options.epochs, seed=options.seed)):
+    model, shape, loss, classes = load_case(options)
+    images, labels = data.load_images(options.data, None, shape, split="train", classes=classes)
+    course = training(model, images, labels, loss, epochs=options.epochs, seed=options.seed)
+    for epoch, (value, trained) in enumerate(course):
         with torch.no_grad():
-            right = torch.cat([trained(x)[:, 0] > 0 for x in images.split(256)]) == (labels == 1)
-        print(f"epoch {epoch}  loss {loss:.4f}  right {right.double().mean():.1%}")
-    source = re.sub(r"[^A-Za-z0-9]+", "-", options.data).strip("-")
-    path = options.output / f"{options.model}_{source}_{options.epochs}_{options.seed}.safetensors"
-    facts = {"model": options.model, "seed": options.seed, "epochs": options.epochs, "data": options.data}
-    print(f"written  {save_weights(trained, path, facts)}")
+            outputs = torch.cat([trained(x) for x in images.split(256)])
+        found = (outputs[:, 0] > 0).long() if outputs.shape[1] == 1 else outputs.argmax(1)
+        print(f"epoch {epoch}  loss {value:.4f}  right {(found == labels).double().mean():.1%}")
+    name = f"{file_stem(options.model)}_{file_stem(options.data)}_{options.epochs}_{options.seed}.safetensors"
+    facts = {key: getattr(options, key) for key in ("model", "seed", "epochs", "data")}
+    print(f"written  {save_weights(trained, options.output / name, facts)}")
 
 
 if __name__ == "__main__":

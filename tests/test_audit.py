@@ -93,7 +93,10 @@ def test_json_alone_on_standard_output(mine, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "cnn7"], "model is 'cnn7'; give cnn6, cnn6_d, fcn3, lenet, resnet18, or module:function"),
+        (
+            ["--model", "cnn7"],
+            "model is 'cnn7'; give cnn6, cnn6_d, cnn6_batch, fcn3, lenet, resnet18, or m",
+        ),
         (["--model", "my_networks:"], "model is 'my_networks:'; give cnn6"),
         (["--model", "no_such_module_here:net"], "module 'no_such_module_here' cannot be imported: ModuleNotFound"),
         (["--model", "my_broken_module:net"], "module 'my_broken_module' cannot be imported: ModuleNotFoundError: No "),

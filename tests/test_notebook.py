@@ -114,3 +114,12 @@ def test_parameters_need_a_target(project, capsys):
     with pytest.raises(SystemExit):
         notebook.main([SOURCE, "-p", "number", "2"])
     assert "parameters need a TARGET" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_says_what_comes_next(project, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(notebook, "run", interrupted)
+    assert notebook.main([SOURCE, TARGET]) == 130
+    assert capsys.readouterr().err == f"{SOURCE}: interrupted; the next run begins this notebook again\n"

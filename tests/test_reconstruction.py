@@ -62,9 +62,11 @@ def test_images_of_a_batch_are_compared_each_with_its_own(tmp_path, capsys, monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet"], "model is 'resnet'; it must be one of cnn6, cnn6_d, fcn3"),
+        (["--model", "resnet"], "model is 'resnet'; give cnn6, cnn6_d, cnn6_batch, fcn3, lenet"),
         (["--data", "folder:/no/such"], "there is no folder /no/such"),
         (["--data", "imagenet"], "source is 'imagenet'"),
+        (["--loss", "hinge"], "unknown loss 'hinge'"),
+        (["--shape", "3,20,20"], "an image of shape (3, 20, 20) does not pass cnn6: RuntimeError: mat1 and mat2"),
         (["--index", "-1"], "index -1 is out of range"),
         (["--batch", "0"], "batch is 0; an empty batch"),
     ],
@@ -87,3 +89,20 @@ def test_fewer_images_than_the_batch_are_counted_and_what_is_there_is_written(tm
     assert run(tmp_path, "--index", "5", "--batch", "2") == 0
     assert f"found    {count} of 2 images" in capsys.readouterr().out
     assert len(list((tmp_path / "cnn6_embedded_5").glob("reconstruction_?.png"))) == count
+
+
+def test_a_network_of_ones_own_is_attacked_with_the_loss_that_fits_its_outputs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_network.py").write_text(
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.LeakyReLU(), nn.Linear(32, 6))\n"
+    )
+    assert run(tmp_path / "out", "--model", "own_network:net", "--shape", "3,8,8", "--index", "4") == 0
+    printed = capsys.readouterr().out
+    assert "verdict  exact" in printed and "labels   [4] (true: [4])" in printed
+    assert (tmp_path / "out" / "own_network-net_embedded_4" / "reconstruction.png").is_file()
+
+
+def test_lenet_with_ten_classes_is_there_to_be_tried(tmp_path, capsys):
+    assert run(tmp_path, "--model", "lenet", "--index", "2") == 0
+    assert "labels   [2] (true: [2])" in capsys.readouterr().out

@@ -125,7 +125,7 @@ def test_the_command_line_trains_and_the_attack_takes_what_it_wrote(tmp_path, ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet"], "model is 'resnet'; it must be one of cnn6"),
+        (["--model", "resnet"], "model is 'resnet'; give cnn6"),
         (["--epochs", "0"], "epochs is 0; it must be at least 1"),
         (["--data", "folder:/no/such"], "there is no folder /no/such"),
     ],
