@@ -31,7 +31,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 img { max-width: 100% } figure { margin: 1.5rem 0 } figcaption { color: #555; font-size: .9rem }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
-.scroll { overflow-x: auto } .fails { background: #fdd } nav a { margin-right: 1rem } code { font-size: .9em }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem }
+.scroll { overflow-x: auto } .fails { background: #fdd } code { font-size: .9em }
 """
 # nbconvert's page without what it would load from elsewhere: MathJax, require.js, mermaid.
 PAGE = """{%- extends 'lab/index.html.j2' -%}
