@@ -1,7 +1,8 @@
 """Signs of units next to zero: one that the errors have turned misleads δz, and shows in the layer's identities.
 
 A unit of a LeakyReLU whose value is smaller than its error may have the wrong slope. Its value hardly matters, its δz
-does: a single one of ten thousand makes a shared gradient miss by per cents. Both functions here are ours.
+does: a single one of ten thousand makes a shared gradient miss by per cents. `rgap.signs` does the same for single
+images. Both functions here are ours.
 """
 
 from __future__ import annotations
@@ -12,15 +13,10 @@ import torch
 from torch import Tensor
 
 from rgap.chain import Chain, Layer
+from rgap.signs import with_signs
 
 GAIN = 0.7
 """Residual of a channel's identities after a turn, relative to that before, below which the turn is right."""
-
-ROUNDS = 3
-"""Linearised moves of the image, which so small signs need one or two of."""
-
-MOST = 400
-"""Disagreeing units beyond which they are no matter of single signs."""
 
 
 def settle_signs(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, *, doubt: float) -> Tensor:
@@ -77,39 +73,12 @@ def agree(chain: Chain, images: Tensor, inputs: Mapping[str, Tensor], below: int
     Returns:
         The images; as they were where the network has other activations than LeakyReLU, or too many units disagree.
     """
-    layers = chain.layers[: below + 1]
-    if any(layer.activation.negative_slope is None for layer in layers[:-1]):
+    layers = chain.layers[:below]
+    if any(layer.activation.negative_slope is None for layer in layers):
         return images
+    following = dict(zip((layer.name for layer in layers), chain.layers[1 : below + 1], strict=True))
     moved = []
-    for b, image in enumerate(images.unsqueeze(1)):
-        signs = torch.cat([inputs[layer.name][b].flatten() for layer in layers[1:]]) > 0
-        moved.append(_moved(layers[:-1], image, signs))
+    for b, image in enumerate(images.split(1)):
+        positive = {name: inputs[after.name][b] > 0 for name, after in following.items()}
+        moved.append(with_signs(layers, image, positive))
     return torch.cat(moved)
-
-
-def _moved(layers: tuple[Layer, ...], image: Tensor, signs: Tensor) -> Tensor:
-    first = image
-    for _ in range(ROUNDS):
-        x = image.clone().requires_grad_()
-        with torch.enable_grad():
-            outputs = _outputs(layers, x)
-        wrong = torch.nonzero((outputs > 0) != signs).flatten()
-        if not len(wrong):
-            return image
-        if len(wrong) > MOST:
-            return first
-        rows = [torch.autograd.grad(outputs[i], x, retain_graph=True)[0].flatten() for i in wrong]
-        J = torch.stack(rows)
-        step = torch.linalg.lstsq(J @ J.T, -(1 + 1e-3) * outputs[wrong].detach()[:, None], driver="gelsd").solution
-        image = image + (J.T @ step).reshape(image.shape)
-    return image
-
-
-def _outputs(layers: tuple[Layer, ...], x: Tensor) -> Tensor:
-    """Pre-activations of all layers, one after the other, of one image."""
-    found = []
-    for layer in layers:
-        z = layer.apply(x.reshape(1, *layer.input_shape)) + layer.pre_bias()
-        found.append(z.flatten())
-        x = layer.activation.forward(z)
-    return torch.cat(found)

@@ -49,6 +49,7 @@ class Descent:
         misfits: Noise on the gradient's entries by the misfit of each layer whose equations alone determine it and that
             has some to spare, from the last on.
         probe: What a draw of the noise makes of the image.
+        positive: Name of a layer whose activation has two slopes -> which of its pre-activations are positive.
     """
 
     layer_inputs: Mapping[str, Tensor]
@@ -59,6 +60,7 @@ class Descent:
     beliefs: Mapping[str, Tensor] = field(default_factory=dict)
     misfits: tuple[float, ...] = ()
     probe: Probe | None = None
+    positive: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def descend(
@@ -89,6 +91,7 @@ def descend(
     reports = [LayerReport(head.name, n, None, n, n, 0, condition=1.0, predicted_error=error, seconds=0.0)]
     dx, x, mismatch, left_open = head.adjoint(start.dz[:, None, None]), start.x, 0.0, []
     beliefs: dict[str, Tensor] = {}
+    positive: dict[str, Tensor] = {}
     misfits: list[float] = []
     for i in reversed(range(len(chain.layers) - 1)):
         layer, begin = chain.layers[i], time.perf_counter()
@@ -98,6 +101,8 @@ def descend(
         z, known = layer.activation.invert(x, _accuracy(reports[-1], evidence))
         slopes = _slopes(layer, G, x, dx, probe) if heard and probe is not None else None
         dz = (layer.activation.derivative(z) if slopes is None else slopes.values) * dx
+        if slopes is not None or _has_kink(layer):
+            positive[layer.name] = z > 0 if slopes is None else slopes.positive
         if heard:
             mismatch = max(mismatch, _identities(layer, evidence, G, dz, z, known))
         if mismatch > give_up:
@@ -113,21 +118,13 @@ def descend(
         if known is not None:
             report = replace(report, saturated=int((~known).sum()))
         if report.deficit:
-            closed = (
-                _close(chain.layers[i - 1], evidence, solution, z, dx)
-                if i and virtual_constraints and solution.null_basis is not None
-                else None
-            )
-            if closed is not None:
-                beliefs[layer.name] = torch.from_numpy(closed.beliefs)
-                x = torch.from_numpy(closed.x).reshape(layer.input_shape)
-                report = replace(report, virtual_constraints=closed.equations, iterations=closed.iterations,
-                                 condition=closed.condition, residual=closed.residual)  # fmt: skip
-            if closed is None or not closed.certified:
-                left_open.append(layer.name)
+            before = chain.layers[i - 1] if i and virtual_constraints else None
+            x, report, belief, certified = _close(before, evidence, solution, report, z, dx)
+            beliefs |= {} if belief is None else {layer.name: belief}
+            left_open += [] if certified else [layer.name]
         inputs = {layer.name: x.reshape(1, *layer.feature_shape), **inputs}
         reports.append(replace(report, seconds=time.perf_counter() - begin))
-    return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open), beliefs, tuple(misfits), probe)
+    return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open), beliefs, tuple(misfits), probe, positive)
 
 
 def _slopes(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, probe: Probe) -> Slopes | None:
@@ -154,7 +151,30 @@ def _identities(layer: Layer, evidence: Evidence, G: Tensor, dz: Tensor, z: Tens
     return max(found, bias_residual(layer, evidence.gradients[layer.bias_name], dz))
 
 
-def _close(before: Layer, evidence: Evidence, solution: LayerSolution, z: Tensor, dx: Tensor) -> VirtualSolution | None:
+def _has_kink(layer: Layer) -> bool:
+    slope = layer.activation.negative_slope
+    return slope is not None and bool((torch.as_tensor(slope) != 1).any())
+
+
+def _close(
+    before: Layer | None, evidence: Evidence, solution: LayerSolution, report: LayerReport, z: Tensor, dx: Tensor
+) -> tuple[Tensor, LayerReport, Tensor | None, bool]:
+    """A deficient layer by the layer before, None where that may not help: x, report, beliefs, whether it is certified.
+
+    The solution as it is where that has no factors or forgets z.
+    """
+    closed = None if before is None or solution.null_basis is None else _by_previous(before, evidence, solution, z, dx)
+    if closed is None:
+        return solution.x, report, None, False
+    x = torch.from_numpy(closed.x).reshape(solution.x.shape)
+    report = replace(report, virtual_constraints=closed.equations, iterations=closed.iterations,
+                     condition=closed.condition, residual=closed.residual)  # fmt: skip
+    return x, report, torch.from_numpy(closed.beliefs), closed.certified
+
+
+def _by_previous(
+    before: Layer, evidence: Evidence, solution: LayerSolution, z: Tensor, dx: Tensor
+) -> VirtualSolution | None:
     """Closes a deficient layer's null space by the layer before, or None where that has no factors or forgets z."""
     factors = previous_factors(before) if before.activation.one_to_one else None
     if factors is None:

@@ -106,7 +106,8 @@ class Reconstruction:
         images: Images of the best candidate, (B, C, H, W), float64, in pixel units.
         labels: Its labels, (B,), int64.
         verdict: One of `VERDICTS`; needs no ground truth.
-        candidates: Every consistent hypothesis, best first; where none is consistent, the least inconsistent one.
+        candidates: Every consistent hypothesis, best first; where none is consistent, the least inconsistent one
+            and its twin.
         layers: A report for each layer of the best candidate, from the last layer to the first.
         notes: Sentences on what was decided and on what evidence.
         per_image: For a mini-batch, a (verdict, candidates) pair for each image found.

@@ -3,11 +3,14 @@
 A noisy x that is close to zero leaves the sign of z open, and δz = σ′(z) δx then differs by the slope, however small
 the noise: one wrong sign spoils all the layers below. But ⟨G[o], W[o′]⟩ = ⟨δz[o], z[o′] − b[o′]⟩ holds for every pair
 of channels, and z hardly depends on the sign of its smallest entries. So each channel o has O equations for the few
-slopes that are open in it, before anything is solved (ours).
+slopes that are open in it, before anything is solved. An image that was recovered with errors may, in turn, have such a
+unit on the other piece: its gradient is then not the one that was shared, until it is moved by less than its error
+(both ours).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,12 @@ REACH = 5.0
 
 STEPS = 50
 """Most signs that are turned in one channel."""
+
+MOST = 400
+"""Disagreeing units of an image beyond which they are no matter of single signs."""
+
+ROUNDS = 3
+"""Linearised moves of an image, of which so small signs need one or two."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,11 @@ class Slopes:
     values: Tensor
     doubt: Tensor
     negative: float
+
+    @property
+    def positive(self) -> Tensor:
+        """Which entries lie on the upper piece, (O, H′, W′)."""
+        return self.values != self.negative
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """Slopes as they may be as well, given the doubt."""
@@ -109,3 +123,47 @@ def _turn(
         rest.index_add_(1, channels[turn], -step[turn] * seen[:, turn])
         values = values.index_copy(0, turn, 1 + slope - values[turn])
     return values, odds
+
+
+def with_signs(layers: Sequence[Layer], image: Tensor, positive: Mapping[str, Tensor]) -> Tensor:
+    """Moves an image as little as it takes for its units to lie on the pieces that were decided.
+
+    Args:
+        layers: From the first on.
+        image: (1, C, H, W), recovered with errors.
+        positive: Layer name -> which of its pre-activations are positive; layers that are not named are free.
+
+    Returns:
+        The image; as it was where too many units disagree.
+    """
+    layers, first = list(layers), image
+    while layers and layers[-1].name not in positive:
+        layers.pop()
+    if not layers:
+        return image
+    signs = torch.cat([positive[layer.name].flatten() for layer in layers if layer.name in positive])
+    for _ in range(ROUNDS):
+        x = image.clone().requires_grad_()
+        with torch.enable_grad():
+            outputs = _outputs(layers, x, positive)
+        wrong = torch.nonzero((outputs > 0) != signs).flatten()
+        if not len(wrong):
+            return image
+        if len(wrong) > MOST:
+            return first
+        rows = [torch.autograd.grad(outputs[i], x, retain_graph=True)[0].flatten() for i in wrong]
+        J = torch.stack(rows)
+        step = torch.linalg.lstsq(J @ J.T, -(1 + 1e-3) * outputs[wrong].detach()[:, None], driver="gelsd").solution
+        image = image + (J.T @ step).reshape(image.shape)
+    return image
+
+
+def _outputs(layers: Sequence[Layer], x: Tensor, wanted: Mapping[str, Tensor]) -> Tensor:
+    """Pre-activations of the layers that are wanted, one after the other, of one image."""
+    found = []
+    for layer in layers:
+        z = layer.apply(x.reshape(1, *layer.input_shape)) + layer.pre_bias()
+        if layer.name in wanted:
+            found.append(z.flatten())
+        x = layer.activation.forward(z)
+    return torch.cat(found)

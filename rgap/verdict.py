@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 import torch
@@ -14,14 +15,19 @@ from rgap.chain import Chain
 from rgap.client import gradients_of
 from rgap.evidence import Evidence
 from rgap.hypothesis import Hypothesis
-from rgap.recursion import Descent
+from rgap.prediction import Probe
+from rgap.recursion import ROUNDING, Descent
 from rgap.results import Candidate, Reconstruction
+from rgap.signs import with_signs
 
 EXPLAINED = 5.0
 """Times the predicted error up to which a miss is put down to noise."""
 
 MOST = 0.5
 """Residual from which a gradient is not reproduced, however large the noise is."""
+
+ALIKE = 1.01
+"""Ratio of residuals up to which candidates that miss the gradient are twins: neither is less inconsistent."""
 
 DROWNED = 0.1
 """Predicted error, as a share of the pixel range, from which noise has drowned the image: nothing is certified."""
@@ -50,32 +56,71 @@ def make_candidate(
     name = chain.layers[0].name
     image = descent.layer_inputs[name].reshape(1, *chain.image_shape)
     label = torch.tensor([hypothesis.label])
-
-    def gradients(x: Tensor) -> dict[str, Tensor]:
-        return gradients_of(chain.model, chain.parameters, x, label, loss)
-
-    residual, allowed, error, reports = math.inf, evidence.tolerance, None, descent.reports
+    found = _Weighed(math.inf, evidence.tolerance)
     if torch.isfinite(image).all():
-        mine = gradients(image)
-        heard = {name: g for name, g in evidence.gradients.items() if name not in evidence.lost}
-        misses = {name: _relative(mine[name], g, heard) for name, g in heard.items()}
-        residual = max(misses.values())
-        if descent.probe is not None:
-            noisy = gradients(image + descent.probe.x.reshape(image.shape))
-            expected = {name: _relative(noisy[name] + stds[name], mine[name], heard) for name in heard}
-            allowed = max(allowed, min(EXPLAINED * max(expected.values()), MOST))
-            # What is missed by more than the noise that was known of says that there was more of it.
-            excess = max(1.0, median(miss / max(expected[name], 1e-300) for name, miss in misses.items()))
-            error = excess * descent.probe.error
-            reports = tuple(replace(r, predicted_error=excess * r.predicted_error) for r in reports)
+        weigh = partial(_weigh, chain, evidence, stds, label, loss, descent.probe)
+        found = weigh(image)
+        if found.residual > found.allowed and (moved := _with_decided_signs(chain, descent, image)) is not None:
+            image, found = min((image, found), (moved, weigh(moved)), key=lambda pair: pair[1].residual)
+    error, reports = None, descent.reports
+    if found.excess is not None:
+        error = found.excess * descent.probe.error
+        reports = tuple(replace(r, predicted_error=found.excess * r.predicted_error) for r in reports)
     width = pixel_range[1] - pixel_range[0]
     width = width if math.isfinite(width) else 1.0
     slack = max(width * min(evidence.tolerance, DROWNED), min(EXPLAINED * (error or 0.0), width / 2))
     beyond = max((pixel_range[0] - image).max().item(), (image - pixel_range[1]).max().item())
+    inputs = {**descent.layer_inputs, name: image.reshape(descent.layer_inputs[name].shape)}
     return Candidate(
-        image, label, residual, beyond <= slack, descent.layer_inputs, reports, descent.open_layers,
-        descent.beliefs, allowed, error,
+        image, label, found.residual, beyond <= slack, inputs, reports, descent.open_layers,
+        descent.beliefs, found.allowed, error,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """How an image's gradient compares with the shared one: the miss, what is allowed, times more noise than known."""
+
+    residual: float
+    allowed: float
+    excess: float | None = None
+
+
+def _weigh(
+    chain: Chain, evidence: Evidence, stds: Mapping[str, Tensor], label: Tensor, loss: str, probe: Probe | None,
+    image: Tensor,
+) -> _Weighed:  # fmt: skip
+    """Computes the image's gradient, and that of the image as the noise may have made it."""
+
+    def gradients(x: Tensor) -> dict[str, Tensor]:
+        return gradients_of(chain.model, chain.parameters, x, label, loss)
+
+    mine = gradients(image)
+    heard = {name: g for name, g in evidence.gradients.items() if name not in evidence.lost}
+    misses = {name: _relative(mine[name], g, heard) for name, g in heard.items()}
+    residual = max(misses.values())
+    if probe is None:
+        return _Weighed(residual, evidence.tolerance)
+    noisy = gradients(image + probe.x.reshape(image.shape))
+    expected = {name: _relative(noisy[name] + stds[name], mine[name], heard) for name in heard}
+    allowed = max(evidence.tolerance, min(EXPLAINED * max(expected.values()), MOST))
+    # What is missed by more than the noise that was known of says that there was more of it.
+    excess = max(1.0, median(miss / max(expected[name], 1e-300) for name, miss in misses.items()))
+    return _Weighed(residual, allowed, excess)
+
+
+def _with_decided_signs(chain: Chain, descent: Descent, image: Tensor) -> Tensor | None:
+    """The image with its units on the pieces that the descent has decided on, None where its error does not allow that.
+
+    A unit whose pre-activation is smaller than its error may lie on the other piece when the image goes forward again;
+    one in ten thousand makes the gradient miss by a per cent, and says nothing against the image.
+    """
+    if descent.probe is None or descent.open_layers:
+        return None
+    moved = with_signs(chain.layers[:-1], image, descent.positive)
+    by = (moved - image).square().mean().sqrt().item()
+    size = image.square().mean().sqrt().item()
+    return moved if 0 < by <= EXPLAINED * max(descent.probe.error, ROUNDING * size) else None
 
 
 def _relative(mine: Tensor, shared: Tensor, gradients: Mapping[str, Tensor]) -> float:
@@ -109,7 +154,8 @@ def judge(candidates: list[Candidate], notes: list[str], pixel_range: tuple[floa
     if short and not best.open_layers:
         notes = [*notes, f"layers short of full rank, closed by virtual constraints: {', '.join(short)}"]
     verdict, reasons = _verdict(best, consistent, short, pixel_range)
-    kept = tuple(consistent or [best])
+    alike = [c for c in candidates if c is best or c.gradient_residual <= ALIKE * best.gradient_residual < math.inf]
+    kept = tuple(consistent or alike)
     if device is not None:
         kept = tuple(replace(c, images=c.images.to(device), labels=c.labels.to(device)) for c in kept)
     return Reconstruction(kept[0].images, kept[0].labels, verdict, kept, best.layers, (*notes, *reasons))
