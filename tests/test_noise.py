@@ -36,6 +36,31 @@ def test_formats_and_grids_betray_their_rounding(name):
         assert rms(shared[key] - g) / 1.6 < rms(stds[key]) < 1.6 * rms(shared[key] - g)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_saturated_softmax_is_no_coarse_grid_and_no_coarse_format(dtype):
+    bias = torch.full((200,), 1e-250 if dtype == torch.float64 else 0.0, dtype=torch.float64)
+    bias[3], bias[7] = 1.0, -1.0
+    stds = entry_noise({"w": GRADIENTS["w"].to(dtype).double(), "b": bias})
+    eps = torch.finfo(dtype).eps
+    assert 0.1 * eps < rms(stds["w"]) < 2 * eps and stds["b"].max() < 2 * eps
+    assert (entry_noise({"b": bias.sign()})["b"] < 1e-15).all()
+
+
+def test_a_network_with_a_saturated_softmax_predicts_its_error():
+    modules = [torch.nn.Conv2d(3, 20, 3, 2, 1), torch.nn.LeakyReLU(0.2), torch.nn.Flatten(), torch.nn.Linear(320, 120)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(*modules).double()
+        with torch.no_grad():
+            network[3].weight.uniform_(-30, 30)
+    gradients = rgap.client_gradients(network, IMAGES[:1], torch.tensor([5]), "cross_entropy")
+    assert gradients[-1].abs().sort().values[-3:].tolist() == pytest.approx([0, 1, 1], abs=1e-3)
+    result = rgap.reconstruct(network, gradients, SHAPE, "cross_entropy")
+    rmse = (result.images - IMAGES[:1]).square().mean().sqrt().item()
+    assert result.verdict == "exact" and rmse < 1e-8
+    assert rmse / 30 < result.candidates[0].predicted_error < 1e-7
+
+
 def test_pruning_is_betrayed_by_zeros_where_none_would_be():
     shared = client.prune(GRADIENTS, 0.3)
     stds = entry_noise(shared)
