@@ -2,7 +2,6 @@
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 
 def mse(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -35,8 +34,7 @@ def psnr_db(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If the shapes differ or are not (N, C, H, W).
     """
-    x, y = _pair(x, y)
-    return peak_signal_noise_ratio(x, y, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    return -10 * mse(x, y).log10()
 
 
 def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -56,6 +54,9 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If the shapes differ, are not (N, C, H, W), or the images are smaller than 3×3.
     """
+    # Takes longer to import than everything else here, torch included, and only this needs it.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     x, y = _pair(x, y)
     if min(x.shape[2:]) < 3:
         raise ValueError(f"images are {tuple(x.shape[2:])} pixels; SSIM needs at least 3×3")
