@@ -18,6 +18,9 @@ from rgap.signs import with_signs
 GAIN = 0.7
 """Residual of a channel's identities after a turn, relative to that before, below which the turn is right."""
 
+MOST = 400
+"""Units of an image that may disagree with the signs that were recovered."""
+
 
 def settle_signs(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, *, doubt: float) -> Tensor:
     """Turns units next to zero where the layer's identities say so.
@@ -80,5 +83,5 @@ def agree(chain: Chain, images: Tensor, inputs: Mapping[str, Tensor], below: int
     moved = []
     for b, image in enumerate(images.split(1)):
         positive = {name: inputs[after.name][b] > 0 for name, after in following.items()}
-        moved.append(with_signs(layers, image, positive))
+        moved.append(with_signs(layers, image, positive, MOST))
     return torch.cat(moved)

@@ -24,9 +24,6 @@ REACH = 5.0
 STEPS = 50
 """Most signs that are turned in one channel."""
 
-MOST = 400
-"""Disagreeing units of an image beyond which they are no matter of single signs."""
-
 ROUNDS = 3
 """Linearised moves of an image, of which so small signs need one or two."""
 
@@ -125,13 +122,14 @@ def _turn(
     return values, odds
 
 
-def with_signs(layers: Sequence[Layer], image: Tensor, positive: Mapping[str, Tensor]) -> Tensor:
+def with_signs(layers: Sequence[Layer], image: Tensor, positive: Mapping[str, Tensor], most: int) -> Tensor:
     """Moves an image as little as it takes for its units to lie on the pieces that were decided.
 
     Args:
         layers: From the first on.
         image: (1, C, H, W), recovered with errors.
         positive: Layer name -> which of its pre-activations are positive; layers that are not named are free.
+        most: Disagreeing units beyond which they are no matter of single signs; each costs a backward pass.
 
     Returns:
         The image; as it was where too many units disagree.
@@ -149,7 +147,7 @@ def with_signs(layers: Sequence[Layer], image: Tensor, positive: Mapping[str, Te
         wrong = torch.nonzero((outputs > 0) != signs).flatten()
         if not len(wrong):
             return image
-        if len(wrong) > MOST:
+        if len(wrong) > most:
             return first
         rows = [torch.autograd.grad(outputs[i], x, retain_graph=True)[0].flatten() for i in wrong]
         J = torch.stack(rows)

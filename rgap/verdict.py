@@ -29,6 +29,9 @@ MOST = 0.5
 ALIKE = 1.01
 """Ratio of residuals up to which candidates that miss the gradient are twins: neither is less inconsistent."""
 
+FLIPPED = 30
+"""Units that may lie on another piece than was decided when an image goes forward again; noise turns more."""
+
 DROWNED = 0.1
 """Predicted error, as a share of the pixel range, from which noise has drowned the image: nothing is certified."""
 
@@ -117,7 +120,7 @@ def _with_decided_signs(chain: Chain, descent: Descent, image: Tensor) -> Tensor
     """
     if descent.probe is None or descent.open_layers:
         return None
-    moved = with_signs(chain.layers[:-1], image, descent.positive)
+    moved = with_signs(chain.layers[:-1], image, descent.positive, FLIPPED)
     by = (moved - image).square().mean().sqrt().item()
     size = image.square().mean().sqrt().item()
     return moved if 0 < by <= EXPLAINED * max(descent.probe.error, ROUNDING * size) else None

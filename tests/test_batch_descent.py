@@ -249,7 +249,7 @@ def test_images_are_moved_to_the_signs_that_were_recovered(monkeypatch):
     assert not torch.equal(near, moved) and (moved - near).abs().max() < 0.05
     smooth = rgap.prepare(network(activation=nn.Tanh()), SHAPE)
     assert agree(smooth, near, inputs, 2) is near
-    monkeypatch.setattr("rgap.signs.MOST", 0)
+    monkeypatch.setattr("rgap.joint_signs.MOST", 0)
     assert torch.equal(agree(chain, near, inputs, 2), near)
 
 

@@ -140,6 +140,9 @@ def plain_attack(chain: Chain, gradients: Sequence[Tensor], label: int, loss: st
     """
     evidence = weigh(chain, gradients)
     hypotheses = read_head(loss, chain.layers[-1], evidence, label).hypotheses
+    if chain.homogeneous:  # twins: their images differ by the ratio of the scales, and the smallest is the darkest
+        by_size = sorted(hypotheses, key=lambda hypothesis: -abs(hypothesis.scale))
+        hypotheses = {hypothesis.scale > 0: hypothesis for hypothesis in by_size}.values()
     images = [descend(chain, evidence, h).layer_inputs[chain.layers[0].name] for h in hypotheses]
     return min(images, key=lambda image: image.abs().max().item())
 
