@@ -10,21 +10,25 @@ systems. The letters, as in the paper and in every module here:
     μ      margin y f(x), with y = 2·label − 1         c      ⟨G_d, W_d⟩ of the last layer, −μ / (1 + e^μ)
 """
 
-from rgap import artifact, baselines, batch, client, data, metrics, models
-from rgap.attack import reconstruct
-from rgap.chain import Chain, Layer, prepare
-from rgap.client import client_gradients
-from rgap.rank import rank_analysis
-from rgap.rank_batch import LargestBatch, largest_batch
-from rgap.results import (
-    Candidate,
-    GradientMismatchError,
-    LayerRank,
-    LayerReport,
-    RankAnalysis,
-    Reconstruction,
-    UnsupportedLayerError,
-)
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rgap import artifact, baselines, batch, client, data, metrics, models
+    from rgap.attack import reconstruct
+    from rgap.chain import Chain, Layer, prepare
+    from rgap.client import client_gradients
+    from rgap.rank import rank_analysis
+    from rgap.rank_batch import LargestBatch, largest_batch
+    from rgap.results import (
+        Candidate,
+        GradientMismatchError,
+        LayerRank,
+        LayerReport,
+        RankAnalysis,
+        Reconstruction,
+        UnsupportedLayerError,
+    )
 
 __all__ = [
     "Candidate",
@@ -50,3 +54,30 @@ __all__ = [
     "rank_analysis",
     "reconstruct",
 ]
+
+_MODULES = {
+    "rgap.attack": ("reconstruct",),
+    "rgap.chain": ("Chain", "Layer", "prepare"),
+    "rgap.client": ("client_gradients",),
+    "rgap.rank": ("rank_analysis",),
+    "rgap.rank_batch": ("LargestBatch", "largest_batch"),
+    "rgap.results": (
+        "Candidate",
+        "GradientMismatchError",
+        "LayerRank",
+        "LayerReport",
+        "RankAnalysis",
+        "Reconstruction",
+        "UnsupportedLayerError",
+    ),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str):
+    """Names come on first use: who runs a notebook needs none of them, and torch takes seconds to import."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in __all__:
+        return importlib.import_module(f"rgap.{name}")
+    raise AttributeError(f"module 'rgap' has no attribute {name!r}")
