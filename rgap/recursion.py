@@ -119,9 +119,11 @@ def descend(
             report = replace(report, saturated=int((~known).sum()))
         if report.deficit:
             before = chain.layers[i - 1] if i and virtual_constraints else None
-            x, report, belief, certified = _close(before, evidence, solution, report, z, dx)
-            beliefs |= {} if belief is None else {layer.name: belief}
-            left_open += [] if certified else [layer.name]
+            closed = None if before is None else _by_previous(before, evidence, solution, z, dx)
+            if closed is not None:
+                beliefs[layer.name] = torch.from_numpy(closed.beliefs)
+                x, report, probe = _closed(solution, closed, report, probe)
+            left_open += [] if closed is not None and closed.certified else [layer.name]
         inputs = {layer.name: x.reshape(1, *layer.feature_shape), **inputs}
         reports.append(replace(report, seconds=time.perf_counter() - begin))
     return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open), beliefs, tuple(misfits), probe, positive)
@@ -156,26 +158,25 @@ def _has_kink(layer: Layer) -> bool:
     return slope is not None and bool((torch.as_tensor(slope) != 1).any())
 
 
-def _close(
-    before: Layer | None, evidence: Evidence, solution: LayerSolution, report: LayerReport, z: Tensor, dx: Tensor
-) -> tuple[Tensor, LayerReport, Tensor | None, bool]:
-    """A deficient layer by the layer before, None where that may not help: x, report, beliefs, whether it is certified.
-
-    The solution as it is where that has no factors or forgets z.
-    """
-    closed = None if before is None or solution.null_basis is None else _by_previous(before, evidence, solution, z, dx)
-    if closed is None:
-        return solution.x, report, None, False
+def _closed(
+    solution: LayerSolution, closed: VirtualSolution, report: LayerReport, probe: Probe | None
+) -> tuple[Tensor, LayerReport, Probe | None]:
+    """A deficient layer's input as the layer before has closed it; its error joins the probe's."""
     x = torch.from_numpy(closed.x).reshape(solution.x.shape)
+    if probe is not None:
+        probe = replace(probe, x=probe.x + torch.from_numpy(closed.draw).reshape(probe.x.shape))
+        report = replace(report, predicted_error=probe.error)
     report = replace(report, virtual_constraints=closed.equations, iterations=closed.iterations,
                      condition=closed.condition, residual=closed.residual)  # fmt: skip
-    return x, report, torch.from_numpy(closed.beliefs), closed.certified
+    return x, report, probe
 
 
 def _by_previous(
     before: Layer, evidence: Evidence, solution: LayerSolution, z: Tensor, dx: Tensor
 ) -> VirtualSolution | None:
-    """Closes a deficient layer's null space by the layer before, or None where that has no factors or forgets z."""
+    """Closes a deficient layer's null space by the layer before; None where that has no factors or forgets z."""
+    if solution.null_basis is None:
+        return None
     factors = previous_factors(before) if before.activation.one_to_one else None
     if factors is None:
         return None

@@ -40,7 +40,8 @@ class LayerReport:
         sigma_above_cut: Smallest singular value kept, relative to the largest of its matrix.
         sigma_below_cut: Largest singular value dropped, relative to the largest of its matrix.
         residual: ‖A x − b‖ / ‖b‖ over the constraints that were used.
-        predicted_error: Predicted root-mean-square error of the layer's input.
+        predicted_error: Predicted root-mean-square error of the layer's input; where virtual constraints closed the
+            layer, with that of their own system by what it misses.
         seconds: Wall time spent on this layer.
         saturated: Entries of the layer's output from which its activation does not tell the pre-activation, zeros of a
             ReLU for one: W's rows there were not used. None where every entry tells it.

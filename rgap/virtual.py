@@ -56,6 +56,7 @@ class VirtualSolution:
         residual: Root-mean-square residual of the final system relative to the size of z′.
         condition: Condition number of the final system, columns scaled.
         beliefs: The mean of the belief on x after each step, (iterations, n), for those who want to watch.
+        draw: One draw of the error that x has by what the final system misses, (n,); 0 where it is not certified.
     """
 
     x: NDArray
@@ -65,13 +66,15 @@ class VirtualSolution:
     residual: float
     condition: float
     beliefs: NDArray = field(repr=False)
+    draw: NDArray = field(repr=False)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """The solution on one piece of σ: whether it lies on that piece, and whether all equations hold there."""
+    """The solution on one piece of σ, a draw of its error, whether it lies there, and whether all equations hold."""
 
     x: NDArray
+    draw: NDArray
     residual: float
     condition: float
     kept: bool
@@ -176,26 +179,27 @@ def _certify(problem: Open, t: NDArray, image: NDArray, channels: NDArray, belie
     equations = problem.previous.left.shape[1] + independent_gradients(problem, piece.x, channels)
     surplus = equations + problem.known.size - problem.unknowns
     certified = piece.fits and surplus >= SURPLUS and piece.condition <= CONDITION
-    best = piece.x if certified else belief
-    return VirtualSolution(best, certified, equations, len(beliefs), piece.residual, piece.condition, np.array(beliefs))
+    best, draw = (piece.x, piece.draw) if certified else (belief, np.zeros_like(belief))
+    numbers = equations, len(beliefs), piece.residual, piece.condition
+    return VirtualSolution(best, certified, *numbers, np.array(beliefs), draw)
 
 
 def _settle(problem: Open, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
     """Solves on the piece of σ that m lies on, moves to the one where the solution lies, and so on."""
     for _ in range(POLISH):
-        theta, residual, condition = _solve_piece(problem, m, image, channels)
-        x = problem.x + problem.N @ theta[: problem.N.shape[1]]
+        theta, error, residual, condition = _solve_piece(problem, m, image, channels)
+        x, draw = problem.x + problem.N @ theta[: problem.N.shape[1]], problem.N @ error[: problem.N.shape[1]]
         kept = np.array_equal(slope(problem.activation, x), slope(problem.activation, m))
         kept = kept or not problem.activation.homogeneous
-        piece = _Piece(x, residual, condition, kept, kept and residual <= RESIDUAL * problem.noise)
+        piece = _Piece(x, draw, residual, condition, kept, kept and residual <= RESIDUAL * problem.noise)
         if kept:
             break
         m = x
     return piece
 
 
-def _solve_piece(problem: Open, m: NDArray, image: NDArray, channels: NDArray) -> tuple[NDArray, float, float]:
-    """The linear system on the piece of σ that m lies on: (t, y), the residual and the condition number."""
+def _solve_piece(problem: Open, m: NDArray, image: NDArray, channels: NDArray) -> tuple[NDArray, NDArray, float, float]:
+    """The linear system on the piece of σ that m lies on: (t, y), a draw of its error, residual, condition number."""
     fitted = fit(problem.activation, m, np.full(len(m), 1e-60))
     rows = assemble(problem, fitted, m, image, channels, None, problem.noise)
     weight = rows.floor.min() / rows.floor
@@ -203,5 +207,8 @@ def _solve_piece(problem: Open, m: NDArray, image: NDArray, channels: NDArray) -
     norms = np.linalg.norm(A, axis=0) + 1e-300
     values, Q = np.linalg.eigh((A / norms).T @ (A / norms))
     theta = (Q @ ((Q.T @ ((A / norms).T @ b)) / np.maximum(values, 1e-14 * values[-1]))) / norms
-    residual = float(problem.noise * np.sqrt(np.mean(((b - A @ theta) / rows.floor.min()) ** 2)))
-    return theta, residual, float(np.sqrt(values[-1] / max(values[0], 1e-300)))
+    rest = b - A @ theta
+    residual = float(problem.noise * np.sqrt(np.mean((rest / rows.floor.min()) ** 2)))
+    std = np.linalg.norm(rest) / np.sqrt(max(len(rest) - len(theta), 1))
+    white = np.random.default_rng(0).standard_normal(len(theta)) / np.sqrt(np.maximum(values, 1e-14 * values[-1]))
+    return theta, std * (Q @ white) / norms, residual, float(np.sqrt(values[-1] / max(values[0], 1e-300)))

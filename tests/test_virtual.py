@@ -47,6 +47,22 @@ def test_a_deficient_second_convolution_is_recovered_through_the_first(dtype, bi
     assert "layers short of full rank, closed by virtual constraints: '2' by 60" in result.notes
 
 
+def test_the_error_of_a_closed_layer_is_predicted_with_what_closed_it():
+    ratios = []
+    for seed in range(4):
+        network = convs(*SECOND, seed=seed)
+        image, result, _, reports = attack(network, seed)
+        truth = rgap.prepare(network.double(), (3, 12, 12)).layer_inputs(image)
+        for name in ("0", "2"):
+            error = (result.candidates[0].layer_inputs[name] - truth[name]).square().mean().sqrt().item()
+            ratios.append(reports[name].predicted_error / error)
+    assert all(1 / 5 < ratio < 5 for ratio in ratios), ratios
+    problem, x = open_problem(60)
+    noisy = replace(problem, G=problem.G * (1 + 1e-6 * randn(*problem.G.shape).numpy()), noise=1e-6)
+    found = solve_virtual(noisy)
+    assert found.certified and 1 / 3 < np.linalg.norm(found.draw) / np.linalg.norm(found.x - x) < 3
+
+
 def test_without_virtual_constraints_it_stays_open():
     _, result, psnr, reports = attack(convs(*SECOND), virtual_constraints=False)
     assert result.verdict == "rank-deficient" and psnr < 30
