@@ -109,8 +109,7 @@ def descend(
             return Descent(inputs, tuple(reports), mismatch, False)
         limits = {"rcond": evidence.rcond, "precision": evidence.precision}
         solution = solve_layer(layer, G, dz if heard else 0 * dz, z, known=known, **limits)
-        if solution.noise_std is not None:
-            misfits.append(solution.noise_std)
+        misfits += [] if solution.noise_std is None else [solution.noise_std]
         if probe is not None:
             probe = carry(layer, probe, solution, x, dx, z, dz, slopes)
             solution = replace(solution, report=replace(solution.report, predicted_error=probe.error))
