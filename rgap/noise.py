@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ LEVELS = 127
 
 ON_GRID = 10
 """Entries between the ends of a grid that prove it: by chance one in 500 lies so close to it."""
+
+FIRST = 4096
+"""Entries that are looked at first."""
 
 GAP = 10.0
 """Smallest magnitude, in units of the one expected of so many entries, from which zeros are taken for pruned ones."""
@@ -49,7 +53,8 @@ def entry_noise(
         std = _grid(g) if grid else _rounding(g, formats[name] or finest)
         if pruned and (g == 0).any() and g.any():
             std = std + torch.where(g == 0, g[g != 0].abs().min() / 3**0.5, 0.0)
-        found[name] = (std.square() + (noise_std or 0.0) ** 2 + (known or {}).get(name, 0.0) ** 2).sqrt()
+        beside = math.hypot(noise_std or 0.0, (known or {}).get(name, 0.0))
+        found[name] = (std.square() + beside**2).sqrt() if beside else std
     return found
 
 
@@ -58,9 +63,9 @@ def _format(g: Tensor) -> torch.dtype | None:
 
     Such is the gradient of a confident softmax by its logits: ones, and zeros that have underflowed.
     """
-    if ((torch.frexp(g).mantissa.abs() == 0.5) | (g == 0)).all():
+    if _everywhere(lambda part: bool(((torch.frexp(part).mantissa.abs() == 0.5) | (part == 0)).all()), g):
         return None
-    return next(f for f in FORMATS if torch.equal(g.to(f).to(g.dtype), g))
+    return next(f for f in FORMATS if fits(g, f))
 
 
 def _rounding(g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,8 +73,19 @@ def _rounding(g: Tensor, dtype: torch.dtype) -> Tensor:
     if not g.any():
         return torch.zeros_like(g)
     info = torch.finfo(dtype)
-    arithmetic = ARITHMETIC * min(info.eps, SINGLE) * _rms(g)  # coarser formats are computed in float32, then rounded
-    return info.eps * (0.7 * g.abs() + info.smallest_normal) / 12**0.5 + arithmetic
+    arithmetic = ARITHMETIC * min(info.eps, SINGLE) * rms(g)  # coarser formats are computed in float32, then rounded
+    step = info.eps / 12**0.5
+    return g.abs().mul_(0.7 * step).add_(step * info.smallest_normal + arithmetic)
+
+
+def fits(g: Tensor, dtype: torch.dtype) -> bool:
+    """Whether every entry is a number of that format."""
+    return g.dtype == dtype or _everywhere(lambda part: torch.equal(part.to(dtype).to(part.dtype), part), g)
+
+
+def _everywhere(holds: Callable[[Tensor], bool], g: Tensor) -> bool:
+    """Whether something holds of all entries; the first few decide mostly, at a fraction of the cost."""
+    return holds(g.flatten()[:FIRST]) and holds(g)
 
 
 def _grid(g: Tensor) -> Tensor:
@@ -84,18 +100,30 @@ def _on_grid(g: Tensor) -> bool:
     """
     if not g.any():
         return False
-    whole = g.flatten() / g.abs().max() * LEVELS
-    level = whole.round().abs()
-    between = int(((level > 0) & (level < LEVELS)).sum())
-    return between >= ON_GRID and bool((whole - whole.round()).abs().max() < 1e-3)
+    largest = g.abs().max()
+
+    def whole(part: Tensor) -> bool:
+        steps = part / largest * LEVELS
+        return bool((steps - steps.round()).abs().max() < 1e-3)
+
+    if not _everywhere(whole, g):
+        return False
+    level = (g / largest * LEVELS).round().abs()
+    return int(((level > 0) & (level < LEVELS)).sum()) >= ON_GRID
 
 
 def _is_pruned(g: Tensor) -> bool:
     """Whether there are exact zeros, and nothing between them and what they would lie among."""
+    if torch.count_nonzero(g) == g.numel():
+        return False
     left = g[g != 0].abs()
-    return 0 < len(left) < g.numel() and bool(left.min() * len(left) > GAP * _rms(left))
+    return 0 < len(left) < g.numel() and bool(left.min() * len(left) > GAP * rms(left))
 
 
-def _rms(g: Tensor) -> Tensor:
+def rms(g: Tensor) -> Tensor:
+    """Root mean square."""
+    size = g.norm()
+    if 1e-140 < size < 1e140:
+        return size / g.numel() ** 0.5
     largest = g.abs().max()  # squares of the smallest gradients underflow
-    return largest * (g / largest).square().mean().sqrt()
+    return largest if largest == 0 else largest * (g / largest).square().mean().sqrt()

@@ -15,19 +15,18 @@ import torch
 from torch import Tensor
 
 from rgap.constraints import blocks, split_groups, weight_columns
-from rgap.dense import least_squares
+from rgap.dense import RESOLUTION, Operator, dense_operator, least_squares
+from rgap.iterated import DENSE_MOST, ITERATED, rows_known, solve_jointly
 from rgap.kronecker import GradientSolution, solve_gradients
 from rgap.layer import Layer
+from rgap.noise import rms
 from rgap.results import LayerReport
 from rgap.solution import LayerSolution, determined, merged_report
-from rgap.sparse import ConjugateGradients, weight_factor
+from rgap.sparse import weight_factor
+from rgap.structured import spread, weights_on
 
 DENSE_UNKNOWNS = 1600
 """Open unknowns up to which the dense problem in null(M) is preferred to a sparse one in W alone."""
-
-
-DENSE_MOST = 10_000
-"""Open unknowns up to which the dense problem is solved at all (1 GB); beyond, W's own minimum-norm solution stands."""
 
 WELL_CONDITIONED = 1e3
 """Condition number up to which W's own solution is always taken where gradients leave much open."""
@@ -129,9 +128,9 @@ def _solve_group(
                 residual=residual,
                 iterations=iterations,
             )
-            return determined(x, layer, report, lambda _, change: factor.respond(_rows(change, known)))
-    if at_least_open > DENSE_MOST:
-        return _too_large(layer, z, known)
+            return determined(x, layer, report, lambda _, change: factor.respond(rows_known(change, known)))
+    if at_least_open > ITERATED and (solution := solve_jointly(layer, G, dz, z, known, at_least_open)) is not None:
+        return solution
     found = solve_gradients(layer, G, dz, rcond)
     if found.V.shape[1] == 0:
         report = LayerReport(
@@ -150,17 +149,6 @@ def _solve_group(
     return _with_weights(layer, G, z, known, found, rcond)
 
 
-def _too_large(layer: Layer, z: Tensor, known: Tensor | None) -> LayerSolution:
-    """The minimum-norm solution of W x = z alone, of a layer whose open unknowns no dense system can hold."""
-    solver = ConjugateGradients(layer, known)
-    x, residual, iterations = solver.solve(z)
-    rank = layer.unknowns - solver.missing
-    report = LayerReport(
-        layer.name, layer.unknowns, rank, None, rank, solver.missing, residual=residual, iterations=iterations
-    )
-    return determined(x, layer, report, lambda _, change: solver.respond(_rows(change, known)))
-
-
 def _with_weights(
     layer: Layer, G: Tensor, z: Tensor, known: Tensor | None, found: GradientSolution, rcond: float
 ) -> LayerSolution:
@@ -169,26 +157,21 @@ def _with_weights(
     Both kinds of rows are scaled by the size of their right-hand side: K's entries carry δz, which is tiny.
     """
     channels = layer.input_shape[0]
-    A, y = weight_columns(layer, found.V), layer.apply(found.x0.T.reshape(layer.input_shape)).flatten()
-    if known is not None:
-        A, y = A[known], y[known]
-    if A.norm() <= rcond * layer.weight.flatten(1).norm(dim=1).max():  # W repeats K: what is left of it is rounding
-        A = torch.zeros_like(A)
-    b = z - y
-    scale = _rms(z) / _rms(G) if G.any() and len(z) else 0.0
-    dim = (scale * found.sigmas).repeat(channels)
-    dense = least_squares(A, b, rcond, dim)
+    x0 = found.x0.T.reshape(layer.input_shape)
+    A = weights_on(layer, found.V) if known is None else dense_operator(weight_columns(layer, found.V)[known])
+    A = _without_rounding(A, layer, rcond)
+    b = z - rows_known(layer.apply(x0), known)
+    scale = (rms(z) / rms(G)).item() if G.any() and len(z) else 0.0
+    dense = least_squares(A, b, rcond, (scale * found.sigmas).repeat(channels))
 
-    def spread(basis: Tensor | None) -> Tensor | None:  # of the open unknowns, to the layer's input
-        if basis is None:
-            return None
-        pixels = torch.einsum("pk,ckd->cpd", found.V, basis.reshape(channels, found.V.shape[1], -1))
-        return pixels.flatten(0, 1)
+    def on_input(Y: Tensor | None) -> Tensor | None:  # of the open unknowns, to the layer's input
+        return None if Y is None else spread(found.V, Y, channels)
 
-    x = found.x0.T.reshape(layer.input_shape) + spread(dense.y[:, None]).reshape(layer.input_shape)
+    y = dense.y[:, None]
+    x = x0 + on_input(y).reshape(layer.input_shape)
     rank_gradients = channels * found.rank
     rank = layer.unknowns - (0 if dense.null is None else dense.null.shape[1])
-    misfit = (b - A @ dense.y).norm().item() / max(z.norm().item(), torch.finfo(z.dtype).tiny)
+    misfit = (b - A.apply(y)[:, 0]).norm().item() / max(z.norm().item(), torch.finfo(z.dtype).tiny)
     report = LayerReport(
         layer.name,
         layer.unknowns,
@@ -202,19 +185,18 @@ def _with_weights(
     )
 
     def respond(dG: Tensor, z_change: Tensor) -> Tensor:
-        x0 = found.respond(dG).T.reshape(layer.input_shape)
-        rest = _rows(z_change, known) - _rows(layer.apply(x0), known)
-        return x0 + spread(dense.invert(A.T @ rest[:, None])).reshape(layer.input_shape)
+        change = found.respond(dG).T.reshape(layer.input_shape)
+        rest = rows_known(z_change, known) - rows_known(layer.apply(change), known)
+        return change + on_input(dense.invert(A.adjoint(rest[:, None]))).reshape(layer.input_shape)
 
-    weak = spread(dense.weak)
-    return LayerSolution(x, spread(dense.null), weak, 1 / dense.weak_sigmas, report, respond)
-
-
-def _rows(z: Tensor, known: Tensor | None) -> Tensor:
-    """The entries of z that are known."""
-    return z.flatten() if known is None else z.flatten()[known]
+    weak = on_input(dense.weak)
+    return LayerSolution(x, on_input(dense.null), weak, 1 / dense.weak_sigmas, report, respond)
 
 
-def _rms(values: Tensor) -> float:
-    largest = values.abs().max()  # squares of the smallest gradients underflow
-    return (largest * (values / largest).square().mean().sqrt()).item() if largest > 0 else 0.0
+def _without_rounding(A: Operator, layer: Layer, rcond: float) -> Operator:
+    """A, or zeros in place of an A that is but rounding: W repeats K there."""
+    unit = layer.weight.flatten(1).norm(dim=1).max()
+    if A.gram.trace() > (max(rcond, RESOLUTION) * unit) ** 2 or A.matrix().norm() > rcond * unit:
+        return A
+    nothing = torch.zeros_like
+    return Operator(nothing(A.gram), lambda Y: A.apply(nothing(Y)), lambda R: A.adjoint(nothing(R)))

@@ -32,6 +32,9 @@ ALIKE = 1.01
 FLIPPED = 30
 """Units that may lie on another piece than was decided when an image goes forward again; noise turns more."""
 
+LEAST = 1e-140
+"""Norm above which squares cannot underflow."""
+
 DROWNED = 0.1
 """Predicted error, as a share of the pixel range, from which noise has drowned the image: nothing is certified."""
 
@@ -128,6 +131,9 @@ def _with_decided_signs(chain: Chain, descent: Descent, image: Tensor) -> Tensor
 
 def _relative(mine: Tensor, shared: Tensor, gradients: Mapping[str, Tensor]) -> float:
     """‖g′ − g‖ / ‖g‖, for a gradient that vanishes relative to the largest of all."""
+    size = shared.norm().item()
+    if size > LEAST:
+        return (mine.cpu() - shared).norm().item() / size
     unit = shared.abs().max() if shared.any() else max(g.abs().max() for g in gradients.values())
     difference = ((mine.cpu() - shared) / unit).norm()  # in this unit squares cannot underflow
     return (difference / (shared / unit).norm().clamp(min=1.0)).item()
