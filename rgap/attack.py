@@ -89,7 +89,7 @@ def reconstruct(
     reading = read_head(loss, head, evidence, known)
     hypotheses = list(reading.hypotheses)
     evidence = replace(evidence, rounding=max(h.rounding for h in hypotheses))
-    stds = entry_noise(evidence.gradients, noise_std, evidence.known)
+    stds = _entry_noise(chain, evidence.gradients, noise_std, evidence.known)
     attack = _Attack(chain, evidence, stds, loss, virtual_constraints)
     descents, refuted = _follow(attack, hypotheses)
     if noise_std is None:
@@ -130,6 +130,14 @@ class _Attack:
         return descend(self.chain, self.evidence, hypothesis, probe=probe, **options)
 
 
+def _entry_noise(
+    chain: Chain, gradients: Mapping[str, Tensor], noise_std: float | None, known=None
+) -> dict[str, Tensor]:
+    """The entries' errors; behind activations that have an inverse no gradient has single zeros of its own."""
+    has_zeros = not all(layer.activation.one_to_one for layer in chain.layers)
+    return entry_noise(gradients, noise_std, known, has_zeros=has_zeros)
+
+
 def _with_noise_found(attack: _Attack, hypotheses: list[Hypothesis], descents: list, refuted: list[str], rcond):
     """The attack, its descents and notes; made again where surplus equations betray more noise than was known of."""
     found = min((d.misfits[0] for _, d in descents if d.misfits), default=0.0)
@@ -138,7 +146,7 @@ def _with_noise_found(attack: _Attack, hypotheses: list[Hypothesis], descents: l
         return attack, descents, refuted
     gradients = attack.evidence.gradients
     evidence = replace(weigh(attack.chain, gradients, rcond, found), lost=attack.evidence.lost)
-    noisy = replace(attack, evidence=evidence, stds=entry_noise(gradients, found))
+    noisy = replace(attack, evidence=evidence, stds=_entry_noise(attack.chain, gradients, found))
     again, others = _follow(noisy, hypotheses)
     if not any(d.mismatch <= REFUTED and max(d.misfits, default=0.0) <= UNKNOWN * found for _, d in again):
         return attack, descents, refuted  # no white noise: the layers contradict each other

@@ -29,7 +29,11 @@ GAP = 10.0
 
 
 def entry_noise(
-    gradients: Mapping[str, Tensor], noise_std: float | None = None, known: Mapping[str, float] | None = None
+    gradients: Mapping[str, Tensor],
+    noise_std: float | None = None,
+    known: Mapping[str, float] | None = None,
+    *,
+    has_zeros: bool = True,
 ) -> dict[str, Tensor]:
     """Standard deviation of the error of every entry, as far as the values themselves betray it.
 
@@ -40,12 +44,15 @@ def entry_noise(
         gradients: Parameter name -> gradient, float64.
         noise_std: Standard deviation of noise known to be on every entry.
         known: Parameter name -> the same for one gradient.
+        has_zeros: Whether the network's gradients may have single zeros of their own, as behind ReLU. Where they may
+            not, one zero proves that the gradient was pruned, however little is gone.
 
     Returns:
         Parameter name -> standard deviations, shaped as the gradient.
     """
-    pruned = any(_is_pruned(g) for g in gradients.values())
     grid = any(_on_grid(g) for g in gradients.values())
+    proof = _has_single_zeros if not (has_zeros or grid) else _is_pruned
+    pruned = any(proof(g) for g in gradients.values())
     formats = {name: _format(g) for name, g in gradients.items()}
     finest = max((d for d in formats.values() if d is not None), key=FORMATS.index, default=torch.float64)
     found = {}
@@ -118,6 +125,14 @@ def _is_pruned(g: Tensor) -> bool:
         return False
     left = g[g != 0].abs()
     return 0 < len(left) < g.numel() and bool(left.min() * len(left) > GAP * rms(left))
+
+
+def _has_single_zeros(g: Tensor) -> bool:
+    """Whether a weight's gradient has zeros beside those of a silent output (a row) or a black input (a column)."""
+    if g.ndim < 2 or torch.count_nonzero(g) == g.numel():
+        return False
+    zero = g.flatten(1) == 0
+    return bool((zero & ~zero.all(0) & ~zero.all(1, keepdim=True)).any())
 
 
 def rms(g: Tensor) -> Tensor:

@@ -73,6 +73,18 @@ def test_pruning_is_betrayed_by_zeros_where_none_would_be():
     assert (entry_noise(few)["w"] < 1e-12).all()
 
 
+def test_one_zero_is_proof_where_the_network_makes_none():
+    draw = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)).double()
+    heavy = draw**3  # so heavy-tailed that nothing sets the small entries apart
+    light = client.prune({"w": heavy}, 0.03)
+    gone = light["w"] == 0
+    assert (entry_noise(light)["w"][gone] < 1e-12).all()
+    stds = entry_noise(light, has_zeros=False)["w"]
+    assert rms(heavy[gone]) / 3 < rms(stds[gone]) < 3 * rms(heavy[gone])
+    heavy[3], heavy[:, 7] = 0, 0  # a silent output, a black pixel
+    assert not entry_noise({"w": heavy}, has_zeros=False)["w"][heavy == 0].gt(1e-12).any()
+
+
 def test_declared_noise_is_added_and_zeros_are_exact():
     stds = entry_noise({"w": GRADIENTS["w"], "z": torch.zeros(3)}, 0.5)
     assert rms(stds["w"]) == pytest.approx(0.5) and rms(stds["z"]) == pytest.approx(0.5)
