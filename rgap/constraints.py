@@ -80,6 +80,11 @@ def weight_matrix(layer: Layer) -> sp.csr_array:
     return layer.cached("weight_matrix", lambda: _weight_matrix(layer))
 
 
+def tap_pixels(layer: Layer) -> Tensor:
+    """(kh·kw, positions): the pixel that each tap reads at each output position, −1 where that is padding; made once."""
+    return layer.cached("tap_pixels", lambda: torch.from_numpy(_pixels(layer)))
+
+
 def weight_columns(layer: Layer, basis: Tensor) -> Tensor:
     """W (I_C ⊗ V) for pixel vectors V, without forming W.
 

@@ -7,13 +7,39 @@ from dataclasses import dataclass
 
 import scipy.linalg
 import torch
+from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 SAFE_RATIO = 1e-4
 """Smallest σ_min / σ_max for which the normal equations, refined once, are as good as a singular decomposition."""
 
+RESOLUTION = 1e-6
+"""Smallest cutoff at which singular values are told apart by their squares."""
+
+SETTLED = 0.01
+"""Relative gain of a Lanczos step below which the largest eigenvalue counts as found."""
+
 WEAK_RATIO = 1e-1
 """Directions with σ / σ_max below this are named weak where the rank is not full: they are worth other equations."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A matrix A of m rows and k columns that need not be formed.
+
+    Attributes:
+        gram: AᵀA, (k, k).
+        apply: Y -> A Y, (k, p) -> (m, p).
+        adjoint: R -> Aᵀ R, (m, p) -> (k, p).
+    """
+
+    gram: Tensor
+    apply: Callable[[Tensor], Tensor]
+    adjoint: Callable[[Tensor], Tensor]
+
+    def matrix(self) -> Tensor:
+        """A itself, column by column."""
+        return self.apply(torch.eye(len(self.gram), dtype=self.gram.dtype))
 
 
 @dataclass(frozen=True)
@@ -61,11 +87,16 @@ def gram_matrix(A: Tensor) -> Tensor:
     return upper + upper.triu(1).T
 
 
-def least_squares(A: Tensor, b: Tensor, rcond: float, damping: Tensor | None = None) -> LeastSquares:
+def dense_operator(A: Tensor) -> Operator:
+    """A matrix (m, k) as an operator."""
+    return Operator(gram_matrix(A), lambda Y: A @ Y, lambda R: A.T @ R)
+
+
+def least_squares(A: Operator, b: Tensor, rcond: float, damping: Tensor | None = None) -> LeastSquares:
     """Solves min ‖A y − b‖² + ‖damping ∘ y‖².
 
     Args:
-        A: (m, k).
+        A: (m, k), as by `dense_operator`.
         b: (m,).
         rcond: Singular values below rcond times the largest count as zero.
         damping: One more equation, damping_j y_j = 0, for each entry where it is not zero, (k,).
@@ -74,27 +105,60 @@ def least_squares(A: Tensor, b: Tensor, rcond: float, damping: Tensor | None = N
         A `LeastSquares` of the whole system.
     """
     if damping is None:
-        damping = A.new_zeros(A.shape[1])
-    return _by_cholesky(A, b, rcond, damping) or _by_directions(A, b, rcond, damping)
+        damping = A.gram.new_zeros(len(A.gram))
+    gram = A.gram.clone()
+    gram.diagonal().add_(damping.square())
+    normal = _Normal(A, b[:, None], damping, gram)
+    return _of_full_rank(normal, rcond) or _by_pivots(normal, rcond) or _by_directions(normal, rcond)
 
 
-def _by_cholesky(A: Tensor, b: Tensor, rcond: float, damping: Tensor) -> LeastSquares | None:
-    """Pivoted Cholesky of the normal equations, or None where the singular values show no wide gap at the cutoff.
+@dataclass(frozen=True)
+class _Normal:
+    """The system and its normal equations."""
+
+    A: Operator
+    b: Tensor  # (m, 1)
+    damping: Tensor
+    gram: Tensor  # AᵀA + diag(damping²)
+
+    def solve(self, invert: Callable[[Tensor], Tensor]) -> Tensor:
+        """By the pseudo-inverse of the Gram matrix; a second pass refines."""
+        y = invert(self.A.adjoint(self.b))
+        return (y + invert(self.A.adjoint(self.b - self.A.apply(y)) - self.damping.square()[:, None] * y))[:, 0]
+
+
+def _of_full_rank(normal: _Normal, rcond: float) -> LeastSquares | None:
+    """By Cholesky factors of the normal equations; None where the rank is not full, or the condition not safe."""
+    factor, failed = scipy.linalg.lapack.dpotrf(normal.gram.numpy(), lower=1)
+    if failed or not len(factor):
+        return None
+
+    def invert(v: Tensor) -> Tensor:
+        return torch.from_numpy(scipy.linalg.lapack.dpotrs(factor, v.numpy(), lower=1)[0])
+
+    _, ratio = _singular_values(normal.gram, invert)
+    if not ratio >= max(SAFE_RATIO, 2 * rcond):
+        return None
+    none = normal.gram[:, :0]
+    return LeastSquares(normal.solve(invert), None, none, none[0], len(none), ratio, None, invert)
+
+
+def _by_pivots(normal: _Normal, rcond: float) -> LeastSquares | None:
+    """By pivoted Cholesky of the normal equations, or None where singular values show no wide gap at the cutoff.
 
     The constraint systems here either determine a direction or do not see it at all (the rank laws say which), so that
     squaring the singular values loses nothing, at a tenth of the cost of a singular decomposition.
     """
-    gram = gram_matrix(A)
-    gram.diagonal().add_(damping.square())
+    gram, A, damping = normal.gram, normal.A, normal.damping
     factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(gram.numpy(), lower=0)
-    if rank == 0:
+    if rank in (0, len(gram)):
         return None
     order = torch.from_numpy(pivots.astype("int64") - 1)
     kept, left = order[:rank], order[rank:]
     R = torch.from_numpy(factor).T.tril().T[:rank]  # columns first, as LAPACK wants it: no copy at every solve
-    null = torch.zeros(len(order), len(left), dtype=A.dtype)
+    null = torch.zeros(len(order), len(left), dtype=gram.dtype)
     null[kept] = torch.linalg.solve_triangular(R[:, :rank], -R[:, rank:], upper=True)
-    null[left] = torch.eye(len(left), dtype=A.dtype)
+    null[left] = torch.eye(len(left), dtype=gram.dtype)
     null = torch.linalg.qr(null)[0]
 
     def invert(v: Tensor) -> Tensor:  # the pseudo-inverse of the Gram matrix
@@ -103,52 +167,65 @@ def _by_cholesky(A: Tensor, b: Tensor, rcond: float, damping: Tensor) -> LeastSq
         return y - null @ (null.T @ y)
 
     largest, ratio = _singular_values(gram, invert)
-    unseen = torch.cat([A @ null, damping[:, None] * null]).norm(dim=0).max().item() / largest if len(left) else None
-    if ratio < max(WEAK_RATIO if len(left) else SAFE_RATIO, 2 * rcond) or (unseen or 0.0) > rcond:
+    if not ratio >= max(WEAK_RATIO, 2 * rcond):
         return None
-    y = A.new_zeros(A.shape[1], 1)
-    for _ in range(2):  # the second pass refines
-        y = y + invert(A.T @ (b[:, None] - A @ y) - damping.square()[:, None] * y)
-    none = A.new_zeros(A.shape[1], 0)
-    return LeastSquares(y[:, 0], null if len(left) else None, none, none[0], rank, ratio, unseen, invert)
+    unseen = torch.cat([A.apply(null), damping[:, None] * null]).norm(dim=0).max().item() / largest
+    if unseen > rcond:
+        return None
+    none = gram[:, :0]
+    return LeastSquares(normal.solve(invert), null, none, none[0], rank, ratio, unseen, invert)
 
 
-def _by_directions(A: Tensor, b: Tensor, rcond: float, damping: Tensor) -> LeastSquares:
+def _by_directions(normal: _Normal, rcond: float) -> LeastSquares:
     """Through every singular direction: from AᵀA, which holds σ down to 1e-8 of the largest, or from A below that."""
-    rows = torch.diag(damping)[damping > 0]
-    A, b = torch.cat([A, rows]), torch.cat([b, b.new_zeros(len(rows))])
-    if rcond >= 1e-6:
-        values, V = torch.linalg.eigh(gram_matrix(A))
+    count = len(normal.gram)
+    if rcond >= RESOLUTION:
+        values, V = torch.linalg.eigh(normal.gram)
         S, V = values.clamp(min=0).sqrt().flip(0), V.flip(1)
     else:
+        A = torch.cat([normal.A.matrix(), torch.diag(normal.damping)[normal.damping > 0]])
         _, S, Vh = svd(A, full_matrices=A.shape[0] < A.shape[1])
-        S, V = torch.cat([S, S.new_zeros(A.shape[1] - len(S))]), Vh.T
+        S, V = torch.cat([S, S.new_zeros(count - len(S))]), Vh.T
     largest = S[0].item()
     rank = int((S > rcond * largest).sum()) if largest > 0 else 0
-    seen, y = V[:, :rank], A.new_zeros(A.shape[1])
-    for _ in range(2):
-        y = y + seen @ ((seen.T @ (A.T @ (b - A @ y))) / S[:rank].square())
-    full = rank == A.shape[1]
+    seen, full = V[:, :rank], rank == count
+
+    def invert(v: Tensor) -> Tensor:
+        return seen @ ((seen.T @ v) / S[:rank, None].square())
+
     weak = 0 if full else int((S[:rank] <= WEAK_RATIO * largest).sum())
     return LeastSquares(
-        y,
+        normal.solve(invert),
         None if full else V[:, rank:],
         V[:, rank - weak : rank],
         S[rank - weak : rank],
         rank,
         S[rank - 1].item() / largest if rank else 0.0,
         None if full else (S[rank].item() / largest if largest > 0 else 0.0),
-        lambda v: seen @ ((seen.T @ v) / S[:rank, None].square()),
+        invert,
     )
 
 
-def _singular_values(gram: Tensor, invert: Callable[[Tensor], Tensor], steps: int = 8) -> tuple[float, float]:
-    """σ_max of A and its smallest σ above zero relative to it, by block power iteration on AᵀA and its inverse."""
+def _singular_values(gram: Tensor, invert: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """σ_max of A and its smallest σ above zero relative to it, by Lanczos on AᵀA and on its inverse."""
+    largest = _largest_eigenvalue(lambda v: gram @ v, len(gram), gram.dtype)
+    inverse = _largest_eigenvalue(invert, len(gram), gram.dtype)
+    return largest**0.5, (largest * inverse) ** -0.5 if largest * inverse > 0 else 0.0
+
+
+def _largest_eigenvalue(multiply: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype, steps: int = 30) -> float:
+    """Of a symmetric matrix that is not negative, from below: Lanczos until a step gains less than `SETTLED`."""
     generator = torch.Generator().manual_seed(0)
-    large = small = torch.randn(len(gram), min(4, len(gram)), generator=generator, dtype=gram.dtype)
-    for _ in range(steps):
-        large = torch.linalg.qr(gram @ large)[0]
-        small = torch.linalg.qr(invert(small))[0]
-    largest = torch.linalg.eigvalsh(large.T @ gram @ large)[-1].item()
-    inverse = torch.linalg.eigvalsh(small.T @ invert(small))[-1].item()
-    return largest**0.5, (1 / (largest * inverse)) ** 0.5
+    v = torch.randn(size, 1, generator=generator, dtype=dtype)
+    basis, diagonal, beside, found = v / v.norm(), [], [], 0.0
+    for _ in range(min(steps, size)):
+        w = multiply(basis[:, -1:])
+        diagonal.append((basis[:, -1] @ w[:, 0]).item())
+        last, found = found, eigvalsh_tridiagonal(diagonal, beside)[-1] if beside else diagonal[0]
+        w = w - basis @ (basis.T @ w)
+        w = w - basis @ (basis.T @ w)
+        beside.append(w.norm().item())
+        if not found * (1 - SETTLED) > last or not beside[-1] > 1e-12 * found:
+            break
+        basis = torch.cat([basis, w / beside[-1]], 1)
+    return float(found)

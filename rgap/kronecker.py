@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgap.constraints import blocks, gradient_matrix, gradient_values
-from rgap.dense import svd
+from rgap.constraints import Block, blocks, gradient_matrix, gradient_values
+from rgap.dense import RESOLUTION, gram_matrix, svd
 from rgap.layer import Layer
 
 TRUSTED = 0.02
@@ -40,44 +40,53 @@ class GradientSolution:
     respond: Callable[[Tensor], Tensor]  # how x0 changes with G, (O, C, kh, kw) -> (H·W, C)
 
 
+@dataclass(frozen=True)
+class _Factor:
+    """One block of M, with its singular values and right singular vectors."""
+
+    block: Block
+    M: Tensor  # (O·t, m)
+    S: Tensor  # (m,), from the largest on, relative to the largest entry of M
+    V: Tensor  # (m, m)
+    unit: Tensor  # the largest entry of M
+
+    def solve(self, values: Tensor, rank: int) -> Tensor:
+        """M⁺ of right-hand sides (O·t, C), from so many of its directions."""
+        seen = self.V[:, :rank]
+        return seen @ ((seen.T @ (self.M.T @ values / self.unit)) / self.S[:rank, None].square() / self.unit)
+
+
 def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> GradientSolution:
     """Solves (I ⊗ M) x = vec(G) block by block; the cutoff is relative to M's largest singular value."""
     pixels, channels = math.prod(layer.input_shape[1:]), layer.input_shape[0]
-    systems = []
-    for block in blocks(layer):
-        M = gradient_matrix(layer, block, dz)
-        systems.append((block.pixels, gradient_values(layer, block, G), *svd(M, full_matrices=M.shape[0] < M.shape[1])))
-    largest = max(S[0].item() for _, _, _, S, _ in systems)
-    ranks = [int((S > rcond * largest).sum()) for _, _, _, S, _ in systems]
+    factors = [_factor(layer, block, dz, rcond) for block in blocks(layer)]
+    largest = max((f.S[0] * f.unit).item() for f in factors)
+    ranks = [int((f.S * f.unit > rcond * largest).sum()) for f in factors]
 
     def respond(change: Tensor) -> Tensor:
         x = change.new_zeros(pixels, channels)
-        for block, (places, _, U, S, Vh), rank in zip(blocks(layer), systems, ranks, strict=True):
-            values = gradient_values(layer, block, change)
-            x[places] = Vh[:rank].T @ ((U[:, :rank].T @ values) / S[:rank, None])
+        for factor, rank in zip(factors, ranks, strict=True):
+            x[factor.block.pixels] = factor.solve(gradient_values(layer, factor.block, change), rank)
         return x
 
-    x0, missed, surplus = respond(G), 0.0, 0
+    x0, missed, surplus = G.new_zeros(pixels, channels), 0.0, 0
     untouched = torch.ones(pixels, dtype=torch.bool)
-    bases, sigmas = [], []
-    for (places, values, U, S, Vh), rank in zip(systems, ranks, strict=True):
-        rest = values - U[:, :rank] @ (U[:, :rank].T @ values)
-        missed += rest.square().sum().item()
+    for factor, rank in zip(factors, ranks, strict=True):
+        values = gradient_values(layer, factor.block, G)
+        x = factor.solve(values, rank)
+        x = x + factor.solve(values - factor.M @ x, rank)  # what squaring the singular values has cost
+        missed += (values - factor.M @ x).square().sum().item()
         surplus += (len(values) - rank) * channels
-        untouched[places] = False
-        bases.append(_rows(Vh.T, places, pixels))
-        sigmas.append(F.pad(S, (0, len(Vh) - len(S))))
-    sigma = torch.cat(sigmas) / largest if largest > 0 else torch.cat(sigmas)
+        x0[factor.block.pixels], untouched[factor.block.pixels] = x, False
+    sigma = torch.cat([f.S * f.unit for f in factors])
+    sigma = sigma / largest if largest > 0 else sigma
     kept, dropped = sigma[sigma > rcond], sigma[sigma <= rcond]
-    full = len(kept) == pixels
-    open_ = sigma <= (0.0 if full else max(rcond, TRUSTED))
-    V = torch.cat([torch.cat(bases, 1)[:, open_], torch.eye(pixels, dtype=G.dtype)[:, untouched]], 1)
-    weights = F.pad(torch.where(sigma > rcond, sigma, 0.0)[open_] * largest, (0, int(untouched.sum())))
+    V, weights = _open(factors, sigma, untouched, rcond)
     size = G.norm().item()
     return GradientSolution(
         x0,
         V,
-        weights,
+        weights * largest,
         len(kept),
         kept.min().item() if len(kept) else 0.0,
         dropped.max().item() if len(dropped) else None,
@@ -87,7 +96,29 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> Gradie
     )
 
 
-def _rows(values: Tensor, rows: Tensor, size: int) -> Tensor:
-    result = values.new_zeros(size, values.shape[1])
-    result[rows] = values
-    return result
+def _factor(layer: Layer, block: Block, dz: Tensor, rcond: float) -> _Factor:
+    """By the eigenvectors of MᵀM, which hold σ down to 1e-8 of the largest, or of M itself below that."""
+    M = gradient_matrix(layer, block, dz)
+    unit = M.abs().max()
+    unit = unit if unit > 0 else torch.ones_like(unit)  # squares of the smallest gradients underflow
+    if rcond < RESOLUTION:
+        _, S, Vh = svd(M / unit, full_matrices=M.shape[0] < M.shape[1])
+        return _Factor(block, M, F.pad(S, (0, len(Vh) - len(S))), Vh.T, unit)
+    values, V = torch.linalg.eigh(gram_matrix(M / unit))
+    return _Factor(block, M, values.clamp(min=0).sqrt().flip(0), V.flip(1), unit)
+
+
+def _open(factors: list[_Factor], sigma: Tensor, untouched: Tensor, rcond: float) -> tuple[Tensor, Tensor]:
+    """Basis of the pixels that M leaves open or sees too dimly, and its singular values there, 0 below the cutoff."""
+    full = len(sigma) == len(untouched) and bool((sigma > rcond).all())
+    left = sigma <= (0.0 if full else max(rcond, TRUSTED))
+    unread = torch.eye(len(untouched), dtype=sigma.dtype)[:, untouched]
+    bases, start = [], 0
+    for factor in factors:
+        columns = factor.V[:, left[start : start + len(factor.S)]]
+        basis = sigma.new_zeros(len(untouched), columns.shape[1])
+        basis[factor.block.pixels] = columns
+        bases.append(basis)
+        start += len(factor.S)
+    seen = torch.where(sigma > rcond, sigma, 0.0)[left]
+    return torch.cat([*bases, unread], 1), F.pad(seen, (0, unread.shape[1]))

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from rgap.constraints import blocks, split_groups, weight_columns
-from rgap.dense import least_squares
+from rgap.dense import RESOLUTION, Operator, dense_operator, least_squares
 from rgap.kronecker import GradientSolution, solve_gradients
 from rgap.layer import Layer
 from rgap.results import LayerReport
 from rgap.solution import LayerSolution, determined, merged_report
 from rgap.sparse import ConjugateGradients, weight_factor
+from rgap.structured import spread, weights_on
 
 DENSE_UNKNOWNS = 1600
 """Open unknowns up to which the dense problem in null(M) is preferred to a sparse one in W alone."""
@@ -169,26 +170,24 @@ def _with_weights(
     Both kinds of rows are scaled by the size of their right-hand side: K's entries carry δz, which is tiny.
     """
     channels = layer.input_shape[0]
-    A, y = weight_columns(layer, found.V), layer.apply(found.x0.T.reshape(layer.input_shape)).flatten()
-    if known is not None:
-        A, y = A[known], y[known]
-    if A.norm() <= rcond * layer.weight.flatten(1).norm(dim=1).max():  # W repeats K: what is left of it is rounding
-        A = torch.zeros_like(A)
-    b = z - y
+    x0 = found.x0.T.reshape(layer.input_shape)
+    if known is None:
+        A = weights_on(layer, found.V)
+    else:
+        A = dense_operator(weight_columns(layer, found.V)[known])
+    A = _without_rounding(A, layer, rcond)
+    b = z - _rows(layer.apply(x0), known)
     scale = _rms(z) / _rms(G) if G.any() and len(z) else 0.0
-    dim = (scale * found.sigmas).repeat(channels)
-    dense = least_squares(A, b, rcond, dim)
+    dense = least_squares(A, b, rcond, (scale * found.sigmas).repeat(channels))
 
-    def spread(basis: Tensor | None) -> Tensor | None:  # of the open unknowns, to the layer's input
-        if basis is None:
-            return None
-        pixels = torch.einsum("pk,ckd->cpd", found.V, basis.reshape(channels, found.V.shape[1], -1))
-        return pixels.flatten(0, 1)
+    def on_input(Y: Tensor | None) -> Tensor | None:  # of the open unknowns, to the layer's input
+        return None if Y is None else spread(found.V, Y, channels)
 
-    x = found.x0.T.reshape(layer.input_shape) + spread(dense.y[:, None]).reshape(layer.input_shape)
+    y = dense.y[:, None]
+    x = x0 + on_input(y).reshape(layer.input_shape)
     rank_gradients = channels * found.rank
     rank = layer.unknowns - (0 if dense.null is None else dense.null.shape[1])
-    misfit = (b - A @ dense.y).norm().item() / max(z.norm().item(), torch.finfo(z.dtype).tiny)
+    misfit = (b - A.apply(y)[:, 0]).norm().item() / max(z.norm().item(), torch.finfo(z.dtype).tiny)
     report = LayerReport(
         layer.name,
         layer.unknowns,
@@ -202,12 +201,21 @@ def _with_weights(
     )
 
     def respond(dG: Tensor, z_change: Tensor) -> Tensor:
-        x0 = found.respond(dG).T.reshape(layer.input_shape)
-        rest = _rows(z_change, known) - _rows(layer.apply(x0), known)
-        return x0 + spread(dense.invert(A.T @ rest[:, None])).reshape(layer.input_shape)
+        change = found.respond(dG).T.reshape(layer.input_shape)
+        rest = _rows(z_change, known) - _rows(layer.apply(change), known)
+        return change + on_input(dense.invert(A.adjoint(rest[:, None]))).reshape(layer.input_shape)
 
-    weak = spread(dense.weak)
-    return LayerSolution(x, spread(dense.null), weak, 1 / dense.weak_sigmas, report, respond)
+    weak = on_input(dense.weak)
+    return LayerSolution(x, on_input(dense.null), weak, 1 / dense.weak_sigmas, report, respond)
+
+
+def _without_rounding(A: Operator, layer: Layer, rcond: float) -> Operator:
+    """A, or zeros in place of an A that is but rounding: W repeats K there."""
+    unit = layer.weight.flatten(1).norm(dim=1).max()
+    if A.gram.trace() > (max(rcond, RESOLUTION) * unit) ** 2 or A.matrix().norm() > rcond * unit:
+        return A
+    nothing = torch.zeros_like
+    return Operator(nothing(A.gram), lambda Y: A.apply(nothing(Y)), lambda R: A.adjoint(nothing(R)))
 
 
 def _rows(z: Tensor, known: Tensor | None) -> Tensor:

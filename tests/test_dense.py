@@ -7,7 +7,7 @@ from networks import drawn, randn
 from torch.testing import assert_close
 
 from rgap import dense
-from rgap.dense import gram_matrix, least_squares, svd
+from rgap.dense import dense_operator, gram_matrix, least_squares, svd
 
 
 def matrix(rows, columns, singular_values, seed=0):
@@ -32,7 +32,7 @@ def test_solution_and_rank_are_those_of_the_pseudoinverse(rows, columns, lost, d
     A, b = matrix(rows, columns, values, seed), randn(rows, seed=seed + 2)
     damping = randn(columns, seed=seed + 3).clamp(min=0) if damped else None
     stacked = A if damping is None else torch.cat([A, torch.diag(damping)])
-    found = least_squares(A, b, 1e-8, damping)
+    found = least_squares(dense_operator(A), b, 1e-8, damping)
     expected = torch.linalg.pinv(stacked, rtol=1e-8) @ torch.cat([b, b.new_zeros(len(stacked) - rows)])
     assert found.rank == torch.linalg.matrix_rank(stacked, rtol=1e-8)
     assert_close(found.y, expected, rtol=1e-7, atol=1e-7)
@@ -49,19 +49,19 @@ def test_solution_and_rank_are_those_of_the_pseudoinverse(rows, columns, lost, d
 def test_the_smallest_singular_value_is_told_by_either_way(smallest):
     A = matrix(40, 20, np.geomspace(1, smallest, 20))
     y = randn(20)
-    found = least_squares(A, A @ y, 1e-8)
+    found = least_squares(dense_operator(A), A @ y, 1e-8)
     assert found.above == pytest.approx(smallest, rel=0.05)
     assert_close(found.y, y, rtol=1e-8, atol=1e-8)
 
 
 def test_values_on_each_side_of_the_cut_are_reported():
-    found = least_squares(matrix(10, 4, [2.0, 1.0, 2e-4, 2e-6]), randn(10), 1e-5)
+    found = least_squares(dense_operator(matrix(10, 4, [2.0, 1.0, 2e-4, 2e-6])), randn(10), 1e-5)
     assert (found.rank, found.above, found.below) == (3, pytest.approx(1e-4, rel=0.05), pytest.approx(1e-6, rel=0.05))
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
 def test_a_matrix_of_zeros_has_rank_zero(shape):
-    found = least_squares(torch.zeros(shape).double(), randn(shape[0]), 1e-5)
+    found = least_squares(dense_operator(torch.zeros(shape).double()), randn(shape[0]), 1e-5)
     assert (found.rank, found.above, found.below) == (0, 0.0, 0.0)
     assert found.y.equal(torch.zeros(shape[1]).double())
     assert found.null.shape == (shape[1], shape[1])
