@@ -133,7 +133,7 @@ class _Attack:
 def _with_noise_found(attack: _Attack, hypotheses: list[Hypothesis], descents: list, refuted: list[str], rcond):
     """The attack, its descents and notes; made again where surplus equations betray more noise than was known of."""
     found = min((d.misfits[0] for _, d in descents if d.misfits), default=0.0)
-    known = max(std.square().mean().sqrt().item() for std in attack.stds.values())
+    known = max(std.norm().item() / std.numel() ** 0.5 for std in attack.stds.values())
     if found <= UNKNOWN * known:
         return attack, descents, refuted
     gradients = attack.evidence.gradients

@@ -21,6 +21,12 @@ from torch import Tensor
 
 from rgap.layer import Layer
 
+EVERY = 256
+"""Channels up to which every one is tested against the layer's identities."""
+
+SUMS = 4
+"""Sums of channels that are tested where there are more."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -115,7 +121,7 @@ def identity_residual(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, known: Ten
 
     ⟨G[o], W[o′]⟩ = ⟨δz[o], z[o′] − b[o′]⟩ holds for every pair of channels; the right pair (z, δz) fulfils it to
     rounding, one of the wrong label misses it by about its own size. Where z is not known everywhere, δz vanishes, and
-    those with o = o′ still hold.
+    those with o = o′ still hold. Of more than `EVERY` channels o, a few sums with random signs are tested.
 
     Args:
         layer: The layer, without groups.
@@ -127,12 +133,22 @@ def identity_residual(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, known: Ten
     Returns:
         ‖left − right‖ / max(‖left‖, ‖right‖); 0 where both vanish.
     """
-    left = G.flatten(1) @ layer.weight.flatten(1).T
-    right = dz.flatten(1) @ (z - layer.pre_bias()).flatten(1).T
+    G, dz, W, inputs = G.flatten(1), dz.flatten(1), layer.weight.flatten(1), (z - layer.pre_bias()).flatten(1)
     if known is not None:
-        left, right = left.diagonal(), right.diagonal()
+        left, right = (G * W).sum(1), (dz * inputs).sum(1)
+    else:
+        if len(G) > EVERY:
+            signs = layer.cached("signs", lambda: _signs(len(G)))
+            G, dz = signs @ G, signs @ dz
+        left, right = G @ W.T, dz @ inputs.T
     scale = max(left.norm().item(), right.norm().item())
     return (left - right).norm().item() / scale if scale > 0 else 0.0
+
+
+def _signs(channels: int) -> Tensor:
+    """A few sums of all channels with random signs, (SUMS, channels)."""
+    generator = torch.Generator().manual_seed(0)
+    return 2.0 * torch.randint(2, (SUMS, channels), generator=generator).to(torch.float64) - 1.0
 
 
 def bias_residual(layer: Layer, gradient: Tensor, dz: Tensor) -> float:

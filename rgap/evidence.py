@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rgap.chain import Chain
+from rgap.noise import fits
 from rgap.results import GradientMismatchError
 
 LOST = 0.3
@@ -89,7 +90,7 @@ def weigh_gradients(
         if g.shape != parameter.shape:
             have, need = tuple(g.shape), tuple(parameter.shape)
             raise GradientMismatchError(f"gradient of {name!r} has shape {have}; it must be {need}")
-        if not torch.isfinite(g).all():
+        if not all(torch.isfinite(end) for end in torch.aminmax(g)):  # a NaN is both
             raise GradientMismatchError(f"gradient of {name!r} holds NaN or infinity; nothing can be recovered from it")
     if not any(g.any() for g in named.values()):
         raise GradientMismatchError("every gradient is zero; nothing can be recovered from them")
@@ -149,9 +150,9 @@ def _formats(named: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     One for all where there is one: alone, a gradient of few digits that float16 left fits others as well.
     """
     formats = (torch.bfloat16, torch.float16, torch.float32)
-    fits = {name: [d for d in formats if torch.equal(g.to(d).to(g.dtype), g)] for name, g in named.items()}
-    common = [d for d in formats if all(d in fitting for fitting in fits.values())]
-    return {name: (common or fits[name] or [g.dtype])[0] for name, g in named.items()}
+    fitting = {name: [d for d in formats if fits(g, d)] for name, g in named.items()}
+    common = [d for d in formats if all(d in each for each in fitting.values())]
+    return {name: (common or fitting[name] or [g.dtype])[0] for name, g in named.items()}
 
 
 def _quantum(dtype: torch.dtype) -> float:
@@ -164,4 +165,6 @@ def _relative_std(std: float, g: Tensor) -> float:
     size = g.abs().max().item()
     if size == 0.0:
         return math.inf if std > NEGLIGIBLE else 0.0
-    return std / size * g.numel() ** 0.5 / (g / size).norm().item()
+    norm = g.norm().item()
+    norm = norm if 1e-140 < norm < 1e140 else size * (g / size).norm().item()  # the squares of the smallest underflow
+    return std * g.numel() ** 0.5 / norm

@@ -58,6 +58,8 @@ class _Factor:
 
 def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> GradientSolution:
     """Solves (I ⊗ M) x = vec(G) block by block; the cutoff is relative to M's largest singular value."""
+    if layer.is_dense and dz.any():
+        return _solve_column(G, dz.flatten())
     pixels, channels = math.prod(layer.input_shape[1:]), layer.input_shape[0]
     factors = [_factor(layer, block, dz, rcond) for block in blocks(layer)]
     largest = max((f.S[0] * f.unit).item() for f in factors)
@@ -94,6 +96,21 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> Gradie
         (missed / surplus) ** 0.5 if surplus >= ENOUGH else None,
         respond,
     )
+
+
+def _solve_column(G: Tensor, column: Tensor) -> GradientSolution:
+    """A linear layer's, whose M is the one column δz: x = Gᵀ δz / ‖δz‖²."""
+    unit = column.abs().max()  # squares of the smallest gradients underflow
+    weights = column / unit / (column / unit).square().sum() / unit
+
+    def respond(change: Tensor) -> Tensor:
+        return weights[None] @ change.flatten(1)
+
+    x0, size = respond(G), G.norm().item()
+    missed = torch.addr(G.flatten(1), column, x0[0], alpha=-1).norm().item()
+    none, surplus = column[:0], (len(G) - 1) * x0.numel()
+    noise = missed / surplus**0.5 if surplus >= ENOUGH else None
+    return GradientSolution(x0, none[None], none, 1, 1.0, None, missed / size if size > 0 else 0.0, noise, respond)
 
 
 def _factor(layer: Layer, block: Block, dz: Tensor, rcond: float) -> _Factor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +17,9 @@ SINGLE = torch.finfo(torch.float32).eps
 
 LEVELS = 127
 """Steps of int8 on either side of zero."""
+
+FIRST = 4096
+"""Entries that are looked at first."""
 
 GAP = 10.0
 """Smallest magnitude, in units of the one expected of so many entries, from which zeros are taken for pruned ones."""
@@ -44,7 +48,8 @@ def entry_noise(
         std = _grid(g) if grid else _rounding(g)
         if pruned and (g == 0).any() and g.any():
             std = std + torch.where(g == 0, g[g != 0].abs().min() / 3**0.5, 0.0)
-        found[name] = (std.square() + (noise_std or 0.0) ** 2 + (known or {}).get(name, 0.0) ** 2).sqrt()
+        beside = math.hypot(noise_std or 0.0, (known or {}).get(name, 0.0))
+        found[name] = (std.square() + beside**2).sqrt() if beside else std
     return found
 
 
@@ -52,9 +57,18 @@ def _rounding(g: Tensor) -> Tensor:
     """Of the coarsest format that holds every entry, and of arithmetic in it."""
     if not g.any():
         return torch.zeros_like(g)
-    info = next(torch.finfo(f) for f in FORMATS if torch.equal(g.to(f).to(g.dtype), g))
-    arithmetic = ARITHMETIC * min(info.eps, SINGLE) * _rms(g)  # coarser formats are computed in float32, then rounded
-    return info.eps * (0.7 * g.abs() + info.smallest_normal) / 12**0.5 + arithmetic
+    info = next(torch.finfo(f) for f in FORMATS if fits(g, f))
+    arithmetic = ARITHMETIC * min(info.eps, SINGLE) * rms(g)  # coarser formats are computed in float32, then rounded
+    step = info.eps / 12**0.5
+    return g.abs().mul_(0.7 * step).add_(step * info.smallest_normal + arithmetic)
+
+
+def fits(g: Tensor, dtype: torch.dtype) -> bool:
+    """Whether every entry is a number of that format; the first few decide mostly, at a fraction of the cost."""
+    if g.dtype == dtype:
+        return True
+    first = g.flatten()[:FIRST]
+    return torch.equal(first.to(dtype).to(g.dtype), first) and torch.equal(g.to(dtype).to(g.dtype), g)
 
 
 def _grid(g: Tensor) -> Tensor:
@@ -66,16 +80,27 @@ def _on_grid(g: Tensor) -> bool:
     """Whether the entries are integers times a 127th of the largest."""
     if g.numel() < 100 or not g.any():
         return False
-    whole = g.flatten() / g.abs().max() * LEVELS
-    return bool((whole - whole.round()).abs().max() < 1e-3)
+    largest = g.abs().max()
+
+    def whole(part: Tensor) -> bool:
+        steps = part / largest * LEVELS
+        return bool((steps - steps.round()).abs().max() < 1e-3)
+
+    return whole(g.flatten()[:FIRST]) and whole(g)
 
 
 def _is_pruned(g: Tensor) -> bool:
     """Whether there are exact zeros, and nothing between them and what they would lie among."""
+    if torch.count_nonzero(g) == g.numel():
+        return False
     left = g[g != 0].abs()
-    return 0 < len(left) < g.numel() and bool(left.min() * len(left) > GAP * _rms(left))
+    return 0 < len(left) < g.numel() and bool(left.min() * len(left) > GAP * rms(left))
 
 
-def _rms(g: Tensor) -> Tensor:
+def rms(g: Tensor) -> Tensor:
+    """Root mean square."""
+    size = g.norm()
+    if 1e-140 < size < 1e140:
+        return size / g.numel() ** 0.5
     largest = g.abs().max()  # squares of the smallest gradients underflow
-    return largest * (g / largest).square().mean().sqrt()
+    return largest if largest == 0 else largest * (g / largest).square().mean().sqrt()

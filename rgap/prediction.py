@@ -44,9 +44,9 @@ class Probe:
 
 
 def draw_noise(stds: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
-    """Gaussian noise of the given standard deviations."""
+    """Gaussian noise of the given standard deviations; drawn in float32, which costs a fifth."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: std * torch.randn(std.shape, generator=generator, dtype=std.dtype) for name, std in stds.items()}
+    return {name: std * torch.randn(std.shape, generator=generator) for name, std in stds.items()}
 
 
 def start_probe(

@@ -17,6 +17,7 @@ from rgap.constraints import bias_residual, identity_residual, split_groups
 from rgap.evidence import Evidence
 from rgap.head import Hypothesis
 from rgap.linearise import flattened
+from rgap.noise import rms
 from rgap.prediction import Probe, carry
 from rgap.previous import previous_factors, smooth_image_rows
 from rgap.results import LayerReport
@@ -132,10 +133,7 @@ def descend(
 
 def _slopes(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, probe: Probe) -> Slopes | None:
     """The decided slopes of a layer with a kink, None of others."""
-    noise = layer.gradient(probe.noise)
-    unit = noise.abs().max().item()
-    std = unit * (noise / unit).square().mean().sqrt().item() if unit > 0 else 0.0
-    return decide_slopes(layer, G, x, dx, probe.error, std)
+    return decide_slopes(layer, G, x, dx, probe.error, rms(layer.gradient(probe.noise)).item())
 
 
 def _accuracy(report: LayerReport, evidence: Evidence) -> float:

@@ -23,6 +23,9 @@ EXPLAINED = 5.0
 MOST = 0.5
 """Residual from which a gradient is not reproduced, however large the noise is."""
 
+LEAST = 1e-140
+"""Norm above which squares cannot underflow."""
+
 DROWNED = 0.1
 """Predicted error, as a share of the pixel range, from which noise has drowned the image: nothing is certified."""
 
@@ -80,6 +83,9 @@ def make_candidate(
 
 def _relative(mine: Tensor, shared: Tensor, gradients: Mapping[str, Tensor]) -> float:
     """‖g′ − g‖ / ‖g‖, for a gradient that vanishes relative to the largest of all."""
+    size = shared.norm().item()
+    if size > LEAST:
+        return (mine.cpu() - shared).norm().item() / size
     unit = shared.abs().max() if shared.any() else max(g.abs().max() for g in gradients.values())
     difference = ((mine.cpu() - shared) / unit).norm()  # in this unit squares cannot underflow
     return (difference / (shared / unit).norm().clamp(min=1.0)).item()
