@@ -87,7 +87,7 @@ def weight_matrix(layer: Layer) -> sp.csr_array:
 
 
 def tap_pixels(layer: Layer) -> Tensor:
-    """(kh·kw, positions): the pixel that each tap reads at each output position, −1 where that is padding; made once."""
+    """The pixel that each tap reads at each output position, −1 in padding, (kh·kw, positions); made once."""
     return layer.cached("tap_pixels", lambda: torch.from_numpy(_pixels(layer)))
 
 

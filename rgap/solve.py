@@ -16,19 +16,17 @@ from torch import Tensor
 
 from rgap.constraints import blocks, split_groups, weight_columns
 from rgap.dense import RESOLUTION, Operator, dense_operator, least_squares
+from rgap.iterated import DENSE_MOST, ITERATED, rows_known, solve_jointly
 from rgap.kronecker import GradientSolution, solve_gradients
 from rgap.layer import Layer
+from rgap.noise import rms
 from rgap.results import LayerReport
 from rgap.solution import LayerSolution, determined, merged_report
-from rgap.sparse import ConjugateGradients, weight_factor
+from rgap.sparse import weight_factor
 from rgap.structured import spread, weights_on
 
 DENSE_UNKNOWNS = 1600
 """Open unknowns up to which the dense problem in null(M) is preferred to a sparse one in W alone."""
-
-
-DENSE_MOST = 10_000
-"""Open unknowns up to which the dense problem is solved at all (1 GB); beyond, W's own minimum-norm solution stands."""
 
 WELL_CONDITIONED = 1e3
 """Condition number up to which W's own solution is always taken where gradients leave much open."""
@@ -130,9 +128,9 @@ def _solve_group(
                 residual=residual,
                 iterations=iterations,
             )
-            return determined(x, layer, report, lambda _, change: factor.respond(_rows(change, known)))
-    if at_least_open > DENSE_MOST:
-        return _too_large(layer, z, known)
+            return determined(x, layer, report, lambda _, change: factor.respond(rows_known(change, known)))
+    if at_least_open > ITERATED and (solution := solve_jointly(layer, G, dz, z, known, at_least_open)) is not None:
+        return solution
     found = solve_gradients(layer, G, dz, rcond)
     if found.V.shape[1] == 0:
         report = LayerReport(
@@ -151,17 +149,6 @@ def _solve_group(
     return _with_weights(layer, G, z, known, found, rcond)
 
 
-def _too_large(layer: Layer, z: Tensor, known: Tensor | None) -> LayerSolution:
-    """The minimum-norm solution of W x = z alone, of a layer whose open unknowns no dense system can hold."""
-    solver = ConjugateGradients(layer, known)
-    x, residual, iterations = solver.solve(z)
-    rank = layer.unknowns - solver.missing
-    report = LayerReport(
-        layer.name, layer.unknowns, rank, None, rank, solver.missing, residual=residual, iterations=iterations
-    )
-    return determined(x, layer, report, lambda _, change: solver.respond(_rows(change, known)))
-
-
 def _with_weights(
     layer: Layer, G: Tensor, z: Tensor, known: Tensor | None, found: GradientSolution, rcond: float
 ) -> LayerSolution:
@@ -171,13 +158,10 @@ def _with_weights(
     """
     channels = layer.input_shape[0]
     x0 = found.x0.T.reshape(layer.input_shape)
-    if known is None:
-        A = weights_on(layer, found.V)
-    else:
-        A = dense_operator(weight_columns(layer, found.V)[known])
+    A = weights_on(layer, found.V) if known is None else dense_operator(weight_columns(layer, found.V)[known])
     A = _without_rounding(A, layer, rcond)
-    b = z - _rows(layer.apply(x0), known)
-    scale = _rms(z) / _rms(G) if G.any() and len(z) else 0.0
+    b = z - rows_known(layer.apply(x0), known)
+    scale = (rms(z) / rms(G)).item() if G.any() and len(z) else 0.0
     dense = least_squares(A, b, rcond, (scale * found.sigmas).repeat(channels))
 
     def on_input(Y: Tensor | None) -> Tensor | None:  # of the open unknowns, to the layer's input
@@ -202,7 +186,7 @@ def _with_weights(
 
     def respond(dG: Tensor, z_change: Tensor) -> Tensor:
         change = found.respond(dG).T.reshape(layer.input_shape)
-        rest = _rows(z_change, known) - _rows(layer.apply(change), known)
+        rest = rows_known(z_change, known) - rows_known(layer.apply(change), known)
         return change + on_input(dense.invert(A.adjoint(rest[:, None]))).reshape(layer.input_shape)
 
     weak = on_input(dense.weak)
@@ -216,13 +200,3 @@ def _without_rounding(A: Operator, layer: Layer, rcond: float) -> Operator:
         return A
     nothing = torch.zeros_like
     return Operator(nothing(A.gram), lambda Y: A.apply(nothing(Y)), lambda R: A.adjoint(nothing(R)))
-
-
-def _rows(z: Tensor, known: Tensor | None) -> Tensor:
-    """The entries of z that are known."""
-    return z.flatten() if known is None else z.flatten()[known]
-
-
-def _rms(values: Tensor) -> float:
-    largest = values.abs().max()  # squares of the smallest gradients underflow
-    return (largest * (values / largest).square().mean().sqrt()).item() if largest > 0 else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -60,71 +60,91 @@ class SparseFactor:
 
 @dataclass
 class ConjugateGradients:
-    """Solves W x = b by conjugate gradients on the normal equations (CGLS); no matrix, no factor.
+    """Solves W x = b, or [W; K] x = [b; vec(G)], by conjugate gradients on the normal equations (CGLS); no matrix.
 
     Attributes:
         layer: The layer, without groups.
         known: Mask of the rows of W that are used, None for all; b is then as long as it has ones.
-        condition: That of W, as the last solve saw it.
+        dz: δz, (O, H′, W′), where K belongs to the system; scaled, and G with it, so that its rows are as large as W's.
+        condition: Of the system, as the last solve saw it.
     """
 
     layer: Layer
     known: Tensor | None = None
+    dz: Tensor | None = None
     condition: float = float("nan")
 
     @cached_property
     def missing(self) -> int:
-        """Estimate of the unknowns that W does not determine, 0 for full column rank.
+        """Estimate of the unknowns that the system does not determine, 0 for full column rank.
 
-        A random vector is sent through W and solved for: what does not come back lies in the null space.
+        A random vector is sent through it and solved for: what does not come back lies in the null space.
         """
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(self.layer.input_shape, generator=generator, dtype=torch.float64)
-        found = self.solve(self._rows(self.layer.apply(x)), tolerance=1e-10, truth=x)[0]
+        z, G = self.layer.apply(x), None if self.dz is None else self.layer.weight_gradient(x, self.dz)
+        found = self.solve(self._rows(z), G, tolerance=1e-10, truth=x)[0]
         share = ((found - x.flatten()).norm() / x.norm()).item() ** 2
         return max(1, round(share * self.layer.unknowns)) if share > CLOSE**2 else 0
 
     @property
     def full_rank(self) -> bool:
-        """Whether W has full column rank."""
+        """Whether the system has full column rank."""
         return self.missing == 0
 
     def solve(
-        self, b: Tensor, tolerance: float = 1e-12, most: int = 20_000, truth: Tensor | None = None
+        self,
+        b: Tensor,
+        G: Tensor | None = None,
+        tolerance: float = 1e-12,
+        most: int = 20_000,
+        truth: Tensor | None = None,
     ) -> tuple[Tensor, float, int]:
-        """Least-squares solution of minimum norm of W x = b: (x, ‖W x − b‖ / ‖b‖, iterations).
+        """Least-squares solution of minimum norm: (x, ‖residual‖ / ‖right-hand side‖, iterations).
 
         Args:
             b: (rows,).
-            tolerance: Largest ‖Wᵀ r‖ at the end, relative to the start.
+            G: Gradient by the weight, shaped as it, where K belongs to the system.
+            tolerance: Largest norm of the normal equations' residual at the end, relative to the start.
             most: Most iterations.
             truth: Ends the iterations as soon as x is this close to it, relative `CLOSE`.
         """
-        b = self._image(b)
-        x = b.new_zeros(self.layer.input_shape)
-        r = b.clone()
-        s = self.layer.adjoint(r)
+        right = [self._image(b)] if self.dz is None else [self._image(b), G]
+        x, rest = b.new_zeros(self.layer.input_shape), [v.clone() for v in right]
+        s = self._adjoint(rest)
         p = s.clone()
         size = first = s.square().sum()
         alphas, betas = [], []
         while len(alphas) < most and size > tolerance**2 * first:
-            q = self._image(self._rows(self.layer.apply(p)))
-            alpha = size / q.square().sum()
+            q = self._apply(p)
+            alpha = size / _square(q)
             x += alpha * p
-            r -= alpha * q
+            for r, change in zip(rest, q, strict=True):
+                r -= alpha * change
             if truth is not None and (x - truth).norm() < CLOSE * truth.norm():
                 break
-            s = self.layer.adjoint(r)
+            s = self._adjoint(rest)
             size, previous = s.square().sum(), size
             p = s + (size / previous) * p
             alphas.append(alpha.item())
             betas.append((size / previous).item())
         self.condition = _ritz_condition(alphas, betas)
-        return x.flatten(), _relative(r.numpy(), b.numpy()), len(alphas)
+        total = _square(right)
+        return x.flatten(), (_square(rest) / total).sqrt().item() if total > 0 else 0.0, len(alphas)
 
-    def respond(self, b: Tensor) -> Tensor:
+    def respond(self, b: Tensor, G: Tensor | None = None) -> Tensor:
         """The solution to a few digits: enough for the effect of an error."""
-        return self.solve(b, tolerance=1e-3)[0]
+        return self.solve(b, G, tolerance=1e-3)[0]
+
+    def _apply(self, x: Tensor) -> list[Tensor]:
+        z = self._image(self._rows(self.layer.apply(x)))
+        return [z] if self.dz is None else [z, self.layer.weight_gradient(x, self.dz)]
+
+    def _adjoint(self, rest: list[Tensor]) -> Tensor:
+        x = self.layer.adjoint(rest[0])
+        if self.dz is not None:  # K takes δz to the pixels as Wᵀ does, with G in the place of the weight
+            x = x + replace(self.layer, weight=rest[1], cache={}).adjoint(self.dz)
+        return x
 
     def _rows(self, z: Tensor) -> Tensor:
         """The rows that are used."""
@@ -135,6 +155,10 @@ class ConjugateGradients:
         if self.known is None:
             return rows.reshape(self.layer.output_shape)
         return rows.new_zeros(self.known.shape).masked_scatter(self.known, rows).reshape(self.layer.output_shape)
+
+
+def _square(vectors: list[Tensor]) -> Tensor:
+    return sum(v.square().sum() for v in vectors)
 
 
 def weight_factor(layer: Layer, known: Tensor | None = None) -> SparseFactor | ConjugateGradients:

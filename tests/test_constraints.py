@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
+from rgap import constraints
 from rgap.constraints import (
     blocks,
     gradient_matrix,
@@ -133,3 +134,14 @@ def test_the_second_convolution_has_the_rows_and_the_rank_of_the_table(name, row
     M = whole_gradient_matrix(layer, randn(*layer.output_shape))
     assert 12 * torch.linalg.matrix_rank(M).item() == rank_gradients
     assert layer.unknowns == 3468 and weight_matrix(layer).shape == (rows, 3468)
+
+
+def test_sums_of_many_channels_are_tested_in_their_place(monkeypatch):
+    layer = rgap.prepare(nn.Sequential(nn.Flatten(), nn.Linear(6, 20), nn.Linear(20, 1)).double(), (1, 2, 3)).layers[0]
+    x, dz = randn(6, 1, 1), randn(20, 1, 1, seed=1)
+    z = layer.apply(x) + layer.pre_bias()
+    G = layer.weight_gradient(x, dz)
+    every = identity_residual(layer, G, -dz, z)
+    monkeypatch.setattr(constraints, "EVERY", 8)
+    assert identity_residual(layer, G, dz, z) < 1e-12
+    assert identity_residual(layer, G, -dz, z) == pytest.approx(every) == pytest.approx(2.0)

@@ -112,12 +112,20 @@ def test_the_optimisers_are_sound():
 
 def test_costs_are_measured_and_their_exponents_fitted(monkeypatch):
     monkeypatch.setattr(costs_module, "cnn6_for", lambda side: small_cnn().float())
-    measured = sweeps.costs([8], [4, 8])
-    assert len(measured) == 9 and (measured["seconds"] > 0).all()
+    measured = sweeps.costs([8], [8], [4, 8])
+    assert len(measured) == 16 and (measured["seconds"] > 0).all()
+    found = measured.dropna().groupby("network")["psnr_db"].min()
+    assert set(found.index) == {"cnn6", "expanding", "fcn3"} and (found > 60).all()
     table = pd.DataFrame({"network": "n", "against": "side", "value": [1, 2, 4], "method": "m", "seconds": [3, 12, 48]})
     assert sweeps.exponents(table)["exponent"].tolist() == [pytest.approx(2)]
     monkeypatch.undo()
     assert costs_module.cnn6_for(16)(torch.zeros(1, 3, 16, 16)).shape == (1, 1)
+
+
+def test_the_deficit_of_cnn6_grows_with_the_image():
+    table = sweeps.deficits([32, 57, 58, 64])
+    assert table["deficit"].tolist() == [0, 0, 108, 72]
+    assert table["layer"].tolist()[2:] == ["2", "2"] and table["rank"].tolist()[3] == 12996
 
 
 def double(x):

@@ -98,3 +98,14 @@ def test_a_factor_that_overflows_is_of_infinite_condition():
             return vector * np.inf
 
     assert sparse._condition(sp.csr_array(np.eye(3)), Overflowing()) == math.inf
+
+
+def test_gradient_rows_join_the_iterations():
+    layer = conv_layer(nn.Conv2d(4, 8, 3, 2, 1, bias=False), 9, 9)
+    x, dz = randn(4, 9, 9), randn(*layer.output_shape, seed=1)
+    solver = ConjugateGradients(layer, dz=dz)
+    z, G = layer.apply(x), layer.weight_gradient(x, dz)
+    found, residual, iterations = solver.solve(z.flatten(), G)
+    assert solver.full_rank and residual < 1e-10 and iterations > 10
+    assert_close(found, x.flatten(), rtol=0, atol=1e-7)
+    assert not ConjugateGradients(layer).full_rank

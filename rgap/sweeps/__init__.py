@@ -5,7 +5,7 @@ from rgap.sweeps.audits import attacks_under_defence, audited_and_attacked
 from rgap.sweeps.batches import COSINE, attack_batches, batch_outcome, sample_batches, width_table
 from rgap.sweeps.chains import kind_table, sample_chains
 from rgap.sweeps.conv_batches import batch_limits, sample_conv_batches
-from rgap.sweeps.cost import costs, exponents
+from rgap.sweeps.cost import costs, deficits, exponents
 from rgap.sweeps.methods import METHODS, compare_methods, networks_won, quality_table, time_ratios, time_table
 from rgap.sweeps.noise import defended_attacks, plain_attack, predicted_and_true, reference, sample_noisy_attacks
 from rgap.sweeps.random_chains import random_chain
@@ -31,6 +31,7 @@ __all__ = [
     "compare_methods",
     "costs",
     "defended_attacks",
+    "deficits",
     "dlg_on_twins",
     "enlarged",
     "exponents",
