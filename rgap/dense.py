@@ -156,6 +156,8 @@ def _by_pivots(normal: _Normal, rcond: float) -> LeastSquares | None:
     order = torch.from_numpy(pivots.astype("int64") - 1)
     kept, left = order[:rank], order[rank:]
     R = torch.from_numpy(factor).T.tril().T[:rank]  # columns first, as LAPACK wants it: no copy at every solve
+    if R[-1].norm() < WEAK_RATIO * R[0].norm():  # bounds of the smallest and the largest singular value
+        return None
     null = torch.zeros(len(order), len(left), dtype=gram.dtype)
     null[kept] = torch.linalg.solve_triangular(R[:, :rank], -R[:, rank:], upper=True)
     null[left] = torch.eye(len(left), dtype=gram.dtype)
