@@ -19,7 +19,7 @@ from rgap.chain import Layer
 from rgap.constraints import blocks, gradient_matrix, gradient_values, weight_columns
 from rgap.dense import svd
 from rgap.joint_dense import Normal
-from rgap.joint_weights import Complement
+from rgap.joint_weights import Dim
 
 TRUSTED = 0.02
 """Directions of [M_1 … M_B] whose singular value is below this share of the largest are shared with W."""
@@ -162,18 +162,18 @@ def gradient_first(layer: Layer, G: Tensor, z: Tensor, found: SharedGradient) ->
     return Open(x0.flatten(1), spread, project, seen_by, normal, b, channels * found.rank, z.norm().item())
 
 
-def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, factor: Complement) -> Open:
-    """The shared gradient's equations for what W leaves open of each image: x_b = W⁺ z_b + N u_b.
+def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, dim: Dim) -> Open:
+    """The shared gradient's equations for what W leaves open of each image or says dimly: x_b = W⁺ z_b + N u_b.
 
     Args:
-        layer: Without groups, with fewer outputs than inputs.
+        layer: Without groups, with no more outputs than inputs.
         G: (O, C, kh, kw).
         dz: (B, O, H′, W′).
         z: Pre-activations less the bias, (B, O, H′, W′).
-        factor: Of W.
+        dim: The directions N.
     """
-    count, channels, N = len(z), layer.input_shape[0], factor.basis
-    x0, q = factor.minimum_norm(z).flatten(1), N.shape[1]
+    count, channels, N = len(z), layer.input_shape[0], dim.basis
+    x0, q = dim.factor.minimum_norm(z).flatten(1), N.shape[1]
     seen, by_pixel = [], N.reshape(channels, -1, q)
     b = []
     for block in blocks(layer):
@@ -192,7 +192,10 @@ def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, factor: Comple
     def seen_by(image: int, L: Tensor) -> tuple[slice, Tensor]:
         return slice(image * q, (image + 1) * q), L @ N
 
-    normal = Normal(_gram(A), lambda y: A @ y, lambda r: A.T @ r, A.new_zeros(A.shape[1]))
+    damping = (dim.sigmas * (_rms(G) / _rms(z) if z.any() else 0.0)).repeat(count)
+    gram = _gram(A)
+    gram.diagonal().add_(damping.square())
+    normal = Normal(gram, lambda y: A @ y, lambda r: A.T @ r, damping)
     return Open(x0, spread, project, seen_by, normal, torch.cat(b), None, G.norm().item())
 
 

@@ -19,6 +19,12 @@ LARGEST = 8000
 DEPENDENT = 1e-6
 """Smallest over largest pivot of the Gram matrix's Cholesky factor at which W still counts as of full rank."""
 
+DIM = 0.03
+"""Directions in which W's singular value is below this share of the largest are left to the gradients."""
+
+TURNS = 4
+"""Block inverse iterations for these directions; the dimmest, which matter most, are exact after two."""
+
 
 @dataclass(frozen=True)
 class Complement:
@@ -54,9 +60,59 @@ def complement(layer: Layer) -> Complement | None:
     return layer.cached("complement", lambda: _factor(layer))
 
 
+@dataclass(frozen=True)
+class Dim:
+    """What W of full row rank says of an input badly or not at all.
+
+    Attributes:
+        factor: W's null space and minimum-norm solutions.
+        basis: Orthonormal: the null space, and the directions of W's row space that it sees dimly, (n, q).
+        sigmas: ‖W v‖ of each, 0 in the null space, (q,).
+    """
+
+    factor: Complement
+    basis: Tensor
+    sigmas: Tensor
+
+
+def dim_directions(layer: Layer) -> Dim | None:
+    """The directions that W leaves to the gradients, made once; None where W has not full row rank or is too large."""
+    factor = complement(layer) if math.prod(layer.output_shape) <= layer.unknowns else None
+    return None if factor is None else layer.cached("dim_directions", lambda: _dim(factor))
+
+
+def _dim(factor: Complement) -> Dim:
+    """Block inverse iteration on W Wᵀ, with twice the block as long as all of it is dim."""
+    layer, rows = factor.layer, len(factor.lower)
+    generator, size = torch.Generator().manual_seed(0), max(8, rows // 20)
+    largest = _largest(layer)
+    while True:
+        size = min(size, rows)
+        U = torch.randn(rows, size, generator=generator, dtype=torch.float64)
+        for _ in range(TURNS):
+            U = torch.linalg.qr(torch.cholesky_solve(U, factor.lower))[0]
+        V = layer.adjoint(U.T.reshape(-1, *layer.output_shape)).flatten(1)
+        _, sigmas, turn = torch.linalg.svd(V.T, full_matrices=False)
+        if sigmas[0] > DIM * largest or size == rows:
+            break
+        size *= 2
+    kept = sigmas < DIM * largest
+    V = torch.linalg.qr((turn[kept] @ V).T)[0]
+    seen = layer.apply(V.T.reshape(-1, *layer.input_shape)).flatten(1).norm(dim=1)
+    return Dim(factor, torch.cat([factor.basis, V], 1), torch.cat([seen.new_zeros(factor.basis.shape[1]), seen]))
+
+
+def _largest(layer: Layer, steps: int = 20) -> float:
+    """σ_max of W by power iteration."""
+    x = torch.randn(1, *layer.input_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for _ in range(steps):
+        x = layer.adjoint(layer.apply(x / x.norm()))
+    return x.norm().item() ** 0.5
+
+
 def _factor(layer: Layer) -> Complement | None:
     W = weight_matrix(layer)
-    wide = W.shape[0] < W.shape[1]
+    wide = W.shape[0] <= W.shape[1]
     gram = (W @ W.T if wide else W.T @ W).toarray()
     factor, failed = linalg.lapack.dpotrf(gram, lower=1)
     pivots = np.abs(np.diag(factor))
@@ -74,6 +130,8 @@ def _factor(layer: Layer) -> Complement | None:
 
     generator = torch.Generator().manual_seed(0)
     count = math.prod(shape) - min(W.shape)
+    if not count:
+        return Complement(layer, lower, torch.zeros(len(lower), 0, dtype=torch.float64))
     vectors = torch.randn(count, math.prod(shape), generator=generator, dtype=torch.float64)
     # random vectors, projected; again after orthonormalisation, which makes the small rests large
     basis = project(torch.linalg.qr(project(vectors).T)[0].T)

@@ -48,10 +48,10 @@ def check(layer, count, seed, size):
     rank = sum(torch.linalg.matrix_rank(A, rtol=1e-7).item() for A in systems)
     unknowns = count * layer.unknowns
     assert (found.report.unknowns, found.report.rank, found.report.deficit) == (unknowns, rank, unknowns - rank)
-    if found.null_basis is None:
+    if found.null_basis() is None:
         assert rank == unknowns
         return assert_close(found.x, x, rtol=0, atol=1e-5)
-    N = found.null_basis
+    N = found.null_basis()
     assert N.shape == (unknowns, unknowns - rank)
     assert_close(N.T @ N, torch.eye(N.shape[1]).double(), rtol=0, atol=1e-8)
     by_image = N.reshape(*x.shape, -1)
@@ -111,7 +111,7 @@ def test_a_system_too_large_to_hold_leaves_the_minimum_norm_solution_of_w(monkey
     _, G, dz, z = sample(layer, 2)
     monkeypatch.setattr(joint, "MOST", 10)
     found = solve_joint(layer, G, dz, z, rcond=1e-6)
-    assert found.report.deficit > 0 and found.null_basis is None
+    assert found.report.deficit > 0 and found.null_basis() is None
     assert_close(layer.apply(found.x), z, rtol=0, atol=1e-9)
 
 
