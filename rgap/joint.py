@@ -19,7 +19,7 @@ from rgap.constraints import blocks, split_groups
 from rgap.dense import LeastSquares
 from rgap.joint_dense import solve_normal
 from rgap.joint_system import Open, gradient_first, shared_gradient, weights_first
-from rgap.joint_weights import dim_directions
+from rgap.joint_weights import dim_directions, null_directions
 from rgap.results import LayerReport
 from rgap.sparse import ConjugateGradients, weight_factor
 
@@ -31,6 +31,9 @@ FEW = 800
 
 WORTH = 1 / 3
 """Share of what the gradients leave open up to which W goes first: it is the quicker way, and passes on more error."""
+
+PRECISE = 3e-5
+"""Cutoff, which follows the gradient's precision, up to which W may go first in directions that it sees dimly."""
 
 MOST = 12_000
 """Open unknowns up to which a dense system is solved at all (1.2 GB)."""
@@ -100,8 +103,9 @@ def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -
         factor = weight_factor(layer)
         if factor.full_rank and (factor.condition < WEIGHTS_ALONE or left_open > MOST):
             return _by_weights(layer, z, factor)
-    if count * max(layer.unknowns - outputs, 1) < WORTH * left_open:
-        dim = dim_directions(layer)
+    precise = rcond <= PRECISE or left_open > MOST
+    if count * max(layer.unknowns - outputs, 1) < WORTH * left_open and (precise or outputs < layer.unknowns):
+        dim = dim_directions(layer) if precise else null_directions(layer)
         if dim is not None and not len(dim.sigmas):
             return _by_weights(layer, z, weight_factor(layer))
         if dim is not None and count * len(dim.sigmas) < min(WORTH * left_open, MOST):

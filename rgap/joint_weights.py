@@ -81,6 +81,12 @@ def dim_directions(layer: Layer) -> Dim | None:
     return None if factor is None else layer.cached("dim_directions", lambda: _dim(factor))
 
 
+def null_directions(layer: Layer) -> Dim | None:
+    """The null space of W alone."""
+    factor = complement(layer) if math.prod(layer.output_shape) <= layer.unknowns else None
+    return None if factor is None else Dim(factor, factor.basis, factor.basis.new_zeros(factor.basis.shape[1]))
+
+
 def _dim(factor: Complement) -> Dim:
     """Block inverse iteration on W Wᵀ, with twice the block as long as all of it is dim."""
     layer, rows = factor.layer, len(factor.lower)
