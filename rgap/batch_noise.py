@@ -74,10 +74,7 @@ def allow_for_noise(
     if not evidence.tolerance < residual < MOST or descent.open_layers:
         return Allowance(evidence.tolerance)
     below = first_dense(chain)
-    mine = gradients_of(chain.model, chain.parameters, images, reading.labels, loss)
-    mine = {name: g.cpu() for name, g in mine.items()}
-    noise = draw_noise(entry_noise(evidence.gradients, known=evidence.known))
-    noisy = replace(evidence, gradients={name: g + noise[name] for name, g in mine.items()})
+    noisy = replace(evidence, gradients=_as_shared(chain, evidence, images, reading.labels, loss))
     start = descent.layer_inputs[chain.layers[below].name].flatten(1)
     head = refine_head(chain.layers[below:], noisy.gradients, start, reading.labels, loss)
     again = descend_jointly(chain, noisy, head.x, head.dx, below=below, virtual_constraints=virtual_constraints)
@@ -88,3 +85,19 @@ def allow_for_noise(
     expected = joint_residual(chain, noisy, moved, reading.labels, loss, len(moved))
     error = (moved - images).flatten(1).square().mean(1).sqrt().max().item()
     return Allowance(max(evidence.tolerance, min(EXPLAINED * expected, MOST)), error)
+
+
+def _as_shared(chain: Chain, evidence: Evidence, images: Tensor, labels: Tensor, loss: str) -> dict[str, Tensor]:
+    """The gradient that a client with these images would share: in the arithmetic that the shared one shows, and noisy.
+
+    Errors of a client's own forward and backward pass are no white noise on the gradient, and are amplified more.
+    """
+    single = all(torch.equal(g.float().double(), g) for g in evidence.gradients.values())
+    dtype = torch.float32 if single else torch.float64
+    parameters = {name: p.to(dtype) for name, p in chain.parameters.items()}
+    found = gradients_of(chain.model, parameters, images.to(dtype), labels, loss)
+    found = {name: g.to("cpu", torch.float64) for name, g in found.items()}
+    if evidence.precision <= 2 * torch.finfo(dtype).eps:
+        return found
+    noise = draw_noise(entry_noise(evidence.gradients, known=evidence.known))
+    return {name: g + noise[name] for name, g in found.items()}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rgap.batch_margins import SURPLUS
 from rgap.chain import Layer
 from rgap.dense import LeastSquares
 from rgap.joint_dense import Normal, solve_normal
@@ -29,9 +30,6 @@ PATIENCE = 4
 
 STILL = 1e-9
 """Change, by signs or by a step's relative length, at which the linearisation is that of the solution."""
-
-SURPLUS = 8
-"""Equations beyond the unknowns that a certificate needs."""
 
 RESIDUAL = 20.0
 """Largest certified residual of the range constraints, in units of their noise."""
