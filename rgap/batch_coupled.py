@@ -131,16 +131,27 @@ def _likely_labels(last: Layer, gradients: Mapping[str, Tensor], count: int) -> 
         counts = count * ((absent - G) @ absent) / (classes * absent.square().sum())
     order = far.argsort(descending=True)
     gaps = far[order][:count] / far[order][1 : count + 1].clamp(min=torch.finfo(G.dtype).tiny)
-    return [_whole(counts, order[: k + 1], count) for k in gaps.argsort(descending=True)[:GUESSES].tolist()]
+    ranked = gaps.argsort(descending=True).tolist()
+    numbers = [one for k in ranked[:GUESSES] for one in _whole(counts, order[: k + 1], count)][:GUESSES]
+    return [torch.repeat_interleave(torch.arange(classes), one) for one in numbers]
 
 
-def _whole(counts: Tensor, present: Tensor, total: int) -> Tensor:
-    """Labels (total,) of the present classes, at least one of each, that come closest to these counts."""
+def _whole(counts: Tensor, present: Tensor, total: int) -> list[Tensor]:
+    """Whole numbers of images, at least one of each present class, that come closest to these counts; and the next."""
     whole = torch.zeros(len(counts), dtype=torch.int64)
     whole[present] = 1
     for _ in range(total - len(present)):
         whole[present[(counts - whole)[present].argmax()]] += 1
-    return torch.repeat_interleave(torch.arange(len(counts)), whole)
+    cost = (whole - counts)[present]
+    change = torch.where(whole[present] > 1, 1 - 2 * cost, torch.inf)[:, None] + 1 + 2 * cost  # one image from a to b
+    change.fill_diagonal_(torch.inf)
+    a, b = divmod(int(change.argmin()), len(present))
+    if change[a, b] == torch.inf:
+        return [whole]
+    other = whole.clone()
+    other[present[a]] -= 1
+    other[present[b]] += 1
+    return [whole, other]
 
 
 def _starts(layers: Sequence[Layer], span: Span, labels: Tensor, outputs: Tensor) -> list[Tensor]:

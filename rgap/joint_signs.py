@@ -16,8 +16,8 @@ from rgap.chain import Chain, Layer
 GAIN = 0.7
 """Residual of a channel's identities after a turn, relative to that before, below which the turn is right."""
 
-ROUNDS = 3
-"""Linearised moves of the image, which so small signs need one or two of."""
+ROUNDS = 6
+"""Most linearised moves of the image; signs of units next to zero need one or two."""
 
 MOST = 400
 """Disagreeing units beyond which they are no matter of single signs."""
@@ -68,6 +68,8 @@ def settle_signs(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, *, doubt: float
 def agree(chain: Chain, images: Tensor, inputs: Mapping[str, Tensor], below: int) -> Tensor:
     """Moves images by less than their error, so that their units have the signs that were recovered.
 
+    Those of the fully connected layers are what the recovered features give.
+
     Args:
         chain: The prepared network.
         images: (B, C, H, W), recovered.
@@ -77,13 +79,14 @@ def agree(chain: Chain, images: Tensor, inputs: Mapping[str, Tensor], below: int
     Returns:
         The images; as they were where the network has other activations than LeakyReLU, or too many units disagree.
     """
-    layers = chain.layers[: below + 1]
-    if any(layer.activation.negative_slope is None for layer in layers[:-1]):
+    layers = chain.layers[:-1]
+    if any(layer.activation.negative_slope is None for layer in layers):
         return images
     moved = []
     for b, image in enumerate(images.unsqueeze(1)):
-        signs = torch.cat([inputs[layer.name][b].flatten() for layer in layers[1:]]) > 0
-        moved.append(_moved(layers[:-1], image, signs))
+        recovered = [inputs[layer.name][b].flatten() for layer in layers[1 : below + 1]]
+        signs = torch.cat([*recovered, _outputs(layers[below:], recovered[-1])]) > 0
+        moved.append(_moved(layers, image, signs))
     return torch.cat(moved)
 
 
