@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rgap.batch_noise import Allowance, allow_for_noise
 from rgap.batch_reading import Reading, read_batch
 from rgap.batch_recovery import (
     head_reports,
@@ -31,6 +32,9 @@ from rgap.joint_descent import descend_jointly
 from rgap.joint_signs import agree
 from rgap.recursion import Descent
 from rgap.results import VERDICTS, Candidate, GradientMismatchError, LayerReport, Reconstruction, UnsupportedLayerError
+
+SHARP = 2e-3
+"""Predicted error, as a share of the pixel range, up to which a batch that noise has blurred is certified."""
 
 
 def recover_through_convolutions(
@@ -86,7 +90,7 @@ def recover_through_convolutions(
         raise GradientMismatchError(f"labels {known} were given; the gradient is that of {found}")
     head = reading.head
     descent = descend_jointly(chain, evidence, head.x, head.dx, below=below, virtual_constraints=virtual_constraints)
-    return _judge(chain, evidence, loss, reading, descent, pixel_range, reports, notes, device)
+    return _judge(chain, evidence, loss, reading, descent, pixel_range, reports, notes, device, virtual_constraints)
 
 
 def _check_convolutions(layers: Sequence[Layer]) -> None:
@@ -131,7 +135,8 @@ def _judge(
     pixel_range: tuple[float, float],
     reports: tuple[LayerReport, ...],
     notes: list[str],
-    device,
+    device: torch.device | str | None,
+    virtual_constraints: bool,
 ) -> Reconstruction:
     """Candidates of every image, the joint one with the residual of its own gradient, and the verdicts."""
     reports = (*reports, *descent.reports)
@@ -154,14 +159,17 @@ def _judge(
         ]
         each.append(sorted(found, key=lambda one: (not one.in_pixel_range, one.images.abs().max().item())))
     joint = torch.cat([found[0].images for found in each])
-    residual = math.inf
+    residual, allowed = math.inf, Allowance(evidence.tolerance)
     if torch.isfinite(joint).all():
         residual = joint_residual(chain, evidence, joint, reading.labels, loss, len(joint))
+        options = {"virtual_constraints": virtual_constraints}
+        allowed = allow_for_noise(chain, evidence, loss, reading, descent, images, residual, **options)
     inputs = {name: torch.cat([found[0].layer_inputs[name] for found in each]) for name in descent.layer_inputs}
-    whole = replace(candidate(joint, reading.labels, inputs), gradient_residual=residual)
-    each = [[replace(one, gradient_residual=residual) for one in found] for found in each]
-    verdicts = [_verdict(found, evidence.tolerance) for found in each]
-    notes = [*notes, *_what_was_solved(descent, residual, evidence.tolerance)]
+    weighed = {"gradient_residual": residual, "residual_allowed": allowed.residual, "predicted_error": allowed.error}
+    whole = replace(candidate(joint, reading.labels, inputs), **weighed)
+    each = [[replace(one, **weighed) for one in found] for found in each]
+    verdicts = [_verdict(found, SHARP * (width if math.isfinite(width) else 1.0)) for found in each]
+    notes = [*notes, *_what_was_solved(descent, residual, allowed)]
     notes += [note for note in what_was_chosen(each, verdicts) if "inconsistent" not in verdicts]
     if device is not None:
         whole, each = on_device(whole, device), [[on_device(one, device) for one in found] for found in each]
@@ -170,23 +178,25 @@ def _judge(
     return Reconstruction(whole.images, whole.labels, top, (whole,), reports, tuple(notes), per_image)
 
 
-def _verdict(candidates: list[Candidate], tolerance: float) -> str:
+def _verdict(candidates: list[Candidate], sharp: float) -> str:
     """Of one image; the residual is that of all, for their gradients cannot be told apart."""
     if candidates[0].open_layers:
         return "rank-deficient"
-    if candidates[0].gradient_residual > tolerance:
+    if not candidates[0].consistent or (candidates[0].predicted_error or 0.0) > sharp:
         return "inconsistent"
     inside = sum(one.in_pixel_range for one in candidates)
     return "ambiguous" if inside > 1 or (len(candidates) > 1 and not inside) else "exact"
 
 
-def _what_was_solved(descent: Descent, residual: float, tolerance: float) -> list[str]:
+def _what_was_solved(descent: Descent, residual: float, allowed: Allowance) -> list[str]:
     notes = []
     short = [f"{r.name!r} by {r.deficit}" for r in descent.reports if r.deficit]
     if short and not descent.open_layers:
         notes.append(f"layers short of full rank, closed by virtual constraints: {', '.join(short)}")
     if descent.open_layers:
         notes.append(f"layers short of full rank: {', '.join(short)}; what they leave open was not determined")
-    elif residual > tolerance:
-        notes.append(f"what was found misses the gradient by {residual:.2g}; {tolerance:.2g} is allowed")
+    elif residual > allowed.residual:
+        notes.append(f"what was found misses the gradient by {residual:.2g}; {allowed.residual:.2g} is allowed")
+    if allowed.error is not None:
+        notes.append(f"the gradient's noise explains an error of {allowed.error:.2g} of the images, tried out on them")
     return notes

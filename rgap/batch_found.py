@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rgap.batch_margins import SPARE
 from rgap.batch_spans import Span
 from rgap.chain import Layer
 from rgap.results import UnsupportedLayerError
@@ -15,9 +16,6 @@ switch the same units every mixture of them fits, and the next angle is as small
 
 DOUBTFUL = 8
 """Units next to 0 whose signs may differ from those of an input that was computed from the others."""
-
-SPARE = 4
-"""Units that the first layer must have beyond the two ranks: with none to spare every mixture passes both tests."""
 
 
 def slopes(layer: Layer) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rgap.batch_found import SPARE
 from rgap.batch_heads import output_gradients, scale_hypotheses, share_residual
+from rgap.batch_margins import SPARE
 from rgap.batch_separate import Separation, separate
 from rgap.batch_size import BatchSize
 from rgap.chain import Chain, Layer

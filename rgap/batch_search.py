@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rgap.batch_found import DISTINCT, SPARE, Found
+from rgap.batch_found import DISTINCT, Found
+from rgap.batch_margins import SPARE
 from rgap.batch_shares import extended, fit_share, inputs_of_shares, share_outside
 from rgap.batch_spans import meet, null_of_rows
 

@@ -67,7 +67,7 @@ def separate(
     Where the second gradient has a lower rank than the first, single hidden vectors are not in its row space, and the
     second test leads: shares ∂ℓ/∂z_1 are collected, and the inputs follow from them (`batch_shares`).
 
-    The first layer must have `batch_found.SPARE` more outputs than the ranks of both gradients together. What is
+    The first layer must have `batch_margins.SPARE` more outputs than the ranks of both gradients together. What is
     not found is missing from the result; an input that is in it has passed both tests, or, by its share, the second one
     and that of the signs of all its units.
 

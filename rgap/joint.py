@@ -19,7 +19,7 @@ from rgap.constraints import blocks, split_groups
 from rgap.dense import LeastSquares
 from rgap.joint_dense import solve_normal
 from rgap.joint_system import Open, gradient_first, shared_gradient, weights_first
-from rgap.joint_weights import complement
+from rgap.joint_weights import dim_directions, null_directions
 from rgap.results import LayerReport
 from rgap.sparse import ConjugateGradients, weight_factor
 
@@ -32,6 +32,9 @@ FEW = 800
 WORTH = 1 / 3
 """Share of what the gradients leave open up to which W goes first: it is the quicker way, and passes on more error."""
 
+PRECISE = 3e-5
+"""Cutoff, which follows the gradient's precision, up to which W may go first in directions that it sees dimly."""
+
 MOST = 12_000
 """Open unknowns up to which a dense system is solved at all (1.2 GB)."""
 
@@ -42,15 +45,29 @@ class JointSolution:
 
     Attributes:
         x: (B, C, H, W); of all solutions the one of minimum norm.
-        null_basis: Orthonormal basis of the directions left open, (B·C·H·W, deficit), or None where nothing is.
         report: The layer's report; counts are over all images.
         systems: For each group of channels what was solved, None where W or the gradients alone did.
+        nulls: For each of them an orthonormal basis of what it leaves open, None where that is nothing.
     """
 
     x: Tensor
-    null_basis: Tensor | None
     report: LayerReport
     systems: tuple[Open | None, ...]
+    nulls: tuple[Tensor | None, ...]
+
+    def null_basis(self) -> Tensor | None:
+        """Orthonormal basis of the directions left open, (B·C·H·W, deficit), or None where nothing is."""
+        count, width = len(self.x), sum(0 if null is None else null.shape[1] for null in self.nulls)
+        if not width:
+            return None
+        placed, columns = [], 0
+        for system, null in zip(self.systems, self.nulls, strict=True):
+            part = self.x.new_zeros(count, self.x[0].numel() // len(self.systems), width)
+            if system is not None and null is not None:
+                part[:, :, columns : columns + null.shape[1]] = system.spread(null)
+                columns += null.shape[1]
+            placed.append(part)
+        return torch.cat(placed, 1).flatten(0, 1)
 
 
 def solve_joint(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float) -> JointSolution:
@@ -72,8 +89,8 @@ def solve_joint(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float)
     solved = [_solve_group(*chunk, rcond) for chunk in chunks]
     x = torch.cat([s.x for s in solved], 1)
     report = _merged(layer.name, [s.report for s in solved], time.perf_counter() - start)
-    systems = tuple(system for s in solved for system in s.systems)
-    return JointSolution(x, _null_basis(solved, len(z)), report, systems)
+    systems, nulls = (tuple(part for s in solved for part in getattr(s, field)) for field in ("systems", "nulls"))
+    return JointSolution(x, report, systems, nulls)
 
 
 def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -> JointSolution:
@@ -86,11 +103,13 @@ def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -
         factor = weight_factor(layer)
         if factor.full_rank and (factor.condition < WEIGHTS_ALONE or left_open > MOST):
             return _by_weights(layer, z, factor)
-    by_weights = count * (layer.unknowns - outputs)
-    if 0 < by_weights < WORTH * left_open:
-        factor = complement(layer) if by_weights <= MOST else None
-        if factor is not None:
-            return _closed(layer, weights_first(layer, G, dz, z, factor), rcond, count * outputs)
+    precise = rcond <= PRECISE or left_open > MOST
+    if count * max(layer.unknowns - outputs, 1) < WORTH * left_open and (precise or outputs < layer.unknowns):
+        dim = dim_directions(layer) if precise else null_directions(layer)
+        if dim is not None and not len(dim.sigmas):
+            return _by_weights(layer, z, weight_factor(layer))
+        if dim is not None and count * len(dim.sigmas) < min(WORTH * left_open, MOST):
+            return _closed(layer, weights_first(layer, G, dz, z, dim), rcond, count * outputs)
     if left_open > MOST:
         return _minimum_norm(layer, z)
     found = shared_gradient(layer, G, dz, rcond)
@@ -105,7 +124,7 @@ def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -
             sigma_below_cut=found.below,
             residual=found.residual,
         )
-        return JointSolution(found.x0.transpose(1, 2).reshape(count, *layer.input_shape), None, report, (None,))
+        return JointSolution(found.x0.transpose(1, 2).reshape(count, *layer.input_shape), report, (None,), (None,))
     return _closed(layer, gradient_first(layer, G, z, found), rcond, None)
 
 
@@ -114,8 +133,7 @@ def _closed(layer: Layer, system: Open, rcond: float, rank_weights: int | None) 
     dense: LeastSquares = solve_normal(system.normal, system.b, rcond)
     count = len(system.x0)
     x = (system.x0 + system.spread(dense.y)).reshape(count, *layer.input_shape)
-    null = None if dense.null is None else system.spread(dense.null).flatten(0, 1)
-    deficit = 0 if null is None else null.shape[1]
+    deficit = 0 if dense.null is None else dense.null.shape[1]
     misfit = (system.b - system.normal.apply(dense.y)).norm().item()
     report = LayerReport(
         layer.name,
@@ -129,7 +147,7 @@ def _closed(layer: Layer, system: Open, rcond: float, rank_weights: int | None) 
         sigma_below_cut=dense.below,
         residual=misfit / system.size if system.size > 0 else 0.0,
     )
-    return JointSolution(x, null, report, (system,))
+    return JointSolution(x, report, (system,), (dense.null,))
 
 
 def _by_weights(layer: Layer, z: Tensor, factor) -> JointSolution:
@@ -148,7 +166,7 @@ def _by_weights(layer: Layer, z: Tensor, factor) -> JointSolution:
         residual=residual,
         iterations=iterations,
     )
-    return JointSolution(x, None, report, (None,))
+    return JointSolution(x, report, (None,), (None,))
 
 
 def _minimum_norm(layer: Layer, z: Tensor) -> JointSolution:
@@ -160,25 +178,7 @@ def _minimum_norm(layer: Layer, z: Tensor) -> JointSolution:
     report = LayerReport(
         layer.name, full, full - deficit, None, full - deficit, deficit, residual=max(s[1] for s in solved)
     )
-    return JointSolution(x, None, report, (None,))
-
-
-def _null_basis(solved: list[JointSolution], count: int) -> Tensor | None:
-    """The groups' null bases as one, over (image, channel, pixel)."""
-    bases = [s.null_basis for s in solved]
-    if all(basis is None for basis in bases):
-        return None
-    if len(bases) == 1:
-        return bases[0]
-    width, columns = sum(0 if b is None else b.shape[1] for b in bases), 0
-    placed = []
-    for s in solved:
-        part = s.x.new_zeros(count, s.x[0].numel(), width)
-        if s.null_basis is not None:
-            part[:, :, columns : columns + s.null_basis.shape[1]] = s.null_basis.reshape(count, s.x[0].numel(), -1)
-            columns += s.null_basis.shape[1]
-        placed.append(part)
-    return torch.cat(placed, 1).flatten(0, 1)
+    return JointSolution(x, report, (None,), (None,))
 
 
 def _merged(name: str, reports: list[LayerReport], seconds: float) -> LayerReport:

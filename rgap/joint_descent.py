@@ -7,11 +7,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from rgap.batch_margins import SURPLUS
 from rgap.chain import Chain, Layer
 from rgap.constraints import identity_residual, split_groups
 from rgap.evidence import Evidence
 from rgap.joint import JointSolution, solve_joint
-from rgap.joint_range import SURPLUS, RangeSolution, close_by_range, range_factor
+from rgap.joint_range import RangeSolution, close_by_range, range_factor
 from rgap.joint_signs import settle_signs
 from rgap.recursion import Descent
 

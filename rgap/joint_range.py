@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rgap.batch_margins import SURPLUS
 from rgap.chain import Layer
 from rgap.dense import LeastSquares
 from rgap.joint_dense import Normal, solve_normal
@@ -30,11 +31,11 @@ PATIENCE = 4
 STILL = 1e-9
 """Change, by signs or by a step's relative length, at which the linearisation is that of the solution."""
 
-SURPLUS = 8
-"""Equations beyond the unknowns that a certificate needs."""
-
 RESIDUAL = 20.0
 """Largest certified residual of the range constraints, in units of their noise."""
+
+NEXT_TO_ZERO = 3.0
+"""Size of an entry, in the same units, up to which its sign cannot be told."""
 
 AMPLIFIED = 5.0
 """Noise of the range constraints in units of the system's own: what its known part passes on."""
@@ -97,7 +98,7 @@ def close_by_range(
         unit = noise * z.square().mean().sqrt().item()
         dense = _solve(system, left, z - bias, slope, x, (own, unit), rcond)
         moved = system.x0 + system.spread(dense.y)
-        changes.append(_change(before, x, moved, slope))
+        changes.append(_change(before, x, moved, slope, NEXT_TO_ZERO * unit))
         kept = changes[-1] <= STILL
         x = moved
         stalled = len(changes) > PATIENCE and min(changes[-PATIENCE:]) >= min(changes[:-PATIENCE])
@@ -145,10 +146,15 @@ def _linearised(before: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
     return z, before.activation.derivative(z)
 
 
-def _change(before: Layer, x: Tensor, moved: Tensor, slope: Tensor) -> float:
-    """How much a step has changed: the count of signs, or for smooth activations the step's relative length."""
+def _change(before: Layer, x: Tensor, moved: Tensor, slope: Tensor, least: float) -> float:
+    """How much a step has changed: the count of signs, or for smooth activations the step's relative length.
+
+    Signs of entries below `least`, before and after, cannot be told; what they do to the range constraints is in these
+    constraints' residual.
+    """
     if before.activation.homogeneous:
-        return float((_linearised(before, moved)[1] != slope).sum())
+        told = torch.maximum(x.abs(), moved.abs()) > least
+        return float(((_linearised(before, moved)[1] != slope) & told).sum())
     return ((moved - x).norm() / x.norm()).item()
 
 

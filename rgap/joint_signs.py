@@ -8,6 +8,7 @@ images. Both functions here are ours.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -67,6 +68,8 @@ def settle_signs(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, *, doubt: float
 def agree(chain: Chain, images: Tensor, inputs: Mapping[str, Tensor], below: int) -> Tensor:
     """Moves images by less than their error, so that their units have the signs that were recovered.
 
+    Those of the fully connected layers are what the recovered features give.
+
     Args:
         chain: The prepared network.
         images: (B, C, H, W), recovered.
@@ -76,12 +79,16 @@ def agree(chain: Chain, images: Tensor, inputs: Mapping[str, Tensor], below: int
     Returns:
         The images; as they were where the network has other activations than LeakyReLU, or too many units disagree.
     """
-    layers = chain.layers[:below]
+    layers = chain.layers[:-1]
     if any(layer.activation.negative_slope is None for layer in layers):
         return images
-    following = dict(zip((layer.name for layer in layers), chain.layers[1 : below + 1], strict=True))
     moved = []
     for b, image in enumerate(images.split(1)):
-        positive = {name: inputs[after.name][b] > 0 for name, after in following.items()}
+        positive = {before.name: inputs[layer.name][b] > 0 for before, layer in pairwise(layers[: below + 1])}
+        x = inputs[layers[below].name][b].reshape(1, *layers[below].input_shape)
+        for layer in layers[below:]:
+            z = layer.apply(x) + layer.pre_bias()
+            positive[layer.name] = z > 0
+            x = layer.activation.forward(z)
         moved.append(with_signs(layers, image, positive, MOST))
     return torch.cat(moved)

@@ -10,16 +10,21 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import scipy.linalg
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rgap.chain import Layer
-from rgap.constraints import blocks, gradient_matrix, gradient_values, weight_columns
+from rgap.constraints import blocks, gradient_matrix, gradient_values, weight_matrix
 from rgap.dense import svd
 from rgap.joint_dense import Normal
-from rgap.joint_weights import Complement
+from rgap.joint_weights import Dim
+
+DENSE = 6000
+"""Unknowns of an image up to which WᵀW is held dense (288 MB): its zeros cost less than sparse products."""
 
 TRUSTED = 0.02
 """Directions of [M_1 … M_B] whose singular value is below this share of the largest are shared with W."""
@@ -123,7 +128,7 @@ def gradient_first(layer: Layer, G: Tensor, z: Tensor, found: SharedGradient) ->
     """W's equations for what the shared gradient leaves open.
 
     Both kinds of rows are scaled by the size of their right-hand side. The Gram matrix (I ⊗ V_b)ᵀ WᵀW (I ⊗ V_b) is
-    made through Wᵀ, at H·W operations an entry in place of O·H′·W′.
+    made from WᵀW, at H·W operations an entry in place of O·H′·W′.
 
     Args:
         layer: Without groups.
@@ -150,10 +155,10 @@ def gradient_first(layer: Layer, G: Tensor, z: Tensor, found: SharedGradient) ->
     def seen_by(image: int, L: Tensor) -> tuple[slice, Tensor]:
         return slice(None), torch.einsum("qcp,pk->qck", L.reshape(len(L), channels, -1), found.V[image]).flatten(1)
 
-    gram = x0.new_zeros(channels * k, channels * k)
+    gram, T = x0.new_zeros(channels * k, channels * k), _weight_gram(layer)
     for V in found.V:
-        outputs = weight_columns(layer, V).T.reshape(-1, *layer.output_shape)
-        gram += (layer.adjoint(outputs).flatten(2) @ V).flatten(1)
+        product = torch.from_numpy(T @ V.numpy()).reshape(channels, len(V), channels * k)
+        gram += (V.T @ product).reshape(gram.shape)
     scale = _rms(z) / _rms(G) if G.any() else 0.0
     damping = (scale * found.sigmas).repeat(channels)
     gram.diagonal().add_(damping.square())
@@ -162,18 +167,29 @@ def gradient_first(layer: Layer, G: Tensor, z: Tensor, found: SharedGradient) ->
     return Open(x0.flatten(1), spread, project, seen_by, normal, b, channels * found.rank, z.norm().item())
 
 
-def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, factor: Complement) -> Open:
-    """The shared gradient's equations for what W leaves open of each image: x_b = W⁺ z_b + N u_b.
+def _weight_gram(layer: Layer):
+    """WᵀW with a row for each (channel, pixel, other channel), a column for each pixel of that; dense where small."""
+    W = weight_matrix(layer)
+    gram = (W.T @ W).tocoo()
+    channels, pixels = layer.input_shape[0], math.prod(layer.input_shape[1:])
+    row, column = (index.astype(np.int64) for index in gram.coords)
+    places = (row * channels + column // pixels, column % pixels)
+    sliced = sp.csr_array((gram.data, places), shape=(layer.unknowns * channels, pixels))
+    return sliced.toarray() if layer.unknowns <= DENSE else sliced
+
+
+def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, dim: Dim) -> Open:
+    """The shared gradient's equations for what W leaves open of each image or says dimly: x_b = W⁺ z_b + N u_b.
 
     Args:
-        layer: Without groups, with fewer outputs than inputs.
+        layer: Without groups, with no more outputs than inputs.
         G: (O, C, kh, kw).
         dz: (B, O, H′, W′).
         z: Pre-activations less the bias, (B, O, H′, W′).
-        factor: Of W.
+        dim: The directions N.
     """
-    count, channels, N = len(z), layer.input_shape[0], factor.basis
-    x0, q = factor.minimum_norm(z).flatten(1), N.shape[1]
+    count, channels, N = len(z), layer.input_shape[0], dim.basis
+    x0, q = dim.factor.minimum_norm(z).flatten(1), N.shape[1]
     seen, by_pixel = [], N.reshape(channels, -1, q)
     b = []
     for block in blocks(layer):
@@ -192,7 +208,10 @@ def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, factor: Comple
     def seen_by(image: int, L: Tensor) -> tuple[slice, Tensor]:
         return slice(image * q, (image + 1) * q), L @ N
 
-    normal = Normal(_gram(A), lambda y: A @ y, lambda r: A.T @ r, A.new_zeros(A.shape[1]))
+    damping = (dim.sigmas * (_rms(G) / _rms(z) if z.any() else 0.0)).repeat(count)
+    gram = _gram(A)
+    gram.diagonal().add_(damping.square())
+    normal = Normal(gram, lambda y: A @ y, lambda r: A.T @ r, damping)
     return Open(x0, spread, project, seen_by, normal, torch.cat(b), None, G.norm().item())
 
 

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from rgap.batch_margins import SPARE, SURPLUS
 from rgap.chain import Chain, Layer, prepare
-from rgap.joint_range import SURPLUS
 from rgap.rank_laws import rank_laws
 from rgap.rank_numbers import UNKNOWNS, numerical_ranks, too_large
 
 MOST = 512
 """Batches are tried up to this size."""
 
-SAFE_WIDTH = 4
-"""Hidden units an image that keep false directions out of the heads' fixed point; at 2 some pass."""
+USUAL = 4
+"""Hidden units an image from which fully connected layers come apart as a rule; fewer is a matter of luck."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ def largest_batch(
         loss: Of the client; the rows of a softmax's gradient sum to zero, which costs one image.
 
     Returns:
-        The `LargestBatch`. It assumes generic weights and images, and counts hidden units generously for the fully
-        connected layers (`SAFE_WIDTH`), so that a luckier batch may still come apart there.
+        The `LargestBatch`. It assumes generic weights and images. For convolutions it is what is recovered; for the
+        fully connected layers it is an upper bound, for which of the images switch which units is a matter of luck:
+        with four hidden units an image they come apart as a rule.
 
     Raises:
         UnsupportedLayerError: If the network is no chain of invertible layers.
@@ -141,11 +142,17 @@ def _heads(layers: tuple[Layer, ...], loss: str) -> list[BatchLimit]:
     limits = []
     for layer, after in itertools.pairwise(layers):
         width, last = layer.output_shape[0], after is layers[-1]
-        room = outputs - (last and loss == "cross_entropy") if last else after.output_shape[0] - 1
-        if width // SAFE_WIDTH <= room or limits:
-            limit = width // SAFE_WIDTH if not limits else width - 1
-            reason = f"{width} hidden units, {SAFE_WIDTH} an image" if not limits else f"{width} hidden units"
+        room = outputs - (loss == "cross_entropy") if last else after.output_shape[0] - 1
+        if limits:
+            limit, reason = width - 1, f"{width} hidden units"
+        elif (width - SPARE) // 2 <= room:
+            limit = max((width - SPARE) // 2, 1)
+            reason = f"{width} hidden units, two an image and {SPARE} to spare; {USUAL} an image are safe"
         else:
             limit, reason = room, f"the next gradient has rank {room} at most"
         limits.append(BatchLimit(layer.name, limit, limit, reason))
-    return limits
+    together = min(layers[0].output_shape[0], outputs - 2) if loss == "cross_entropy" else 0
+    if together <= min(limit.limit for limit in limits):
+        return limits
+    reason = f"{outputs} classes and {layers[0].output_shape[0]} hidden units, by the softmax of the outputs"
+    return [BatchLimit(one.name, together, together, reason) if one.limit < together else one for one in limits]

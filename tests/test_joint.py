@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,9 +9,12 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap import joint
+from rgap import joint, joint_weights
 from rgap.constraints import split_groups, weight_matrix
 from rgap.joint import solve_joint
+from rgap.joint_dense import Normal, solve_normal
+from rgap.joint_system import weights_first
+from rgap.joint_weights import dim_directions
 from rgap.solve import solve_layer
 
 
@@ -48,10 +53,10 @@ def check(layer, count, seed, size):
     rank = sum(torch.linalg.matrix_rank(A, rtol=1e-7).item() for A in systems)
     unknowns = count * layer.unknowns
     assert (found.report.unknowns, found.report.rank, found.report.deficit) == (unknowns, rank, unknowns - rank)
-    if found.null_basis is None:
+    if found.null_basis() is None:
         assert rank == unknowns
         return assert_close(found.x, x, rtol=0, atol=1e-5)
-    N = found.null_basis
+    N = found.null_basis()
     assert N.shape == (unknowns, unknowns - rank)
     assert_close(N.T @ N, torch.eye(N.shape[1]).double(), rtol=0, atol=1e-8)
     by_image = N.reshape(*x.shape, -1)
@@ -111,7 +116,7 @@ def test_a_system_too_large_to_hold_leaves_the_minimum_norm_solution_of_w(monkey
     _, G, dz, z = sample(layer, 2)
     monkeypatch.setattr(joint, "MOST", 10)
     found = solve_joint(layer, G, dz, z, rcond=1e-6)
-    assert found.report.deficit > 0 and found.null_basis is None
+    assert found.report.deficit > 0 and found.null_basis() is None
     assert_close(layer.apply(found.x), z, rtol=0, atol=1e-9)
 
 
@@ -128,3 +133,46 @@ def test_dependent_weights_are_not_inverted_first(monkeypatch):
     layer = conv_layer(nn.Conv2d(4, 3, 3, 2, 1, bias=False), 6, 6)
     layer.weight[1] = layer.weight[0]
     check(layer, 2, 0, 1.0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_where_a_square_w_sees_dimly_the_gradients_decide(monkeypatch, count):
+    monkeypatch.setattr(joint_weights, "DIM", 0.2)
+    layer = conv_layer(nn.Conv2d(4, 4, 3, 1, 1), 6, 6)
+    dim = dim_directions(layer)
+    W = torch.from_numpy(weight_matrix(layer).toarray())
+    values = torch.linalg.svdvals(W)
+    assert 0 < len(dim.sigmas) < 72 and abs(len(dim.sigmas) - (values < 0.2 * values[0]).sum()) <= 6
+    assert_close(dim.sigmas.min(), values[-1], rtol=1e-3, atol=0)
+    assert_close(dim.basis.T @ dim.basis, torch.eye(len(dim.sigmas)).double(), rtol=0, atol=1e-12)
+    x, G, dz, z = sample(layer, count)
+    z = z + 1e-4 * values[-1] * randn(*z.shape, seed=5)  # which W⁻¹ would pass on enlarged
+    system = weights_first(layer, G, dz, z - layer.pre_bias(), dim)
+    found = solve_normal(system.normal, system.b, 1e-6)
+    mine = system.x0 + system.spread(found.y)
+    assert (mine - x.flatten(1)).norm() < 0.5 * (system.x0 - x.flatten(1)).norm()
+    check(layer, count, 0, 1.0)
+
+
+def test_a_square_w_that_sees_everything_needs_no_gradient(monkeypatch):
+    monkeypatch.setattr(joint, "WORTH", 1e9)
+    layer = conv_layer(nn.Conv2d(3, 3, 1, bias=False), 4, 4)
+    x, G, dz, z = sample(layer, 4)
+    found = solve_joint(layer, 0 * G, 0 * dz, z, rcond=1e-6)
+    assert_close(found.x, x) and found.report.rank_weights == 4 * layer.unknowns
+
+
+@pytest.mark.parametrize("rank", [12, 7])
+@pytest.mark.parametrize("gap", [1.0, 1e-3])
+def test_normal_equations_tell_the_rank_with_and_without_a_gap(rank, gap):
+    A = randn(20, 12) @ torch.diag(torch.logspace(0, math.log10(gap), 12, dtype=torch.float64))
+    A = A[:, :rank] @ randn(rank, 12, seed=1) if rank < 12 else A
+    b = A @ randn(12, seed=2)
+    problem = Normal(A.T @ A, lambda y: A @ y, lambda r: A.T @ r, A.new_zeros(12))
+    found = solve_normal(problem, b, 1e-5)
+    assert found.rank == rank and (found.null is None) == (rank == 12)
+    assert_close(
+        found.y, torch.linalg.lstsq(A, b[:, None], driver="gelsd", rcond=1e-9).solution[:, 0], rtol=0, atol=1e-5
+    )
+    if found.null is not None:
+        assert (A @ found.null).abs().max() < 1e-7 and found.above > 1e-5 > found.below

@@ -12,7 +12,7 @@ from rgap import joint_descent
 from rgap.evidence import weigh
 from rgap.joint_dense import Normal
 from rgap.joint_descent import descend_jointly, joint_identities
-from rgap.joint_range import close_by_range, range_factor
+from rgap.joint_range import _change, close_by_range, range_factor
 from rgap.joint_system import Open
 
 
@@ -113,6 +113,15 @@ def test_signs_that_are_not_found_are_not_certified(monkeypatch):
     _, _, found = attack(deficient(), 3)
     report = next(r for r in found.reports if r.name == "2")
     assert report.iterations == 1 and found.open_layers == ("2",)
+
+
+def test_a_sign_that_cannot_be_told_is_no_change():
+    layer = rgap.prepare(deficient(), (3, 12, 12)).layers[0]
+    x = rand(2, 588) + 0.1
+    x[0, 0], slope = 1e-9, torch.ones(2, 588, dtype=torch.float64)
+    moved = x.clone()
+    moved[0, 0] = -1e-9
+    assert _change(layer, x, moved, slope, 1e-8) == 0.0 and _change(layer, x, moved, slope, 1e-10) == 1.0
 
 
 def test_range_constraints_that_are_too_few_certify_nothing():

@@ -32,13 +32,18 @@ def test_the_second_convolution_of_cnn6_takes_four_images_and_more_with_virtual_
 def test_a_third_fully_connected_layer_lifts_the_limit_of_the_classes():
     found = largest_batch(with_head(128, 64, 10), (3, 32, 32))
     assert found.batch_size == limits(found)["8"].limit == 10
-    assert limits(found)["13"].limit == 32 and limits(found)["15"].limit == 63
+    assert limits(found)["13"].limit == 62 and limits(found)["15"].limit == 63
 
 
 @pytest.mark.parametrize(
     ("model", "loss", "limit", "why"),
     [
-        (with_head(16, 10), "cross_entropy", 4, "16 hidden units, 4 an image"),
+        (with_head(16, 10), "cross_entropy", 8, "10 classes and 16 hidden units, by the softmax"),
+        (with_head(4, 10), "cross_entropy", 4, "10 classes and 4 hidden units, by the softmax"),
+        (with_head(16, 6), "cross_entropy", 5, "rank 5 at most"),
+        (with_head(8, 6), "cross_entropy", 4, "6 classes and 8 hidden units, by the softmax"),
+        (with_head(16, 10), "mse", 6, "16 hidden units, two an image and 4 to spare"),
+        (with_head(4, 1), "logistic", 1, "4 hidden units, two an image"),
         (with_head(64, 6), "cross_entropy", 5, "rank 5 at most"),
         (with_head(64, 6), "mse", 6, "rank 6 at most"),
         (with_head(64, 10, width=20), "cross_entropy", 1, "before 792 virtual constraints"),
