@@ -73,17 +73,23 @@ def fit_together(
             if not (different or number):
                 starts += _parted(layers, gradients, span, chosen, noise)
             for x in starts:
-                head = _fitted(layers, gradients, x, chosen)
+                head = fit_and_refit(layers, gradients, x, chosen)
                 if head.residual <= max(1e-9, 30 * precision):
                     return chosen, head
     return None
 
 
-def _fitted(layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Tensor, labels: Tensor) -> Head:
-    """The head from this start, and once more from the inputs that follow from its shares.
+def fit_and_refit(layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Tensor, labels: Tensor) -> Head:
+    """The head under cross-entropy from a start, and once more from the inputs that follow from its shares.
 
     A direction of the span that hardly shows in the gradient is not known well, and the fit stays in the span; the
     shares that it leads to are better than that.
+
+    Args:
+        layers: The fully connected layers, in order.
+        gradients: Parameter name -> gradient of the mean loss, float64.
+        x: Inputs of the first, (B, n).
+        labels: (B,).
     """
     head = refine_head(layers, gradients, x, labels, "cross_entropy")
     if NEAR[0] < head.residual < NEAR[1]:

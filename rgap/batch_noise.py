@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from rgap.batch_coupled import fit_and_refit
 from rgap.batch_reading import Reading
 from rgap.batch_recovery import joint_residual
 from rgap.batch_refine import refine_head
@@ -76,7 +78,8 @@ def allow_for_noise(
     below = first_dense(chain)
     noisy = replace(evidence, gradients=_as_shared(chain, evidence, images, reading.labels, loss))
     start = descent.layer_inputs[chain.layers[below].name].flatten(1)
-    head = refine_head(chain.layers[below:], noisy.gradients, start, reading.labels, loss)
+    fit = fit_and_refit if loss == "cross_entropy" else partial(refine_head, loss=loss)
+    head = fit(chain.layers[below:], noisy.gradients, start, reading.labels)
     again = descend_jointly(chain, noisy, head.x, head.dx, below=below, virtual_constraints=virtual_constraints)
     moved = again.layer_inputs[chain.layers[0].name].reshape(images.shape)
     if again.open_layers or not torch.isfinite(moved).all():
