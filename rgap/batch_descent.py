@@ -95,11 +95,6 @@ def recover_through_convolutions(
 
 def _check_convolutions(layers: Sequence[Layer]) -> None:
     for layer in layers:
-        if layer.is_fixed:
-            raise UnsupportedLayerError(
-                f"layer {layer.name!r} has no weight of its own: a batch is taken through convolutions with an "
-                "activation each, poolings beside them are no layers of their own"
-            )
         if not layer.activation.one_to_one:
             raise UnsupportedLayerError(
                 f"layer {layer.name!r}: a batch is taken through convolutions with invertible activations, and "

@@ -21,6 +21,7 @@ from rgap.joint_dense import solve_normal
 from rgap.joint_system import Open, gradient_first, shared_gradient, weights_first
 from rgap.joint_weights import dim_directions, null_directions
 from rgap.results import LayerReport
+from rgap.solve import solve_layer
 from rgap.sparse import ConjugateGradients, weight_factor
 
 WEIGHTS_ALONE = 300.0
@@ -75,7 +76,7 @@ def solve_joint(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float)
 
     Args:
         layer: The linear layer.
-        G: Gradient of the mean loss by the weight, shaped as the weight.
+        G: Gradient of the mean loss by the weight, shaped as the weight; zeros of a fixed layer.
         dz: Gradient of the mean loss by each image's pre-activation, (B, O, H′, W′).
         z: Pre-activations, (B, O, H′, W′).
         rcond: Singular values below rcond times the largest count as zero.
@@ -84,6 +85,8 @@ def solve_joint(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float)
         A `JointSolution`; where the constraints fall short of full rank, the minimum-norm solution with the null basis.
     """
     start = time.perf_counter()
+    if layer.is_fixed:
+        return _one_by_one(layer, G, dz, z, rcond)
     parts = split_groups(layer)
     chunks = zip(parts, G.chunk(len(parts)), *(t.chunk(len(parts), 1) for t in (dz, z)), strict=True)
     solved = [_solve_group(*chunk, rcond) for chunk in chunks]
@@ -91,6 +94,14 @@ def solve_joint(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float)
     report = _merged(layer.name, [s.report for s in solved], time.perf_counter() - start)
     systems, nulls = (tuple(part for s in solved for part in getattr(s, field)) for field in ("systems", "nulls"))
     return JointSolution(x, report, systems, nulls)
+
+
+def _one_by_one(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -> JointSolution:
+    """Each image alone: a normalisation or pooling of its own shares no gradient."""
+    start = time.perf_counter()
+    solved = [solve_layer(layer, G, *one, rcond=rcond) for one in zip(dz, z, strict=True)]
+    report = _merged(layer.name, [s.report for s in solved], time.perf_counter() - start)
+    return JointSolution(torch.stack([s.x for s in solved]), report, (None,), (None,))
 
 
 def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -> JointSolution:

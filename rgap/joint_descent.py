@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from rgap.batch_margins import SURPLUS
@@ -47,13 +48,14 @@ def descend_jointly(
     reports, left_open, mismatch = [], [], 0.0
     for i in reversed(range(below)):
         layer, begin = chain.layers[i], time.perf_counter()
-        G = layer.gradient(evidence.gradients)
+        G = torch.zeros_like(layer.weight) if layer.is_fixed else layer.gradient(evidence.gradients)
         x, dx = (t.reshape(len(x), *layer.output_shape) for t in (x, dx))
-        x = settle_signs(layer, G, x, dx, doubt=max(DOUBT * evidence.precision, LEAST))
+        if not layer.is_fixed:
+            x = settle_signs(layer, G, x, dx, doubt=max(DOUBT * evidence.precision, LEAST))
         inputs[chain.layers[i + 1].name] = x.reshape(len(x), *chain.layers[i + 1].feature_shape)
         z = layer.activation.inverse(x)
         dz = layer.activation.derivative(z) * dx
-        mismatch = max(mismatch, joint_identities(layer, G, dz, z))
+        mismatch = mismatch if layer.is_fixed else max(mismatch, joint_identities(layer, G, dz, z))
         solution = solve_joint(layer, G, dz, z, rcond=evidence.rcond)
         x, dx, report = solution.x, layer.adjoint(dz), solution.report
         closed = _close(chain.layers[i - 1], evidence, solution) if i and virtual_constraints else None
@@ -90,7 +92,7 @@ def _close(before: Layer, evidence: Evidence, solution: JointSolution) -> RangeS
     """Joins the range constraints of the layer before where they are needed and there are any."""
     report, system = solution.report, solution.systems[0]
     blurred = evidence.precision * (report.condition or 1.0) > BLURRED
-    if len(solution.systems) > 1 or system is None or not (report.deficit or blurred):
+    if before.is_fixed or len(solution.systems) > 1 or system is None or not (report.deficit or blurred):
         return None
     factor = range_factor(before)
     if factor is None or len(solution.x) * factor.basis.shape[1] < report.deficit + SURPLUS:

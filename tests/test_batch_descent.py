@@ -187,17 +187,30 @@ def test_labels_are_compared_in_any_order():
         rgap.reconstruct(model, gradients, SHAPE, labels=[1, 1, 2], **options)
 
 
-def test_what_cannot_be_taken_apart_is_refused_by_name():
-    lone, relu = network(head=(5,)), network(activation=nn.ReLU())
+def test_layers_without_weights_pass_each_image_on_or_say_what_they_lose():
+    normalised = sequential(nn.BatchNorm2d(3), *network()).eval()
+    with torch.no_grad():
+        normalised[0].running_mean += 0.4
+        normalised[0].running_var /= 15
     pooled = sequential(
         *network()[:2], nn.AvgPool2d(2, 1), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(108, 40), nn.LeakyReLU(0.2),
         nn.Linear(40, 5),
     )  # fmt: skip
+    images, _, gradients = shared(normalised)
+    result = rgap.reconstruct(normalised, gradients, SHAPE, "cross_entropy", batch_size=3)
+    order = rgap.metrics.match(result.images, images)
+    assert result.verdict == "exact" and (result.images - images[order]).abs().max() < 1e-2
+    _, _, gradients = shared(pooled)
+    result = rgap.reconstruct(pooled, gradients, SHAPE, "cross_entropy", batch_size=3)
+    assert result.verdict == "rank-deficient" and result.candidates[0].open_layers == ("2",)
+
+
+def test_what_cannot_be_taken_apart_is_refused_by_name():
+    lone, relu = network(head=(5,)), network(activation=nn.ReLU())
     smooth = sequential(*network()[:5], nn.Linear(256, 40), nn.Tanh(), nn.Linear(40, 5))
     for model, message in (
         (lone, "a batch of 3 images cannot be taken apart: '5' is the only fully connected layer"),
         (relu, "layer '0': a batch is taken through convolutions with invertible activations, and relu is constant"),
-        (pooled, "has no weight of its own: a batch is taken through convolutions with an activation each"),
         (smooth, "layer '5': a batch is taken apart through LeakyReLU, PReLU or ReLU, and its activation is tanh"),
     ):
         _, _, gradients = shared(model)
