@@ -26,6 +26,8 @@ PIP_ARGS :=
 export COLOR GRAY MODEL INDEX DATA SEED BATCH EPOCHS WEIGHTS SHAPE LOSS COUNT SCHEDULER
 # Images of containers often set it; every start of a kernel would then compile torch anew, for a quarter of a minute.
 unexport PYTHONDONTWRITEBYTECODE
+# The systems are small: more threads than free cores make them many times slower.
+export OMP_NUM_THREADS ?= 1
 
 # ---- The Python to run with: an active conda environment that has this package, else .venv.
 CONDA_PYTHON := $(if $(CONDA_PREFIX),$(shell \
@@ -74,9 +76,9 @@ build/custom/.images: FORCE
 	@mkdir -p $(@D)
 	@printf '%s\n' "$$COLOR" "$$GRAY" | cmp -s - $@ || printf '%s\n' "$$COLOR" "$$GRAY" > $@
 
-# Tests run side by side, a process a core; more threads in each would only get in each other's way.
+# Tests run side by side, a process a core.
 test: $(ENV) ## unit tests with coverage, then the committed notebooks against what they print
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --cov -n auto
+	$(PYTHON) -m pytest --cov -n auto
 	@mkdir -p build/nbval
 	$(call run,default,build/nbval) -m pytest --nbval-lax --nbval-current-env notebooks
 

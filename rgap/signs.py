@@ -24,8 +24,8 @@ REACH = 5.0
 STEPS = 50
 """Most signs that are turned in one channel."""
 
-ROUNDS = 3
-"""Linearised moves of an image, of which so small signs need one or two."""
+ROUNDS = 6
+"""Most linearised moves of an image; signs of units next to zero need one or two."""
 
 
 @dataclass(frozen=True)
