@@ -5,18 +5,22 @@ Makefile sets both: RGAP_FIGURES is the folder to write to (figures/ unless give
 or `custom` (claims print there, but do not assert).
 """
 
+from __future__ import annotations
+
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import pandas as pd
 import yaml
 from filelock import FileLock
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:  # it takes as long to import as everything else here
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = ROOT / "notebooks" / "claims.yml"
