@@ -66,7 +66,8 @@ def cost_against_size(table: pd.DataFrame, exponents: pd.DataFrame) -> Figure:
         axis.set_xlabel("side of the image, pixels" if against == "side" else "width of the first layer")
         axis.set_xticks(sorted(data["value"].unique()), [str(v) for v in sorted(data["value"].unique())])
         axis.set_xticks([], minor=True)
-        axis.legend(title=None, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # below all lines
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
+        axis.legend(title=None, frameon=False, fontsize=8, **below)
         axis.grid(alpha=0.3)
     sns.despine(figure)
     figure.tight_layout()
