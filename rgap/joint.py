@@ -21,6 +21,7 @@ from rgap.joint_dense import solve_normal
 from rgap.joint_system import Open, gradient_first, shared_gradient, weights_first
 from rgap.joint_weights import dim_directions, null_directions
 from rgap.results import LayerReport
+from rgap.solution import merged_report
 from rgap.solve import solve_layer
 from rgap.sparse import ConjugateGradients, weight_factor
 
@@ -91,7 +92,7 @@ def solve_joint(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float)
     chunks = zip(parts, G.chunk(len(parts)), *(t.chunk(len(parts), 1) for t in (dz, z)), strict=True)
     solved = [_solve_group(*chunk, rcond) for chunk in chunks]
     x = torch.cat([s.x for s in solved], 1)
-    report = _merged(layer.name, [s.report for s in solved], time.perf_counter() - start)
+    report = merged_report(layer.name, [s.report for s in solved], time.perf_counter() - start)
     systems, nulls = (tuple(part for s in solved for part in getattr(s, field)) for field in ("systems", "nulls"))
     return JointSolution(x, report, systems, nulls)
 
@@ -100,7 +101,7 @@ def _one_by_one(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) ->
     """Each image alone: a normalisation or pooling of its own shares no gradient."""
     start = time.perf_counter()
     solved = [solve_layer(layer, G, *one, rcond=rcond) for one in zip(dz, z, strict=True)]
-    report = _merged(layer.name, [s.report for s in solved], time.perf_counter() - start)
+    report = merged_report(layer.name, [s.report for s in solved], time.perf_counter() - start)
     return JointSolution(torch.stack([s.x for s in solved]), report, (None,), (None,))
 
 
@@ -190,15 +191,3 @@ def _minimum_norm(layer: Layer, z: Tensor) -> JointSolution:
         layer.name, full, full - deficit, None, full - deficit, deficit, residual=max(s[1] for s in solved)
     )
     return JointSolution(x, report, (None,), (None,))
-
-
-def _merged(name: str, reports: list[LayerReport], seconds: float) -> LayerReport:
-    """One report for the groups of a layer: counts add up, the worst value of the rest stands for all."""
-
-    def over(field: str, combine):
-        values = [getattr(r, field) for r in reports]
-        return None if any(v is None for v in values) else combine(values)
-
-    counts = {f: over(f, sum) for f in ("unknowns", "rank_weights", "rank_gradients", "rank", "deficit")}
-    worst = {f: over(f, max) for f in ("iterations", "condition", "sigma_below_cut", "residual")}
-    return LayerReport(name, **counts, **worst, sigma_above_cut=over("sigma_above_cut", min), seconds=seconds)
