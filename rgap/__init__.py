@@ -14,12 +14,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rgap import artifact, baselines, batch, client, data, metrics, models
-    from rgap.attack import reconstruct
-    from rgap.chain import Chain, Layer, prepare
+    from rgap import artifact, baselines, client, data, metrics, models
+    from rgap.attack.reconstruct import reconstruct
     from rgap.client import client_gradients
-    from rgap.rank import rank_analysis
-    from rgap.rank_batch import LargestBatch, largest_batch
+    from rgap.experiments import batch
+    from rgap.network.chain import Chain, Layer, prepare
+    from rgap.ranks.analysis import rank_analysis
+    from rgap.ranks.largest_batch import LargestBatch, largest_batch
     from rgap.results import (
         Candidate,
         GradientMismatchError,
@@ -43,7 +44,6 @@ __all__ = [
     "UnsupportedLayerError",
     "artifact",
     "baselines",
-    "batch",
     "client",
     "client_gradients",
     "data",
@@ -56,11 +56,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "rgap.attack": ("reconstruct",),
-    "rgap.chain": ("Chain", "Layer", "prepare"),
+    "rgap.attack.reconstruct": ("reconstruct",),
+    "rgap.network.chain": ("Chain", "Layer", "prepare"),
     "rgap.client": ("client_gradients",),
-    "rgap.rank": ("rank_analysis",),
-    "rgap.rank_batch": ("LargestBatch", "largest_batch"),
+    "rgap.ranks.analysis": ("rank_analysis",),
+    "rgap.ranks.largest_batch": ("LargestBatch", "largest_batch"),
     "rgap.results": (
         "Candidate",
         "GradientMismatchError",

@@ -4,9 +4,9 @@ They take what `rgap.reconstruct` takes, any network that is differentiable twic
 `Reconstruction` with the course of the optimisation. Like it they know the network and the gradient, nothing else.
 """
 
-from rgap.baselines.descent import Snapshot
 from rgap.baselines.hybrid import hybrid
 from rgap.baselines.methods import dlg, inverting_gradients
+from rgap.baselines.optimisers import Snapshot
 from rgap.baselines.outcome import Optimised
 
 __all__ = ["Optimised", "Snapshot", "dlg", "hybrid", "inverting_gradients"]

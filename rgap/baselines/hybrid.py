@@ -8,14 +8,14 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor, nn
 
-from rgap.attack import reconstruct
-from rgap.baselines.descent import Record, lbfgs, total_variation
+from rgap.attack.arguments import checked_chain
+from rgap.attack.reconstruct import reconstruct
 from rgap.baselines.matching import Matching, matching
 from rgap.baselines.methods import Gradients, check_counts, is_far
 from rgap.baselines.nullspace import descend_open
+from rgap.baselines.optimisers import Record, lbfgs, total_variation
 from rgap.baselines.outcome import ROUNDED, Optimised, candidate, outcome
-from rgap.chain import Chain
-from rgap.door import checked_chain
+from rgap.network.chain import Chain
 from rgap.results import Candidate, Reconstruction
 
 NOISE_TV = 0.01

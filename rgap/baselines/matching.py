@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rgap.chain import Chain
 from rgap.client import check_loss, loss_value
-from rgap.evidence import Evidence, weigh_gradients
+from rgap.network.chain import Chain
+from rgap.shared_gradient import Evidence, weigh_gradients
 
 
 @dataclass(frozen=True)

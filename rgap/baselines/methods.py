@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rgap.baselines.descent import FAR, Descended, Record, lbfgs, signed_adam, total_variation
 from rgap.baselines.labels import label_choices
 from rgap.baselines.matching import Matching, matching
+from rgap.baselines.optimisers import FAR, Descended, Record, lbfgs, signed_adam, total_variation
 from rgap.baselines.outcome import Optimised, candidate, outcome
-from rgap.chain import Chain
+from rgap.network.chain import Chain
 
 Gradients = Sequence[Tensor] | Mapping[str, Tensor]
 

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgap.baselines.descent import Record, lbfgs
 from rgap.baselines.matching import Matching
-from rgap.chain import Chain, Layer
+from rgap.baselines.optimisers import Record, lbfgs
 from rgap.client import loss_value
-from rgap.previous import PreviousLayer, previous_factors
+from rgap.equations.solution import LayerSolution
+from rgap.equations.solve import solve_layer
+from rgap.network.chain import Chain, Layer
 from rgap.results import Candidate
-from rgap.solution import LayerSolution
-from rgap.solve import solve_layer
+from rgap.virtual.previous import PreviousLayer, previous_factors
 
 ENOUGH = 0.9
 """Share of the range equations up to which the open unknowns may number before gradients are matched, too."""

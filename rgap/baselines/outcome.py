@@ -10,8 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rgap.baselines.descent import Record, Snapshot
 from rgap.baselines.matching import Matching
+from rgap.baselines.optimisers import Record, Snapshot
 from rgap.results import Candidate, Reconstruction
 
 REACHED = 100

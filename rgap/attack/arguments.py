@@ -1,0 +1,112 @@
+"""Checks at the door of `rgap.reconstruct`: what was given, what is needed, before any work starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rgap.client import check_loss, outputs_fit
+from rgap.network.chain import Chain, prepare
+from rgap.network.layer import Layer
+from rgap.results import UnsupportedLayerError
+
+
+def checked_chain(model: nn.Module | Chain, image_shape: tuple[int, ...] | None) -> Chain:
+    """The prepared network, or a refusal."""
+    if isinstance(model, Chain):
+        return model if image_shape is None else prepare(model, image_shape)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}; give an nn.Module or a Chain from rgap.prepare")
+    if image_shape is None:
+        raise ValueError("image_shape is missing; give (channels, height, width), or a Chain from rgap.prepare")
+    return prepare(model, image_shape)
+
+
+def check_arguments(chain: Chain, loss, batch_size, pixel_range, rcond, noise_std) -> None:
+    """Refuses what is out of range, by name."""
+    check_loss(loss)
+    if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
+        raise ValueError(f"batch_size is {batch_size}; give a positive integer, or None to find it from the gradient")
+    limits = tuple(pixel_range) if isinstance(pixel_range, Sequence) else ()
+    if len(limits) != 2 or not limits[0] < limits[1]:
+        raise ValueError(f"pixel_range is {pixel_range}; give (smallest, largest)")
+    if rcond is not None and not 0 <= rcond < 1:
+        raise ValueError(f"rcond is {rcond}; it must be at least 0 and below 1")
+    if noise_std is not None and not 0 <= noise_std < math.inf:
+        raise ValueError(f"noise_std is {noise_std}; it must be at least 0 and finite")
+    head = chain.layers[-1]
+    if not outputs_fit(loss, outputs := head.output_shape[0]):
+        least = "2 or more" if loss == "cross_entropy" else "1"
+        raise UnsupportedLayerError(
+            f"the last layer {head.name!r} has {outputs} outputs; the {loss} loss takes {least}"
+        )
+
+
+def checked_labels(labels: Tensor | Sequence[int] | None, loss: str, outputs: int) -> int | None:
+    """The label that was given for a single image, or None.
+
+    Args:
+        labels: What was given.
+        loss: Name of the loss, for the message.
+        outputs: Of the network; labels of one output are 0 and 1.
+    """
+    if labels is None:
+        return None
+    values, classes = torch.as_tensor(labels), max(outputs, 2)
+    if values.numel() == 0:
+        raise ValueError("labels are empty; give one for the image, or None")
+    if values.shape != (1,) or values.is_floating_point() or not 0 <= values.item() < classes:
+        takes = "[0] or [1]" if classes == 2 else f"[0] to [{classes - 1}]"
+        raise ValueError(f"labels are {values.tolist()}; a single image of the {loss} loss takes {takes}")
+    return int(values.item())
+
+
+def check_separable(layers: Sequence[Layer], loss: str) -> None:
+    """Refuses fully connected layers that cannot be separated, by name.
+
+    Raises:
+        UnsupportedLayerError: With the layer and the reason.
+    """
+    if loss == "mse":
+        raise UnsupportedLayerError("a batch under the mse loss is not taken apart; logistic and cross_entropy are")
+    for layer in layers:
+        if layer.is_fixed or layer.shift is not None or layer.output_scale is not None:
+            raise UnsupportedLayerError(
+                f"layer {layer.name!r} has a normalisation around it: batches are taken apart through fully connected "
+                "layers and their activations only"
+            )
+    if len(layers) < 2:
+        raise UnsupportedLayerError(
+            "a batch through a single layer is one sum that many batches have; two layers or more"
+        )
+    biased = [layer.bias is not None for layer in layers]
+    if any(biased) and not biased[0]:
+        raise UnsupportedLayerError(
+            f"layer {layers[0].name!r} has no bias, and {layers[biased.index(True)].name!r} has one: for a "
+            "batch the first layer must have a bias, or none may"
+        )
+    for layer in layers[:-1]:
+        if not layer.activation.homogeneous:
+            raise UnsupportedLayerError(
+                f"layer {layer.name!r}: a batch is taken apart through LeakyReLU, PReLU or ReLU, "
+                f"and its activation is {layer.activation.name}"
+            )
+
+
+def checked_batch_labels(labels: Tensor | Sequence[int] | None, size: int) -> list[int] | None:
+    """Labels that are given for a batch, sorted, for their order says nothing.
+
+    Raises:
+        ValueError: If they are not as many integers as the batch has images.
+    """
+    if labels is None:
+        return None
+    values = torch.as_tensor(labels)
+    if values.shape != (size,) or values.is_floating_point():
+        raise ValueError(
+            f"labels have shape {tuple(values.shape)} and {values.dtype}; a batch of {size} takes {size} integers"
+        )
+    return sorted(values.tolist())

@@ -1,0 +1,208 @@
+"""A mini-batch through a fully connected network: every image, its label, its scale hypotheses, and a verdict."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rgap.attack.arguments import check_separable, checked_batch_labels
+from rgap.client import gradients_of
+from rgap.network.chain import Chain, Layer
+from rgap.results import VERDICTS, Candidate, GradientMismatchError, LayerReport, Reconstruction
+from rgap.separation.batch_size import BatchSize
+from rgap.separation.margins import SPARE
+from rgap.separation.scales import output_gradients, scale_hypotheses, share_residual
+from rgap.separation.separate import Separation, separate
+from rgap.shared_gradient import Evidence
+
+
+def recover_batch(
+    chain: Chain,
+    evidence: Evidence,
+    size: BatchSize,
+    loss: str,
+    *,
+    labels: Tensor | Sequence[int] | None = None,
+    pixel_range: tuple[float, float] = (0.0, 1.0),
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Reconstruction:
+    """Every image of a mini-batch through a fully connected network (ours; the paper recovers one mixture).
+
+    The first two layers are separated into directions, each image's share of the gradients gives ∂ℓ/∂f, and the loss
+    label and scale.
+
+    Args:
+        chain: The prepared network, fully connected layers only.
+        evidence: The gradients.
+        size: How many images.
+        loss: "logistic" or "cross_entropy".
+        labels: Labels if they are known, in any order: compared with those found.
+        pixel_range: Smallest and largest value of a pixel; chooses between twins, where it can.
+        seed: Of the random starts.
+        device: Where the returned images and labels live.
+
+    Returns:
+        The `Reconstruction`, with `per_image` and one joint candidate; it holds no image where none was found.
+
+    Raises:
+        UnsupportedLayerError: If the network is not one that can be separated.
+        GradientMismatchError: If the labels contradict what was found.
+    """
+    check_separable(chain.layers, loss)
+    known = checked_batch_labels(labels, size.size)
+    begin = time.perf_counter()
+    apart = separate(*chain.layers[:2], evidence.gradients, precision=evidence.precision, seed=seed, span=size.span)
+    seconds = time.perf_counter() - begin
+    complete = len(apart.inputs) == apart.first.rank
+    c, f = output_gradients(chain.layers, evidence.gradients, apart.inputs, apart.dz, complete=complete)
+    notes = [*size.notes, *what_was_found(chain.layers, apart, size.size)]
+    reports, images = head_reports(chain.layers, apart, size.size, seconds), []
+    for x, f_b, c_b in zip(apart.inputs, f, size.size * c, strict=True):
+        found, said = scale_hypotheses(loss, f_b, c_b, chain.layers[0].bias is not None)
+        notes += [note for note in said if note not in notes]
+        # Where no scale fits, the direction is still right: shown as large as the pixel range allows.
+        found = found or [(int(c_b.argmin()) if len(c_b) > 1 else int(c_b[0] < 0), 1.0 / x.abs().max().item())]
+        each = [
+            _candidate(chain, evidence, x, h, share_residual(loss, f_b, c_b, *h), pixel_range, reports) for h in found
+        ]
+        images.append(sorted(each, key=lambda one: (not one.in_pixel_range, one.images.abs().max().item())))
+    return _judge(chain, evidence, loss, size.size, apart, images, reports, notes, known, device)
+
+
+def what_was_found(layers: Sequence[Layer], apart: Separation, size: int) -> list[str]:
+    """Notes on how many images the separation has found, and what stood in its way."""
+    count, rank = len(apart.inputs), apart.first.rank
+    notes = [f"{count} of {size} images found, in {apart.starts} random starts and {apart.steps} steps"]
+    if apart.second.rank < rank:
+        width = layers[1].output_shape[0]
+        why = (
+            f"it has only {width} rows"
+            if apart.second.rank == width
+            else "images that switch the same units of the layer after it share a row, or it drowns in rounding"
+        )
+        notes.append(
+            f"the gradient of {layers[1].name!r} has rank {apart.second.rank}, below {rank} of the layer before: {why}"
+        )
+    units = layers[0].output_shape[0]
+    if rank + apart.second.rank + SPARE > units:
+        notes.append(
+            f"layer {layers[0].name!r} has {units} units, too few for a batch of this size: "
+            f"the ranks {rank} and {apart.second.rank} need {rank + apart.second.rank + SPARE}"
+        )
+    if count < rank:
+        notes.append(f"{rank - count} that the gradient holds were not found")
+    return notes
+
+
+def head_reports(layers: Sequence[Layer], apart: Separation, size: int, seconds: float) -> tuple[LayerReport, ...]:
+    """Reports of the two layers that were separated, the later one first."""
+    worst = apart.residuals.amax(0) if len(apart.residuals) else apart.residuals.new_ones(2)
+    rows = []
+    for layer, span, miss in zip(layers[:2], (apart.first, apart.second), (worst[1], worst[0]), strict=True):
+        rows.append(
+            LayerReport(
+                layer.name,
+                size,
+                rank_gradients=span.rank,
+                rank=span.rank,
+                deficit=size - span.rank,
+                iterations=apart.steps,
+                condition=1 / span.above_cut,
+                sigma_above_cut=span.above_cut,
+                sigma_below_cut=span.below_cut,
+                residual=miss.item(),
+                seconds=seconds,
+            )
+        )
+    return tuple(reversed(rows))
+
+
+def _candidate(
+    chain: Chain,
+    evidence: Evidence,
+    x: Tensor,
+    hypothesis: tuple[int, float],
+    residual: float,
+    pixel_range: tuple[float, float],
+    reports: tuple[LayerReport, ...],
+) -> Candidate:
+    label, alpha = hypothesis
+    image = alpha * x.reshape(1, *chain.image_shape)
+    width = pixel_range[1] - pixel_range[0]
+    slack = (width if math.isfinite(width) else 1.0) * min(evidence.tolerance, 0.1)
+    inside = bool((image >= pixel_range[0] - slack).all() and (image <= pixel_range[1] + slack).all())
+    return Candidate(image, torch.tensor([label]), residual, inside, chain.layer_inputs(image), reports)
+
+
+def joint_residual(chain: Chain, evidence: Evidence, joint: Tensor, labels: Tensor, loss: str, size: int) -> float:
+    """Largest over the tensors of ‖g′ − g‖ / ‖g‖; images that were not found give nothing to g′."""
+    mine = gradients_of(chain.model, chain.parameters, joint, labels, loss)
+    if not len(joint):
+        return 1.0
+    share = len(joint) / size
+    largest = max(g.norm().item() for g in evidence.gradients.values())
+    return max(
+        ((share * mine[name].cpu() - g).norm() / (g.norm() if g.any() else largest)).item()
+        for name, g in evidence.gradients.items()
+    )
+
+
+def _judge(chain, evidence, loss, size, apart, images, reports, notes, known, device) -> Reconstruction:
+    """The joint candidate from the best hypothesis of each image, and the verdicts."""
+    none = torch.zeros(0, *chain.image_shape, dtype=torch.float64)
+    joint = torch.cat([none, *(one[0].images for one in images)])
+    labels = torch.cat([torch.zeros(0, dtype=torch.int64), *(one[0].labels for one in images)])
+    if known is not None and len(images) == size and known != sorted(labels.tolist()):
+        raise GradientMismatchError(f"labels {known} were given; the gradient is that of {sorted(labels.tolist())}")
+    residual = joint_residual(chain, evidence, joint, labels, loss, size)
+    # Without a bias a single output fixes a scale by the batch size alone, which the rank then does not confirm.
+    unconfirmed = apart.first.rank < size and chain.homogeneous and chain.layers[-1].output_shape[0] == 1
+    verdicts = ["rank-deficient" if unconfirmed else _verdict(each, evidence.tolerance) for each in images]
+    notes = [*notes, *what_was_chosen(images, verdicts)]
+    if apart.first.rank < size or (len(images) < size and apart.second.rank < size):
+        top = "rank-deficient"
+    elif len(images) < size or residual > evidence.tolerance:
+        top = "inconsistent"
+        notes.append(f"what was found misses the gradient by {residual:.2g}; {evidence.tolerance:.2g} is allowed")
+    else:
+        top = min(verdicts, key=VERDICTS.index)
+    inputs = chain.layer_inputs(joint)
+    whole = Candidate(joint, labels, residual, all(one[0].in_pixel_range for one in images), inputs, reports)
+    if device is not None:
+        whole = on_device(whole, device)
+        images = [[on_device(one, device) for one in each] for each in images]
+    per_image = tuple((verdict, tuple(each)) for verdict, each in zip(verdicts, images, strict=True))
+    return Reconstruction(whole.images, whole.labels, top, (whole,), reports, tuple(notes), per_image)
+
+
+def what_was_chosen(images: list[list[Candidate]], verdicts: list[str]) -> list[str]:
+    """Notes on scales that the pixel range chose, or did not."""
+    notes = []
+    if chosen := sum(len(each) > 1 and sum(one.in_pixel_range for one in each) == 1 for each in images):
+        notes.append(f"the pixel range chose between two scales for {chosen} of {len(images)} images")
+    if twins := verdicts.count("ambiguous"):
+        notes.append(f"{twins} of {len(images)} images have two scales between which the pixel range does not choose")
+    if odd := verdicts.count("inconsistent"):
+        notes.append(
+            f"the shares of {odd} of {len(images)} images are not those of one image each: equal images, or another "
+            "batch size"
+        )
+    return notes
+
+
+def _verdict(candidates: list[Candidate], tolerance: float) -> str:
+    if candidates[0].gradient_residual > tolerance:
+        return "inconsistent"
+    inside = sum(one.in_pixel_range for one in candidates)
+    return "ambiguous" if inside > 1 or (len(candidates) > 1 and not inside) else "exact"
+
+
+def on_device(candidate: Candidate, device) -> Candidate:
+    """The candidate with its images and labels there."""
+    return replace(candidate, images=candidate.images.to(device), labels=candidate.labels.to(device))

@@ -1,0 +1,195 @@
+"""Layer after layer, from the head down to the image."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rgap.attack.propagation import Probe, carry
+from rgap.attack.signs import Slopes, decide_slopes
+from rgap.equations.blocks import bias_residual, identity_residual, split_groups
+from rgap.equations.solution import LayerSolution
+from rgap.equations.solve import solve_layer
+from rgap.head.read import Hypothesis
+from rgap.network.chain import Chain, Layer
+from rgap.noise import rms
+from rgap.results import LayerReport
+from rgap.shared_gradient import Evidence
+from rgap.virtual.closure import VirtualSolution, solve_virtual
+from rgap.virtual.inference import Open
+from rgap.virtual.linearisation import flattened
+from rgap.virtual.previous import previous_factors, smooth_image_rows
+
+REFUTED = 0.3
+"""Mismatch of a layer's identities (0 for the right label, about 0.9 for the wrong one) that ends a hypothesis."""
+
+AMPLIFIED = 5.0
+"""Error of a pre-activation in units of the gradient's: what the layers above and σ⁻¹ make of it, roughly."""
+
+ROUNDING = 1e-13
+"""Least relative error of a recovered input: that of the float64 arithmetic here, over a chain of layers."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """One hypothesis followed down the chain.
+
+    Attributes:
+        layer_inputs: Layer name -> recovered input, (1, *feature_shape), from the image to the head.
+        reports: From the last layer to the first.
+        mismatch: The largest identity residual met on the way.
+        complete: Whether the image was reached.
+        open_layers: Names of rank-deficient layers whose null space nothing closed.
+        beliefs: Name of a layer that virtual constraints closed -> belief on its input after each step, (steps, n).
+        misfits: Noise on the gradient's entries by the misfit of each layer whose equations alone determine it and that
+            has some to spare, from the last on.
+        probe: What a draw of the noise makes of the image.
+        positive: Name of a layer whose activation has two slopes -> which of its pre-activations are positive.
+    """
+
+    layer_inputs: Mapping[str, Tensor]
+    reports: tuple[LayerReport, ...]
+    mismatch: float
+    complete: bool
+    open_layers: tuple[str, ...] = ()
+    beliefs: Mapping[str, Tensor] = field(default_factory=dict)
+    misfits: tuple[float, ...] = ()
+    probe: Probe | None = None
+    positive: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def descend(
+    chain: Chain,
+    evidence: Evidence,
+    start: Hypothesis,
+    *,
+    probe: Probe | None = None,
+    virtual_constraints: bool = True,
+    give_up: float = math.inf,
+) -> Descent:
+    """Recovers the input of every layer, from the last to the first.
+
+    Args:
+        chain: The prepared network.
+        evidence: The gradients, their precision and the cutoff.
+        start: The head's hypothesis.
+        probe: A draw of the noise and what it makes of the hypothesis, to predict errors and to decide signs.
+        virtual_constraints: Whether the layer before may close the deficit of a rank-deficient layer.
+        give_up: Identity residual above which the hypothesis is dropped; infinity follows it to the end.
+
+    Returns:
+        A `Descent`; incomplete where the hypothesis was dropped.
+    """
+    head, n = chain.layers[-1], len(start.x)
+    inputs = {head.name: start.x[None]}
+    error = None if probe is None else probe.error
+    reports = [LayerReport(head.name, n, None, n, n, 0, condition=1.0, predicted_error=error, seconds=0.0)]
+    dx, x, mismatch, left_open = head.adjoint(start.dz[:, None, None]), start.x, 0.0, []
+    beliefs: dict[str, Tensor] = {}
+    positive: dict[str, Tensor] = {}
+    misfits: list[float] = []
+    for i in reversed(range(len(chain.layers) - 1)):
+        layer, begin = chain.layers[i], time.perf_counter()
+        heard = not layer.is_fixed and layer.weight_name not in evidence.lost
+        G = layer.gradient(evidence.gradients) if heard else torch.zeros_like(layer.weight)
+        x, dx = x.reshape(layer.output_shape), dx.reshape(layer.output_shape)
+        z, known = layer.activation.invert(x, _accuracy(reports[-1], evidence))
+        slopes = _slopes(layer, G, x, dx, probe) if heard and probe is not None else None
+        dz = (layer.activation.derivative(z) if slopes is None else slopes.values) * dx
+        if slopes is not None or _has_kink(layer):
+            positive[layer.name] = z > 0 if slopes is None else slopes.positive
+        if heard:
+            mismatch = max(mismatch, _identities(layer, evidence, G, dz, z, known))
+        if mismatch > give_up:
+            return Descent(inputs, tuple(reports), mismatch, False)
+        limits = {"rcond": evidence.rcond, "precision": evidence.precision}
+        solution = solve_layer(layer, G, dz if heard else 0 * dz, z, known=known, **limits)
+        misfits += [] if solution.noise_std is None else [solution.noise_std]
+        if probe is not None:
+            probe = carry(layer, probe, solution, x, dx, z, dz, slopes)
+            solution = replace(solution, report=replace(solution.report, predicted_error=probe.error))
+        x, dx, report = solution.x, layer.adjoint(dz), solution.report
+        if known is not None:
+            report = replace(report, saturated=int((~known).sum()))
+        if report.deficit:
+            before = chain.layers[i - 1] if i and virtual_constraints else None
+            closed = None if before is None else _by_previous(before, evidence, solution, z, dx)
+            if closed is not None:
+                beliefs[layer.name] = torch.from_numpy(closed.beliefs)
+                x, report, probe = _closed(solution, closed, report, probe)
+            left_open += [] if closed is not None and closed.certified else [layer.name]
+        inputs = {layer.name: x.reshape(1, *layer.feature_shape), **inputs}
+        reports.append(replace(report, seconds=time.perf_counter() - begin))
+    return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open), beliefs, tuple(misfits), probe, positive)
+
+
+def _slopes(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, probe: Probe) -> Slopes | None:
+    """The decided slopes of a layer with a kink, None of others."""
+    return decide_slopes(layer, G, x, dx, probe.error, rms(layer.gradient(probe.noise)).item())
+
+
+def _accuracy(report: LayerReport, evidence: Evidence) -> float:
+    """Error of a layer's recovered input relative to its size, roughly: what rounding makes of its condition number."""
+    condition = report.condition if report.condition and math.isfinite(report.condition) else 1.0
+    return min(AMPLIFIED * condition * max(evidence.precision, ROUNDING), 1e-3)
+
+
+def _identities(layer: Layer, evidence: Evidence, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None) -> float:
+    """The largest identity residual of the layer's groups and of its bias."""
+    parts = split_groups(layer)
+    chunks = zip(parts, *(t.chunk(len(parts)) for t in (G, dz, z)), strict=True)
+    found = max(identity_residual(*chunk, known) for chunk in chunks)
+    if layer.bias_name is None or layer.bias_name in evidence.lost:
+        return found
+    return max(found, bias_residual(layer, evidence.gradients[layer.bias_name], dz))
+
+
+def _has_kink(layer: Layer) -> bool:
+    slope = layer.activation.negative_slope
+    return slope is not None and bool((torch.as_tensor(slope) != 1).any())
+
+
+def _closed(
+    solution: LayerSolution, closed: VirtualSolution, report: LayerReport, probe: Probe | None
+) -> tuple[Tensor, LayerReport, Probe | None]:
+    """A deficient layer's input as the layer before has closed it; its error joins the probe's."""
+    x = torch.from_numpy(closed.x).reshape(solution.x.shape)
+    if probe is not None:
+        probe = replace(probe, x=probe.x + torch.from_numpy(closed.draw).reshape(probe.x.shape))
+        report = replace(report, predicted_error=probe.error)
+    report = replace(report, virtual_constraints=closed.equations, iterations=closed.iterations,
+                     condition=closed.condition, residual=closed.residual)  # fmt: skip
+    return x, report, probe
+
+
+def _by_previous(
+    before: Layer, evidence: Evidence, solution: LayerSolution, z: Tensor, dx: Tensor
+) -> VirtualSolution | None:
+    """Closes a deficient layer's null space by the layer before; None where that has no factors or forgets z."""
+    if solution.null_basis is None:
+        return None
+    factors = previous_factors(before) if before.activation.one_to_one else None
+    if factors is None:
+        return None
+    noise = AMPLIFIED * max(evidence.precision, 1e-13)
+    problem = Open(
+        x=solution.x.flatten().numpy(),
+        N=torch.cat([solution.null_basis, solution.weak_basis], 1).numpy(),
+        known=(noise * z.square().mean().sqrt() * solution.weak_gain).numpy(),
+        activation=flattened(before.activation, before.output_shape),
+        previous=factors,
+        G=before.gradient(evidence.gradients).numpy(),
+        dx=dx.reshape(before.output_shape).numpy(),
+        noise=noise,
+    )
+    reads_image = before.input_shape[0] in (1, 3)
+    try:
+        return solve_virtual(problem, (lambda: smooth_image_rows(factors)) if reads_image else None)
+    except np.linalg.LinAlgError:  # of a wrong hypothesis, whose pre-activations are beyond all bounds
+        return None

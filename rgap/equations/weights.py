@@ -1,0 +1,222 @@
+"""A layer's weight matrix W, factored once for all images: x from W x = b where W has full column rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import scipy.sparse.linalg as sla
+import torch
+from scipy.linalg import eigvalsh_tridiagonal
+from torch import Tensor
+
+from rgap.equations.blocks import weight_matrix
+from rgap.network.layer import Layer
+
+FACTOR_UNKNOWNS = 40_000
+"""Unknowns up to which a sparse factorisation is made; beyond, conjugate gradients need less time and memory."""
+
+CLOSE = 1e-4
+"""How well a vector must come back through W for W to count as of full column rank."""
+
+RANK_TOLERANCE = 1e-7
+"""Smallest σ_min / σ_max at which W still counts as of full column rank where WᵀW is factored."""
+
+SQUARE_TOLERANCE = 1e-11
+"""The same where W itself is."""
+
+
+@dataclass(frozen=True)
+class SparseFactor:
+    """LU factors of WᵀW, or of W itself where it is square."""
+
+    W: Any
+    lu: Any
+    condition: float
+    full_rank: bool
+
+    def solve(self, b: Tensor) -> tuple[Tensor, float, int]:
+        """Least-squares solution of W x = b with refinement: (x, ‖W x − b‖ / ‖b‖, refinement steps)."""
+        right = b.numpy()
+        x = _normal_solve(self.W, self.lu, right)
+        last = np.inf
+        steps = 0
+        while steps < 5:
+            r = right - self.W @ x
+            size = np.linalg.norm(self.W.T @ r)
+            if not size < 0.5 * last:
+                break
+            last = size
+            x = x + _normal_solve(self.W, self.lu, r)
+            steps += 1
+        return torch.from_numpy(x), _relative(right - self.W @ x, right), steps
+
+    def respond(self, b: Tensor) -> Tensor:
+        """The solution without refinement: enough for the effect of an error."""
+        return torch.from_numpy(_normal_solve(self.W, self.lu, b.numpy()))
+
+
+@dataclass
+class ConjugateGradients:
+    """Solves W x = b, or [W; K] x = [b; vec(G)], by conjugate gradients on the normal equations (CGLS); no matrix.
+
+    Attributes:
+        layer: The layer, without groups.
+        known: Mask of the rows of W that are used, None for all; b is then as long as it has ones.
+        dz: δz, (O, H′, W′), where K belongs to the system; scaled, and G with it, so that its rows are as large as W's.
+        condition: Of the system, as the last solve saw it.
+    """
+
+    layer: Layer
+    known: Tensor | None = None
+    dz: Tensor | None = None
+    condition: float = float("nan")
+
+    @cached_property
+    def missing(self) -> int:
+        """Estimate of the unknowns that the system does not determine, 0 for full column rank.
+
+        A random vector is sent through it and solved for: what does not come back lies in the null space.
+        """
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.layer.input_shape, generator=generator, dtype=torch.float64)
+        z, G = self.layer.apply(x), None if self.dz is None else self.layer.weight_gradient(x, self.dz)
+        found = self.solve(self._rows(z), G, tolerance=1e-10, truth=x)[0]
+        share = ((found - x.flatten()).norm() / x.norm()).item() ** 2
+        return max(1, round(share * self.layer.unknowns)) if share > CLOSE**2 else 0
+
+    @property
+    def full_rank(self) -> bool:
+        """Whether the system has full column rank."""
+        return self.missing == 0
+
+    def solve(
+        self,
+        b: Tensor,
+        G: Tensor | None = None,
+        tolerance: float = 1e-12,
+        most: int = 20_000,
+        truth: Tensor | None = None,
+    ) -> tuple[Tensor, float, int]:
+        """Least-squares solution of minimum norm: (x, ‖residual‖ / ‖right-hand side‖, iterations).
+
+        Args:
+            b: (rows,).
+            G: Gradient by the weight, shaped as it, where K belongs to the system.
+            tolerance: Largest norm of the normal equations' residual at the end, relative to the start.
+            most: Most iterations.
+            truth: Ends the iterations as soon as x is this close to it, relative `CLOSE`.
+        """
+        right = [self._image(b)] if self.dz is None else [self._image(b), G]
+        x, rest = b.new_zeros(self.layer.input_shape), [v.clone() for v in right]
+        s = self._adjoint(rest)
+        p = s.clone()
+        size = first = s.square().sum()
+        alphas, betas = [], []
+        while len(alphas) < most and size > tolerance**2 * first:
+            q = self._apply(p)
+            alpha = size / _square(q)
+            x += alpha * p
+            for r, change in zip(rest, q, strict=True):
+                r -= alpha * change
+            if truth is not None and (x - truth).norm() < CLOSE * truth.norm():
+                break
+            s = self._adjoint(rest)
+            size, previous = s.square().sum(), size
+            p = s + (size / previous) * p
+            alphas.append(alpha.item())
+            betas.append((size / previous).item())
+        self.condition = _ritz_condition(alphas, betas)
+        total = _square(right)
+        return x.flatten(), (_square(rest) / total).sqrt().item() if total > 0 else 0.0, len(alphas)
+
+    def respond(self, b: Tensor, G: Tensor | None = None) -> Tensor:
+        """The solution to a few digits: enough for the effect of an error."""
+        return self.solve(b, G, tolerance=1e-3)[0]
+
+    def _apply(self, x: Tensor) -> list[Tensor]:
+        z = self._image(self._rows(self.layer.apply(x)))
+        return [z] if self.dz is None else [z, self.layer.weight_gradient(x, self.dz)]
+
+    def _adjoint(self, rest: list[Tensor]) -> Tensor:
+        x = self.layer.adjoint(rest[0])
+        if self.dz is not None:  # K takes δz to the pixels as Wᵀ does, with G in the place of the weight
+            x = x + replace(self.layer, weight=rest[1], cache={}).adjoint(self.dz)
+        return x
+
+    def _rows(self, z: Tensor) -> Tensor:
+        """The rows that are used."""
+        return z.flatten() if self.known is None else z.flatten()[self.known]
+
+    def _image(self, rows: Tensor) -> Tensor:
+        """Back in the shape of the output, 0 where a row is not used."""
+        if self.known is None:
+            return rows.reshape(self.layer.output_shape)
+        return rows.new_zeros(self.known.shape).masked_scatter(self.known, rows).reshape(self.layer.output_shape)
+
+
+def _square(vectors: list[Tensor]) -> Tensor:
+    return sum(v.square().sum() for v in vectors)
+
+
+def weight_factor(layer: Layer, known: Tensor | None = None) -> SparseFactor | ConjugateGradients:
+    """The solver for W x = b of a layer without groups; made once, unless only some rows of W are known."""
+    if known is not None:
+        if layer.unknowns > FACTOR_UNKNOWNS:
+            return ConjugateGradients(layer, known)
+        return _factor(weight_matrix(layer)[known.numpy()])
+    if layer.unknowns > FACTOR_UNKNOWNS:
+        return layer.cached("weight_solver", lambda: ConjugateGradients(layer))
+    return layer.cached("weight_factor", lambda: _factor(weight_matrix(layer)))
+
+
+def _factor(W: Any) -> SparseFactor:
+    try:
+        if W.shape[0] == W.shape[1]:
+            lu = sla.splu(W.tocsc())
+        else:
+            lu = sla.splu(
+                (W.T @ W).tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
+            )
+    except RuntimeError:  # SuperLU met an exactly singular matrix
+        return SparseFactor(W, None, float("inf"), False)
+    condition = _condition(W, lu)
+    tolerance = SQUARE_TOLERANCE if W.shape[0] == W.shape[1] else RANK_TOLERANCE
+    return SparseFactor(W, lu, condition, condition < 1 / tolerance)
+
+
+def _normal_solve(W: Any, lu: Any, b: np.ndarray) -> np.ndarray:
+    return lu.solve(b) if W.shape[0] == W.shape[1] else lu.solve(W.T @ b)
+
+
+def _condition(W: Any, lu: Any, steps: int = 12) -> float:
+    """σ_max / σ_min by power iteration on WᵀW and on its inverse (a lower bound, close after a few steps)."""
+    square = W.shape[0] == W.shape[1]
+    vectors = np.random.default_rng(0).standard_normal((2, W.shape[1]))
+    largest = smallest = 0.0
+    large, small = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    for _ in range(steps):
+        large = W.T @ (W @ large)
+        small = lu.solve(lu.solve(small, "T")) if square else lu.solve(small)
+        largest, smallest = np.linalg.norm(large), np.linalg.norm(small)
+        if not np.isfinite(smallest):
+            return float("inf")
+        large, small = large / largest, small / smallest
+    return float(np.sqrt(largest * smallest))
+
+
+def _ritz_condition(alphas: list[float], betas: list[float]) -> float:
+    """Condition number that the Lanczos matrix of a CG run shows, from its step lengths."""
+    if not alphas:
+        return float("nan")
+    a, b = np.array(alphas), np.array(betas)
+    diagonal = 1 / a + np.concatenate([[0.0], b[:-1] / a[:-1]])
+    values = eigvalsh_tridiagonal(diagonal, np.sqrt(b[:-1]) / a[:-1]) if len(a) > 1 else diagonal
+    return float(np.sqrt(values.max() / max(values.min(), np.finfo(float).tiny)))
+
+
+def _relative(r: np.ndarray, b: np.ndarray) -> float:
+    size = np.linalg.norm(b)
+    return float(np.linalg.norm(r) / size) if size > 0 else 0.0

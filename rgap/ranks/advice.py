@@ -1,0 +1,176 @@
+"""Which change of a network would keep a gradient from giving its image away: found by analysing changed copies.
+
+Nothing here is canned: every sentence is the outcome of the rank analysis of a network that was built. What it says is
+what the linear equations say, layer by layer. It is no guarantee: what natural images look like helps an attacker, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+from torch import nn
+
+from rgap.ranks.analysis import rank_analysis
+from rgap.ranks.exposure import Exposure, exposure
+from rgap.ranks.rebuild import chain_steps, with_convolution
+from rgap.ranks.steps import is_layer
+from rgap.results import UnsupportedLayerError, reports_frame
+
+LAYERS = 3
+"""Convolutions, from the image on, that are changed."""
+
+STRIDES = 3
+"""Strides beyond its own that a convolution is tried with."""
+
+LARGEST_BATCH = 1024
+"""Images behind one gradient up to which is searched."""
+
+
+ARGUMENTS = {"output channels": "out_channels", "stride": "stride"}
+"""Kind of a change of a convolution -> the argument of `with_convolution`."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of a network after which the linear equations no longer lead to the image.
+
+    Attributes:
+        what: "output channels", "stride" or "batch size".
+        layer: Path of the layer, empty for the batch size.
+        before: Its value as it is.
+        after: The nearest value, from there, at which the analysis says that the gradient's equations stop.
+        stops_at: Name of the step, from the output down the first, that then stays open.
+        unknowns: Entries of this step's input, over the batch.
+        deficit: Equations that it then lacks.
+        supply: The most equations that the step before it could add.
+    """
+
+    what: str
+    layer: str
+    before: int
+    after: int
+    stops_at: str
+    unknowns: int
+    deficit: int
+    supply: int
+
+    @property
+    def sentence(self) -> str:
+        """The change and what follows, in words."""
+        place = f"{self.what} of {self.layer!r}" if self.layer else self.what
+        return (
+            f"{place}: with {self.after} instead of {self.before}, {self.stops_at!r} would lack {self.deficit} of "
+            f"{self.unknowns} equations, and the step before it could add {self.supply} at most"
+        )
+
+
+def advise(model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1) -> list[Change]:
+    """Finds the smallest changes after which the rank analysis no longer says that a network leaks.
+
+    Tried are fewer output channels and larger strides of the convolutions nearest to the image, one at a time, where
+    the network is a chain of layers; and larger batches for every network. Ranks are those by law, so that neither
+    weights nor data matter.
+
+    Args:
+        model: The network; it is left as it is.
+        image_shape: Shape of one image, without the batch dimension.
+        batch_size: Images behind one gradient.
+
+    Returns:
+        At most one change for each layer and kind, widths first, from the image on; empty where the analysis does not
+        say that the network leaks, or where no change that was tried closes the leak.
+
+    Raises:
+        TypeError, UnsupportedLayerError, ValueError: As `rgap.rank_analysis` does.
+    """
+    if _judge(model, image_shape, batch_size).outcome != "leaks":
+        return []
+    found = []
+    convolutions = [s for s in chain_steps(model, image_shape) if is_layer(s) and not isinstance(s.module, nn.Linear)]
+    for step in convolutions[:LAYERS]:
+        width = step.module.out_channels
+        built = partial(_changed, model, image_shape, batch_size, step.path, "output channels")
+        found.append(_change("output channels", step.path, width, _bisect(width, 0, built)))
+    for step in convolutions[:LAYERS]:
+        stride = max(step.module.stride)
+        built = partial(_changed, model, image_shape, batch_size, step.path, "stride")
+        found.append(_change("stride", step.path, stride, _first(range(stride + 1, stride + 1 + STRIDES), built)))
+    judged = partial(_judge, model, image_shape)
+    found.append(_change("batch size", "", batch_size, _first_batch(batch_size, judged)))
+    return [change for change in found if change is not None]
+
+
+def changed(model: nn.Module, image_shape: tuple[int, ...], change: Change, seed: int = 0) -> nn.Module:
+    """A copy of a network with a change of width or stride made; the network itself for another batch size.
+
+    Args:
+        model: The network that was advised on; it is left as it is.
+        image_shape: Shape of one image, without the batch dimension.
+        change: From `advise`.
+        seed: Of the weights of the layers that change.
+    """
+    if change.what not in ARGUMENTS:
+        return model
+    return with_convolution(model, image_shape, change.layer, seed=seed, **{ARGUMENTS[change.what]: change.after})
+
+
+def advice_frame(changes: Iterable[Change]) -> pd.DataFrame:
+    """Changes as a table, columns as in `Change`."""
+    return reports_frame(list(changes), Change)
+
+
+def _judge(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> Exposure:
+    return exposure(rank_analysis(model, image_shape, batch_size, limit=0))
+
+
+def _changed(
+    model: nn.Module, image_shape: tuple[int, ...], batch_size: int, path: str, what: str, value: int
+) -> Exposure | None:
+    """The exposure of a changed copy; None where there is no such network."""
+    try:
+        return _judge(with_convolution(model, image_shape, path, **{ARGUMENTS[what]: value}), image_shape, batch_size)
+    except (UnsupportedLayerError, ValueError):
+        return None
+
+
+def _stops(found: Exposure | None) -> bool:
+    return found is not None and found.outcome == "stops"
+
+
+def _bisect(start: int, end: int, judge: Callable[[int], Exposure | None]) -> tuple[int, Exposure] | None:
+    """The value nearest to `start` that stops, between it and `end` (both excluded), if stopping starts there once."""
+    step = 1 if end > start else -1
+    near, far = start, end - step  # near leaks, far is to stop
+    if far == start or not _stops(best := judge(far)):
+        return None
+    while abs(far - near) > 1:
+        middle = (near + far) // 2
+        if _stops(outcome := judge(middle)):
+            far, best = middle, outcome
+        else:
+            near = middle
+    return far, best
+
+
+def _first(values: Iterable[int], judge: Callable[[int], Exposure | None]) -> tuple[int, Exposure] | None:
+    return next(((value, found) for value in values if _stops(found := judge(value))), None)
+
+
+def _first_batch(batch_size: int, judge: Callable[[int], Exposure | None]) -> tuple[int, Exposure] | None:
+    """Doubles until it stops, then looks between the last two."""
+    size = batch_size
+    while size < LARGEST_BATCH:
+        if _stops(judge(2 * size)):
+            return _bisect(size, 2 * size + 1, judge)
+        size *= 2
+    return None
+
+
+def _change(what: str, layer: str, before: int, found: tuple[int, Exposure] | None) -> Change | None:
+    if found is None:
+        return None
+    step = next(step for step in reversed(found[1].steps) if step.status == "open")
+    return Change(what, layer, before, found[0], step.name, step.unknowns, step.deficit, step.supply)

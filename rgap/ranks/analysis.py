@@ -1,0 +1,246 @@
+"""Rank analysis: what the layers of any network give away, predicted before any attack.
+
+Three answers beside each other: the counting index, exact ranks by law (`rgap.equations.rank_laws`), and numerical ranks
+(`rgap.ranks.numbers`) where a layer is small enough.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from rgap.equations.rank_laws import RankLaws, rank_laws
+from rgap.network.chain import Chain
+from rgap.network.tracing import Step, trace
+from rgap.ranks.numbers import UNKNOWNS, linear_layer, numerical_ranks, pooling_rank, too_large
+from rgap.ranks.steps import SHARED, CountedStep, counted_steps, is_layer, is_max_pooling, kind_of
+from rgap.results import LayerRank, RankAnalysis, UnsupportedLayerError
+
+KNOWN_BELOW = {"convolution", "linear", "activation", "batch norm", "reshape"}
+"""Kinds of steps through which ∂ℓ/∂z is known as soon as their output and its gradient are."""
+
+
+def rank_analysis(
+    model: nn.Module | Chain,
+    image_shape: tuple[int, ...],
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.float64,
+    *,
+    limit: int = UNKNOWNS,
+    seed: int = 0,
+) -> RankAnalysis:
+    """Says for every layer whether its input follows from what is known of its output; needs no data and no attack.
+
+    The network is analysed in eval mode. Ranks assume that z and ∂ℓ/∂z are known at the layer's output and, unless they
+    are numbers, generic weights. Under activations that are not invertible they are upper bounds.
+
+    Args:
+        model: Any module that `torch.fx` can trace.
+        image_shape: Shape of one image without the batch dimension, e.g. (C, H, W).
+        batch_size: Images behind one gradient. It multiplies unknowns and weight constraints, not gradient constraints.
+        dtype: Precision of the gradient; numerical ranks count singular values below its resolution as zero.
+        limit: Most unknowns of a layer (of each group of channels) for which numerical ranks are computed; 0 for none.
+        seed: Of the Gaussian ∂ℓ/∂z behind the numerical ranks.
+
+    Returns:
+        A `RankAnalysis` with a `LayerRank` for every step.
+
+    Raises:
+        TypeError: If the model is no `torch.nn.Module`.
+        UnsupportedLayerError: If it cannot be traced, or has no layer with weights.
+        ValueError: If the image shape or the batch size does not fit.
+    """
+    steps = _checked_steps(model, image_shape, batch_size)
+    ranks: dict[str, LayerRank] = {}
+    for step in steps:
+        ranks[step.step.name] = _layer_rank(step, batch_size, dtype, limit, seed, ranks)
+    layers = _with_index(list(ranks.values()), [step.counted for step in steps])
+    counted = [layer for layer in layers if layer.ra_index is not None]
+    return RankAnalysis(
+        layers=tuple(layers),
+        batch_size=batch_size,
+        max_ra_index=max((layer.ra_index for layer in counted), default=None),
+        copa_index=copa_index([layer.deficit for layer in layers if layer.kind == "convolution"]),
+        leaking=tuple(layer.name for layer in counted if layer.deficit == 0),
+        verdict=_verdict(layers),
+    )
+
+
+def _checked_steps(model: nn.Module | Chain, image_shape: tuple[int, ...], batch_size: int) -> list[CountedStep]:
+    model = model.model if isinstance(model, Chain) else model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; it must be a torch.nn.Module")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be a whole number of images, at least 1")
+    if next(model.parameters(), None) is None:
+        raise UnsupportedLayerError(f"{type(model).__name__} has no parameters, and so no gradient that could leak")
+    steps = counted_steps(trace(model, image_shape, any_shape=True))
+    if not any(step.weights for step in steps):
+        raise UnsupportedLayerError(f"{type(model).__name__} has no convolution and no linear layer to analyse")
+    return steps
+
+
+def counting_index(unknowns: int, outputs: int, weights: int, virtual: int) -> tuple[int, int]:
+    """RA_i = |x| − |W| − |z| − v_i, and v_{i+1} for the next layer.
+
+    This is the counting form as later implementations of the paper's index state it; the paper's own text was not
+    consulted. It counts equations, not ranks: it is no proof in either direction (CNN6-d's second layer has more
+    equations than unknowns and lacks 280 of rank), for linear layers only its sign means anything, and for mini-batches
+    it is no limit either.
+
+    Args:
+        unknowns: |x|, entries of the layer's input, over the batch.
+        outputs: |z|, over the batch.
+        weights: |W|; a batch shares one gradient.
+        virtual: v_i, virtual constraints that the layers before leave; 0 for the first.
+
+    Returns:
+        RA_i, which is > 0 where the layer cannot be recovered by counting, and v_{i+1}.
+    """
+    lacking = unknowns - weights - outputs
+    return lacking - virtual, virtual + max(max(outputs - unknowns, 0) - max(lacking, 0), 0)
+
+
+def copa_index(deficits: list[int | None]) -> int | None:
+    """COPA's index of the convolutions, from the image on: Σ_i round(−deficit_i (L − i − 1) / (L − 1)), L − 1 of them.
+
+    A deficit near the image weighs most. None where a deficit is unknown, 0 without convolutions.
+    """
+    if None in deficits:
+        return None
+    length = len(deficits) + 1
+    return sum(round(-d * (length - i - 1) / (length - 1)) for i, d in enumerate(deficits))
+
+
+def _layer_rank(
+    step: CountedStep, batch: int, dtype: torch.dtype, limit: int, seed: int, ranks: dict[str, LayerRank]
+) -> LayerRank:
+    rank = LayerRank(
+        step.name,
+        step.kind,
+        unknowns=batch * math.prod(step.input_shape),
+        weight_rows=batch * math.prod(step.step.output_shape),
+        gradient_rows=sum(module.weight.numel() for module in step.weights),
+        note=step.note,
+    )
+    if step.kind in {"convolution", "linear"}:
+        return _with_ranks(rank, step, batch, dtype, limit, seed)
+    if step.kind == "pooling":
+        return _pooling(rank, step.step, batch)
+    if step.kind == "residual block":
+        return _residual(rank, step, ranks)
+    return rank
+
+
+def _with_ranks(rank: LayerRank, step: CountedStep, batch: int, dtype: torch.dtype, limit: int, seed: int) -> LayerRank:
+    """The rank of a convolution or a linear layer by law and, where it is small enough, by number."""
+    if SHARED in step.note:
+        return rank
+    (module,) = step.weights
+    laws, why_no_law = _laws(module, step.input_shape, batch)
+    rank = replace(rank, law_weights=laws.weights, law_gradients=laws.gradients, law_rank=laws.both)
+    try:
+        layer = linear_layer(module, step.input_shape, step.step.output_shape)
+        why_no_number = too_large(layer, batch, limit)
+    except UnsupportedLayerError as error:
+        why_no_number = f"no numbers: {error}"
+    if not why_no_number:
+        numbers = numerical_ranks(layer, batch, dtype, seed)
+        rank = replace(
+            rank,
+            rank_weights=numbers.weights,
+            rank_gradients=numbers.gradients,
+            rank=numbers.both,
+            condition=numbers.condition,
+        )
+    best = rank.law_rank if rank.rank is None else rank.rank
+    note = "; ".join(text for text in (rank.note, why_no_law, why_no_number) if text)
+    return replace(rank, deficit=None if best is None else rank.unknowns - best, note=note)
+
+
+def _laws(module: nn.Module, input_shape: tuple[int, ...], batch: int) -> tuple[RankLaws, str]:
+    """The rank laws of a module, and why there are none."""
+    if isinstance(module, nn.Linear):
+        laws = rank_laws(*reversed(module.weight.shape), (1,), image=(math.prod(input_shape[:-1]),), batch=batch)
+    elif module.padding_mode != "zeros":
+        return RankLaws(None, None, None), f"padding mode {module.padding_mode!r}, for which there is no law"
+    else:
+        flat = module._reversed_padding_repeated_twice
+        laws = rank_laws(
+            *(module.in_channels, module.out_channels, module.kernel_size, module.stride),
+            tuple(zip(flat[-2::-2], flat[-1::-2], strict=True)),
+            *(module.dilation, module.groups, input_shape[1:], batch),
+        )
+    names = [what for what, law in zip(("W", "K", "[W; K]"), laws, strict=True) if law is None]
+    return laws, f"no law for {' and '.join(names)}" if names else ""
+
+
+def _pooling(rank: LayerRank, step: Step, batch: int) -> LayerRank:
+    """A layer without weights: average pooling is a known matrix, one factor an axis; max pooling has a bound."""
+    if is_max_pooling(step):
+        lacking = rank.unknowns - rank.weight_rows
+        note = "at most one equation an output, for positions that are known; the deficit is a lower bound"
+        return replace(rank, deficit=lacking if lacking > 0 else None, note="; ".join(filter(None, (rank.note, note))))
+    found = batch * pooling_rank(step.module or step.call, step.input_shape)
+    laws = {"law_weights": found, "law_gradients": 0, "law_rank": found}
+    numbers = {"rank_weights": found, "rank_gradients": 0, "rank": found}
+    return replace(rank, **laws, **numbers, deficit=rank.unknowns - found)
+
+
+def _residual(rank: LayerRank, step: CountedStep, ranks: dict[str, LayerRank]) -> LayerRank:
+    """A sum hides each path's z, so that gradients alone must do, down the main path."""
+    layers = [ranks[s.name] for s in step.path if is_layer(s)]
+    clear = all(len(s.sources) == 1 and kind_of(s)[0] in KNOWN_BELOW for s in step.path)
+    if clear and all(layer.unknowns in (layer.rank_gradients, layer.law_gradients) for layer in layers):
+        note = f"{rank.note}; every convolution of the main path is determined by its gradient alone"
+        return replace(rank, law_gradients=rank.unknowns, law_rank=rank.unknowns, deficit=0, note=note)
+    note = "the sum hides each path's z, and gradients alone do not determine the main path: no rank is given"
+    return replace(rank, note=f"{rank.note}; {note}")
+
+
+def _with_index(layers: list[LayerRank], counted: list[bool]) -> list[LayerRank]:
+    """The counting index, and the virtual constraints that each counted step takes over from the one before."""
+    virtual, before = 0, None
+    result = []
+    for layer, counts in zip(layers, counted, strict=True):
+        if counts:
+            index, virtual = counting_index(layer.unknowns, layer.weight_rows, layer.gradient_rows, virtual)
+            layer, before = replace(layer, ra_index=index, virtual_constraints=_range_constraints(before)), layer
+        result.append(layer)
+    return result
+
+
+def _range_constraints(before: LayerRank | None) -> int | None:
+    """|z| − rank W of the step before: combinations of its outputs that vanish whatever its input."""
+    if before is None:
+        return 0
+    rank = before.law_weights if before.rank_weights is None else before.rank_weights
+    return None if rank is None else before.weight_rows - rank
+
+
+def _verdict(layers: list[LayerRank]) -> str:
+    counted = [layer for layer in layers if layer.ra_index is not None]
+    closed = [layer for layer in reversed(counted) if layer.deficit != 0]
+    unknown = [layer.name for layer in layers if layer.kind == "not analysed" and not layer.note.startswith("inside")]
+    lossy = [layer for layer in layers if layer.kind == "activation" and "not invertible" in layer.note]
+    if not counted:
+        text = "unknown: no step stands alone on the way from the image to the output"
+    elif not closed:
+        text = f"leaks: all {len(counted)} steps determine their input, so that the image follows from the gradient"
+    else:
+        first = closed[0]
+        lack = "has no known rank" if first.deficit is None else f"lacks {first.deficit} of {first.unknowns} equations"
+        text = (
+            f"stops: {len(closed)} of {len(counted)} steps do not determine their input by themselves; from the output "
+            f"down the first is {first.name!r}, which {lack}"
+        )
+        if first.deficit and first.virtual_constraints:
+            text += f" before {first.virtual_constraints} virtual constraints"
+    if lossy:
+        text += f"; {len(lossy)} activations are not invertible, so that this is the most that can leak layer by layer"
+    if unknown:
+        text += f"; not analysed: {', '.join(unknown)}"
+    return text

@@ -1,0 +1,158 @@
+"""The largest mini-batch whose every image follows from one gradient, predicted from shapes alone (ours).
+
+Fully connected layers must tell the images apart, convolutions must determine them together. The first is a matter of
+widths, the second of the rank laws, which virtual constraints of the layer before extend.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from rgap.equations.rank_laws import rank_laws
+from rgap.network.chain import Chain, Layer, prepare
+from rgap.ranks.numbers import UNKNOWNS, numerical_ranks, too_large
+from rgap.separation.margins import SPARE, SURPLUS
+
+MOST = 512
+"""Batches are tried up to this size."""
+
+USUAL = 4
+"""Hidden units an image from which fully connected layers come apart as a rule; fewer is a matter of luck."""
+
+
+@dataclass(frozen=True)
+class BatchLimit:
+    """What one layer allows.
+
+    Attributes:
+        name: Path of the layer in the model.
+        limit: Largest batch that it lets through, 0 for none; None where no rank is known.
+        alone: The same without virtual constraints.
+        reason: What stops the next larger batch.
+    """
+
+    name: str
+    limit: int | None
+    alone: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class LargestBatch:
+    """The prediction for a network.
+
+    Attributes:
+        batch_size: Largest batch of which every image is recovered; 0 where not even one is.
+        alone: The same without virtual constraints.
+        limits: What each layer allows, from the image to the output.
+        reason: The layer that limits, and why.
+    """
+
+    batch_size: int
+    alone: int
+    limits: tuple[BatchLimit, ...]
+    reason: str
+
+
+def largest_batch(
+    model: nn.Module | Chain, image_shape: tuple[int, int, int], loss: str = "cross_entropy"
+) -> LargestBatch:
+    """Predicts how many images behind one gradient can be recovered, each by itself.
+
+    Args:
+        model: A chain of layers, as `rgap.prepare` takes it.
+        image_shape: (C, H, W).
+        loss: Of the client; the rows of a softmax's gradient sum to zero, which costs one image.
+
+    Returns:
+        The `LargestBatch`. It assumes generic weights and images. For convolutions it is what is recovered; for the
+        fully connected layers it is an upper bound, for which of the images switch which units is a matter of luck:
+        with four hidden units an image they come apart as a rule.
+
+    Raises:
+        UnsupportedLayerError: If the network is no chain of invertible layers.
+        ValueError: If the image shape does not fit.
+    """
+    chain = prepare(model, image_shape)
+    first = next(i for i, layer in enumerate(chain.layers) if all(part.is_dense for part in chain.layers[i:]))
+    before = (None, *chain.layers[:first])
+    limits = [*map(_convolution, chain.layers[:first], before), *_heads(chain.layers[first:], loss)]
+    known = [limit for limit in limits if limit.limit is not None]
+    worst = min(known, key=lambda limit: limit.limit)
+    unknown = [repr(limit.name) for limit in limits if limit.limit is None]
+    reason = f"layer {worst.name!r} lets {worst.limit} through: {worst.reason}"
+    if unknown:
+        reason += f"; no rank is known of {', '.join(unknown)}"
+    return LargestBatch(worst.limit, min(limit.alone for limit in known), tuple(limits), reason)
+
+
+def _convolution(layer: Layer, before: Layer | None) -> BatchLimit:
+    """What a convolution determines together with the range constraints of the layer before it."""
+    supplied = 0
+    if before is not None and before.groups == layer.groups == 1:
+        rank = _laws(before, 1).weights
+        supplied = math.prod(before.output_shape) - rank if rank is not None else 0
+    alone, lacking = None, 0
+    for batch in range(1, MOST + 1):
+        lacking = _deficit(layer, batch)
+        if lacking is None:
+            return BatchLimit(layer.name, None, None, f"no rank law, and too large for numbers at {batch} images")
+        if lacking and alone is None:
+            alone = batch - 1
+        if lacking and lacking + SURPLUS > batch * supplied:
+            have = f" before {batch * supplied} virtual constraints" if supplied else ""
+            return BatchLimit(layer.name, batch - 1, alone, f"{batch} images leave {lacking} unknowns open{have}")
+    return BatchLimit(layer.name, MOST, MOST if alone is None else alone, f"none up to {MOST} images")
+
+
+def _laws(layer: Layer, batch: int):
+    left, right, top, bottom = layer.padding
+    return rank_laws(
+        layer.input_shape[0],
+        layer.output_shape[0],
+        tuple(layer.weight.shape[2:]),
+        layer.stride,
+        ((top, bottom), (left, right)),
+        layer.dilation,
+        layer.groups,
+        layer.input_shape[1:],
+        batch,
+    )
+
+
+def _deficit(layer: Layer, batch: int) -> int | None:
+    """Unknowns − rank [W; K] by law, by number where there is no law, None where neither is to be had."""
+    rank = _laws(layer, batch).both
+    if rank is None:
+        if too_large(layer, batch, UNKNOWNS):
+            return None
+        rank = numerical_ranks(layer, batch).both
+    return batch * layer.unknowns - rank
+
+
+def _heads(layers: tuple[Layer, ...], loss: str) -> list[BatchLimit]:
+    """What the fully connected layers allow: a fixed point between two of them tells the images apart."""
+    outputs = layers[-1].output_shape[0]
+    if len(layers) == 1:
+        return [BatchLimit(layers[0].name, 1, 1, "one fully connected layer alone does not tell images apart")]
+    limits = []
+    for layer, after in itertools.pairwise(layers):
+        width, last = layer.output_shape[0], after is layers[-1]
+        room = outputs - (loss == "cross_entropy") if last else after.output_shape[0] - 1
+        if limits:
+            limit, reason = width - 1, f"{width} hidden units"
+        elif (width - SPARE) // 2 <= room:
+            limit = max((width - SPARE) // 2, 1)
+            reason = f"{width} hidden units, two an image and {SPARE} to spare; {USUAL} an image are safe"
+        else:
+            limit, reason = room, f"the next gradient has rank {room} at most"
+        limits.append(BatchLimit(layer.name, limit, limit, reason))
+    together = min(layers[0].output_shape[0], outputs - 2) if loss == "cross_entropy" else 0
+    if together <= min(limit.limit for limit in limits):
+        return limits
+    reason = f"{outputs} classes and {layers[0].output_shape[0]} hidden units, by the softmax of the outputs"
+    return [BatchLimit(one.name, together, together, reason) if one.limit < together else one for one in limits]

@@ -1,0 +1,250 @@
+"""Numerical ranks of one layer's constraints through their structure: no dense matrix of a whole layer is made.
+
+rank K = C · rank M, block by block of the stride. W is factored through the Gram matrix of its shorter side. [W; K] is
+what K determines, and W on the null space of M beside it. On a batch, W holds for each image alone and M is shared:
+[M_1 … M_B].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor, nn
+
+from rgap.equations.blocks import Block, blocks, gradient_matrix, split_groups, weight_columns, weight_matrix
+from rgap.equations.weights import weight_factor
+from rgap.linalg import svd
+from rgap.network.chain import Layer
+from rgap.results import UnsupportedLayerError
+
+UNKNOWNS = 4000
+"""Unknowns of a group of channels, over the whole batch, up to which numerical ranks are computed."""
+
+PIXELS = 1200
+"""Columns of a block of M up to which they are."""
+
+GROUPS = 64
+"""Groups of channels up to which they are."""
+
+DIRECT = 400
+"""Shorter side up to which singular values are computed themselves, not through a Gram matrix."""
+
+GRAM_RESOLUTION = 1e-6
+"""Smallest σ_min / σ_max that eigenvalues of a float64 Gram matrix of a few thousand rows can tell from zero."""
+
+WELL_CONDITIONED = 1e-4
+"""σ_min / σ_max of W from which W alone is taken to determine a layer, without a look at the gradients."""
+
+
+@dataclass(frozen=True)
+class RankNumbers:
+    """Numerical ranks of a layer.
+
+    Attributes:
+        weights: Of W.
+        gradients: Of K.
+        both: Of [W; K].
+        condition: Largest over smallest singular value kept, of the system that decides the rank of [W; K].
+    """
+
+    weights: int
+    gradients: int
+    both: int
+    condition: float
+
+
+def linear_layer(module: nn.Module, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> Layer:
+    """The layer of a `Linear`, `Conv1d` or `Conv2d`; a linear layer on (…, n) is a 1×1 convolution over the positions.
+
+    Args:
+        module: The module.
+        input_shape: Without the batch dimension.
+        output_shape: The same.
+
+    Returns:
+        A `Layer` of its weights, for ranks alone: its name and feature shape are not the model's.
+
+    Raises:
+        UnsupportedLayerError: If it is no zero-padded convolution in one or two dimensions and no linear layer.
+    """
+    weight = module.weight.detach().to("cpu", torch.float64)
+    if isinstance(module, nn.Linear):
+        positions = math.prod(input_shape[:-1])
+        inputs, outputs = (weight.shape[1], positions, 1), (weight.shape[0], positions, 1)
+        return Layer("", weight[..., None, None], None, inputs, outputs, inputs)
+    if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.padding_mode != "zeros":
+        raise UnsupportedLayerError(f"{type(module).__name__} has no constraint matrices here")
+    one = (1,) * (2 - len(module.stride))  # a row of pixels is an image of height 1
+    padding = (*module._reversed_padding_repeated_twice, 0, 0)[:4]
+    return Layer(
+        "",
+        weight.reshape(*weight.shape[:2], *one, *weight.shape[2:]),
+        None,
+        (input_shape[0], *one, *input_shape[1:]),
+        (output_shape[0], *one, *output_shape[1:]),
+        input_shape,
+        one + module.stride,
+        padding,
+        one + module.dilation,
+        module.groups,
+    )
+
+
+def too_large(layer: Layer, batch: int, limit: int) -> str:
+    """Why no numerical ranks are computed for a layer, naming the limit; empty where they are."""
+    if layer.groups > GROUPS:
+        return f"law only: {layer.groups} groups, over the limit of {GROUPS}"
+    if (size := batch * layer.unknowns // layer.groups) > limit:
+        return f"law only: {size} unknowns, over the limit of {limit}"
+    pixels = batch * math.prod(math.ceil(n / s) for n, s in zip(layer.input_shape[1:], layer.stride, strict=True))
+    if not layer.is_dense and pixels > PIXELS:
+        return f"law only: {pixels} unknowns share a block of M, over the limit of {PIXELS}"
+    return ""
+
+
+def numerical_ranks(layer: Layer, batch: int = 1, dtype: torch.dtype = torch.float64, seed: int = 0) -> RankNumbers:
+    """Ranks of W, K and [W; K] of one layer, with its own weights and a Gaussian δz.
+
+    Args:
+        layer: From `linear_layer`.
+        batch: Images behind one gradient.
+        dtype: Singular values below max(m, n) times its machine precision, relative to the largest of an m×n matrix,
+            count as zero. The arithmetic is float64.
+        seed: Of δz.
+
+    Returns:
+        `RankNumbers`, sums over the groups; the condition is the worst group's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    eps = torch.finfo(dtype).eps
+    ranks = []
+    for part in split_groups(layer):
+        dz = torch.randn(batch, *part.output_shape, generator=generator, dtype=torch.float64)
+        ranks.append(_group(part, dz, eps))
+    return RankNumbers(*(sum(column) for column in list(zip(*ranks, strict=True))[:3]), max(r[3] for r in ranks))
+
+
+def rank_and_ratio(A: Tensor, eps: float) -> tuple[int, float]:
+    """Numerical rank of A, and its smallest singular value kept over the largest.
+
+    Args:
+        A: (m, n).
+        eps: Singular values below max(m, n)·eps of the largest count as zero.
+    """
+    if min(A.shape) == 0:
+        return 0, 0.0
+    if min(A.shape) <= DIRECT:
+        return _count(svd(A)[1], max(A.shape) * eps)
+    return _gram_rank(A @ A.T if A.shape[0] < A.shape[1] else A.T @ A, max(A.shape) * eps)
+
+
+def pooling_rank(pool: Callable[[Tensor], Tensor], input_shape: tuple[int, ...]) -> int:
+    """Rank of average pooling as a matrix: the product of its ranks along the axes, times the channels.
+
+    Args:
+        pool: The module, or a function of one tensor.
+        input_shape: (C, pixels along each axis).
+    """
+    channels, *pixels = input_shape
+    rank = channels
+    for axis, size in enumerate(pixels):
+        shape = [size if a == axis else 1 for a in range(len(pixels))]
+        images = torch.eye(size).reshape(size, 1, *shape).expand(size, 1, *pixels)
+        rank *= rank_and_ratio(pool(images).detach().double().reshape(size, -1), torch.finfo(torch.float32).eps)[0]
+    return rank
+
+
+def _group(layer: Layer, dz: Tensor, eps: float) -> tuple[int, int, int, float]:
+    batch, channels = len(dz), layer.input_shape[0]
+    unknowns = batch * layer.unknowns
+    rank_w, ratio_w = _weight_rank(layer, eps)
+    rank_m, ratio_m, V = _gradient_null_space(layer, dz, eps)
+    gradients = channels * rank_m
+    if V.shape[-1] == 0:
+        return batch * rank_w, gradients, unknowns, 1 / ratio_m
+    if rank_w == layer.unknowns and ratio_w > WELL_CONDITIONED:
+        return batch * rank_w, gradients, unknowns, 1 / ratio_w
+    A = torch.cat([weight_columns(layer, image) for image in V])
+    rank, ratio = rank_and_ratio(A, eps)
+    both = unknowns if rank_w == layer.unknowns else gradients + rank
+    return batch * rank_w, gradients, both, 1 / ratio if ratio else math.inf
+
+
+def _weight_rank(layer: Layer, eps: float) -> tuple[int, float]:
+    """Rank of W; the Gram matrix of its shorter side comes from the sparse W where that is the cheaper way.
+
+    A square W may be so ill-conditioned that no Gram matrix can tell (LeNet's first layer: 5·10⁷); its own factors can.
+    """
+    W = layer.weight.flatten(1) if layer.is_dense else weight_matrix(layer)
+    if W.shape[0] == W.shape[1] > DIRECT and not layer.is_dense:
+        condition = weight_factor(layer).condition
+        if condition * W.shape[0] * eps < 1:
+            return W.shape[1], 1 / condition
+    if min(W.shape) <= DIRECT or layer.is_dense or W.nnz > 0.2 * math.prod(W.shape):
+        return rank_and_ratio(W if isinstance(W, Tensor) else torch.from_numpy(W.toarray()), eps)
+    gram = W @ W.T if W.shape[0] < W.shape[1] else W.T @ W
+    return _gram_rank(torch.from_numpy(gram.toarray()), max(W.shape) * eps)
+
+
+def _gradient_null_space(layer: Layer, dz: Tensor, eps: float) -> tuple[int, float, Tensor]:
+    """Rank of [M_1 … M_B], its smallest over largest singular value kept, and its null space (B, H·W, k)."""
+    pixels = math.prod(layer.input_shape[1:])
+    unread = torch.ones(pixels, dtype=torch.bool)
+    factors = []
+    for block in blocks(layer):
+        M = torch.cat([gradient_matrix(layer, block, image) for image in dz], 1)
+        _, S, Vh = svd(M, full_matrices=M.shape[0] < M.shape[1])
+        factors.append((block, max(M.shape) * eps, S, Vh))
+        unread[block.pixels] = False
+    largest = max((S.max().item() for *_, S, _ in factors if len(S)), default=0.0)
+    ranks = [int((S > cut * largest).sum()) for _, cut, S, _ in factors]
+    kept = [S[:r] for r, (*_, S, _) in zip(ranks, factors, strict=True)]
+    smallest = torch.cat(kept).min().item() if sum(ranks) else 0.0
+    bases = [_spread(block, Vh[r:], len(dz), pixels) for r, (block, _, _, Vh) in zip(ranks, factors, strict=True)]
+    for image in range(len(dz)):  # pixels that no tap reads
+        alone = dz.new_zeros(len(dz), pixels, int(unread.sum()))
+        alone[image, unread] = torch.eye(alone.shape[-1], dtype=dz.dtype)
+        bases.append(alone)
+    return sum(ranks), smallest / largest if largest else 0.0, torch.cat(bases, 2)
+
+
+def _spread(block: Block, rows: Tensor, batch: int, pixels: int) -> Tensor:
+    """Vectors over a block's pixels of every image, (k, B·m), as (B, H·W, k)."""
+    result = rows.new_zeros(batch, pixels, len(rows))
+    result[:, block.pixels] = rows.T.reshape(batch, len(block.pixels), len(rows))
+    return result
+
+
+def _count(S: Tensor, cut: float) -> tuple[int, float]:
+    """How many of the singular values exceed cut times the largest, and the smallest of these over the largest."""
+    largest = S.max().item()
+    kept = S[S > cut * largest] if largest > 0 else S[:0]
+    return len(kept), kept.min().item() / largest if len(kept) else 0.0
+
+
+def _gram_rank(gram: Tensor, cut: float) -> tuple[int, float]:
+    """Rank and ratio of A from AᵀA: a Cholesky factor where A has full rank, eigenvalues where it has not."""
+    cut = max(cut, GRAM_RESOLUTION)
+    G = gram.numpy()
+    factor, failed = scipy.linalg.lapack.dpotrf(G, lower=1)
+    if not failed:
+        rcond, _ = scipy.linalg.lapack.dpocon(factor, np.abs(G).sum(0).max(), uplo="L")
+        if rcond**0.5 > 10 * cut:  # an estimate in the 1-norm, within a small factor of (σ_min / σ_max)²
+            return len(G), power_ratio(G, factor)
+    return _count(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt(), cut)
+
+
+def power_ratio(G: np.ndarray, factor: np.ndarray, steps: int = 12) -> float:
+    """σ_min / σ_max of A from AᵀA and its Cholesky factor, by power iteration (an upper bound, close)."""
+    large = small = np.random.default_rng(0).standard_normal((len(G), 4))
+    for _ in range(steps):
+        large = np.linalg.qr(G @ large)[0]
+        small = np.linalg.qr(scipy.linalg.cho_solve((factor, True), small, check_finite=False))[0]
+    largest = np.linalg.eigvalsh(large.T @ G @ large)[-1]
+    smallest = np.linalg.eigvalsh(small.T @ G @ small)[0]
+    return float((max(smallest, 0.0) / largest) ** 0.5)

@@ -1,0 +1,144 @@
+"""A copy of a network with one convolution changed, and what follows it adapted: for trying out other shapes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from rgap.network.tracing import Step, trace
+from rgap.ranks.steps import is_layer
+from rgap.results import UnsupportedLayerError
+
+CONVOLUTIONS = {nn.Conv1d: nn.LazyConv1d, nn.Conv2d: nn.LazyConv2d, nn.Conv3d: nn.LazyConv3d}
+NORMS = {
+    nn.BatchNorm1d: nn.LazyBatchNorm1d,
+    nn.BatchNorm2d: nn.LazyBatchNorm2d,
+    nn.BatchNorm3d: nn.LazyBatchNorm3d,
+}
+
+
+def chain_steps(model: nn.Module, image_shape: tuple[int, ...]) -> list[Step]:
+    """The operations of a network in which each reads the one before it; none where paths part or meet.
+
+    Args:
+        model: Any module that `torch.fx` can trace.
+        image_shape: Shape of one image, without the batch dimension.
+
+    Returns:
+        The steps in order, or an empty list if the network is no chain.
+    """
+    steps = [step for step in trace(model, image_shape, any_shape=True) if step.output_shape]
+    follows = all(after.sources == (before.name,) for before, after in itertools.pairwise(steps))
+    once = len({id(step.module) for step in steps if is_layer(step)}) == sum(map(is_layer, steps))
+    return steps if follows and once else []
+
+
+def with_convolution(
+    model: nn.Module,
+    image_shape: tuple[int, ...],
+    path: str,
+    *,
+    out_channels: int | None = None,
+    stride: int | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Copies a network that is a chain, with another width or stride of one convolution.
+
+    What follows is fitted to the new shapes: the next layer takes the new channels, normalisations between as well, and
+    the first linear layer the new number of features. Changed layers get torch's default initialisation, all others
+    share their weights with the model.
+
+    Args:
+        model: The network; it is left as it is.
+        image_shape: Shape of one image, without the batch dimension.
+        path: Path of the convolution.
+        out_channels: Its new number of filters, None to keep it.
+        stride: Its new stride along every axis, None to keep it.
+        seed: Of the new weights.
+
+    Returns:
+        The copy, in eval mode.
+
+    Raises:
+        UnsupportedLayerError: If the network is no chain, the path is no convolution without groups, or something that
+            follows cannot be adapted.
+        ValueError: If the changed shapes do not fit together.
+    """
+    steps = chain_steps(model, image_shape)
+    places = [i for i, step in enumerate(steps) if step.path == path and type(step.module) in CONVOLUTIONS]
+    if not places or steps[places[0]].module.groups != 1:
+        raise UnsupportedLayerError(f"{path!r} is no convolution without groups in a chain of layers")
+    new = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        old = steps[places[0]].module
+        new.set_submodule(path, _convolution(old, out_channels or old.out_channels, stride or old.stride))
+        _adapt(new, steps[places[0] + 1 :], channels=out_channels is not None, sizes=stride is not None)
+        parameter = steps[places[0]].module.weight
+        with torch.no_grad():
+            try:
+                new(torch.zeros(1, *image_shape, dtype=parameter.dtype, device=parameter.device))
+            except RuntimeError as error:
+                raise ValueError(f"{path!r} so changed does not fit: {str(error).splitlines()[0]}") from error
+    return new.eval()
+
+
+def _convolution(old: nn.Module, out_channels: int, stride: int | tuple[int, ...]) -> nn.Module:
+    return type(old)(
+        old.in_channels,
+        out_channels,
+        old.kernel_size,
+        stride,
+        old.padding,
+        old.dilation,
+        bias=old.bias is not None,
+        padding_mode=old.padding_mode,
+        dtype=old.weight.dtype,
+        device=old.weight.device,
+    )
+
+
+def _adapt(model: nn.Module, following: Sequence[Step], *, channels: bool, sizes: bool) -> None:
+    """Replaces what depends on new channels or sizes by modules that find theirs when they first run."""
+    for step in following:
+        if is_layer(step):
+            is_linear = isinstance(step.module, nn.Linear)
+            if channels or (sizes and is_linear):
+                model.set_submodule(step.path, _lazy_layer(step))
+            channels, sizes = False, sizes and not is_linear
+        elif channels and any(p.numel() > 1 for p in _parameters(step)):
+            model.set_submodule(step.path, _lazy_norm(step))
+
+
+def _lazy_norm(step: Step) -> nn.Module:
+    old = step.module
+    if type(old) not in NORMS:
+        raise UnsupportedLayerError(f"{step.title} has a weight for each channel and cannot be adapted here")
+    return NORMS[type(old)](eps=old.eps, momentum=old.momentum, affine=old.affine, **_placed(old))
+
+
+def _lazy_layer(step: Step) -> nn.Module:
+    old = step.module
+    options = {"bias": old.bias is not None, **_placed(old)}
+    if isinstance(old, nn.Linear):
+        if math.prod(step.input_shape) != old.in_features:
+            raise UnsupportedLayerError(f"{step.title} works on several places at once and cannot be adapted here")
+        return nn.LazyLinear(old.out_features, **options)
+    if type(old) not in CONVOLUTIONS or old.groups != 1:
+        raise UnsupportedLayerError(f"{step.title} has groups and cannot be adapted here")
+    shape = (old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation)
+    return CONVOLUTIONS[type(old)](*shape, padding_mode=old.padding_mode, **options)
+
+
+def _parameters(step: Step) -> list[nn.Parameter]:
+    return [] if step.module is None else list(step.module.parameters())
+
+
+def _placed(module: nn.Module) -> dict:
+    parameter = next(module.parameters())
+    return {"dtype": parameter.dtype, "device": parameter.device}

@@ -1,0 +1,236 @@
+"""The steps that a rank analysis counts: every traced operation by kind, and residual blocks as one step each."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rgap.network.operations import RESHAPES, from_module
+from rgap.network.tracing import Step
+
+SHARED = "its weight is used"
+SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+POOLINGS = (
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+)
+INVERTIBLE = (nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.CELU, nn.PReLU, nn.Softplus, nn.Softsign, nn.LogSigmoid)
+MIXING = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU)
+ELEMENTWISE = {F.relu, torch.relu, "relu", "relu_", F.relu6, F.leaky_relu, F.sigmoid, torch.sigmoid, "sigmoid"}
+ELEMENTWISE |= {F.tanh, torch.tanh, "tanh", F.gelu, F.silu, F.elu, F.hardswish, F.hardsigmoid, F.softplus}
+INVERTIBLE_FUNCTIONS = {
+    F.leaky_relu,
+    F.sigmoid,
+    torch.sigmoid,
+    "sigmoid",
+    F.tanh,
+    torch.tanh,
+    "tanh",
+    F.elu,
+    F.softplus,
+}
+POOLING_FUNCTIONS = {
+    f"{adaptive}{what}_pool{d}d" for adaptive in ("", "adaptive_") for what in ("avg", "max") for d in (1, 2, 3)
+}
+
+
+@dataclass(frozen=True)
+class CountedStep:
+    """A traced step as the analysis sees it.
+
+    Attributes:
+        step: The traced step; for a residual block the sum at its end.
+        name: Its path, or the block's.
+        kind: As in `LayerRank`.
+        note: What there is to say about it.
+        inside: Name of the block or join that it stands in, empty on the main line.
+        input_shape: Shape of its input; of a residual block's, where its paths part.
+        weights: The modules whose weights count: one, or for a block the last convolution and the other path's.
+        path: For a block, the steps of its main path, in order.
+    """
+
+    step: Step
+    name: str
+    kind: str
+    note: str
+    inside: str
+    input_shape: tuple[int, ...]
+    weights: tuple[nn.Module, ...] = ()
+    path: tuple[Step, ...] = field(default=(), repr=False)
+
+    @property
+    def counted(self) -> bool:
+        """Whether it has a counting index."""
+        return not self.inside and self.kind in {"convolution", "linear", "pooling", "residual block"}
+
+
+@dataclass(frozen=True)
+class _Join:
+    """Where several paths meet: the steps between, and for a sum with convolutions the two paths."""
+
+    name: str
+    inside: tuple[str, ...]
+    fork: Step
+    paths: tuple[tuple[Step, ...], ...]
+
+    @property
+    def is_residual(self) -> bool:
+        """A sum of two paths that part at one place, one of them with at most one weight layer."""
+        counts = [sum(is_layer(step) for step in path) for path in self.paths]
+        return len(counts) == 2 and min(counts) <= 1 <= max(counts)
+
+
+def counted_steps(steps: list[Step]) -> list[CountedStep]:
+    """Classifies every step but the input.
+
+    Args:
+        steps: From `rgap.network.tracing.trace`.
+
+    Returns:
+        One entry a step, in the order of execution; none is dropped.
+    """
+    joins = _joins(steps)
+    inside: dict[str, str] = {}
+    for step in steps:  # the outermost block wins: it is the one that is counted
+        if step.name in joins:
+            inside |= dict.fromkeys(joins[step.name].inside, joins[step.name].name)
+    uses = Counter(id(step.module.weight) for step in steps if is_layer(step))
+    result = []
+    for step in steps:
+        if step.kind == "input":
+            continue
+        within = inside.get(step.name, "")
+        if step.name in joins:
+            result.append(_joined(step, joins[step.name], within))
+        else:
+            result.append(_single(step, within, uses))
+    return result
+
+
+def is_layer(step: Step) -> bool:
+    """Whether a step is a convolution or a linear layer: its module has a weight, and constraints."""
+    transposed = isinstance(step.module, nn.modules.conv._ConvTransposeNd)
+    return isinstance(step.module, nn.Linear | nn.modules.conv._ConvNd) and not transposed
+
+
+def kind_of(step: Step) -> tuple[str, str]:
+    """The kind of a step that reads one tensor, as in `LayerRank`, and a note on it."""
+    module, operation = step.module, step.operation
+    same = math.prod(step.input_shape) == math.prod(step.output_shape)
+    if is_layer(step):
+        return ("linear" if isinstance(module, nn.Linear) else "convolution"), ""
+    if isinstance(module, POOLINGS) or _is_pooling_function(step):
+        return "pooling", ""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        lost = 0 if module.weight is None else int((module.weight == 0).sum())
+        return "batch norm", (
+            "one affine map a channel in eval mode, folded into its neighbour and not counted"
+            + (f"; {lost} channels are multiplied by zero and lost" if lost else "")
+            + ("; in training mode it couples the images of a batch, which is not analysed" if module.training else "")
+        )
+    if isinstance(module, nn.modules.dropout._DropoutNd) or operation in {F.dropout, torch.dropout}:
+        return "reshape", "dropout, which is the identity in eval mode; in training mode it is random"
+    if step.kind == "reshape" or (operation in RESHAPES and same):
+        return "reshape", ""
+    known = from_module(module)
+    one_to_one = known is not None and known.one_to_one
+    if one_to_one or isinstance(module, INVERTIBLE) or operation in INVERTIBLE_FUNCTIONS:
+        return "activation", "invertible"
+    if operation in ELEMENTWISE or (
+        type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, MIXING)
+    ):
+        return "activation", "not invertible: W's equations hold where it tells z, so that ranks are upper bounds"
+    return "not analysed", _reason(step)
+
+
+def is_max_pooling(step: Step) -> bool:
+    """Whether a pooling step takes maxima, module or function."""
+    return "max" in _called(step).lower()
+
+
+def _called(step: Step) -> str:
+    """Name of the module's type, or of the function."""
+    if step.module is not None:
+        return type(step.module).__name__
+    return step.operation if isinstance(step.operation, str) else getattr(step.operation, "__name__", step.name)
+
+
+def _reason(step: Step) -> str:
+    if step.module is None and step.operation is None:
+        return "a parameter or buffer that the network reads by itself"
+    return f"{'the operation ' if step.module is None else ''}{_called(step)} is not a layer kind known here"
+
+
+def _is_pooling_function(step: Step) -> bool:
+    if step.call is None:
+        return False
+    if step.operation in {"mean", torch.mean}:  # global average pooling, where it leaves one number a channel
+        return len(step.input_shape) > 1 and math.prod(step.output_shape) == step.input_shape[0]
+    return getattr(step.operation, "__name__", "") in POOLING_FUNCTIONS
+
+
+def _single(step: Step, inside: str, uses: Counter[int]) -> CountedStep:
+    kind, note = kind_of(step) if len(step.sources) == 1 else ("not analysed", _reason(step))
+    weights = ()
+    if kind in {"convolution", "linear"}:
+        weights = (step.module,)
+        if uses[id(step.module.weight)] > 1:
+            note = f"{SHARED} {uses[id(step.module.weight)]} times: its gradient is a sum, for which there is no rank"
+    if inside:
+        note = f"inside {inside}" + (f"; {note}" if note else "")
+    return CountedStep(step, step.path, kind, note, inside, step.input_shape, weights)
+
+
+def _joined(step: Step, join: _Join, inside: str) -> CountedStep:
+    where = f"inside {inside}; " if inside else ""
+    if step.operation not in SUMS or not join.is_residual:
+        note = f"{_reason(step)}: it joins {len(step.sources)} paths"
+        return CountedStep(step, join.name, "not analysed", where + note, inside, step.input_shape)
+    other, main = sorted(join.paths, key=lambda path: sum(map(is_layer, path)))
+    layers = [[s for s in path if is_layer(s)] for path in (main, other)]
+    counted = (layers[0][-1], *layers[1])
+    note = (
+        f"one step, with the weights of {' and '.join(repr(s.path) for s in counted)}; {len(join.inside)} steps inside"
+    )
+    weights = tuple(s.module for s in counted)
+    return CountedStep(step, join.name, "residual block", where + note, inside, join.fork.output_shape, weights, main)
+
+
+def _joins(steps: list[Step]) -> dict[str, _Join]:
+    """Every step that reads several tensors, by name."""
+    order = {step.name: i for i, step in enumerate(steps)}
+    images = {step.name for step in steps if step.kind == "input"}
+    above: dict[str, set[str]] = {}  # a step and all that it rests on
+    result = {}
+    for step in steps:
+        above[step.name] = {step.name}.union(*(above[source] for source in step.sources))
+        sources = [above[source] for source in step.sources if above[source] & images]
+        if len(sources) < 2:  # what else it reads does not depend on the image
+            continue
+        common = set.intersection(*sources)
+        fork = steps[max(order[name] for name in common)]
+        known = above[fork.name]
+        paths = tuple(tuple(steps[i] for i in sorted(order[name] for name in source - known)) for source in sources)
+        inside = tuple(sorted(set().union(*sources) - known, key=order.__getitem__))
+        name = _common_path([steps[order[name]] for name in inside]) or step.path
+        result[step.name] = _Join(name, inside, fork, paths)
+    return result
+
+
+def _common_path(steps: list[Step]) -> str:
+    """The longest path of which all modules are parts, e.g. layer1.0."""
+    paths = [step.path.split(".")[:-1] for step in steps if step.module is not None]
+    if not paths:
+        return ""
+    length = 0
+    while all(len(path) > length and path[length] == paths[0][length] for path in paths):
+        length += 1
+    return ".".join(paths[0][:length])

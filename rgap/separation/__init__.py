@@ -1,0 +1,1 @@
+"""The images of a batch told apart in the fully connected layers."""

@@ -1,0 +1,185 @@
+"""Images that switch the same hidden units: told apart by the softmax, all at once (ours).
+
+Where two images have the same signs, every mixture of them fits the spaces of both gradients, and no search through
+these finds them. But ∂ℓ/∂f of an image is softmax(f) − onehot, and f follows from the image: B·(C − 1) equations for
+the B² coordinates of B inputs in the row space of the first gradient. Near the initialisation, where features of all
+images look alike, the outputs do too, and that is where a start comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rgap.network.chain import Layer
+from rgap.separation.refine import Head, refine_head
+from rgap.separation.scales import output_jacobians
+from rgap.separation.subspaces import Span
+
+STARTS = 12
+"""Starts, each with other guesses of the outputs; one where all labels differ is usual."""
+
+SPREAD = 0.1
+"""Standard deviation of the guessed outputs."""
+
+GUESSES = 3
+"""Guesses of the labels that are tried."""
+
+NEAR = (1e-13, 1e-5)
+"""Residuals of a fit between which its inputs are improved by their shares."""
+
+SETTLE = 6
+"""Rounds in which outputs and inputs are guessed in turn before they are fitted together."""
+
+
+def fit_together(
+    layers: Sequence[Layer],
+    gradients: Mapping[str, Tensor],
+    span: Span,
+    *,
+    labels: Sequence[int] | None,
+    precision: float,
+    seed: int = 0,
+) -> tuple[Tensor, Head] | None:
+    """Finds all inputs of the fully connected layers and their labels under cross-entropy.
+
+    Args:
+        layers: The fully connected layers, in order.
+        gradients: Parameter name -> gradient of the mean loss, float64.
+        span: `row_span` of the first layer; its rank is the number of images.
+        labels: Labels if they are known, in any order.
+        precision: Relative error of the gradients' entries.
+        seed: Of the starts.
+
+    Returns:
+        Labels (B,) and the `Head`, or None where no start reproduces these layers' gradients, or the equations are no
+        more than the unknowns.
+    """
+    count, classes = span.rank, layers[-1].output_shape[0]
+    if count >= classes - 1:
+        return None
+    every = [torch.tensor(labels)] if labels is not None else _likely_labels(layers[-1], gradients, count)
+    every = [one for one in every if len(one) == count]
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(STARTS):
+        noise = torch.randn(count, classes, generator=generator, dtype=torch.float64)
+        for chosen in every:
+            different = len(chosen.unique()) == count
+            guess = SPREAD * (number / STARTS if different else 1.0) * noise
+            starts = _starts(layers, span, chosen, guess)
+            if not (different or number):
+                starts += _parted(layers, gradients, span, chosen, noise)
+            for x in starts:
+                head = fit_and_refit(layers, gradients, x, chosen)
+                if head.residual <= max(1e-9, 30 * precision):
+                    return chosen, head
+    return None
+
+
+def fit_and_refit(layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Tensor, labels: Tensor) -> Head:
+    """The head under cross-entropy from a start, and once more from the inputs that follow from its shares.
+
+    A direction of the span that hardly shows in the gradient is not known well, and the fit stays in the span; the
+    shares that it leads to are better than that.
+
+    Args:
+        layers: The fully connected layers, in order.
+        gradients: Parameter name -> gradient of the mean loss, float64.
+        x: Inputs of the first, (B, n).
+        labels: (B,).
+    """
+    head = refine_head(layers, gradients, x, labels, "cross_entropy")
+    if NEAR[0] < head.residual < NEAR[1]:
+        delta = _shares(layers, head.x, labels, output_jacobians(layers, head.x)[2])
+        G = gradients[layers[0].weight_name].flatten(1)
+        x = torch.linalg.lstsq(delta, G, driver="gelsd").solution
+        head = min(head, refine_head(layers, gradients, x, labels, "cross_entropy"), key=lambda one: one.residual)
+    return head
+
+
+def _parted(
+    layers: Sequence[Layer], gradients: Mapping[str, Tensor], span: Span, labels: Tensor, noise: Tensor
+) -> list[Tensor]:
+    """Starts for images of one class: first fitted as if they were equal, then moved apart along the rest of the span.
+
+    Their shares are nearly parallel, so that what tells them apart is a hardly visible direction of the span, and the
+    way to it from equal images is level at first.
+    """
+    Q, found = torch.linalg.qr(span.V[: layers[0].unknowns])[0], []
+    for start in _starts(layers, span, labels, torch.zeros_like(noise)):
+        x = refine_head(layers, gradients, start, labels, "cross_entropy").x
+        unused = torch.linalg.svd(x @ Q)[2][len(labels.unique()) :]
+        moves = noise[:, : len(unused)].clone()
+        for label in labels.unique():
+            moves[labels == label] -= moves[labels == label].mean(0)
+        size = (x - x.mean(0)).norm() / moves.norm()
+        found.append(x + size * moves @ unused @ Q.T)
+    return found
+
+
+def _likely_labels(last: Layer, gradients: Mapping[str, Tensor], count: int) -> list[Tensor]:
+    """Labels by the rows of the last gradient, the likelier first, for outputs that differ little among images.
+
+    The rows of classes without an image are then nearly the same one, a share of the mean hidden vector; how far the
+    others are from it tells which classes there are, and their share of it how many images each has.
+    """
+    G = gradients[last.weight_name].flatten(1)
+    classes = len(G)
+    between = torch.cdist(G, G).fill_diagonal_(torch.inf)
+    absent = G[list(divmod(int(between.argmin()), classes))].mean(0)
+    far = (G - absent).norm(dim=1)
+    if last.bias_name is not None:
+        counts = count * (1 / classes - gradients[last.bias_name])
+    else:
+        counts = count * ((absent - G) @ absent) / (classes * absent.square().sum())
+    order = far.argsort(descending=True)
+    gaps = far[order][:count] / far[order][1 : count + 1].clamp(min=torch.finfo(G.dtype).tiny)
+    ranked = gaps.argsort(descending=True).tolist()
+    numbers = [one for k in ranked[:GUESSES] for one in _whole(counts, order[: k + 1], count)][:GUESSES]
+    return [torch.repeat_interleave(torch.arange(classes), one) for one in numbers]
+
+
+def _whole(counts: Tensor, present: Tensor, total: int) -> list[Tensor]:
+    """Whole numbers of images, at least one of each present class, that come closest to these counts; and the next."""
+    whole = torch.zeros(len(counts), dtype=torch.int64)
+    whole[present] = 1
+    for _ in range(total - len(present)):
+        whole[present[(counts - whole)[present].argmax()]] += 1
+    cost = (whole - counts)[present]
+    change = torch.where(whole[present] > 1, 1 - 2 * cost, torch.inf)[:, None] + 1 + 2 * cost  # one image from a to b
+    change.fill_diagonal_(torch.inf)
+    a, b = divmod(int(change.argmin()), len(present))
+    if change[a, b] == torch.inf:
+        return [whole]
+    other = whole.clone()
+    other[present[a]] -= 1
+    other[present[b]] += 1
+    return [whole, other]
+
+
+def _starts(layers: Sequence[Layer], span: Span, labels: Tensor, outputs: Tensor) -> list[Tensor]:
+    """Inputs (B, n) that guessed outputs (B, C) lead to, for both directions of what the inputs have in common."""
+    n = layers[0].unknowns
+    V, K = span.V[:n], span.U * span.S
+    if layers[0].bias is not None:
+        common = [span.V[-1] / span.V[-1].square().sum()]
+    else:
+        common = [torch.eye(span.rank, dtype=V.dtype)[0] * sign for sign in (1.0, -1.0)]
+    found = []
+    for t in common:
+        x, f = (V @ t).expand(len(labels), -1), outputs
+        for _ in range(SETTLE):
+            x = torch.linalg.lstsq(_shares(layers, x, labels, f), K, driver="gelsd").solution @ V.T
+            f = output_jacobians(layers, x)[2]
+        if torch.isfinite(x).all():
+            found.append(x)
+    return found
+
+
+def _shares(layers: Sequence[Layer], x: Tensor, labels: Tensor, outputs: Tensor) -> Tensor:
+    """∂ℓ/∂z_1 of inputs (B, n) with these outputs (B, C), as columns, (h, B)."""
+    share = (outputs.softmax(1) - F.one_hot(labels, outputs.shape[1]).to(outputs)) / len(labels)
+    return torch.einsum("bc,bch->hb", share, output_jacobians(layers, x)[1][0])

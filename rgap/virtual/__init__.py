@@ -1,0 +1,1 @@
+"""Virtual constraints: equations that the layer before supplies to a rank-deficient one."""

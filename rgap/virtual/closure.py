@@ -1,0 +1,214 @@
+"""Virtual constraints, solved: the layer before a rank-deficient one supplies the equations that are missing.
+
+A deficient layer leaves x = x_mn + N t open. The layer before demands that σ⁻¹(x) lies in the range of its W, and that
+its own gradient is K(δz′) x′ with δz′ = σ′(z′) ∘ δx. For LeakyReLU both are linear in t once the signs of x are known,
+and exact once they are right. The paper counts such equations; here they are solved (ours).
+
+The signs are not guessed but believed: every entry of x has a Gaussian belief N(m, v), σ⁻¹ and σ′ are replaced by their
+best linear fits under it (`rgap.virtual.linearisation`), what the fits leave over is noise of known covariance, and one step of
+generalised least squares gives the next belief. It is widened by the step's own χ², so that it never grows surer than
+the equations allow. As v falls the step becomes the linear system on one piece of σ, which is solved last, alone, and
+certified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rgap.virtual.inference import Open, assemble, independent_gradients, update
+from rgap.virtual.linearisation import fit, slope
+
+SURPLUS = 8
+"""Independent equations beyond the unknowns that a certificate needs."""
+
+RESIDUAL = 20.0
+"""Largest certified residual, in units of the data's noise; a wrong sign gives thousands."""
+
+CONDITION = 1e5
+"""Largest certified condition number of the final system."""
+
+STEPS = 40
+"""Most steps of one attempt."""
+
+WIDER = 30.0
+"""First belief on weak directions, in units of what the layer itself knows of them."""
+
+POLISH = 2
+"""Most solves on one piece of σ after it; each corrects the signs of entries that are almost zero."""
+
+TURNS = 4
+"""Entries next to zero whose sign is turned where no other solution fits."""
+
+
+@dataclass(frozen=True)
+class VirtualSolution:
+    """Outcome of `solve_virtual`.
+
+    Attributes:
+        x: The deficient layer's input, (n,); the best belief where it is not certified.
+        certified: Residual at noise level, more equations than unknowns, full column rank, every sign kept.
+        equations: Independent equations that were used.
+        iterations: Steps over all attempts.
+        residual: Root-mean-square residual of the final system relative to the size of z′.
+        condition: Condition number of the final system, columns scaled.
+        beliefs: The mean of the belief on x after each step, (iterations, n), for those who want to watch.
+        draw: One draw of the error that x has by what the final system misses, (n,); 0 where it is not certified.
+    """
+
+    x: NDArray
+    certified: bool
+    equations: int
+    iterations: int
+    residual: float
+    condition: float
+    beliefs: NDArray = field(repr=False)
+    draw: NDArray = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The solution on one piece of σ, a draw of its error, whether it lies there, and whether all equations hold."""
+
+    x: NDArray
+    draw: NDArray
+    residual: float
+    condition: float
+    kept: bool
+    fits: bool
+
+
+def solve_virtual(
+    problem: Open, prior: Callable[[], tuple[NDArray, NDArray, NDArray]] | None = None
+) -> VirtualSolution:
+    """Recovers a rank-deficient layer's input from its affine solution set and the layer before it.
+
+    Args:
+        problem: What is open.
+        prior: Gives `smooth_image_rows`, where the layer before reads the image; a start for tight systems.
+
+    Returns:
+        A `VirtualSolution`.
+    """
+    beliefs: list = []
+    for channels, rows in _plan(problem, prior):
+        room = problem.previous.left.shape[1] + channels.size * problem.G[0].size - problem.homogeneous * channels.size
+        hopeless = room + problem.known.size - problem.unknowns < SURPLUS
+        t, image = _attempt(problem, channels, rows, hopeless, beliefs)
+        solution = _certify(problem, t, image, _channels(problem), beliefs)
+        if solution.certified or hopeless:
+            break
+    return solution
+
+
+def _plan(problem: Open, prior) -> list[tuple[NDArray, tuple | None]]:
+    """Attempts by cost: the range of W while it leaves room, then the gradient, from a prior where it is tight."""
+    supplied = problem.previous.left.shape[1]
+    none, channels = np.arange(0), _channels(problem)
+    deficit = problem.N.shape[1] - problem.known.size
+    plan = [(none, None)] if deficit <= 0.75 * supplied else []
+    tight = deficit + problem.previous.null.shape[1] > 0.7 * (supplied + problem.G.size)
+    if prior is not None and tight:
+        plan.append((channels, prior()))
+    return [*plan, (channels, None)]
+
+
+def _channels(problem: Open, most: int = 4000) -> NDArray:
+    """Output channels whose gradient is used: all, or in large layers enough for three equations an unknown."""
+    outputs, taps = problem.G.shape[0], problem.G[0].size
+    enough = outputs if outputs * taps <= 1000 else max(1, min(outputs, -(-3 * problem.unknowns // taps), most // taps))
+    return np.linspace(0, outputs - 1, enough).round().astype(int)
+
+
+def _attempt(problem: Open, channels: NDArray, prior, hopeless: bool, beliefs: list):
+    """Steps until the belief is as sharp as the noise, or stalls; the prior leads the first ones."""
+    previous, N = problem.previous, problem.N
+    rms, noise = (
+        np.sqrt(np.mean(problem.x**2)),
+        max(problem.noise, 1e-7),
+    )  # a sharper floor collapses the belief too soon
+    t, y = np.zeros(N.shape[1]), np.zeros(previous.null.shape[1])
+    open_ = t.size - problem.known.size
+    at_first = np.concatenate([np.full(open_, rms), np.minimum(WIDER * problem.known, rms)])
+    v = (N * at_first) ** 2 @ np.ones(t.size)
+    scales = np.concatenate([np.full(t.size, rms), np.full(y.size, 3 * rms)])
+    first = fit(problem.activation, problem.x, v)
+    image = (
+        previous.lift(first.alpha + first.beta * problem.x, y) if prior is None else np.full(len(previous.pinv), 0.5)
+    )
+    spread, best, waited = rms, np.inf, 0
+    for step in range(STEPS):
+        if prior is not None and not hopeless and (step >= 10 or (step >= 4 and spread < 0.02 * rms)):
+            prior = None
+        m = problem.x + N @ t
+        fitted = fit(problem.activation, m, v)
+        rows = assemble(problem, fitted, m, image, channels, prior, noise)
+        theta, v, chi2, eps = update(rows, fitted, N, scales)
+        move, t, y = np.linalg.norm(theta[: t.size] - t), theta[: t.size], theta[t.size :]
+        v = v * max(1.0, chi2)
+        spread = float(np.sqrt(v.mean()))
+        image = previous.lift(fitted.alpha + fitted.beta * (problem.x + N @ t) + eps, y)
+        beliefs.append(problem.x + N @ t)
+        sharp, still = spread < 20 * noise * rms, move < 0.1 * spread * np.sqrt(len(m))
+        waited = 0 if spread < 0.9 * best else waited + 1
+        best = min(best, spread)
+        done = prior is None and chi2 < 100 and (sharp or still)
+        if done or (hopeless and step >= 4 and still) or waited > 8:
+            break
+    return t, image
+
+
+def _certify(problem: Open, t: NDArray, image: NDArray, channels: NDArray, beliefs: list) -> VirtualSolution:
+    """Solves on the final piece of σ alone, without prior, until the piece stays the same, and weighs the outcome.
+
+    Where that piece does not fit, the few entries closest to zero are tried with the other sign, one at a time.
+    """
+    belief = problem.x + problem.N @ t
+    piece = _settle(problem, belief, image, channels)
+    if not piece.fits and problem.activation.homogeneous:
+        for entry in np.argsort(np.abs(belief))[:TURNS]:
+            turned = belief.copy()
+            turned[entry] = -turned[entry]
+            other = _settle(problem, turned, image, channels)
+            if other.fits:
+                piece = other
+                break
+    equations = problem.previous.left.shape[1] + independent_gradients(problem, piece.x, channels)
+    surplus = equations + problem.known.size - problem.unknowns
+    certified = piece.fits and surplus >= SURPLUS and piece.condition <= CONDITION
+    best, draw = (piece.x, piece.draw) if certified else (belief, np.zeros_like(belief))
+    numbers = equations, len(beliefs), piece.residual, piece.condition
+    return VirtualSolution(best, certified, *numbers, np.array(beliefs), draw)
+
+
+def _settle(problem: Open, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
+    """Solves on the piece of σ that m lies on, moves to the one where the solution lies, and so on."""
+    for _ in range(POLISH):
+        theta, error, residual, condition = _solve_piece(problem, m, image, channels)
+        x, draw = problem.x + problem.N @ theta[: problem.N.shape[1]], problem.N @ error[: problem.N.shape[1]]
+        kept = np.array_equal(slope(problem.activation, x), slope(problem.activation, m))
+        kept = kept or not problem.activation.homogeneous
+        piece = _Piece(x, draw, residual, condition, kept, kept and residual <= RESIDUAL * problem.noise)
+        if kept:
+            break
+        m = x
+    return piece
+
+
+def _solve_piece(problem: Open, m: NDArray, image: NDArray, channels: NDArray) -> tuple[NDArray, NDArray, float, float]:
+    """The linear system on the piece of σ that m lies on: (t, y), a draw of its error, residual, condition number."""
+    fitted = fit(problem.activation, m, np.full(len(m), 1e-60))
+    rows = assemble(problem, fitted, m, image, channels, None, problem.noise)
+    weight = rows.floor.min() / rows.floor
+    A, b = rows.A * weight[:, None], rows.b * weight
+    norms = np.linalg.norm(A, axis=0) + 1e-300
+    values, Q = np.linalg.eigh((A / norms).T @ (A / norms))
+    theta = (Q @ ((Q.T @ ((A / norms).T @ b)) / np.maximum(values, 1e-14 * values[-1]))) / norms
+    rest = b - A @ theta
+    residual = float(problem.noise * np.sqrt(np.mean((rest / rows.floor.min()) ** 2)))
+    std = np.linalg.norm(rest) / np.sqrt(max(len(rest) - len(theta), 1))
+    white = np.random.default_rng(0).standard_normal(len(theta)) / np.sqrt(np.maximum(values, 1e-14 * values[-1]))
+    return theta, std * (Q @ white) / norms, residual, float(np.sqrt(values[-1] / max(values[0], 1e-300)))

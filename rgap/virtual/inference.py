@@ -1,0 +1,206 @@
+"""One step of the fixed point on a rank-deficient layer's input: rows, their noise, generalised least squares.
+
+The rows are linear in the open unknowns once σ⁻¹ and σ′ are replaced by their fits; what the fits leave over enters as
+noise of known covariance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
+
+from rgap.network.activations import Activation
+from rgap.virtual.linearisation import Fit, slope
+from rgap.virtual.previous import PreviousLayer
+
+UNSEEN = 1e-12
+"""Gradient rows below this share of the largest say nothing: they are not scaled up."""
+
+
+@dataclass(frozen=True)
+class Open:
+    """The deficient layer's input and what is known about it.
+
+    Attributes:
+        x: Minimum-norm solution, (n,).
+        N: Basis of what is open, (n, d): the null space, then directions that the layer determines only badly.
+        known: Standard deviation with which the layer itself determines the last of these, (w,), w ≤ d; about 0.
+        activation: σ between the layer before and this one.
+        previous: Factors of the layer before.
+        G: That layer's gradient, (O, C, kh, kw).
+        dx: Gradient of the loss by x, in the shape of that layer's output, (O, H′, W′).
+        noise: Relative noise of the data.
+    """
+
+    x: NDArray
+    N: NDArray
+    known: NDArray
+    activation: Activation
+    previous: PreviousLayer
+    G: NDArray
+    dx: NDArray
+    noise: float
+
+    @property
+    def unknowns(self) -> int:
+        """Entries of t and y."""
+        return self.N.shape[1] + self.previous.null.shape[1]
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether scaling x scales z′: then each channel's gradient repeats one equation."""
+        layer = self.previous.layer
+        return self.activation.homogeneous and layer.bias is None and layer.shift is None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One linearised step: A (t, y) = b, with the parts of its noise covariance."""
+
+    A: NDArray
+    b: NDArray
+    floor: NDArray
+    eps: NDArray  # response of the rows to ε
+    eta: list[tuple[slice, slice, NDArray]]  # for each output channel: rows, entries, response of the rows to η
+
+
+def assemble(problem: Open, fitted: Fit, m: NDArray, image: NDArray, channels: NDArray, prior, noise: float) -> Rows:
+    """The rows of one step: range of W, the earlier layer's gradient scaled to unit rows, the prior.
+
+    Args:
+        problem: What is open.
+        fitted: Fits to σ⁻¹ and σ′ under the present belief.
+        m: Its means, (n,).
+        image: Present estimate of the earlier layer's input, (n_x,).
+        channels: Output channels whose gradient is used.
+        prior: Rows of `smooth_image_rows`, or None.
+        noise: Relative noise of the data.
+
+    Returns:
+        The `Rows`.
+
+    Raises:
+        LinAlgError: If the belief is so far off that the equations overflow.
+    """
+    previous, N = problem.previous, problem.N
+    q = previous.left.shape[1]
+    z = fitted.alpha + fitted.beta * problem.x - previous.bias
+    scale = np.sqrt(np.mean((fitted.alpha + fitted.beta * m) ** 2))
+    eps, null, b = [previous.left.T], [np.zeros((q, previous.null.shape[1]))], [np.zeros(q)]
+    floor, eta = [np.full(q, noise * scale)], []
+    if channels.size:
+        dz = (fitted.pi.reshape(problem.dx.shape) * problem.dx)[channels]
+        K = previous.gradient_rows(dz, np.hstack([previous.pinv, previous.null]))
+        size = np.linalg.norm(K, axis=1)
+        seen = size > UNSEEN * size.max()
+        weight = np.where(seen, 1 / np.where(seen, size, 1.0), 0.0)
+        K *= weight[:, None]
+        g = problem.G[channels].ravel() * weight
+        eps, null, b = [*eps, K[:, : len(m)]], [*null, K[:, len(m) :]], [*b, g]
+        floor.append(noise * np.maximum(scale, np.abs(g)))
+        eta = _responses(problem, image, channels, weight, q)
+    if prior is not None:
+        F, target, FP = prior
+        eps, null, b = [*eps, FP], [*null, F @ previous.null], [*b, target]
+        floor.append(np.ones(len(target)))
+    E = np.vstack(eps)
+    A, right = np.hstack([E @ (fitted.beta[:, None] * N), np.vstack(null)]), np.concatenate(b) - E @ z
+    if not (np.isfinite(A).all() and np.isfinite(right).all()):
+        raise np.linalg.LinAlgError("the equations of this belief overflow")
+    for rows, entries, R in eta:
+        A[rows, : N.shape[1]] += R @ (fitted.rho[entries, None] * N[entries])
+        right[rows] -= R @ (fitted.rho * (problem.x - m))[entries]
+    return _with_known(problem, Rows(A, right, np.concatenate(floor), E, eta))
+
+
+def _with_known(problem: Open, rows: Rows) -> Rows:
+    """Adds the deficient layer's own word on its weak directions: their coefficients are 0, to a known accuracy."""
+    count, d = problem.known.size, problem.N.shape[1]
+    if not count:
+        return rows
+    own = np.zeros((count, rows.A.shape[1]))
+    own[:, d - count : d] = np.eye(count)
+    A, b = np.vstack([rows.A, own]), np.concatenate([rows.b, np.zeros(count)])
+    eps = np.vstack([rows.eps, np.zeros((count, rows.eps.shape[1]))])
+    return Rows(A, b, np.concatenate([rows.floor, problem.known]), eps, rows.eta)
+
+
+def _responses(problem: Open, image: NDArray, channels: NDArray, weight: NDArray, first: int) -> list:
+    """How a change of σ′ at each entry moves the gradient rows of its channel: δx times what that position reads."""
+    patches = problem.previous.patches(image)
+    taps, pixels = patches.shape
+    result = []
+    for i, channel in enumerate(channels):
+        rows, entries = slice(first + i * taps, first + (i + 1) * taps), slice(channel * pixels, (channel + 1) * pixels)
+        result.append((rows, entries, patches * weight[i * taps : (i + 1) * taps, None] * problem.dx[channel].ravel()))
+    return result
+
+
+def _covariance(rows: Rows, fitted: Fit) -> NDArray:
+    """Noise covariance of the rows: what the fits leave over, and the floor of the data."""
+    uncertain = fitted.var_eps > 1e-6 * rows.floor.min() ** 2
+    root = rows.eps[:, uncertain] * np.sqrt(fitted.var_eps[uncertain])
+    S = root @ root.T
+    for at, entries, R in rows.eta:
+        on = np.flatnonzero(fitted.var_eta[entries] > 1e-12)
+        if on.size:
+            R, places = R[:, on], entries.start + on
+            S[at, at] += (R * fitted.var_eta[places]) @ R.T
+            cross = (rows.eps[:, places] * fitted.cov[places]) @ R.T
+            S[:, at] += cross
+            S[at] += cross.T
+    diagonal = np.diag_indices_from(S)
+    S[diagonal] = S[diagonal] * (1 + 1e-12) + rows.floor**2  # the factor keeps S positive definite
+    return S
+
+
+def update(rows: Rows, fitted: Fit, N: NDArray, scales: NDArray) -> tuple[NDArray, NDArray, float, NDArray]:
+    """One step of generalised least squares.
+
+    Args:
+        rows: The step's rows.
+        fitted: The fits that they were made from.
+        N: Basis of what is open, (n, d).
+        scales: Standard deviation of (t, y) before anything is known.
+
+    Returns:
+        (t, y); the variances of x, (n,); χ² per surplus row; and the ε that fits best, (n,).
+
+    Raises:
+        LinAlgError: If the belief is so far off that the equations overflow.
+    """
+    lower = linalg.cholesky(_covariance(rows, fitted), lower=True, overwrite_a=True, check_finite=False)
+    whitened = linalg.solve_triangular(lower, np.column_stack([rows.A, rows.b]), lower=True, check_finite=False)
+    A, b = whitened[:, :-1], whitened[:, -1]
+    information, moment = A.T @ A, A.T @ b
+    if not (np.isfinite(information).all() and np.isfinite(moment).all() and scales.all()):
+        raise np.linalg.LinAlgError("the equations of this belief overflow")
+    information[np.diag_indices_from(information)] += scales**-2
+    factor = linalg.cholesky(information, lower=True, check_finite=False)
+    theta = linalg.cho_solve((factor, True), moment)
+    rest = b - A @ theta
+    chi2 = float(rest @ rest) / max(len(b) - len(theta), 1)
+    root = linalg.solve_triangular(factor, np.eye(len(theta), N.shape[1]), lower=True, check_finite=False)
+    variance = np.einsum("ij,ij->i", N @ (root.T @ root), N)
+    dual = linalg.solve_triangular(lower, rest, lower=True, trans=1, check_finite=False)
+    eps = fitted.var_eps * (rows.eps.T @ dual)
+    for at, entries, R in rows.eta:
+        eps[entries] += fitted.cov[entries] * (R.T @ dual[at])
+    return theta, np.maximum(variance, 0), chi2, eps
+
+
+def independent_gradients(problem: Open, m: NDArray, channels: NDArray) -> int:
+    """Gradient equations that the deficient layer's own constraints do not contain already.
+
+    ⟨G′[o], W′[o′]⟩ = ⟨δz′[o], z′[o′]⟩ = ⟨δx[o], x[o′]⟩ holds for o = o′ where σ is homogeneous and there is no bias,
+    and for o ≠ o′ where both channels keep one sign throughout: those equations are known.
+    """
+    slopes = slope(problem.activation, m).reshape(problem.dx.shape)
+    rank = problem.previous.gradient_rank((slopes * problem.dx)[channels])
+    if not problem.homogeneous:
+        return rank
+    constant = np.ptp(slopes.reshape(len(slopes), -1), axis=1) == 0
+    return rank - len(channels) - int(constant[channels].sum()) * (int(constant.sum()) - 1)

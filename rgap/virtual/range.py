@@ -1,0 +1,164 @@
+"""Virtual constraints of a batch: every image's input lies in the range of the layer before.
+
+x_b = σ(W′ x′_b + b′) with more outputs than inputs: with `left` the complement of the range of W′,
+`left`ᵀ (σ⁻¹(x_b) − b′) = 0 for each image, linear once the signs of x are known (for smooth activations, near the
+solution). The rows join the layer's own system, which shares its open directions among the images: they close what it
+leaves open, and where it leaves nothing they take off error, for they hold exactly whatever the gradient's precision
+(both ours; the paper counts such constraints).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.equations.joint_dense import Normal, solve_normal
+from rgap.equations.joint_system import Open
+from rgap.equations.joint_weights import Complement, complement
+from rgap.linalg import LeastSquares
+from rgap.network.chain import Layer
+from rgap.separation.margins import SURPLUS
+
+STEPS = 30
+"""Most solves, each with the signs that the last one left."""
+
+PATIENCE = 4
+"""Solves without fewer signs changing after which no more are made."""
+
+STILL = 1e-9
+"""Change, by signs or by a step's relative length, at which the linearisation is that of the solution."""
+
+RESIDUAL = 20.0
+"""Largest certified residual of the range constraints, in units of their noise."""
+
+NEXT_TO_ZERO = 3.0
+"""Size of an entry, in the same units, up to which its sign cannot be told."""
+
+AMPLIFIED = 5.0
+"""Noise of the range constraints in units of the system's own: what its known part passes on."""
+
+
+@dataclass(frozen=True)
+class RangeSolution:
+    """The input of a layer after the range constraints of the layer before joined its system.
+
+    Attributes:
+        x: (B, n).
+        certified: Signs kept, full column rank, more equations than unknowns, and the range constraints hold.
+        equations: Range constraints, over the batch.
+        iterations: Solves.
+        residual: Root-mean-square of the range constraints relative to σ⁻¹(x).
+        condition: Of the joint system.
+    """
+
+    x: Tensor
+    certified: bool
+    equations: int
+    iterations: int
+    residual: float
+    condition: float
+
+
+def range_factor(before: Layer) -> Complement | None:
+    """The range constraints of a layer, or None where it has none or they are too many to be held."""
+    if before.groups > 1 or math.prod(before.output_shape) <= before.unknowns:
+        return None
+    return complement(before)
+
+
+def close_by_range(
+    before: Layer, factor: Complement, system: Open, x: Tensor, *, deficit: int, precision: float, rcond: float
+) -> RangeSolution:
+    """Solves a layer's system together with the range constraints of the layer before.
+
+    Args:
+        before: The layer before; its activation stands between.
+        factor: From `range_factor(before)`.
+        system: The deficient or badly conditioned system, of a layer without groups.
+        x: Its own solution, (B, C, H, W); the signs to begin with.
+        deficit: Directions that the system leaves open.
+        precision: Relative error of the gradient.
+        rcond: Relative cutoff of singular values.
+
+    Returns:
+        A `RangeSolution`.
+    """
+    left, x = factor.basis, x.flatten(1)
+    bias = (before.pre_bias() + x.new_zeros(before.output_shape)).flatten()
+    own = max(_misfit(system, x), AMPLIFIED * precision * system.size / system.b.numel() ** 0.5)
+    noise = AMPLIFIED * own * system.b.numel() ** 0.5 / system.size
+    changes, kept, first = [], False, x
+    for _ in range(STEPS):
+        z, slope = _linearised(before, x)
+        if not torch.isfinite(z).all():  # outside the range of σ: no inverse to linearise
+            return RangeSolution(first, False, left.shape[1] * len(x), len(changes), math.inf, math.inf)
+        unit = noise * z.square().mean().sqrt().item()
+        dense = _solve(system, left, z - bias, slope, x, (own, unit), rcond)
+        moved = system.x0 + system.spread(dense.y)
+        changes.append(_change(before, x, moved, slope, NEXT_TO_ZERO * unit))
+        kept = changes[-1] <= STILL
+        x = moved
+        stalled = len(changes) > PATIENCE and min(changes[-PATIENCE:]) >= min(changes[:-PATIENCE])
+        if kept or stalled:
+            break
+    z, _ = _linearised(before, x)
+    residual = ((z - bias) @ left).square().mean().sqrt().item()
+    equations = left.shape[1] * len(x)
+    certified = kept and dense.null is None and equations - deficit >= SURPLUS and residual <= RESIDUAL * unit
+    size = z.square().mean().sqrt().item()
+    condition = 1 / dense.above if dense.above else math.inf
+    return RangeSolution(x, certified, equations, len(changes), residual / size, condition)
+
+
+def _solve(
+    system: Open, left: Tensor, z: Tensor, slope: Tensor, x: Tensor, units: tuple[float, float], rcond: float
+) -> LeastSquares:
+    """The system's rows and the range constraints, linearised at x, each in units of its noise."""
+    own, unit = units
+    gram = system.normal.gram / own**2
+    rows, right = [], []
+    for image in range(len(x)):
+        columns, R = system.seen_by(image, left.T / slope[image])
+        gram[columns, columns] += R.T @ (R / unit**2)
+        rows.append((columns, R / unit))
+        right.append(left.T @ ((x[image] - system.x0[image]) / slope[image] - z[image]) / unit)
+    count = system.b.numel()
+
+    def apply(y: Tensor) -> Tensor:
+        return torch.cat([system.normal.apply(y).flatten() / own, *(R @ y[columns] for columns, R in rows)])
+
+    def adjoint(r: Tensor) -> Tensor:
+        y = system.normal.adjoint(r[:count].reshape(system.b.shape) / own)
+        for (columns, R), part in zip(rows, r[count:].split(left.shape[1]), strict=True):
+            y[columns] += R.T @ part
+        return y
+
+    b = torch.cat([system.b.flatten() / own, *right])
+    return solve_normal(Normal(gram, apply, adjoint, system.normal.damping / own), b, min(rcond, 1e-5))
+
+
+def _linearised(before: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """σ⁻¹(x) and σ′ there, (B, n)."""
+    z = before.activation.inverse(x)
+    return z, before.activation.derivative(z)
+
+
+def _change(before: Layer, x: Tensor, moved: Tensor, slope: Tensor, least: float) -> float:
+    """How much a step has changed: the count of signs, or for smooth activations the step's relative length.
+
+    Signs of entries below `least`, before and after, cannot be told; what they do to the range constraints is in these
+    constraints' residual.
+    """
+    if before.activation.homogeneous:
+        told = torch.maximum(x.abs(), moved.abs()) > least
+        return float(((_linearised(before, moved)[1] != slope) & told).sum())
+    return ((moved - x).norm() / x.norm()).item()
+
+
+def _misfit(system: Open, x: Tensor) -> float:
+    """Root-mean-square residual of the system's own solution."""
+    y = system.project(x - system.x0)
+    return (system.b - system.normal.apply(y)).square().mean().sqrt().item()

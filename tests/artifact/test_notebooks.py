@@ -1,0 +1,126 @@
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+from rgap.artifact import notebooks as notebook
+from rgap.artifact import outputs as artifact
+
+# A notebook that needs no import worth mentioning, because every run starts a fresh kernel.
+CELLS = [
+    nbformat.v4.new_markdown_cell("# A number", id="title"),
+    nbformat.v4.new_code_cell('number = 1\ncolor = "embedded"', id="parameters", metadata={"tags": ["parameters"]}),
+    nbformat.v4.new_code_cell(
+        "import os, pathlib\nfigures = pathlib.Path(os.environ['RGAP_FIGURES'])\nfigures.mkdir(exist_ok=True)\n"
+        "(figures / '01_numbers.csv').write_text(f'{number}, {color}');",
+        id="table",
+    ),
+    nbformat.v4.new_code_cell("assert number < 10, 'too large'\nprint('it holds')", id="claim"),
+]
+CLAIM = {"notebook": "01_sum", "statement": "the number", "source": "ours", "at_most": 10}
+SOURCE, TARGET = "notebooks/01_sum.ipynb", "build/default/01_sum.ipynb"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with one notebook and its claims.yml, as the working directory."""
+    (tmp_path / "notebooks").mkdir()
+    metadata = {"kernelspec": {"name": "python3", "display_name": "mine", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=CELLS, metadata=metadata), tmp_path / SOURCE)
+    monkeypatch.setenv("RGAP_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setattr(artifact, "ROOT", tmp_path)
+    monkeypatch.setattr(artifact, "CLAIMS", tmp_path / "notebooks" / "claims.yml")
+    monkeypatch.chdir(tmp_path)
+    write_outputs(["01_numbers.csv"])
+    return tmp_path
+
+
+def write_outputs(names):
+    artifact.CLAIMS.write_text(yaml.safe_dump({"outputs": {"01_sum": names}, "claims": {"small": CLAIM}}))
+
+
+def test_run_writes_the_target_and_its_table_and_drops_claims_of_an_earlier_run(project):
+    rows = [
+        {**CLAIM, "id": i, "notebook": i, "expected": "", "measured": "", "unit": "", "holds": True}
+        for i in ("01_sum", "02_other")
+    ]
+    (project / "figures").mkdir()
+    pd.DataFrame(rows)[artifact.COLUMNS].to_csv("figures/claims.csv", index=False)
+    assert notebook.main([SOURCE, TARGET]) == 0
+    executed = nbformat.read(TARGET, 4)
+    assert [cell.execution_count for cell in executed.cells[1:]] == [1, 2, 3]
+    assert Path("figures/01_numbers.csv").read_text() == "1, embedded"
+    assert pd.read_csv("figures/claims.csv")["id"].tolist() == ["02_other"]
+    assert [path.name for path in Path("build/default").iterdir()] == ["01_sum.ipynb"]
+
+
+def test_parameters_come_from_the_notebooks_section_of_a_file_and_from_the_command_line(project):
+    Path("some.yml").write_text("01_sum: {number: 5}\n02_other: {unknown: 1}\n")
+    options = ["-f", "some.yml", "-p", "number", "7.5", "-o", "color", "folder:a b", "-o", "gray", "mnist"]
+    assert notebook.main([SOURCE, TARGET, *options]) == 0
+    assert Path("figures/01_numbers.csv").read_text() == "7.5, folder:a b"
+    assert notebook.read_parameters(Path("some.yml"), "01_sum") == {"number": 5}
+    assert notebook.read_parameters(Path("some.yml"), "03_third") == {}
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_an_unknown_parameter_fails_before_anything_runs(project, capsys, from_file):
+    Path("some.yml").write_text("01_sum: {nummber: 5}")
+    assert notebook.main([SOURCE, TARGET, *(["-f", "some.yml"] if from_file else ["-p", "nummber", "1"])]) == 1
+    assert "has no parameter nummber; it has number, color" in capsys.readouterr().err
+    assert not Path("build").exists() and not Path("figures").exists()
+
+
+def test_a_failing_cell_fails_the_run_and_leaves_no_target(project, capsys):
+    assert notebook.main([SOURCE, TARGET, "-p", "number", "11"]) == 1
+    assert "too large" in capsys.readouterr().err
+    assert not Path(TARGET).exists() and Path("build/default/01_sum.partial.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (["01_numbers.csv", "01_picture.png"], "did not write ['01_picture.png']"),
+        ([], "wrote ['01_numbers.csv'] unasked"),
+    ],
+)
+def test_an_output_that_is_missing_or_unlisted_fails(project, capsys, outputs, message):
+    (project / "figures").mkdir()
+    (project / "figures" / "01_picture.png").write_bytes(b"left by an earlier run")
+    write_outputs(outputs)
+    assert notebook.main([SOURCE, TARGET]) == 1
+    assert message in capsys.readouterr().err
+    assert not Path(TARGET).exists()
+
+
+def test_refresh_twice_gives_the_same_bytes_and_a_failure_changes_nothing(project, capsys):
+    assert notebook.main([SOURCE]) == 0
+    first = Path(SOURCE).read_bytes()
+    executed = nbformat.reads(first.decode(), 4)
+    assert [cell.execution_count for cell in executed.cells[1:]] == [1, 2, 3]
+    assert executed.cells[-1].outputs[0].text == "it holds\n"
+    assert executed.metadata == notebook.METADATA
+    assert notebook.main([SOURCE]) == 0
+    assert Path(SOURCE).read_bytes() == first
+    broken = first.replace(b"number = 1", b"number = 11")
+    Path(SOURCE).write_bytes(broken)
+    assert notebook.main([SOURCE]) == 1
+    assert "too large" in capsys.readouterr().err
+    assert Path(SOURCE).read_bytes() == broken
+
+
+def test_parameters_need_a_target(project, capsys):
+    with pytest.raises(SystemExit):
+        notebook.main([SOURCE, "-p", "number", "2"])
+    assert "parameters need a TARGET" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_says_what_comes_next(project, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(notebook, "run", interrupted)
+    assert notebook.main([SOURCE, TARGET]) == 130
+    assert capsys.readouterr().err == f"{SOURCE}: interrupted; the next run begins this notebook again\n"

@@ -1,0 +1,154 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import TALL, TANH, rand, sequential
+from torch import nn
+from torch.testing import assert_close
+
+import rgap
+from rgap.attack import joint_descent
+from rgap.attack.joint_descent import descend_jointly, joint_identities
+from rgap.equations.joint_dense import Normal
+from rgap.equations.joint_system import Open
+from rgap.shared_gradient import weigh
+from rgap.virtual.range import _change, close_by_range, range_factor
+
+
+def network(*specs, bias=False, activation=None, classes=5):
+    """Convolutions (channels, kernel, stride, padding[, groups]) for (3, 12, 12), then two linear layers."""
+    modules, channels, size = [], 3, 12
+    for outputs, kernel, stride, padding, *groups in specs:
+        modules.append(nn.Conv2d(channels, outputs, kernel, stride, padding, 1, *(groups or [1]), bias=bias))
+        modules.append(activation or nn.LeakyReLU(0.2))
+        channels, size = outputs, (size + 2 * padding - kernel) // stride + 1
+    head = [nn.Linear(channels * size * size, 30, bias=bias), nn.LeakyReLU(0.2), nn.Linear(30, classes, bias=bias)]
+    return sequential(*modules, nn.Flatten(), *head)
+
+
+def attack(model, count, dtype=torch.float64, **options):
+    """True images, the chain, and the descent from what autograd in the client's precision has at the head."""
+    images, labels = rand(count, 3, 12, 12), torch.arange(count) % 5
+    model = model.to(dtype)
+    cut = next(i for i, m in enumerate(model) if isinstance(m, nn.Flatten)) + 1
+    features = model[:cut](images.to(dtype)).detach().requires_grad_()
+    nn.functional.cross_entropy(model[cut:](features), labels).backward()
+    evidence_of = rgap.client_gradients(model, images.to(dtype), labels, loss="cross_entropy")
+    chain = rgap.prepare(model, (3, 12, 12))
+    below = next(i for i, layer in enumerate(chain.layers) if layer.is_dense)
+    x, dx = features.detach().double(), features.grad.double()
+    return images, chain, descend_jointly(chain, weigh(chain, evidence_of), x, dx, below=below, **options)
+
+
+SECOND = (TALL, (16, 3, 2, 1), (16, 3, 1, 1))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_image_of_a_batch_comes_back(count, bias):
+    images, chain, found = attack(network(*SECOND, bias=bias), count)
+    psnr = rgap.metrics.psnr_db(found.layer_inputs["0"], images)
+    assert psnr.min() > 120 and found.mismatch < 1e-9 and found.complete and not found.open_layers
+    assert [report.name for report in found.reports] == ["4", "2", "0"]
+    truth = chain.layer_inputs(images)
+    for name, x in found.layer_inputs.items():
+        assert_close(x, truth[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(0.01), nn.Identity()])
+def test_other_slopes_and_groups(activation):
+    images, _, found = attack(network(TALL, (24, 3, 2, 1, 2), (16, 3, 1, 1), activation=activation), 2)
+    assert rgap.metrics.psnr_db(found.layer_inputs["0"], images).min() > 120
+
+
+@pytest.mark.parametrize("channels", [18, 13])
+def test_smooth_activations_have_range_constraints_too(monkeypatch, channels):
+    monkeypatch.setattr(joint_descent, "BLURRED", 0.0)
+    specs = (TALL, (channels, 3, 2, 1), (16, 3, 1, 1))
+    smooth, stand_in = network(*specs, activation=nn.Tanh()), network(*specs)
+    chain = rgap.prepare(stand_in, (3, 12, 12))
+    layers = [replace(layer, activation=TANH) if layer.weight.shape[2] > 1 else layer for layer in chain.layers]
+    images, labels = rand(3, 3, 12, 12), torch.arange(3)
+    features = smooth[:7](images).detach().requires_grad_()
+    nn.functional.cross_entropy(smooth[7:](features), labels).backward()
+    evidence = weigh(chain, rgap.client_gradients(smooth, images, labels, loss="cross_entropy"))
+    found = descend_jointly(replace(chain, layers=tuple(layers)), evidence, features.detach(), features.grad, below=3)
+    report = next(r for r in found.reports if r.name == "2")
+    assert report.virtual_constraints == 3 * 156 and report.iterations is not None
+    assert (report.deficit > 0) == (channels == 13) and not found.open_layers
+    assert rgap.metrics.psnr_db(found.layer_inputs["0"], images).min() > 120
+
+
+def test_a_belief_outside_the_range_of_an_activation_certifies_nothing():
+    layer = replace(rgap.prepare(deficient(), (3, 12, 12)).layers[0], activation=TANH)
+    x = torch.full((2, *layer.output_shape), 2.0, dtype=torch.float64)
+    system = Open(
+        x.flatten(1), None, lambda v: v, None, Normal(None, lambda v: v, None, None), 0 * x.flatten(1), None, 1.0
+    )
+    found = close_by_range(layer, range_factor(layer), system, x, deficit=1, precision=1e-7, rcond=1e-4)
+    assert not found.certified and torch.equal(found.x, x.flatten(1)) and found.iterations == 0
+
+
+def deficient():
+    return network(TALL, (13, 3, 2, 1), (16, 3, 1, 1))
+
+
+def test_range_constraints_close_what_a_batch_leaves_open():
+    images, _, found = attack(deficient(), 3)
+    report = next(r for r in found.reports if r.name == "2")
+    assert report.deficit > 0 and report.virtual_constraints == 3 * (12 * 49 - 432) > report.deficit
+    assert report.iterations > 1 and not found.open_layers
+    assert rgap.metrics.psnr_db(found.layer_inputs["0"], images).min() > 120
+
+
+def test_without_them_the_layer_is_named_as_open():
+    images, _, found = attack(deficient(), 3, virtual_constraints=False)
+    assert found.open_layers == ("2",) and found.complete
+    assert rgap.metrics.psnr_db(found.layer_inputs["0"], images).max() < 60
+
+
+def test_signs_that_are_not_found_are_not_certified(monkeypatch):
+    monkeypatch.setattr("rgap.virtual.range.STEPS", 1)
+    _, _, found = attack(deficient(), 3)
+    report = next(r for r in found.reports if r.name == "2")
+    assert report.iterations == 1 and found.open_layers == ("2",)
+
+
+def test_a_sign_that_cannot_be_told_is_no_change():
+    layer = rgap.prepare(deficient(), (3, 12, 12)).layers[0]
+    x = rand(2, 588) + 0.1
+    x[0, 0], slope = 1e-9, torch.ones(2, 588, dtype=torch.float64)
+    moved = x.clone()
+    moved[0, 0] = -1e-9
+    assert _change(layer, x, moved, slope, 1e-8) == 0.0 and _change(layer, x, moved, slope, 1e-10) == 1.0
+
+
+def test_range_constraints_that_are_too_few_certify_nothing():
+    _, _, found = attack(network(TALL, (3, 3, 2, 1), (16, 3, 1, 1)), 3)
+    report = next(r for r in found.reports if r.name == "2")
+    assert report.deficit > 3 * (12 * 49 - 432) and found.open_layers == ("2",) and report.virtual_constraints is None
+
+
+def test_range_constraints_take_off_error_where_nothing_is_open(monkeypatch):
+    monkeypatch.setattr(joint_descent, "BLURRED", 0.0)
+    images, _, sharp = attack(network(TALL, (18, 3, 2, 1), (16, 3, 1, 1)), 3, torch.float32)
+    _, _, plain = attack(network(TALL, (18, 3, 2, 1), (16, 3, 1, 1)), 3, torch.float32, virtual_constraints=False)
+    one, other = (rgap.metrics.psnr_db(d.layer_inputs["0"], images) for d in (sharp, plain))
+    assert not plain.open_layers and (one >= other - 1).all() and one.mean() > other.mean() + 1
+
+
+def test_a_layer_with_fewer_outputs_than_inputs_or_with_groups_has_no_range_constraints():
+    layers = rgap.prepare(network(TALL, (12, 3, 2, 1, 2), (16, 3, 1, 1)), (3, 12, 12)).layers
+    assert range_factor(layers[0]).basis.shape == (588, 156) and range_factor(layers[1]) is None
+    assert range_factor(layers[3]) is None
+
+
+def test_identities_hold_for_the_right_images_together_and_for_no_others():
+    _, chain, found = attack(network(*SECOND, bias=True), 2)
+    layer = chain.layers[1]
+    z = layer.apply(found.layer_inputs["2"].reshape(2, *layer.input_shape)) + layer.pre_bias()
+    dz = rand(*z.shape)
+    weight = layer.weight.clone().requires_grad_()
+    x = nn.functional.pad(found.layer_inputs["2"].reshape(2, *layer.input_shape), layer.padding)
+    (G,) = torch.autograd.grad((nn.functional.conv2d(x, weight, layer.bias, layer.stride) * dz).sum(), weight)
+    assert joint_identities(layer, G, dz, z) < 1e-12 < 0.05 < joint_identities(layer, G, dz.flip(0), z)

@@ -1,0 +1,82 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import randn, small_cnn
+
+import rgap
+from rgap.attack.descent import descend
+from rgap.attack.propagation import draw_noise, start_probe
+from rgap.attack.verdict import judge, make_candidate
+from rgap.head.read import read_head
+from rgap.noise import entry_noise
+from rgap.results import Candidate
+from rgap.shared_gradient import weigh
+
+LABEL = torch.tensor([1])
+
+
+@pytest.fixture(scope="module")
+def recovered():
+    """A network, its evidence, noise, hypothesis and descent, from float32 gradients of the image."""
+    model = small_cnn()
+    chain = rgap.prepare(model, (3, 8, 8))
+    gradients = [g.float() for g in rgap.client_gradients(model, randn(1, 3, 8, 8).abs(), LABEL)]
+    evidence = weigh(chain, gradients)
+    stds = entry_noise(evidence.gradients)
+    hypothesis = read_head("logistic", chain.layers[-1], evidence, 1).hypotheses[0]
+    probe = start_probe(chain.layers[-1], evidence.gradients, draw_noise(stds), hypothesis, lambda _: [hypothesis])
+    return chain, evidence, stds, hypothesis, descend(chain, evidence, hypothesis, probe=probe)
+
+
+def with_one_unit_turned(chain, descent):
+    """The descent with an image beyond the kink of the second layer closest to it, and how far that is."""
+    name = chain.layers[0].name
+    x = descent.layer_inputs[name].clone().requires_grad_()
+    second = chain.layers[1]
+    z = second.apply(chain.layers[0].activation.forward(chain.layers[0].apply(x))).flatten()
+    unit = z.abs().argmin()
+    (slope,) = torch.autograd.grad(z[unit], x)
+    step = -1.5 * z[unit].detach() * slope / slope.square().sum()
+    return replace(descent, layer_inputs={**descent.layer_inputs, name: x.detach() + step}), step.square().mean().sqrt()
+
+
+def test_a_unit_that_flips_when_the_image_goes_forward_says_nothing_against_it(recovered):
+    chain, evidence, stds, hypothesis, descent = recovered
+    name = chain.layers[0].name
+    turned, by = with_one_unit_turned(chain, descent)
+    close = replace(turned, probe=replace(turned.probe, x=(by / turned.probe.error) * turned.probe.x))
+    assert close.probe.error == pytest.approx(by.item())
+    candidate = make_candidate(chain, evidence, stds, hypothesis, close, "logistic", (-9.0, 9.0))
+    assert candidate.gradient_residual < 0.1 * candidate.residual_allowed
+    assert (candidate.images - descent.layer_inputs[name]).square().mean().sqrt() < by
+    assert torch.equal(candidate.layer_inputs[name], candidate.images)
+
+
+def test_an_image_is_not_moved_beyond_its_error(recovered):
+    chain, evidence, stds, hypothesis, descent = recovered
+    turned, by = with_one_unit_turned(chain, descent)
+    assert turned.probe.error < by / 50
+    candidate = make_candidate(chain, evidence, stds, hypothesis, turned, "logistic", (-9.0, 9.0))
+    assert not candidate.consistent and candidate.gradient_residual > 1e-3
+    assert torch.equal(candidate.images, turned.layer_inputs[chain.layers[0].name])
+
+
+def candidate(residual, size=1.0):
+    return Candidate(torch.full((1, 1, 2, 2), size).double(), LABEL, residual, 0 <= size <= 1, residual_allowed=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("residuals", "verdict", "kept"),
+    [
+        ([1e-2, 1.001e-2], "inconsistent", 2),
+        ([1e-2, 2e-2], "inconsistent", 1),
+        ([math.inf, math.inf], "inconsistent", 1),
+        ([1e-4, 1e-2], "exact", 1),
+        ([1e-4, 2e-4], "ambiguous", 2),
+    ],
+)
+def test_twins_that_miss_the_gradient_alike_stay_together(residuals, verdict, kept):
+    result = judge([candidate(residual, 0.9) for residual in residuals], [], (0.0, 1.0), None)
+    assert result.verdict == verdict and len(result.candidates) == kept

@@ -1,0 +1,179 @@
+"""What several tests draw: random layers and chains, batches through fully connected networks, layers short of rank."""
+
+from itertools import pairwise
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import nn
+
+import rgap
+from rgap.network.activations import Activation, leaky_relu
+from rgap.virtual.inference import Open
+from rgap.virtual.previous import previous_factors
+
+drawn = settings(deadline=None, derandomize=True, max_examples=40)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def sequential(*modules, seed=0, scale=None):
+    """A float64 network with weights from the seed, each weight times `scale` where that is given."""
+    network = nn.Sequential(*modules).double()
+    with torch.no_grad():
+        for i, p in enumerate(network.parameters()):
+            fan = p[0].numel() if p.ndim > 1 else 10
+            p.copy_(randn(*p.shape, seed=seed + i) * fan**-0.5)
+            if scale is not None and p.ndim > 1:
+                p.mul_(scale)
+    return network
+
+
+def conv_layer(conv, height, width, seed=0):
+    """The prepared `Layer` of one convolution on images of that size."""
+    outputs = conv(torch.zeros(1, conv.in_channels, height, width)).numel()
+    network = sequential(conv, nn.Flatten(), nn.Linear(outputs, 1), seed=seed)
+    return rgap.prepare(network, (conv.in_channels, height, width)).layers[0]
+
+
+def small_cnn(seed=0, bias=False, slope=0.2, scale=None):
+    """For images of shape (3, 8, 8), every layer of full rank."""
+    modules = [nn.Conv2d(3, 12, 3, 2, 1, bias=bias), nn.LeakyReLU(slope), nn.Conv2d(12, 10, 3, 1, 1, bias=bias)]
+    modules += [nn.LeakyReLU(slope), nn.Flatten(), nn.Linear(160, 1, bias=bias)]
+    return sequential(*modules, seed=seed, scale=scale)
+
+
+@st.composite
+def conv_layers(draw):
+    """Convolutions with unequal kernels, strides, paddings and dilations, groups too, on 4 to 8 pixels."""
+
+    def pair(low, high):
+        return draw(st.tuples(st.integers(low, high), st.integers(low, high)))
+
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    conv = nn.Conv2d(
+        groups * draw(st.integers(1, 2)),
+        groups * draw(st.integers(1, 4)),
+        pair(1, 3),
+        pair(1, 3),
+        pair(0, 1),
+        pair(1, 2),
+        groups,
+        draw(st.booleans()),
+    )
+    return conv_layer(conv, *pair(5, 8), seed=draw(st.integers(0, 1000)))
+
+
+@st.composite
+def chains(draw):
+    """A chain of one to four layers on an image of 8 to 16 pixels: (network, image, label)."""
+    shape = (draw(st.sampled_from([1, 3])), draw(st.integers(8, 16)), draw(st.integers(8, 16)))
+    bias, seed = draw(st.booleans()), draw(st.integers(0, 10_000))
+    modules, channels, pixels = [], *shape[:1], shape[1:]
+    for _ in range(draw(st.integers(0, 2))):
+        kernel, stride, padding = (
+            draw(st.integers(1, min(4, *pixels))),
+            draw(st.integers(1, 2)),
+            draw(st.integers(0, 2)),
+        )
+        modules.append(nn.Conv2d(channels, channels := draw(st.integers(4, 12)), kernel, stride, padding, bias=bias))
+        modules.append(nn.LeakyReLU(draw(slopes)))
+        pixels = [(n + 2 * padding - kernel) // stride + 1 for n in pixels]
+    modules.append(nn.Flatten())
+    features = channels * pixels[0] * pixels[1]
+    for _ in range(draw(st.integers(0, 1))):
+        modules += [nn.Linear(features, features := draw(st.integers(1, 40)), bias=bias), nn.LeakyReLU(draw(slopes))]
+    network = sequential(*modules, nn.Linear(features, 1, bias=bias), seed=seed)
+    return network, shape, rand(1, *shape, seed=seed), torch.tensor([draw(st.integers(0, 1))])
+
+
+slopes = st.one_of(st.sampled_from([0.01, 0.2, 1.0]), st.floats(1e-2, 5))
+
+
+# Fully connected networks and batches.
+
+SHAPE = (1, 6, 6)
+
+
+def fcn(widths=(120, 30), outputs=1, bias=False, slope=0.2, seed=0, activation=None):
+    """A float64 network for images of shape (1, 6, 6)."""
+    modules = [nn.Flatten()]
+    for inputs, count in pairwise((36, *widths, outputs)):
+        modules += [nn.Linear(inputs, count, bias=bias), activation or nn.LeakyReLU(slope)]
+    return sequential(*modules[:-1], seed=seed)
+
+
+def batch(count, classes=2, seed=0):
+    """Images that switch different units, and labels of every class."""
+    images = rand(count, *SHAPE, seed=seed) ** 4
+    return images, torch.arange(count) % classes
+
+
+def gradients(network, images, labels, loss="logistic", dtype=torch.float32):
+    return [g.to(dtype) for g in rgap.client_gradients(network, images, labels, loss)]
+
+
+def by_name(network, tensors):
+    return {n: g.double() for (n, _), g in zip(network.named_parameters(), tensors, strict=True)}
+
+
+def directions(images):
+    flat = images.double().flatten(1)
+    return flat / flat.norm(dim=1, keepdim=True)
+
+
+RELU = Activation("relu", torch.relu, torch.relu, lambda z: (z > 0).to(z.dtype), homogeneous=True)
+
+
+# Networks with layers short of full rank, and the problem that such a layer poses to the layer before it.
+
+TANH = Activation("tanh", torch.tanh, torch.atanh, lambda z: 1 - torch.tanh(z) ** 2)
+ELU = Activation(
+    "elu",
+    nn.functional.elu,
+    lambda x: torch.where(x > 0, x, torch.log1p(x.clamp(max=0))),
+    lambda z: z.clamp(max=0).exp(),
+)
+ASINH = Activation("asinh", torch.asinh, torch.sinh, lambda z: (1 + z * z) ** -0.5)
+
+TALL = (12, 4, 2, 2)  # on images of 3×12×12: 588 outputs of 432 inputs
+SECOND = (TALL, (6, 3, 2, 1), (16, 3, 1, 1))  # the second convolution lacks 60
+
+
+def convs(*specs, seed=0, bias=False, size=12, slope=0.2):
+    """Convolutions (channels, kernel, stride, padding[, groups]) with LeakyReLU, and a logit, for (3, size, size)."""
+    modules, channels = [], 3
+    for outputs, kernel, stride, padding, *groups in specs:
+        modules.append(nn.Conv2d(channels, outputs, kernel, stride, padding, 1, *(groups or [1]), bias=bias))
+        modules.append(nn.LeakyReLU(slope) if slope != 1 else nn.Identity())
+        channels, size = outputs, (size + 2 * padding - kernel) // stride + 1
+    return sequential(*modules, nn.Flatten(), nn.Linear(channels * size * size, 1, bias=bias), seed=seed)
+
+
+def attack(network, seed=0, size=12, dtype=torch.float32, **options):
+    """The true image, what comes back, its PSNR, and the report of every layer."""
+    image = rand(1, 3, size, size, seed=seed)
+    network = network.to(dtype)
+    gradients = rgap.client_gradients(network, image, torch.tensor([seed % 2]))
+    result = rgap.reconstruct(network, gradients, (3, size, size), **options)
+    psnr = rgap.metrics.psnr_db(result.images, image).item()
+    return image, result, psnr, {report.name: report for report in result.layers}
+
+
+def open_problem(count, activation=None, conv=None, size=8, seed=0, noise=1e-13):
+    """x = σ(W x′ + b), of which `count` random directions are open: the `Open` and the true x."""
+    layer = conv_layer(conv or nn.Conv2d(3, 12, 4, 2, 2, bias=False), size, size, seed)
+    activation = activation or leaky_relu(0.2)
+    image, dx = randn(*layer.input_shape, seed=seed), randn(*layer.output_shape, seed=seed + 1)
+    z = layer.apply(image) + layer.pre_bias()
+    previous, x = previous_factors(layer), activation.forward(z).flatten().numpy()
+    G = (activation.derivative(z) * dx).flatten(1).numpy() @ previous.patches(image.flatten().numpy()).T
+    N = torch.linalg.qr(randn(len(x), count, seed=seed + 2))[0].numpy()
+    G = G.reshape(layer.weight.shape)
+    return Open(x - N @ (N.T @ x), N, N[0, :0], activation, previous, G, dx.numpy(), noise), x

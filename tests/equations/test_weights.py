@@ -1,0 +1,111 @@
+import math
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from cases import conv_layer, randn
+from torch import nn
+from torch.testing import assert_close
+
+from rgap.equations import weights as sparse
+from rgap.equations.blocks import weight_matrix
+from rgap.equations.weights import ConjugateGradients, SparseFactor, weight_factor
+
+
+def tall():
+    """48 unknowns, 108 rows; the image's border is seen by padding."""
+    return conv_layer(nn.Conv2d(3, 12, 4, 2, 2, bias=False), 4, 4)
+
+
+def square():
+    return conv_layer(nn.Conv2d(3, 3, 3, 1, 1, bias=False), 8, 8)
+
+
+def condition_of(layer):
+    return np.linalg.cond(weight_matrix(layer).toarray())
+
+
+@pytest.mark.parametrize("layer", [tall(), square()], ids=["tall", "square"])
+def test_the_factor_solves_consistent_equations_and_knows_their_condition(layer):
+    x = randn(*layer.input_shape)
+    factor = weight_factor(layer)
+    found, residual, steps = factor.solve(layer.apply(x).flatten())
+    assert factor.full_rank and residual < 1e-13 and 1 <= steps <= 5
+    assert_close(found, x.flatten(), rtol=0, atol=1e-10)
+    assert condition_of(layer) / 3 < factor.condition < 1.01 * condition_of(layer)
+    assert weight_factor(layer) is factor
+
+
+def test_the_solution_of_inconsistent_equations_is_that_of_least_squares():
+    layer = tall()
+    W, b = torch.from_numpy(weight_matrix(layer).toarray()), randn(108)
+    expected = torch.linalg.lstsq(W, b[:, None]).solution[:, 0]
+    for solver in (weight_factor(layer), ConjugateGradients(layer)):
+        found, residual, _ = solver.solve(b)
+        assert_close(found, expected, rtol=0, atol=1e-9)
+        assert residual == pytest.approx(((W @ expected - b).norm() / b.norm()).item(), rel=1e-9)
+
+
+def test_conjugate_gradients_take_over_from_a_size_on_and_agree(monkeypatch):
+    monkeypatch.setattr(sparse, "FACTOR_UNKNOWNS", 40)
+    layer, x = tall(), randn(3, 4, 4)
+    solver = weight_factor(layer)
+    assert isinstance(solver, ConjugateGradients) and math.isnan(solver.condition)
+    found, residual, iterations = solver.solve(layer.apply(x).flatten())
+    assert_close(found, x.flatten(), rtol=0, atol=1e-9)
+    assert residual < 1e-11 and 0 < iterations < 200
+    assert solver.condition == pytest.approx(condition_of(layer), rel=0.05)
+    assert weight_factor(layer) is solver
+
+
+def test_conjugate_gradients_leave_a_vanishing_right_side_at_zero():
+    solver = ConjugateGradients(tall())
+    found, residual, iterations = solver.solve(torch.zeros(108).double())
+    assert not found.any() and residual == 0.0 and iterations == 0 and math.isnan(solver.condition)
+
+
+def test_one_step_of_conjugate_gradients_shows_a_condition_of_one():
+    layer = conv_layer(nn.Conv2d(1, 1, 1, bias=False), 3, 3)
+    solver = ConjugateGradients(layer)
+    _, _, iterations = solver.solve(randn(9))
+    assert iterations == 1 and solver.condition == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("rows", [4, 6])
+def test_a_singular_matrix_is_not_of_full_rank(rows):
+    W = np.eye(rows, 4)
+    W[:, 3] = 0.0
+    factor = sparse._factor(sp.csr_array(W))
+    assert isinstance(factor, SparseFactor) and not factor.full_rank and factor.condition == math.inf
+
+
+@pytest.mark.parametrize(("rows", "angle"), [(4, 1e-13), (6, 1e-9)])
+def test_a_nearly_singular_matrix_is_not_of_full_rank(rows, angle):
+    W = np.eye(rows, 4)
+    W[:, 3] = W[:, 2] + angle * W[:, 3]
+    assert not sparse._factor(sp.csr_array(W)).full_rank
+
+
+def test_a_vanishing_right_side_has_residual_zero():
+    found, residual, _ = weight_factor(tall()).solve(torch.zeros(108).double())
+    assert not found.any() and residual == 0.0
+
+
+def test_a_factor_that_overflows_is_of_infinite_condition():
+    class Overflowing:
+        def solve(self, vector, trans="N"):
+            return vector * np.inf
+
+    assert sparse._condition(sp.csr_array(np.eye(3)), Overflowing()) == math.inf
+
+
+def test_gradient_rows_join_the_iterations():
+    layer = conv_layer(nn.Conv2d(4, 8, 3, 2, 1, bias=False), 9, 9)
+    x, dz = randn(4, 9, 9), randn(*layer.output_shape, seed=1)
+    solver = ConjugateGradients(layer, dz=dz)
+    z, G = layer.apply(x), layer.weight_gradient(x, dz)
+    found, residual, iterations = solver.solve(z.flatten(), G)
+    assert solver.full_rank and residual < 1e-10 and iterations > 10
+    assert_close(found, x.flatten(), rtol=0, atol=1e-7)
+    assert not ConjugateGradients(layer).full_rank

@@ -1,0 +1,84 @@
+import pytest
+from torch import nn
+
+import rgap
+from rgap import models
+from rgap.ranks.advice import ARGUMENTS, advice_frame, advise, changed
+from rgap.ranks.exposure import exposure
+from rgap.ranks.rebuild import with_convolution
+
+SHAPE = (3, 32, 32)
+
+
+def outcome(model, shape, batch=1):
+    return exposure(rgap.rank_analysis(model, shape, batch, limit=0)).outcome
+
+
+@pytest.fixture(scope="module")
+def advice():
+    return advise(models.cnn6(), SHAPE)
+
+
+def test_each_change_is_the_smallest_of_its_kind(advice):
+    assert {change.what for change in advice} == {*ARGUMENTS, "batch size"}
+    for change in advice:
+        step = 1 if change.after > change.before else -1
+        for value, stops in ((change.after, True), (change.after - step, False)):
+            if change.what == "batch size":
+                assert (outcome(models.cnn6(), SHAPE, value) == "stops") == stops
+            elif value != change.before:
+                other = with_convolution(models.cnn6(), SHAPE, change.layer, **{ARGUMENTS[change.what]: value})
+                assert (outcome(other, SHAPE) == "stops") == stops
+
+
+def test_the_second_layers_width_is_where_the_virtual_constraints_end(advice):
+    (change,) = [c for c in advice if c.what == "output channels" and c.layer == "2"]
+    assert (change.before, change.after, change.stops_at, change.deficit, change.supply) == (36, 14, "2", 1018, 972)
+    assert change.sentence == (
+        "output channels of '2': with 14 instead of 36, '2' would lack 1018 of 3468 equations, "
+        "and the step before it could add 972 at most"
+    )
+    (batch,) = [c for c in advice if c.what == "batch size"]
+    assert batch.sentence.startswith("batch size: with 21 instead of 1, '2' would lack")
+
+
+def test_a_network_that_stops_already_needs_no_advice():
+    assert advise(models.cnn6(width=14), SHAPE) == []
+
+
+def test_for_a_network_with_branches_only_the_batch_size_is_tried():
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
+            self.head = nn.Linear(288, 1)
+
+        def forward(self, x):
+            x = self.first(x).tanh()
+            return self.head((x + self.second(x)).flatten(1))
+
+    assert outcome(Skip(), (3, 12, 12)) == "leaks"
+    assert {change.what for change in advise(Skip(), (3, 12, 12))} == {"batch size"}
+
+
+def test_what_cannot_be_adapted_is_left_out():
+    layers = [nn.Conv2d(3, 12, 3, 2, 1), nn.Tanh(), nn.Conv2d(12, 8, 3, 1, 1), nn.Flatten(), nn.Linear(128, 1)]
+    assert ("output channels", "0") in {(c.what, c.layer) for c in advise(nn.Sequential(*layers), (3, 8, 8))}
+    layers[2] = nn.Conv2d(12, 8, 3, 1, 1, groups=2)
+    assert ("output channels", "0") not in {(c.what, c.layer) for c in advise(nn.Sequential(*layers), (3, 8, 8))}
+
+
+def test_a_change_can_be_made(advice):
+    model = models.cnn6()
+    for change in advice:
+        new = changed(model, SHAPE, change)
+        if change.what == "batch size":
+            assert new is model
+        else:
+            assert outcome(new, SHAPE) == "stops"
+
+
+def test_as_a_table(advice):
+    frame = advice_frame(advice)
+    assert len(frame) == len(advice) and frame["after"].dtype == "int64"
+    assert advice_frame([]).columns.tolist() == frame.columns.tolist()

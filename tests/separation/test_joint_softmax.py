@@ -1,0 +1,48 @@
+import pytest
+import torch
+from cases import rand, randn
+from test_batch import SHAPE, alike, network, quality
+from torch.testing import assert_close
+
+import rgap
+from rgap.separation.joint_softmax import _likely_labels, fit_together
+from rgap.separation.subspaces import row_span
+from rgap.shared_gradient import weigh
+
+
+@pytest.mark.parametrize("labels", [[3, 7, 1, 4], [2, 2, 5, 6], [8, 8, 8, 0]])
+@pytest.mark.parametrize("bias", [False, True])
+def test_labels_are_read_off_the_rows_of_the_last_gradient(labels, bias):
+    model = network(head=(6, 10), bias=bias)
+    layer = rgap.prepare(model, SHAPE).layers[-1]
+    hidden = torch.cat([rand(3, 6, seed=1), 0.2 * rand(1, 6)])  # one image shows less than the others
+    share = ((0.01 * randn(4, 10)).softmax(1) - torch.eye(10)[labels].double()) / 4
+    gradients = {layer.weight_name: share.T @ hidden, layer.bias_name: share.sum(0)}
+    guesses = [guess.tolist() for guess in _likely_labels(layer, gradients, 4)]
+    assert sorted(labels) in guesses and len(guesses) <= 3
+
+
+@pytest.mark.parametrize("hidden", [4, 6])
+def test_fewer_hidden_units_than_the_search_needs(hidden):
+    model = network(head=(hidden, 10))
+    images, labels = rand(4, *SHAPE) ** 2, torch.tensor([9, 2, 5, 4])
+    gradients = rgap.client_gradients(model, images, labels, "cross_entropy")
+    assert rgap.largest_batch(model, SHAPE).limits[-1].limit >= 4 > (hidden - 4) // 2
+    result = rgap.reconstruct(model, gradients, SHAPE, "cross_entropy", batch_size=None)
+    assert result.verdict == "exact" and quality(result, images, labels) > 120
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_images_of_one_class_are_parted(known):
+    model, images, *_ = alike(3)
+    labels = torch.tensor([4, 1, 4])
+    chain = rgap.prepare(model, SHAPE)
+    evidence = weigh(chain, rgap.client_gradients(model, images, labels, "cross_entropy"))
+    layers, features = chain.layers[2:], chain.layer_inputs(images)["5"]
+    span = row_span(layers[0], evidence.gradients, evidence.precision)
+    given = [4, 4, 1] if known else None
+    found, head = fit_together(layers, evidence.gradients, span, labels=given, precision=evidence.precision)
+    nearest = torch.cdist(features, head.x).argmin(1)
+    assert sorted(found.tolist()) == [1, 4, 4] and sorted(nearest.tolist()) == [0, 1, 2]
+    assert_close(head.x[nearest], features, rtol=0, atol=1e-7)
+    assert torch.equal(found[nearest], labels)

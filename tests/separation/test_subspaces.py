@@ -1,0 +1,47 @@
+import pytest
+import torch
+from cases import SHAPE, batch, by_name, fcn, gradients, randn
+from torch.testing import assert_close
+
+import rgap
+from rgap.separation.subspaces import meet, null_of_rows, row_span
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gradients_spaces_hold_every_image(bias):
+    images, labels = batch(5)
+    network = fcn(bias=bias)
+    named = by_name(network, gradients(network, images, labels))
+    span = row_span(rgap.prepare(network, SHAPE).layers[0], named, 1.2e-7)
+    x = images.flatten(1).T
+    x = torch.cat([x, torch.ones(1, 5, dtype=x.dtype)]) if bias else x
+    assert span.rank == 5 and not span.is_full and span.V.shape == (36 + bias, 5)
+    assert (x - span.V @ (span.V.T @ x)).norm() < 1e-5 * x.norm()
+    assert span.above_cut > 1e3 * span.below_cut > 0
+
+
+def test_a_gradient_of_zeros_has_rank_0_and_a_full_one_says_so():
+    network = fcn((3, 2))
+    layer = rgap.prepare(network, SHAPE).layers[0]
+    assert row_span(layer, {"1.weight": torch.zeros(3, 36).double()}, 1e-7).rank == 0
+    full = row_span(layer, {"1.weight": randn(3, 36)}, 1e-7)
+    assert full.is_full and full.rank == 3 and full.below_cut == 0
+
+
+def test_two_subspaces_meet_in_the_vector_that_they_share():
+    A, V = randn(20, 4), torch.linalg.qr(randn(20, 3, seed=1))[0]
+    A[:, 2] = A[:, 0] + V @ torch.tensor([1.0, -2.0, 0.5], dtype=A.dtype)
+    a, sine, following = meet(A, V)
+    assert sine < 1e-14 < 0.1 < following
+    assert_close((A @ a).norm().item(), 1.0)
+    assert (A @ a - V @ (V.T @ (A @ a))).norm() < 1e-13
+    angles = torch.linalg.svdvals(torch.linalg.qr(A)[0].T @ V)
+    assert_close(following, (1 - angles[1] ** 2).sqrt().item(), rtol=1e-8, atol=0)
+    assert meet(A[:, :1], V)[2] == 1.0
+
+
+def test_the_null_space_of_rows_is_orthonormal():
+    rows = randn(3, 8)
+    N = null_of_rows(rows)
+    assert_close(N.T @ N, torch.eye(5).double())
+    assert (rows @ N).norm() < 1e-13

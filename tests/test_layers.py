@@ -1,0 +1,57 @@
+"""The import rule: a package imports only from lines below its own (rgap/README.md draws them)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import rgap
+
+ROOT = Path(rgap.__file__).parent
+
+LEVELS = {
+    **dict.fromkeys(("results", "linalg", "shared_gradient", "noise", "data", "models", "metrics", "artifact"), 0),
+    **dict.fromkeys(("network", "client"), 1),
+    "equations": 2,
+    **dict.fromkeys(("head", "virtual", "ranks"), 3),
+    "separation": 4,
+    "attack": 5,
+    "baselines": 6,
+    **dict.fromkeys(("experiments", "__main__"), 7),
+}
+
+
+def room(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0]
+
+
+def imports(path):
+    """Rooms that a module imports, those for type checkers apart."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "rgap":
+            names = [f"{node.module}.{a.name}" if node.module == "rgap" else node.module for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names if a.name.startswith("rgap.")]
+        yield from (name.split(".")[1] for name in names)
+
+
+MODULES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.parent != ROOT)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_package_imports_only_from_below(path):
+    here = room(path)
+    for other in imports(path):
+        allowed = other == here or LEVELS[other] < LEVELS[here] or (here == "shared_gradient" and other == "network")
+        assert allowed, f"{here} imports {other}, which is not below it"

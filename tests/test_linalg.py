@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+from cases import drawn, randn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from rgap import linalg as dense
+from rgap.linalg import dense_operator, gram_matrix, least_squares, svd
+
+
+def matrix(rows, columns, singular_values, seed=0):
+    """A matrix with those singular values."""
+    count = min(rows, columns)
+    U, V = torch.linalg.qr(randn(rows, count, seed=seed))[0], torch.linalg.qr(randn(columns, count, seed=seed + 1))[0]
+    return U * torch.as_tensor(singular_values, dtype=torch.float64) @ V.T
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(7, 4), (3, 9), (0, 3), (3, 0)])
+def test_the_gram_matrix_is_the_product_whole_and_symmetric(rows, columns):
+    for A in (randn(rows, columns), randn(columns, rows, seed=1).T):  # rows first in memory, and columns first
+        assert_close(gram_matrix(A), A.T @ A, rtol=1e-13, atol=1e-13)
+        assert gram_matrix(A).equal(gram_matrix(A).T)
+
+
+@drawn
+@given(st.integers(1, 30), st.integers(1, 15), st.integers(0, 6), st.booleans(), st.integers(0, 1000))
+def test_solution_and_rank_are_those_of_the_pseudoinverse(rows, columns, lost, damped, seed):
+    values = [*np.logspace(0, -2, min(rows, columns))]
+    values[max(1, len(values) - lost) :] = [0.0] * min(lost, len(values) - 1)
+    A, b = matrix(rows, columns, values, seed), randn(rows, seed=seed + 2)
+    damping = randn(columns, seed=seed + 3).clamp(min=0) if damped else None
+    stacked = A if damping is None else torch.cat([A, torch.diag(damping)])
+    found = least_squares(dense_operator(A), b, 1e-8, damping)
+    expected = torch.linalg.pinv(stacked, rtol=1e-8) @ torch.cat([b, b.new_zeros(len(stacked) - rows)])
+    assert found.rank == torch.linalg.matrix_rank(stacked, rtol=1e-8)
+    assert_close(found.y, expected, rtol=1e-7, atol=1e-7)
+    if found.rank == columns:
+        assert found.null is None and found.below is None
+    else:
+        assert found.null.shape == (columns, columns - found.rank)
+        assert_close(stacked @ found.null, torch.zeros(len(stacked), columns - found.rank).double(), rtol=0, atol=1e-9)
+        assert_close(found.null.T @ found.null, torch.eye(columns - found.rank).double())
+        assert found.below <= 1e-8 < found.above
+
+
+@pytest.mark.parametrize("smallest", [1e-2, 1e-3, 1e-6])
+def test_the_smallest_singular_value_is_told_by_either_way(smallest):
+    A = matrix(40, 20, np.geomspace(1, smallest, 20))
+    y = randn(20)
+    found = least_squares(dense_operator(A), A @ y, 1e-8)
+    assert found.above == pytest.approx(smallest, rel=0.05)
+    assert_close(found.y, y, rtol=1e-8, atol=1e-8)
+
+
+def test_values_on_each_side_of_the_cut_are_reported():
+    found = least_squares(dense_operator(matrix(10, 4, [2.0, 1.0, 2e-4, 2e-6])), randn(10), 1e-5)
+    assert (found.rank, found.above, found.below) == (3, pytest.approx(1e-4, rel=0.05), pytest.approx(1e-6, rel=0.05))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+def test_a_matrix_of_zeros_has_rank_zero(shape):
+    found = least_squares(dense_operator(torch.zeros(shape).double()), randn(shape[0]), 1e-5)
+    assert (found.rank, found.above, found.below) == (0, 0.0, 0.0)
+    assert found.y.equal(torch.zeros(shape[1]).double())
+    assert found.null.shape == (shape[1], shape[1])
+
+
+@pytest.mark.parametrize("full_matrices", [False, True])
+def test_the_other_driver_takes_over_where_the_first_does_not_converge(monkeypatch, full_matrices):
+    def gives_up(*_, **__):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    A = randn(3, 6)
+    expected = torch.linalg.svd(A, full_matrices=full_matrices)
+    monkeypatch.setattr(dense.torch.linalg, "svd", gives_up)
+    U, S, Vh = svd(A, full_matrices=full_matrices)
+    assert Vh.shape == expected[2].shape
+    assert_close(S, expected[1])
+    assert_close(U * S @ Vh[:3], A)
