@@ -231,3 +231,12 @@ def _largest_eigenvalue(multiply: Callable[[Tensor], Tensor], size: int, dtype: 
             break
         basis = torch.cat([basis, w / beside[-1]], 1)
     return float(found)
+
+
+def rms(g: Tensor) -> Tensor:
+    """Root mean square."""
+    size = g.norm()
+    if 1e-140 < size < 1e140:
+        return size / g.numel() ** 0.5
+    largest = g.abs().max()  # squares of the smallest gradients underflow
+    return largest if largest == 0 else largest * (g / largest).square().mean().sqrt()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from rgap.linalg import rms
+
 FORMATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 ARITHMETIC = 0.6
@@ -133,12 +135,3 @@ def _has_single_zeros(g: Tensor) -> bool:
         return False
     zero = g.flatten(1) == 0
     return bool((zero & ~zero.all(0) & ~zero.all(1, keepdim=True)).any())
-
-
-def rms(g: Tensor) -> Tensor:
-    """Root mean square."""
-    size = g.norm()
-    if 1e-140 < size < 1e140:
-        return size / g.numel() ** 0.5
-    largest = g.abs().max()  # squares of the smallest gradients underflow
-    return largest if largest == 0 else largest * (g / largest).square().mean().sqrt()

@@ -110,7 +110,7 @@ class Reconstruction:
         candidates: Every consistent hypothesis, best first; where none is consistent, the least inconsistent one
             and its twin.
         layers: A report for each layer of the best candidate, from the last layer to the first.
-        notes: Sentences on what was decided and on what evidence.
+        notes: Sentences on what was decided and on what received.
         per_image: For a mini-batch, a (verdict, candidates) pair for each image found.
     """
 

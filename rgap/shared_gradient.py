@@ -21,14 +21,14 @@ NEGLIGIBLE = 1e-30
 
 
 @dataclass(frozen=True)
-class Evidence:
+class SharedGradient:
     """The gradients as the attack uses them, and how far they can be trusted.
 
     Attributes:
         gradients: Parameter name -> gradient, float64.
         precision: Relative error of their entries: the rounding of their format, or the noise where that is larger.
         rcond: Relative cutoff of singular values.
-        lost: Names of gradients that underflowed: what they would have said is unknown, not zero.
+        underflowed: Names of gradients that underflowed: what they would have said is unknown, not zero.
         rounding: Relative error of the head's δz by the client's own arithmetic, where that is larger.
         notes: Sentences on what limits them.
         known: Parameter name -> standard deviation of an entry's error, where the gradients came with one.
@@ -37,7 +37,7 @@ class Evidence:
     gradients: dict[str, Tensor]
     precision: float
     rcond: float
-    lost: tuple[str, ...] = ()
+    underflowed: tuple[str, ...] = ()
     rounding: float = 0.0
     notes: tuple[str, ...] = ()
     known: Mapping[str, float] = field(default_factory=dict)
@@ -48,12 +48,12 @@ class Evidence:
         return min(max(1e-8, 1e4 * self.precision, 10 * self.rounding), 0.3)
 
 
-def weigh(
+def receive(
     chain: Chain,
     gradients: Sequence[Tensor] | Mapping[str, Tensor],
     rcond: float | None = None,
     noise_std: float | None = None,
-) -> Evidence:
+) -> SharedGradient:
     """Checks the gradients against the network and finds how precise they are.
 
     Args:
@@ -63,24 +63,24 @@ def weigh(
         noise_std: Standard deviation of noise known to be on every entry.
 
     Returns:
-        The `Evidence`.
+        The `SharedGradient`.
 
     Raises:
         GradientMismatchError: If their number, names, shapes or dtypes do not fit, they are not finite, or all zero.
     """
-    evidence = weigh_gradients(chain.parameters, gradients, rcond, noise_std)
+    received = receive_gradients(chain.parameters, gradients, rcond, noise_std)
     head = chain.layers[-1]
-    if not evidence.gradients[head.weight_name].any():
+    if not received.gradients[head.weight_name].any():
         raise GradientMismatchError(f"the last layer's gradient {head.weight_name!r} is zero; nothing can be recovered")
-    return evidence
+    return received
 
 
-def weigh_gradients(
+def receive_gradients(
     parameters: Mapping[str, Tensor],
     gradients: Sequence[Tensor] | Mapping[str, Tensor],
     rcond: float | None = None,
     noise_std: float | None = None,
-) -> Evidence:
+) -> SharedGradient:
     """The same for the named parameters of any network, whatever its last layer."""
     named = _by_name(list(parameters), gradients)
     for (name, g), parameter in zip(named.items(), parameters.values(), strict=True):
@@ -106,13 +106,15 @@ def weigh_gradients(
     for name, std in known.items():
         steps[name] = max(steps[name], math.inf if std and not values[name].any() else _relative_std(std, values[name]))
     lost = tuple(name for name, step in steps.items() if step > LOST)
-    heard = [name for name in formats if name not in lost]
-    precision = max([torch.finfo(formats[name]).eps for name in heard] + [steps[name] for name in heard], default=LOST)
+    has_gradient = [name for name in formats if name not in lost]
+    precision = max(
+        [torch.finfo(formats[name]).eps for name in has_gradient] + [steps[name] for name in has_gradient], default=LOST
+    )
     if noise_std:
         precision = max(precision, *(_relative_std(noise_std, values[name]) for name in formats))
     default = 1e-5 if precision < 1e-10 else min(1e-4 * (precision / 1.2e-7) ** 0.5, 0.1)
     notes = _notes(lost, precision, bool(known))
-    return Evidence(values, precision, default if rcond is None else rcond, lost, notes=notes, known=known)
+    return SharedGradient(values, precision, default if rcond is None else rcond, lost, notes=notes, known=known)
 
 
 def _notes(lost: tuple[str, ...], precision: float, update: bool) -> tuple[str, ...]:

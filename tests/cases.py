@@ -9,7 +9,7 @@ from torch import nn
 
 import rgap
 from rgap.network.activations import Activation, leaky_relu
-from rgap.virtual.inference import Open
+from rgap.virtual.inference import DeficientLayer
 from rgap.virtual.previous import previous_factors
 
 drawn = settings(deadline=None, derandomize=True, max_examples=40)
@@ -167,7 +167,7 @@ def attack(network, seed=0, size=12, dtype=torch.float32, **options):
 
 
 def open_problem(count, activation=None, conv=None, size=8, seed=0, noise=1e-13):
-    """x = σ(W x′ + b), of which `count` random directions are open: the `Open` and the true x."""
+    """x = σ(W x′ + b), of which `count` random directions are open: the `DeficientLayer` and the true x."""
     layer = conv_layer(conv or nn.Conv2d(3, 12, 4, 2, 2, bias=False), size, size, seed)
     activation = activation or leaky_relu(0.2)
     image, dx = randn(*layer.input_shape, seed=seed), randn(*layer.output_shape, seed=seed + 1)
@@ -176,4 +176,4 @@ def open_problem(count, activation=None, conv=None, size=8, seed=0, noise=1e-13)
     G = (activation.derivative(z) * dx).flatten(1).numpy() @ previous.patches(image.flatten().numpy()).T
     N = torch.linalg.qr(randn(len(x), count, seed=seed + 2))[0].numpy()
     G = G.reshape(layer.weight.shape)
-    return Open(x - N @ (N.T @ x), N, N[0, :0], activation, previous, G, dx.numpy(), noise), x
+    return DeficientLayer(x - N @ (N.T @ x), N, N[0, :0], activation, previous, G, dx.numpy(), noise), x

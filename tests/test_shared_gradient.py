@@ -6,7 +6,7 @@ from cases import rand, small_cnn
 from torch.testing import assert_close
 
 import rgap
-from rgap.shared_gradient import weigh
+from rgap.shared_gradient import receive
 
 NETWORK = small_cnn(bias=True)
 CHAIN = rgap.prepare(NETWORK, (3, 8, 8))
@@ -37,7 +37,7 @@ def with_entry(g, value):
 @pytest.mark.parametrize("cast", [False, True], ids=["as it is", "cast to float64"])
 def test_precision_is_that_of_the_coarsest_format_whatever_it_was_cast_to(dtype, precision, rcond, cast):
     rounded = [g.to(dtype) for g in GRADIENTS]
-    found = weigh(CHAIN, [g.double() for g in rounded] if cast else rounded)
+    found = receive(CHAIN, [g.double() for g in rounded] if cast else rounded)
     assert found.precision == pytest.approx(precision, rel=0.02)
     assert found.rcond == pytest.approx(rcond, rel=0.02)
     for (name, g), expected in zip(found.gradients.items(), rounded, strict=True):
@@ -45,55 +45,55 @@ def test_precision_is_that_of_the_coarsest_format_whatever_it_was_cast_to(dtype,
 
 
 def test_a_gradient_of_zeros_says_nothing_about_precision():
-    assert weigh(CHAIN, changed(0, torch.zeros_like)).precision < 1e-15
+    assert receive(CHAIN, changed(0, torch.zeros_like)).precision < 1e-15
 
 
 def test_one_coarse_tensor_decides():
-    assert weigh(CHAIN, changed(2, lambda g: g.half())).precision == pytest.approx(9.8e-4, rel=0.02)
+    assert receive(CHAIN, changed(2, lambda g: g.half())).precision == pytest.approx(9.8e-4, rel=0.02)
 
 
 def test_entries_next_to_float16s_smallest_number_widen_the_precision():
     small = [g.half() if i else (1e-5 * g / g.abs().max()).half() for i, g in enumerate(GRADIENTS)]
-    found = weigh(CHAIN, small)
-    assert 2e-3 < found.precision < 0.05 and found.lost == ()
+    found = receive(CHAIN, small)
+    assert 2e-3 < found.precision < 0.05 and found.underflowed == ()
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-8, 5e-8])
 def test_a_gradient_that_underflowed_in_float16_is_lost_and_decides_nothing(size):
     halves = [g.half() if i else (size * g / g.abs().max()).half() for i, g in enumerate(GRADIENTS)]
     for given in (halves, [g.double() for g in halves]):
-        found = weigh(CHAIN, given)
-        assert found.lost == ("0.weight",) and found.precision == pytest.approx(9.8e-4, rel=0.02)
+        found = receive(CHAIN, given)
+        assert found.underflowed == ("0.weight",) and found.precision == pytest.approx(9.8e-4, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_in_other_formats_a_gradient_of_zeros_is_one(dtype):
-    assert weigh(CHAIN, [g.to(dtype) for g in changed(0, torch.zeros_like)]).lost == ()
+    assert receive(CHAIN, [g.to(dtype) for g in changed(0, torch.zeros_like)]).underflowed == ()
 
 
 def test_the_heads_own_rounding_widens_the_tolerance_alone():
-    found = replace(weigh(CHAIN, GRADIENTS), rounding=1e-3)
+    found = replace(receive(CHAIN, GRADIENTS), rounding=1e-3)
     assert found.tolerance == pytest.approx(1e-2) and found.precision < 1e-15
 
 
 def test_noise_widens_precision_tolerance_and_cutoff():
-    clean, noisy = weigh(CHAIN, GRADIENTS), weigh(CHAIN, GRADIENTS, noise_std=1e-6)
+    clean, noisy = receive(CHAIN, GRADIENTS), receive(CHAIN, GRADIENTS, noise_std=1e-6)
     ratios = [1e-6 * g.numel() ** 0.5 / g.norm().item() for g in GRADIENTS]
     assert noisy.precision == pytest.approx(max(ratios))
     assert noisy.tolerance > clean.tolerance and noisy.rcond > clean.rcond
-    assert weigh(CHAIN, GRADIENTS, noise_std=0.0).precision == clean.precision
-    assert weigh(CHAIN, GRADIENTS, noise_std=1e3).tolerance == 0.3
+    assert receive(CHAIN, GRADIENTS, noise_std=0.0).precision == clean.precision
+    assert receive(CHAIN, GRADIENTS, noise_std=1e3).tolerance == 0.3
 
 
 def test_a_given_cutoff_is_used():
-    assert weigh(CHAIN, GRADIENTS, rcond=0.0).rcond == 0.0
-    assert weigh(CHAIN, GRADIENTS, rcond=0.01).rcond == 0.01
+    assert receive(CHAIN, GRADIENTS, rcond=0.0).rcond == 0.0
+    assert receive(CHAIN, GRADIENTS, rcond=0.01).rcond == 0.01
 
 
 def test_a_mapping_in_any_order_is_the_sequence_and_gradients_are_not_changed():
     copies = [g.clone() for g in GRADIENTS]
     mapping = dict(reversed(list(zip(NAMES, GRADIENTS, strict=True))))
-    found, expected = weigh(CHAIN, mapping), weigh(CHAIN, iter(GRADIENTS))
+    found, expected = receive(CHAIN, mapping), receive(CHAIN, iter(GRADIENTS))
     assert list(found.gradients) == list(expected.gradients) == NAMES
     for name in NAMES:
         assert_close(found.gradients[name], expected.gradients[name], rtol=0, atol=0)
@@ -101,7 +101,7 @@ def test_a_mapping_in_any_order_is_the_sequence_and_gradients_are_not_changed():
 
 
 def test_gradients_that_track_their_own_gradient_are_taken():
-    found = weigh(CHAIN, [g.clone().requires_grad_() for g in GRADIENTS])
+    found = receive(CHAIN, [g.clone().requires_grad_() for g in GRADIENTS])
     assert not any(g.requires_grad for g in found.gradients.values())
 
 
@@ -128,4 +128,4 @@ def test_gradients_that_track_their_own_gradient_are_taken():
 )
 def test_gradients_that_do_not_belong_to_the_network_are_refused(gradients, message):
     with pytest.raises(rgap.GradientMismatchError, match=message):
-        weigh(CHAIN, gradients)
+        receive(CHAIN, gradients)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rgap.attack.arguments import check_separable, checked_batch_labels
-from rgap.attack.batch_noise import Allowance, allow_for_noise
+from rgap.attack.batch_noise import ExpectedResidual, residual_under_noise
 from rgap.attack.batch_recovery import (
     head_reports,
     joint_residual,
@@ -29,9 +29,9 @@ from rgap.attack.joint_signs import agree
 from rgap.network.chain import Chain, Layer
 from rgap.results import VERDICTS, Candidate, GradientMismatchError, LayerReport, Reconstruction, UnsupportedLayerError
 from rgap.separation.batch_size import BatchSize, first_dense
-from rgap.separation.read import Reading, read_batch
+from rgap.separation.read import Start, read_batch
 from rgap.separation.separate import separate
-from rgap.shared_gradient import Evidence
+from rgap.shared_gradient import SharedGradient
 
 SHARP = 2e-3
 """Predicted error, as a share of the pixel range, up to which a batch that noise has blurred is certified."""
@@ -39,7 +39,7 @@ SHARP = 2e-3
 
 def recover_through_convolutions(
     chain: Chain,
-    evidence: Evidence,
+    received: SharedGradient,
     size: BatchSize,
     loss: str,
     *,
@@ -57,7 +57,7 @@ def recover_through_convolutions(
 
     Args:
         chain: The prepared network.
-        evidence: The gradients.
+        received: The gradients.
         size: How many images.
         loss: "logistic" or "cross_entropy".
         labels: Labels if they are known, in any order: compared with those found.
@@ -79,8 +79,8 @@ def recover_through_convolutions(
     _check_convolutions(chain.layers[:below])
     known = checked_batch_labels(labels, size.size)
     begin = time.perf_counter()
-    apart = separate(*tail[:2], evidence.gradients, precision=evidence.precision, seed=seed, span=size.span)
-    reading, said = read_batch(chain, evidence, apart, size.size, loss, known, seed)
+    apart = separate(*tail[:2], received.gradients, precision=received.precision, seed=seed, span=size.span)
+    reading, said = read_batch(chain, received, apart, size.size, loss, known, seed)
     reports = head_reports(tail, apart, size.size, time.perf_counter() - begin)
     notes = [*size.notes, *what_was_found(tail, apart, size.size), *said]
     if reading is None:
@@ -89,8 +89,8 @@ def recover_through_convolutions(
     if known is not None and known != found:
         raise GradientMismatchError(f"labels {known} were given; the gradient is that of {found}")
     head = reading.head
-    descent = descend_jointly(chain, evidence, head.x, head.dx, below=below, virtual_constraints=virtual_constraints)
-    return _judge(chain, evidence, loss, reading, descent, pixel_range, reports, notes, device, virtual_constraints)
+    descent = descend_jointly(chain, received, head.x, head.dx, below=below, virtual_constraints=virtual_constraints)
+    return _judge(chain, received, loss, reading, descent, pixel_range, reports, notes, device, virtual_constraints)
 
 
 def _check_convolutions(layers: Sequence[Layer]) -> None:
@@ -123,9 +123,9 @@ def _nothing(chain, apart, size, reports, notes, device) -> Reconstruction:
 
 def _judge(
     chain: Chain,
-    evidence: Evidence,
+    received: SharedGradient,
     loss: str,
-    reading: Reading,
+    reading: Start,
     descent: Descent,
     pixel_range: tuple[float, float],
     reports: tuple[LayerReport, ...],
@@ -139,7 +139,7 @@ def _judge(
     if torch.isfinite(images).all():
         images = agree(chain, images, descent.layer_inputs, first_dense(chain))
     width = pixel_range[1] - pixel_range[0]
-    slack = (width if math.isfinite(width) else 1.0) * min(evidence.tolerance, 0.1)
+    slack = (width if math.isfinite(width) else 1.0) * min(received.tolerance, 0.1)
 
     def candidate(image: Tensor, label: Tensor, inputs: dict[str, Tensor]) -> Candidate:
         inside = bool((image >= pixel_range[0] - slack).all() and (image <= pixel_range[1] + slack).all())
@@ -154,11 +154,11 @@ def _judge(
         ]
         each.append(sorted(found, key=lambda one: (not one.in_pixel_range, one.images.abs().max().item())))
     joint = torch.cat([found[0].images for found in each])
-    residual, allowed = math.inf, Allowance(evidence.tolerance)
+    residual, allowed = math.inf, ExpectedResidual(received.tolerance)
     if torch.isfinite(joint).all():
-        residual = joint_residual(chain, evidence, joint, reading.labels, loss, len(joint))
+        residual = joint_residual(chain, received, joint, reading.labels, loss, len(joint))
         options = {"virtual_constraints": virtual_constraints}
-        allowed = allow_for_noise(chain, evidence, loss, reading, descent, images, residual, **options)
+        allowed = residual_under_noise(chain, received, loss, reading, descent, images, residual, **options)
     inputs = {name: torch.cat([found[0].layer_inputs[name] for found in each]) for name in descent.layer_inputs}
     weighed = {"gradient_residual": residual, "residual_allowed": allowed.residual, "predicted_error": allowed.error}
     whole = replace(candidate(joint, reading.labels, inputs), **weighed)
@@ -183,7 +183,7 @@ def _verdict(candidates: list[Candidate], sharp: float) -> str:
     return "ambiguous" if inside > 1 or (len(candidates) > 1 and not inside) else "exact"
 
 
-def _what_was_solved(descent: Descent, residual: float, allowed: Allowance) -> list[str]:
+def _what_was_solved(descent: Descent, residual: float, allowed: ExpectedResidual) -> list[str]:
     notes = []
     short = [f"{r.name!r} by {r.deficit}" for r in descent.reports if r.deficit]
     if short and not descent.open_layers:

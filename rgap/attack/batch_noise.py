@@ -25,16 +25,16 @@ from rgap.network.chain import Chain
 from rgap.noise import entry_noise
 from rgap.separation.batch_size import first_dense
 from rgap.separation.joint_softmax import fit_and_refit
-from rgap.separation.read import Reading
+from rgap.separation.read import Start
 from rgap.separation.refine import refine_head
-from rgap.shared_gradient import Evidence
+from rgap.shared_gradient import SharedGradient
 
 MOST = 0.05
 """Residual from which noise is no excuse and nothing is tried out."""
 
 
 @dataclass(frozen=True)
-class Allowance:
+class ExpectedResidual:
     """What a right candidate may miss.
 
     Attributes:
@@ -46,22 +46,22 @@ class Allowance:
     error: float | None = None
 
 
-def allow_for_noise(
+def residual_under_noise(
     chain: Chain,
-    evidence: Evidence,
+    received: SharedGradient,
     loss: str,
-    reading: Reading,
+    reading: Start,
     descent: Descent,
     images: Tensor,
     residual: float,
     *,
     virtual_constraints: bool,
-) -> Allowance:
+) -> ExpectedResidual:
     """How much of a candidate's residual the gradient's own noise explains.
 
     Args:
         chain: The prepared network.
-        evidence: The gradients.
+        received: The gradients.
         loss: A name in `rgap.client.LOSSES`.
         reading: The head's hypothesis.
         descent: Down to the images.
@@ -70,37 +70,37 @@ def allow_for_noise(
         virtual_constraints: As for the attack.
 
     Returns:
-        An `Allowance`; the format's tolerance alone where the residual is below it or beyond `MOST`, or where layers
+        An `ExpectedResidual`; the format's tolerance alone where the residual is below it or beyond `MOST`, or where layers
         are left open.
     """
-    if not evidence.tolerance < residual < MOST or descent.open_layers:
-        return Allowance(evidence.tolerance)
+    if not received.tolerance < residual < MOST or descent.open_layers:
+        return ExpectedResidual(received.tolerance)
     below = first_dense(chain)
-    noisy = replace(evidence, gradients=_as_shared(chain, evidence, images, reading.labels, loss))
+    noisy = replace(received, gradients=_as_shared(chain, received, images, reading.labels, loss))
     start = descent.layer_inputs[chain.layers[below].name].flatten(1)
     fit = fit_and_refit if loss == "cross_entropy" else partial(refine_head, loss=loss)
     head = fit(chain.layers[below:], noisy.gradients, start, reading.labels)
     again = descend_jointly(chain, noisy, head.x, head.dx, below=below, virtual_constraints=virtual_constraints)
     moved = again.layer_inputs[chain.layers[0].name].reshape(images.shape)
     if again.open_layers or not torch.isfinite(moved).all():
-        return Allowance(evidence.tolerance, math.inf)
+        return ExpectedResidual(received.tolerance, math.inf)
     moved = agree(chain, moved, again.layer_inputs, below)
     expected = joint_residual(chain, noisy, moved, reading.labels, loss, len(moved))
     error = (moved - images).flatten(1).square().mean(1).sqrt().max().item()
-    return Allowance(max(evidence.tolerance, min(EXPLAINED * expected, MOST)), error)
+    return ExpectedResidual(max(received.tolerance, min(EXPLAINED * expected, MOST)), error)
 
 
-def _as_shared(chain: Chain, evidence: Evidence, images: Tensor, labels: Tensor, loss: str) -> dict[str, Tensor]:
+def _as_shared(chain: Chain, received: SharedGradient, images: Tensor, labels: Tensor, loss: str) -> dict[str, Tensor]:
     """The gradient that a client with these images would share: in the arithmetic that the shared one shows, and noisy.
 
     Errors of a client's own forward and backward pass are no white noise on the gradient, and are amplified more.
     """
-    single = all(torch.equal(g.float().double(), g) for g in evidence.gradients.values())
+    single = all(torch.equal(g.float().double(), g) for g in received.gradients.values())
     dtype = torch.float32 if single else torch.float64
     parameters = {name: p.to(dtype) for name, p in chain.parameters.items()}
     found = gradients_of(chain.model, parameters, images.to(dtype), labels, loss)
     found = {name: g.to("cpu", torch.float64) for name, g in found.items()}
-    if evidence.precision <= 2 * torch.finfo(dtype).eps:
+    if received.precision <= 2 * torch.finfo(dtype).eps:
         return found
-    noise = draw_noise(entry_noise(evidence.gradients, known=evidence.known))
+    noise = draw_noise(entry_noise(received.gradients, known=received.known))
     return {name: g + noise[name] for name, g in found.items()}

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from rgap.attack.arguments import check_separable, checked_batch_labels
 from rgap.client import gradients_of
+from rgap.equations.rank_laws import SPARE_UNITS
 from rgap.network.chain import Chain, Layer
 from rgap.results import VERDICTS, Candidate, GradientMismatchError, LayerReport, Reconstruction
 from rgap.separation.batch_size import BatchSize
-from rgap.separation.margins import SPARE
 from rgap.separation.scales import output_gradients, scale_hypotheses, share_residual
 from rgap.separation.separate import Separation, separate
-from rgap.shared_gradient import Evidence
+from rgap.shared_gradient import SharedGradient
 
 
 def recover_batch(
     chain: Chain,
-    evidence: Evidence,
+    received: SharedGradient,
     size: BatchSize,
     loss: str,
     *,
@@ -39,7 +39,7 @@ def recover_batch(
 
     Args:
         chain: The prepared network, fully connected layers only.
-        evidence: The gradients.
+        received: The gradients.
         size: How many images.
         loss: "logistic" or "cross_entropy".
         labels: Labels if they are known, in any order: compared with those found.
@@ -57,10 +57,10 @@ def recover_batch(
     check_separable(chain.layers, loss)
     known = checked_batch_labels(labels, size.size)
     begin = time.perf_counter()
-    apart = separate(*chain.layers[:2], evidence.gradients, precision=evidence.precision, seed=seed, span=size.span)
+    apart = separate(*chain.layers[:2], received.gradients, precision=received.precision, seed=seed, span=size.span)
     seconds = time.perf_counter() - begin
     complete = len(apart.inputs) == apart.first.rank
-    c, f = output_gradients(chain.layers, evidence.gradients, apart.inputs, apart.dz, complete=complete)
+    c, f = output_gradients(chain.layers, received.gradients, apart.inputs, apart.dz, complete=complete)
     notes = [*size.notes, *what_was_found(chain.layers, apart, size.size)]
     reports, images = head_reports(chain.layers, apart, size.size, seconds), []
     for x, f_b, c_b in zip(apart.inputs, f, size.size * c, strict=True):
@@ -69,10 +69,10 @@ def recover_batch(
         # Where no scale fits, the direction is still right: shown as large as the pixel range allows.
         found = found or [(int(c_b.argmin()) if len(c_b) > 1 else int(c_b[0] < 0), 1.0 / x.abs().max().item())]
         each = [
-            _candidate(chain, evidence, x, h, share_residual(loss, f_b, c_b, *h), pixel_range, reports) for h in found
+            _candidate(chain, received, x, h, share_residual(loss, f_b, c_b, *h), pixel_range, reports) for h in found
         ]
         images.append(sorted(each, key=lambda one: (not one.in_pixel_range, one.images.abs().max().item())))
-    return _judge(chain, evidence, loss, size.size, apart, images, reports, notes, known, device)
+    return _judge(chain, received, loss, size.size, apart, images, reports, notes, known, device)
 
 
 def what_was_found(layers: Sequence[Layer], apart: Separation, size: int) -> list[str]:
@@ -90,10 +90,10 @@ def what_was_found(layers: Sequence[Layer], apart: Separation, size: int) -> lis
             f"the gradient of {layers[1].name!r} has rank {apart.second.rank}, below {rank} of the layer before: {why}"
         )
     units = layers[0].output_shape[0]
-    if rank + apart.second.rank + SPARE > units:
+    if rank + apart.second.rank + SPARE_UNITS > units:
         notes.append(
             f"layer {layers[0].name!r} has {units} units, too few for a batch of this size: "
-            f"the ranks {rank} and {apart.second.rank} need {rank + apart.second.rank + SPARE}"
+            f"the ranks {rank} and {apart.second.rank} need {rank + apart.second.rank + SPARE_UNITS}"
         )
     if count < rank:
         notes.append(f"{rank - count} that the gradient holds were not found")
@@ -125,7 +125,7 @@ def head_reports(layers: Sequence[Layer], apart: Separation, size: int, seconds:
 
 def _candidate(
     chain: Chain,
-    evidence: Evidence,
+    received: SharedGradient,
     x: Tensor,
     hypothesis: tuple[int, float],
     residual: float,
@@ -135,41 +135,43 @@ def _candidate(
     label, alpha = hypothesis
     image = alpha * x.reshape(1, *chain.image_shape)
     width = pixel_range[1] - pixel_range[0]
-    slack = (width if math.isfinite(width) else 1.0) * min(evidence.tolerance, 0.1)
+    slack = (width if math.isfinite(width) else 1.0) * min(received.tolerance, 0.1)
     inside = bool((image >= pixel_range[0] - slack).all() and (image <= pixel_range[1] + slack).all())
     return Candidate(image, torch.tensor([label]), residual, inside, chain.layer_inputs(image), reports)
 
 
-def joint_residual(chain: Chain, evidence: Evidence, joint: Tensor, labels: Tensor, loss: str, size: int) -> float:
+def joint_residual(
+    chain: Chain, received: SharedGradient, joint: Tensor, labels: Tensor, loss: str, size: int
+) -> float:
     """Largest over the tensors of ‖g′ − g‖ / ‖g‖; images that were not found give nothing to g′."""
     mine = gradients_of(chain.model, chain.parameters, joint, labels, loss)
     if not len(joint):
         return 1.0
     share = len(joint) / size
-    largest = max(g.norm().item() for g in evidence.gradients.values())
+    largest = max(g.norm().item() for g in received.gradients.values())
     return max(
         ((share * mine[name].cpu() - g).norm() / (g.norm() if g.any() else largest)).item()
-        for name, g in evidence.gradients.items()
+        for name, g in received.gradients.items()
     )
 
 
-def _judge(chain, evidence, loss, size, apart, images, reports, notes, known, device) -> Reconstruction:
+def _judge(chain, received, loss, size, apart, images, reports, notes, known, device) -> Reconstruction:
     """The joint candidate from the best hypothesis of each image, and the verdicts."""
     none = torch.zeros(0, *chain.image_shape, dtype=torch.float64)
     joint = torch.cat([none, *(one[0].images for one in images)])
     labels = torch.cat([torch.zeros(0, dtype=torch.int64), *(one[0].labels for one in images)])
     if known is not None and len(images) == size and known != sorted(labels.tolist()):
         raise GradientMismatchError(f"labels {known} were given; the gradient is that of {sorted(labels.tolist())}")
-    residual = joint_residual(chain, evidence, joint, labels, loss, size)
+    residual = joint_residual(chain, received, joint, labels, loss, size)
     # Without a bias a single output fixes a scale by the batch size alone, which the rank then does not confirm.
     unconfirmed = apart.first.rank < size and chain.homogeneous and chain.layers[-1].output_shape[0] == 1
-    verdicts = ["rank-deficient" if unconfirmed else _verdict(each, evidence.tolerance) for each in images]
+    verdicts = ["rank-deficient" if unconfirmed else _verdict(each, received.tolerance) for each in images]
     notes = [*notes, *what_was_chosen(images, verdicts)]
     if apart.first.rank < size or (len(images) < size and apart.second.rank < size):
         top = "rank-deficient"
-    elif len(images) < size or residual > evidence.tolerance:
+    elif len(images) < size or residual > received.tolerance:
         top = "inconsistent"
-        notes.append(f"what was found misses the gradient by {residual:.2g}; {evidence.tolerance:.2g} is allowed")
+        notes.append(f"what was found misses the gradient by {residual:.2g}; {received.tolerance:.2g} is allowed")
     else:
         top = min(verdicts, key=VERDICTS.index)
     inputs = chain.layer_inputs(joint)

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgap.attack.propagation import Probe, carry
-from rgap.attack.signs import Slopes, decide_slopes
+from rgap.attack.propagation import NoiseProbe, propagate
+from rgap.attack.signs import Slopes, decide_activation_pattern
 from rgap.equations.blocks import bias_residual, identity_residual, split_groups
 from rgap.equations.solution import LayerSolution
 from rgap.equations.solve import solve_layer
 from rgap.head.read import Hypothesis
+from rgap.linalg import rms
 from rgap.network.chain import Chain, Layer
-from rgap.noise import rms
 from rgap.results import LayerReport
-from rgap.shared_gradient import Evidence
+from rgap.shared_gradient import SharedGradient
 from rgap.virtual.closure import VirtualSolution, solve_virtual
-from rgap.virtual.inference import Open
+from rgap.virtual.inference import DeficientLayer
 from rgap.virtual.linearisation import flattened
 from rgap.virtual.previous import previous_factors, smooth_image_rows
 
@@ -60,16 +60,16 @@ class Descent:
     open_layers: tuple[str, ...] = ()
     beliefs: Mapping[str, Tensor] = field(default_factory=dict)
     misfits: tuple[float, ...] = ()
-    probe: Probe | None = None
+    probe: NoiseProbe | None = None
     positive: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def descend(
     chain: Chain,
-    evidence: Evidence,
+    received: SharedGradient,
     start: Hypothesis,
     *,
-    probe: Probe | None = None,
+    probe: NoiseProbe | None = None,
     virtual_constraints: bool = True,
     give_up: float = math.inf,
 ) -> Descent:
@@ -77,7 +77,7 @@ def descend(
 
     Args:
         chain: The prepared network.
-        evidence: The gradients, their precision and the cutoff.
+        received: The gradients, their precision and the cutoff.
         start: The head's hypothesis.
         probe: A draw of the noise and what it makes of the hypothesis, to predict errors and to decide signs.
         virtual_constraints: Whether the layer before may close the deficit of a rank-deficient layer.
@@ -96,30 +96,30 @@ def descend(
     misfits: list[float] = []
     for i in reversed(range(len(chain.layers) - 1)):
         layer, begin = chain.layers[i], time.perf_counter()
-        heard = not layer.is_fixed and layer.weight_name not in evidence.lost
-        G = layer.gradient(evidence.gradients) if heard else torch.zeros_like(layer.weight)
+        has_gradient = not layer.is_fixed and layer.weight_name not in received.underflowed
+        G = layer.gradient(received.gradients) if has_gradient else torch.zeros_like(layer.weight)
         x, dx = x.reshape(layer.output_shape), dx.reshape(layer.output_shape)
-        z, known = layer.activation.invert(x, _accuracy(reports[-1], evidence))
-        slopes = _slopes(layer, G, x, dx, probe) if heard and probe is not None else None
+        z, known = layer.activation.invert(x, _accuracy(reports[-1], received))
+        slopes = _slopes(layer, G, x, dx, probe) if has_gradient and probe is not None else None
         dz = (layer.activation.derivative(z) if slopes is None else slopes.values) * dx
         if slopes is not None or _has_kink(layer):
             positive[layer.name] = z > 0 if slopes is None else slopes.positive
-        if heard:
-            mismatch = max(mismatch, _identities(layer, evidence, G, dz, z, known))
+        if has_gradient:
+            mismatch = max(mismatch, _identities(layer, received, G, dz, z, known))
         if mismatch > give_up:
             return Descent(inputs, tuple(reports), mismatch, False)
-        limits = {"rcond": evidence.rcond, "precision": evidence.precision}
-        solution = solve_layer(layer, G, dz if heard else 0 * dz, z, known=known, **limits)
+        limits = {"rcond": received.rcond, "precision": received.precision}
+        solution = solve_layer(layer, G, dz if has_gradient else 0 * dz, z, known=known, **limits)
         misfits += [] if solution.noise_std is None else [solution.noise_std]
         if probe is not None:
-            probe = carry(layer, probe, solution, x, dx, z, dz, slopes)
+            probe = propagate(layer, probe, solution, x, dx, z, dz, slopes)
             solution = replace(solution, report=replace(solution.report, predicted_error=probe.error))
         x, dx, report = solution.x, layer.adjoint(dz), solution.report
         if known is not None:
             report = replace(report, saturated=int((~known).sum()))
         if report.deficit:
             before = chain.layers[i - 1] if i and virtual_constraints else None
-            closed = None if before is None else _by_previous(before, evidence, solution, z, dx)
+            closed = None if before is None else _by_previous(before, received, solution, z, dx)
             if closed is not None:
                 beliefs[layer.name] = torch.from_numpy(closed.beliefs)
                 x, report, probe = _closed(solution, closed, report, probe)
@@ -129,25 +129,27 @@ def descend(
     return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open), beliefs, tuple(misfits), probe, positive)
 
 
-def _slopes(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, probe: Probe) -> Slopes | None:
+def _slopes(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, probe: NoiseProbe) -> Slopes | None:
     """The decided slopes of a layer with a kink, None of others."""
-    return decide_slopes(layer, G, x, dx, probe.error, rms(layer.gradient(probe.noise)).item())
+    return decide_activation_pattern(layer, G, x, dx, probe.error, rms(layer.gradient(probe.noise)).item())
 
 
-def _accuracy(report: LayerReport, evidence: Evidence) -> float:
+def _accuracy(report: LayerReport, received: SharedGradient) -> float:
     """Error of a layer's recovered input relative to its size, roughly: what rounding makes of its condition number."""
     condition = report.condition if report.condition and math.isfinite(report.condition) else 1.0
-    return min(AMPLIFIED * condition * max(evidence.precision, ROUNDING), 1e-3)
+    return min(AMPLIFIED * condition * max(received.precision, ROUNDING), 1e-3)
 
 
-def _identities(layer: Layer, evidence: Evidence, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None) -> float:
+def _identities(
+    layer: Layer, received: SharedGradient, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None
+) -> float:
     """The largest identity residual of the layer's groups and of its bias."""
     parts = split_groups(layer)
     chunks = zip(parts, *(t.chunk(len(parts)) for t in (G, dz, z)), strict=True)
     found = max(identity_residual(*chunk, known) for chunk in chunks)
-    if layer.bias_name is None or layer.bias_name in evidence.lost:
+    if layer.bias_name is None or layer.bias_name in received.underflowed:
         return found
-    return max(found, bias_residual(layer, evidence.gradients[layer.bias_name], dz))
+    return max(found, bias_residual(layer, received.gradients[layer.bias_name], dz))
 
 
 def _has_kink(layer: Layer) -> bool:
@@ -156,8 +158,8 @@ def _has_kink(layer: Layer) -> bool:
 
 
 def _closed(
-    solution: LayerSolution, closed: VirtualSolution, report: LayerReport, probe: Probe | None
-) -> tuple[Tensor, LayerReport, Probe | None]:
+    solution: LayerSolution, closed: VirtualSolution, report: LayerReport, probe: NoiseProbe | None
+) -> tuple[Tensor, LayerReport, NoiseProbe | None]:
     """A deficient layer's input as the layer before has closed it; its error joins the probe's."""
     x = torch.from_numpy(closed.x).reshape(solution.x.shape)
     if probe is not None:
@@ -169,7 +171,7 @@ def _closed(
 
 
 def _by_previous(
-    before: Layer, evidence: Evidence, solution: LayerSolution, z: Tensor, dx: Tensor
+    before: Layer, received: SharedGradient, solution: LayerSolution, z: Tensor, dx: Tensor
 ) -> VirtualSolution | None:
     """Closes a deficient layer's null space by the layer before; None where that has no factors or forgets z."""
     if solution.null_basis is None:
@@ -177,14 +179,14 @@ def _by_previous(
     factors = previous_factors(before) if before.activation.one_to_one else None
     if factors is None:
         return None
-    noise = AMPLIFIED * max(evidence.precision, 1e-13)
-    problem = Open(
+    noise = AMPLIFIED * max(received.precision, 1e-13)
+    problem = DeficientLayer(
         x=solution.x.flatten().numpy(),
         N=torch.cat([solution.null_basis, solution.weak_basis], 1).numpy(),
         known=(noise * z.square().mean().sqrt() * solution.weak_gain).numpy(),
         activation=flattened(before.activation, before.output_shape),
         previous=factors,
-        G=before.gradient(evidence.gradients).numpy(),
+        G=before.gradient(received.gradients).numpy(),
         dx=dx.reshape(before.output_shape).numpy(),
         noise=noise,
     )

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from rgap.attack.descent import Descent
 from rgap.attack.joint_signs import settle_signs
-from rgap.equations.blocks import identity_residual, split_groups
+from rgap.equations.blocks import joint_identities
 from rgap.equations.joint import JointSolution, solve_joint
+from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
 from rgap.network.chain import Chain, Layer
-from rgap.separation.margins import SURPLUS
-from rgap.shared_gradient import Evidence
+from rgap.shared_gradient import SharedGradient
 from rgap.virtual.range import RangeSolution, close_by_range, range_factor
 
 BLURRED = 1e-5
@@ -28,13 +28,13 @@ LEAST = 1e-8
 
 
 def descend_jointly(
-    chain: Chain, evidence: Evidence, x: Tensor, dx: Tensor, *, below: int, virtual_constraints: bool = True
+    chain: Chain, received: SharedGradient, x: Tensor, dx: Tensor, *, below: int, virtual_constraints: bool = True
 ) -> Descent:
     """Recovers the inputs of every layer below a place at which each image is known by itself.
 
     Args:
         chain: The prepared network.
-        evidence: The gradients of the mean loss, their precision and the cutoff.
+        received: The gradients of the mean loss, their precision and the cutoff.
         x: Input of layer `below` of every image, (B, …).
         dx: Gradient of the mean loss by it, (B, …).
         below: Index in `chain.layers`; the layers before it are solved.
@@ -48,17 +48,17 @@ def descend_jointly(
     reports, left_open, mismatch = [], [], 0.0
     for i in reversed(range(below)):
         layer, begin = chain.layers[i], time.perf_counter()
-        G = torch.zeros_like(layer.weight) if layer.is_fixed else layer.gradient(evidence.gradients)
+        G = torch.zeros_like(layer.weight) if layer.is_fixed else layer.gradient(received.gradients)
         x, dx = (t.reshape(len(x), *layer.output_shape) for t in (x, dx))
         if not layer.is_fixed:
-            x = settle_signs(layer, G, x, dx, doubt=max(DOUBT * evidence.precision, LEAST))
+            x = settle_signs(layer, G, x, dx, doubt=max(DOUBT * received.precision, LEAST))
         inputs[chain.layers[i + 1].name] = x.reshape(len(x), *chain.layers[i + 1].feature_shape)
         z = layer.activation.inverse(x)
         dz = layer.activation.derivative(z) * dx
         mismatch = mismatch if layer.is_fixed else max(mismatch, joint_identities(layer, G, dz, z))
-        solution = solve_joint(layer, G, dz, z, rcond=evidence.rcond)
+        solution = solve_joint(layer, G, dz, z, rcond=received.rcond)
         x, dx, report = solution.x, layer.adjoint(dz), solution.report
-        closed = _close(chain.layers[i - 1], evidence, solution) if i and virtual_constraints else None
+        closed = _close(chain.layers[i - 1], received, solution) if i and virtual_constraints else None
         if closed is not None and (closed.certified or report.deficit):
             x = closed.x.reshape(x.shape)
             report = replace(report, virtual_constraints=closed.equations, iterations=closed.iterations,
@@ -70,34 +70,16 @@ def descend_jointly(
     return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open))
 
 
-def joint_identities(layer: Layer, G: Tensor, dz: Tensor, z: Tensor) -> float:
-    """How badly all images' (z, δz) together fit a layer's gradient: Σ_b ⟨δz_b[o], z_b[o′] − b[o′]⟩ = ⟨G[o], W[o′]⟩.
-
-    Args:
-        layer: The layer.
-        G: Gradient by the weight, shaped as the weight.
-        dz: (B, O, H′, W′).
-        z: (B, O, H′, W′).
-
-    Returns:
-        The largest relative residual of the layer's groups.
-    """
-    parts = [replace(part, bias=None, shift=None) for part in split_groups(layer)]
-    stacked = (t.transpose(0, 1).flatten(2) for t in (dz, z - layer.pre_bias()))
-    chunks = zip(parts, *(t.chunk(len(parts)) for t in (G, *stacked)), strict=True)
-    return max(identity_residual(*chunk) for chunk in chunks)
-
-
-def _close(before: Layer, evidence: Evidence, solution: JointSolution) -> RangeSolution | None:
+def _close(before: Layer, received: SharedGradient, solution: JointSolution) -> RangeSolution | None:
     """Joins the range constraints of the layer before where they are needed and there are any."""
     report, system = solution.report, solution.systems[0]
-    blurred = evidence.precision * (report.condition or 1.0) > BLURRED
+    blurred = received.precision * (report.condition or 1.0) > BLURRED
     if before.is_fixed or len(solution.systems) > 1 or system is None or not (report.deficit or blurred):
         return None
     factor = range_factor(before)
-    if factor is None or len(solution.x) * factor.basis.shape[1] < report.deficit + SURPLUS:
+    if factor is None or len(solution.x) * factor.basis.shape[1] < report.deficit + CERTIFICATE_SURPLUS:
         return None
-    precision = max(evidence.precision, 1e-13)
+    precision = max(received.precision, 1e-13)
     return close_by_range(
-        before, factor, system, solution.x, deficit=report.deficit, precision=precision, rcond=evidence.rcond
+        before, factor, system, solution.x, deficit=report.deficit, precision=precision, rcond=received.rcond
     )

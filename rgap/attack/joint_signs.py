@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rgap.attack.signs import with_signs
+from rgap.attack.signs import project_to_pattern
 from rgap.network.chain import Chain, Layer
 
 GAIN = 0.7
@@ -90,5 +90,5 @@ def agree(chain: Chain, images: Tensor, inputs: Mapping[str, Tensor], below: int
             z = layer.apply(x) + layer.pre_bias()
             positive[layer.name] = z > 0
             x = layer.activation.forward(z)
-        moved.append(with_signs(layers, image, positive, MOST))
+        moved.append(project_to_pattern(layers, image, positive, MOST))
     return torch.cat(moved)

@@ -21,7 +21,7 @@ from rgap.network.layer import Layer
 
 
 @dataclass(frozen=True)
-class Probe:
+class NoiseProbe:
     """One draw of the noise, and what it makes of a layer's output.
 
     Attributes:
@@ -56,7 +56,7 @@ def start_probe(
     start: Hypothesis,
     read: Callable[[Mapping[str, Tensor]], Sequence[Hypothesis]],
     seed: int = 1,
-) -> Probe:
+) -> NoiseProbe:
     """Reads the head once more with a draw of the noise on the gradients.
 
     Args:
@@ -72,13 +72,13 @@ def start_probe(
     other = min(found, key=lambda h: (h.x - start.x).norm().item(), default=start)
     scale = 1 + start.rounding * torch.randn((), generator=generator, dtype=start.x.dtype)
     dz_change = other.dz * scale - start.dz
-    return Probe(other.x / scale - start.x, head.adjoint(dz_change[:, None, None]), noise, generator)
+    return NoiseProbe(other.x / scale - start.x, head.adjoint(dz_change[:, None, None]), noise, generator)
 
 
-def carry(
-    layer: Layer, probe: Probe, solution: LayerSolution, x: Tensor, dx: Tensor, z: Tensor, dz: Tensor,
+def propagate(
+    layer: Layer, probe: NoiseProbe, solution: LayerSolution, x: Tensor, dx: Tensor, z: Tensor, dz: Tensor,
     slopes: Slopes | None,
-) -> Probe:  # fmt: skip
+) -> NoiseProbe:  # fmt: skip
     """Takes a probe through one layer.
 
     Args:
@@ -104,4 +104,4 @@ def carry(
     rest = torch.zeros_like(layer.weight)
     if not layer.is_fixed:
         rest = layer.gradient(probe.noise) - layer.weight_gradient(solution.x, dz_change)
-    return Probe(solution.respond(rest, changed - z), layer.adjoint(dz_change), probe.noise, probe.generator)
+    return NoiseProbe(solution.sensitivity(rest, changed - z), layer.adjoint(dz_change), probe.noise, probe.generator)

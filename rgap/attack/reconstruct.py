@@ -21,7 +21,7 @@ from rgap.network.chain import Chain
 from rgap.noise import entry_noise
 from rgap.results import GradientMismatchError, Reconstruction
 from rgap.separation.batch_size import find_batch_size, first_dense
-from rgap.shared_gradient import Evidence, weigh
+from rgap.shared_gradient import SharedGradient, receive
 
 UNKNOWN = 3.0
 """Times the noise that was known of from which what surplus equations betray is believed."""
@@ -75,27 +75,27 @@ def reconstruct(
     check_arguments(chain, loss, batch_size, pixel_range, rcond, noise_std)
     head = chain.layers[-1]
     known = checked_labels(labels, loss, head.output_shape[0]) if batch_size == 1 else None
-    evidence = weigh(chain, gradients, rcond, noise_std)
+    received = receive(chain, gradients, rcond, noise_std)
     found_size: tuple[str, ...] = ()
     if batch_size != 1:
-        size = find_batch_size(chain, evidence, batch_size)
+        size = find_batch_size(chain, received, batch_size)
         if size.size != 1:
             options = {"labels": labels, "pixel_range": pixel_range, "seed": seed, "device": device}
             if first_dense(chain):
                 options["virtual_constraints"] = virtual_constraints
-                return recover_through_convolutions(chain, evidence, size, loss, **options)
-            return recover_batch(chain, evidence, size, loss, **options)
+                return recover_through_convolutions(chain, received, size, loss, **options)
+            return recover_batch(chain, received, size, loss, **options)
         known, found_size = checked_labels(labels, loss, head.output_shape[0]), size.notes
-    reading = read_head(loss, head, evidence, known)
+    reading = read_head(loss, head, received, known)
     hypotheses = list(reading.hypotheses)
-    evidence = replace(evidence, rounding=max(h.rounding for h in hypotheses))
-    stds = _entry_noise(chain, evidence.gradients, noise_std, evidence.known)
-    attack = _Attack(chain, evidence, stds, loss, virtual_constraints)
+    received = replace(received, rounding=max(h.rounding for h in hypotheses))
+    stds = _entry_noise(chain, received.gradients, noise_std, received.known)
+    attack = _Attack(chain, received, stds, loss, virtual_constraints)
     descents, refuted = _follow(attack, hypotheses)
     if noise_std is None:
         attack, descents, refuted = _with_noise_found(attack, hypotheses, descents, refuted, rcond)
-    notes = [*found_size, *evidence.notes, *reading.notes, *refuted]
-    candidates = [make_candidate(chain, attack.evidence, attack.stds, h, d, loss, pixel_range) for h, d in descents]
+    notes = [*found_size, *received.notes, *reading.notes, *refuted]
+    candidates = [make_candidate(chain, attack.received, attack.stds, h, d, loss, pixel_range) for h, d in descents]
     return judge(candidates, notes, pixel_range, device)
 
 
@@ -104,7 +104,7 @@ class _Attack:
     """What stays the same for every hypothesis."""
 
     chain: Chain
-    evidence: Evidence
+    received: SharedGradient
     stds: Mapping[str, Tensor]  # standard deviation of every gradient entry's error
     loss: str
     virtual_constraints: bool
@@ -117,17 +117,17 @@ class _Attack:
     def read(self, gradients: Mapping[str, Tensor], label: int) -> Sequence[Hypothesis]:
         """The head's hypotheses for other gradients."""
         try:
-            evidence = replace(self.evidence, gradients=dict(gradients))
-            return read_head(self.loss, self.chain.layers[-1], evidence, label).hypotheses
+            received = replace(self.received, gradients=dict(gradients))
+            return read_head(self.loss, self.chain.layers[-1], received, label).hypotheses
         except GradientMismatchError:  # with so much noise the label may look like another
             return ()
 
     def descend(self, hypothesis: Hypothesis, give_up: float) -> Descent:
         """Follows one hypothesis."""
         read = partial(self.read, label=hypothesis.label)
-        probe = start_probe(self.chain.layers[-1], self.evidence.gradients, self.noise, hypothesis, read)
+        probe = start_probe(self.chain.layers[-1], self.received.gradients, self.noise, hypothesis, read)
         options = {"virtual_constraints": self.virtual_constraints, "give_up": give_up}
-        return descend(self.chain, self.evidence, hypothesis, probe=probe, **options)
+        return descend(self.chain, self.received, hypothesis, probe=probe, **options)
 
 
 def _entry_noise(
@@ -144,9 +144,9 @@ def _with_noise_found(attack: _Attack, hypotheses: list[Hypothesis], descents: l
     known = max(std.norm().item() / std.numel() ** 0.5 for std in attack.stds.values())
     if found <= UNKNOWN * known:
         return attack, descents, refuted
-    gradients = attack.evidence.gradients
-    evidence = replace(weigh(attack.chain, gradients, rcond, found), lost=attack.evidence.lost)
-    noisy = replace(attack, evidence=evidence, stds=_entry_noise(attack.chain, gradients, found))
+    gradients = attack.received.gradients
+    received = replace(receive(attack.chain, gradients, rcond, found), underflowed=attack.received.underflowed)
+    noisy = replace(attack, received=received, stds=_entry_noise(attack.chain, gradients, found))
     again, others = _follow(noisy, hypotheses)
     if not any(d.mismatch <= REFUTED and max(d.misfits, default=0.0) <= UNKNOWN * found for _, d in again):
         return attack, descents, refuted  # no white noise: the layers contradict each other

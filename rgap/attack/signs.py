@@ -53,7 +53,9 @@ class Slopes:
         return torch.where(turned, 1 + self.negative - self.values, self.values)
 
 
-def decide_slopes(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, spread: float, std: float) -> Slopes | None:
+def decide_activation_pattern(
+    layer: Layer, G: Tensor, x: Tensor, dx: Tensor, spread: float, std: float
+) -> Slopes | None:
     """Decides the signs of the entries of x that are closer to zero than its error.
 
     Args:
@@ -122,7 +124,7 @@ def _turn(
     return values, odds
 
 
-def with_signs(layers: Sequence[Layer], image: Tensor, positive: Mapping[str, Tensor], most: int) -> Tensor:
+def project_to_pattern(layers: Sequence[Layer], image: Tensor, positive: Mapping[str, Tensor], most: int) -> Tensor:
     """Moves an image as little as it takes for its units to lie on the pieces that were decided.
 
     Args:

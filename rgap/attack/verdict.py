@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from rgap.attack.descent import ROUNDING, Descent
-from rgap.attack.propagation import Probe
-from rgap.attack.signs import with_signs
+from rgap.attack.propagation import NoiseProbe
+from rgap.attack.signs import project_to_pattern
 from rgap.client import gradients_of
 from rgap.head.hypothesis import Hypothesis
 from rgap.network.chain import Chain
 from rgap.results import Candidate, Reconstruction
-from rgap.shared_gradient import Evidence
+from rgap.shared_gradient import SharedGradient
 
 EXPLAINED = 5.0
 """Times the predicted error up to which a miss is put down to noise."""
@@ -41,7 +41,7 @@ DROWNED = 0.1
 
 def make_candidate(
     chain: Chain,
-    evidence: Evidence,
+    received: SharedGradient,
     stds: Mapping[str, Tensor],
     hypothesis: Hypothesis,
     descent: Descent,
@@ -52,7 +52,7 @@ def make_candidate(
 
     Args:
         chain: The prepared network.
-        evidence: The gradients.
+        received: The gradients.
         stds: Parameter name -> standard deviation of every entry's error.
         hypothesis: Where the descent started.
         descent: Down to the image.
@@ -62,9 +62,9 @@ def make_candidate(
     name = chain.layers[0].name
     image = descent.layer_inputs[name].reshape(1, *chain.image_shape)
     label = torch.tensor([hypothesis.label])
-    found = _Weighed(math.inf, evidence.tolerance)
+    found = _Weighed(math.inf, received.tolerance)
     if torch.isfinite(image).all():
-        weigh = partial(_weigh, chain, evidence, stds, label, loss, descent.probe)
+        weigh = partial(_weigh, chain, received, stds, label, loss, descent.probe)
         found = weigh(image)
         if found.residual > found.allowed and (moved := _with_decided_signs(chain, descent, image)) is not None:
             image, found = min((image, found), (moved, weigh(moved)), key=lambda pair: pair[1].residual)
@@ -74,7 +74,7 @@ def make_candidate(
         reports = tuple(replace(r, predicted_error=found.excess * r.predicted_error) for r in reports)
     width = pixel_range[1] - pixel_range[0]
     width = width if math.isfinite(width) else 1.0
-    slack = max(width * min(evidence.tolerance, DROWNED), min(EXPLAINED * (error or 0.0), width / 2))
+    slack = max(width * min(received.tolerance, DROWNED), min(EXPLAINED * (error or 0.0), width / 2))
     beyond = max((pixel_range[0] - image).max().item(), (image - pixel_range[1]).max().item())
     inputs = {**descent.layer_inputs, name: image.reshape(descent.layer_inputs[name].shape)}
     return Candidate(
@@ -93,7 +93,7 @@ class _Weighed:
 
 
 def _weigh(
-    chain: Chain, evidence: Evidence, stds: Mapping[str, Tensor], label: Tensor, loss: str, probe: Probe | None,
+    chain: Chain, received: SharedGradient, stds: Mapping[str, Tensor], label: Tensor, loss: str, probe: NoiseProbe | None,
     image: Tensor,
 ) -> _Weighed:  # fmt: skip
     """Computes the image's gradient, and that of the image as the noise may have made it."""
@@ -102,14 +102,14 @@ def _weigh(
         return gradients_of(chain.model, chain.parameters, x, label, loss)
 
     mine = gradients(image)
-    heard = {name: g for name, g in evidence.gradients.items() if name not in evidence.lost}
-    misses = {name: _relative(mine[name], g, heard) for name, g in heard.items()}
+    has_gradient = {name: g for name, g in received.gradients.items() if name not in received.underflowed}
+    misses = {name: _relative(mine[name], g, has_gradient) for name, g in has_gradient.items()}
     residual = max(misses.values())
     if probe is None:
-        return _Weighed(residual, evidence.tolerance)
+        return _Weighed(residual, received.tolerance)
     noisy = gradients(image + probe.x.reshape(image.shape))
-    expected = {name: _relative(noisy[name] + stds[name], mine[name], heard) for name in heard}
-    allowed = max(evidence.tolerance, min(EXPLAINED * max(expected.values()), MOST))
+    expected = {name: _relative(noisy[name] + stds[name], mine[name], has_gradient) for name in has_gradient}
+    allowed = max(received.tolerance, min(EXPLAINED * max(expected.values()), MOST))
     # What is missed by more than the noise that was known of says that there was more of it.
     excess = max(1.0, median(miss / max(expected[name], 1e-300) for name, miss in misses.items()))
     return _Weighed(residual, allowed, excess)
@@ -123,7 +123,7 @@ def _with_decided_signs(chain: Chain, descent: Descent, image: Tensor) -> Tensor
     """
     if descent.probe is None or descent.open_layers:
         return None
-    moved = with_signs(chain.layers[:-1], image, descent.positive, FLIPPED)
+    moved = project_to_pattern(chain.layers[:-1], image, descent.positive, FLIPPED)
     by = (moved - image).square().mean().sqrt().item()
     size = image.square().mean().sqrt().item()
     return moved if 0 < by <= EXPLAINED * max(descent.probe.error, ROUNDING * size) else None

@@ -89,7 +89,7 @@ def hybrid(
                          pixel_range=pixel_range, rcond=rcond, noise_std=noise_std, seed=seed)  # fmt: skip
     first = closed.candidates[0]
     record.note(0, first.gradient_residual**2, first.gradient_residual, first.images)
-    noisy = problem.evidence.precision > ROUNDED
+    noisy = problem.received.precision > ROUNDED
     if closed.verdict in ("exact", "ambiguous") and not noisy:
         return _unchanged(closed, record)
     candidates, notes = [first], list(closed.notes)
@@ -98,7 +98,7 @@ def hybrid(
         notes += said
         candidates.append(_like(first, candidate(problem, image, first.labels)))
     best = min(candidates, key=lambda c: c.gradient_residual)
-    if noisy or best.gradient_residual > max(POOR, problem.evidence.tolerance):
+    if noisy or best.gradient_residual > max(POOR, problem.received.tolerance):
         weight = tv_weight if tv_weight is not None else NOISE_TV * noisy
         refined = _refine(problem, best, steps, weight, record)
         candidates.append(_like(first, candidate(problem, refined, best.labels)))

@@ -42,9 +42,9 @@ def label_choices(problem: Matching, labels: Tensor | Sequence[int] | None) -> l
 
 
 def _from_head(problem: Matching) -> list[int]:
-    *_, last = problem.evidence.gradients.values()
+    *_, last = problem.received.gradients.values()
     bias = last if last.ndim == 1 else None
-    weights = [g for g in problem.evidence.gradients.values() if g.ndim == 2]
+    weights = [g for g in problem.received.gradients.values() if g.ndim == 2]
     G = weights[-1] if weights else last
     outputs = len(G)
     if bias is not None and len(bias) != outputs:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rgap.client import check_loss, loss_value
 from rgap.network.chain import Chain
-from rgap.shared_gradient import Evidence, weigh_gradients
+from rgap.shared_gradient import SharedGradient, receive_gradients
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Matching:
         loss: Name of the loss.
         shape: (B, C, H, W) of the images.
         pixel_range: Smallest and largest value of a pixel.
-        evidence: The gradients in float64, and how far they can be trusted.
+        received: The gradients in float64, and how far they can be trusted.
     """
 
     model: nn.Module
@@ -53,7 +53,7 @@ class Matching:
     loss: str
     shape: tuple[int, int, int, int]
     pixel_range: tuple[float, float]
-    evidence: Evidence
+    received: SharedGradient
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,14 +133,14 @@ def matching(
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype is {dtype}; the optimisers work in torch.float32 or torch.float64")
     named = dict(model.named_parameters())
-    evidence = weigh_gradients(named, gradients, noise_std=noise_std)
+    received = receive_gradients(named, gradients, noise_std=noise_std)
     target = {"device": device, "dtype": dtype}
     values = {name: p.detach().to(**target).requires_grad_() for name, p in named.items()}
-    shared = tuple(g.to(**target) for g in evidence.gradients.values())
+    shared = tuple(g.to(**target) for g in received.gradients.values())
     # Copies, because a network in training mode writes to its buffers.
     buffers = {
         n: b.to(device, dtype if b.is_floating_point() else b.dtype, copy=True) for n, b in model.named_buffers()
     }
     sizes = torch.stack([g.square().sum() for g in shared])
     shape = (batch_size, *image_shape)
-    return Matching(model, values, buffers, shared, sizes, loss, shape, tuple(pixel_range), evidence)
+    return Matching(model, values, buffers, shared, sizes, loss, shape, tuple(pixel_range), received)

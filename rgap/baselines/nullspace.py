@@ -52,8 +52,8 @@ def descend_open(
         if layer.name not in found.open_layers and not notes:
             x = found.layer_inputs[layer.name]
             continue
-        G = problem.evidence.gradients[layer.weight_name].reshape(layer.weight.shape)
-        solution = solve_layer(layer, G, dz, z, rcond=problem.evidence.rcond)
+        G = problem.received.gradients[layer.weight_name].reshape(layer.weight.shape)
+        solution = solve_layer(layer, G, dz, z, rcond=problem.received.rcond)
         x = solution.x
         factors = previous_factors(chain.layers[i - 1]) if i and solution.null_basis is not None else None
         if factors is not None:
@@ -83,7 +83,7 @@ def _fill(
     bias = torch.from_numpy(factors.bias.copy())
     order = torch.from_numpy(np.argsort(factors.order))
     pinv = torch.from_numpy(factors.pinv)
-    G = problem.evidence.gradients[before.weight_name].reshape(before.weight.shape)
+    G = problem.received.gradients[before.weight_name].reshape(before.weight.shape)
     size = (before.activation.inverse(x0) - bias).square().sum()
 
     def below(t: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ def candidate(problem: Matching, images: Tensor, labels: Tensor) -> Candidate:
     residual = problem.match(images.to(problem.device, problem.dtype), labels).residual
     width = problem.low_and_width()[1]
     images = images.detach().to("cpu", torch.float64)
-    slack = width * min(problem.evidence.tolerance, 0.1)
+    slack = width * min(problem.received.tolerance, 0.1)
     inside = bool((images >= problem.pixel_range[0] - slack).all() and (images <= problem.pixel_range[1] + slack).all())
     return Candidate(images, labels.cpu(), residual if math.isfinite(residual) else math.inf, inside)
 
@@ -62,9 +62,9 @@ def outcome(
     """Ranks the candidates by their gradient residual and gives the verdict; the truth has no part in it."""
     ranked = sorted(candidates, key=lambda c: c.gradient_residual)
     best, notes = ranked[0], list(notes)
-    evidence = problem.evidence
-    noisy = evidence.precision > ROUNDED
-    reached = evidence.tolerance if noisy else REACHED * max(evidence.precision, torch.finfo(problem.dtype).eps)
+    received = problem.received
+    noisy = received.precision > ROUNDED
+    reached = received.tolerance if noisy else REACHED * max(received.precision, torch.finfo(problem.dtype).eps)
     consistent = [c for c in ranked if c.gradient_residual <= reached and c.in_pixel_range]
     if best.open_layers:
         verdict = "rank-deficient"

@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import connected_components, maximum_flow
 
 
 @dataclass(frozen=True)
-class Block:
+class AxisBlock:
     """A block of W (its rows are outputs) or of M (taps) along one axis.
 
     Attributes:
@@ -49,8 +49,8 @@ class Axis:
     """
 
     triples: np.ndarray
-    weight: tuple[Block, ...]
-    gradient: tuple[Block, ...]
+    weight: tuple[AxisBlock, ...]
+    gradient: tuple[AxisBlock, ...]
     phase: np.ndarray
     grow: tuple[int, ...]
 
@@ -123,7 +123,7 @@ def _relabel(table: np.ndarray) -> np.ndarray:
     return np.stack([np.unique(column, return_inverse=True)[1] for column in table.T], 1)
 
 
-def _blocks(triples: np.ndarray, row: int) -> Iterator[Block]:
+def _blocks(triples: np.ndarray, row: int) -> Iterator[AxisBlock]:
     """The blocks of W (row = 0) or of M (row = 1) along one axis."""
     block, other = (_labels(triples[:, x], triples[:, 2]) for x in (row, 1 - row))
     for b in np.unique(block):
@@ -137,7 +137,7 @@ def _blocks(triples: np.ndarray, row: int) -> Iterator[Block]:
             classes.append((len(serves), bool(serves.max() == rows), bool(serves.max() == in_class)))
         edges, common = part[:, [row, 2]], math.gcd(rows, pixels)
         matched = matching(edges, pixels // common, rows // common)
-        yield Block(rows, pixels, edges, matched == rows * pixels // common, padded, tuple(classes))
+        yield AxisBlock(rows, pixels, edges, matched == rows * pixels // common, padded, tuple(classes))
 
 
 def matching(edges: np.ndarray, row_size: int, pixel_size: int) -> int:

@@ -29,7 +29,7 @@ SUMS = 4
 
 
 @dataclass(frozen=True)
-class Block:
+class StrideBlock:
     """An independent part of M: the taps and the pixels of one residue of the stride.
 
     Attributes:
@@ -52,12 +52,12 @@ def split_groups(layer: Layer) -> list[Layer]:
     return layer.cached("groups", lambda: _split(layer))
 
 
-def blocks(layer: Layer) -> list[Block]:
+def blocks(layer: Layer) -> list[StrideBlock]:
     """The independent blocks of M; pixels that no tap ever reads belong to none. Made once."""
     return layer.cached("blocks", lambda: _blocks(layer))
 
 
-def gradient_matrix(layer: Layer, block: Block, dz: Tensor) -> Tensor:
+def gradient_matrix(layer: Layer, block: StrideBlock, dz: Tensor) -> Tensor:
     """One block of M.
 
     Args:
@@ -76,7 +76,7 @@ def gradient_matrix(layer: Layer, block: Block, dz: Tensor) -> Tensor:
     return M if layer.before is None else layer.before.adjoint(M.reshape(-1, *layer.before.shape)).flatten(1)
 
 
-def gradient_values(layer: Layer, block: Block, G: Tensor) -> Tensor:
+def gradient_values(layer: Layer, block: StrideBlock, G: Tensor) -> Tensor:
     """The right-hand sides of M's block, one column a channel: (O, C, kh, kw) -> (O·t, C)."""
     return G.flatten(2)[:, :, block.taps].transpose(1, 2).reshape(-1, G.shape[1])
 
@@ -145,6 +145,24 @@ def identity_residual(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, known: Ten
     return (left - right).norm().item() / scale if scale > 0 else 0.0
 
 
+def joint_identities(layer: Layer, G: Tensor, dz: Tensor, z: Tensor) -> float:
+    """How badly all images' (z, δz) together fit a layer's gradient: Σ_b ⟨δz_b[o], z_b[o′] − b[o′]⟩ = ⟨G[o], W[o′]⟩.
+
+    Args:
+        layer: The layer.
+        G: Gradient by the weight, shaped as the weight.
+        dz: (B, O, H′, W′).
+        z: (B, O, H′, W′).
+
+    Returns:
+        The largest relative residual of the layer's groups.
+    """
+    parts = [replace(part, bias=None, shift=None) for part in split_groups(layer)]
+    stacked = (t.transpose(0, 1).flatten(2) for t in (dz, z - layer.pre_bias()))
+    chunks = zip(parts, *(t.chunk(len(parts)) for t in (G, *stacked)), strict=True)
+    return max(identity_residual(*chunk) for chunk in chunks)
+
+
 def _signs(channels: int) -> Tensor:
     """A few sums of all channels with random signs, (SUMS, channels)."""
     generator = torch.Generator().manual_seed(0)
@@ -197,14 +215,14 @@ def _pixels(layer: Layer) -> np.ndarray:
     return pixels.reshape(kernel_height * kernel_width, out_height * out_width)
 
 
-def _blocks(layer: Layer) -> list[Block]:
+def _blocks(layer: Layer) -> list[StrideBlock]:
     pixels = _pixels(layer)
     kernel_height, kernel_width = layer.weight.shape[2:]
     if layer.before is not None:  # it mixes the residues
         size = math.prod(layer.pixels_in)
         columns = np.where(pixels >= 0, pixels, size)
         every = (np.arange(n) for n in (len(pixels), math.prod(layer.input_shape[1:])))
-        return [Block(*(torch.from_numpy(a) for a in (*every, columns)), size)]
+        return [StrideBlock(*(torch.from_numpy(a) for a in (*every, columns)), size)]
     residue = (np.arange(kernel_height)[:, None] * layer.dilation[0] % layer.stride[0]) * layer.stride[1]
     residue = (residue + np.arange(kernel_width) * layer.dilation[1] % layer.stride[1]).ravel()
     result = []
@@ -215,7 +233,7 @@ def _blocks(layer: Layer) -> list[Block]:
         if not len(members):  # taps that read nothing but padding
             continue
         columns = np.where(read >= 0, np.searchsorted(members, read), len(members))
-        result.append(Block(*(torch.from_numpy(a) for a in (taps, members, columns)), len(members)))
+        result.append(StrideBlock(*(torch.from_numpy(a) for a in (taps, members, columns)), len(members)))
     return result
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgap.equations.blocks import Block, blocks, gradient_matrix, gradient_values
+from rgap.equations.blocks import StrideBlock, blocks, gradient_matrix, gradient_values
 from rgap.linalg import RESOLUTION, gram_matrix, svd
 from rgap.network.layer import Layer
 
@@ -37,14 +37,14 @@ class GradientSolution:
     below: float | None  # largest dropped
     residual: float
     noise_std: float | None  # of the gradient's entries, by what M leaves of them; None where it leaves nothing
-    respond: Callable[[Tensor], Tensor]  # how x0 changes with G, (O, C, kh, kw) -> (H·W, C)
+    sensitivity: Callable[[Tensor], Tensor]  # how x0 changes with G, (O, C, kh, kw) -> (H·W, C)
 
 
 @dataclass(frozen=True)
 class _Factor:
     """One block of M, with its singular values and right singular vectors."""
 
-    block: Block
+    block: StrideBlock
     M: Tensor  # (O·t, m)
     S: Tensor  # (m,), from the largest on, relative to the largest entry of M
     V: Tensor  # (m, m)
@@ -65,7 +65,7 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> Gradie
     largest = max((f.S[0] * f.unit).item() for f in factors)
     ranks = [int((f.S * f.unit > rcond * largest).sum()) for f in factors]
 
-    def respond(change: Tensor) -> Tensor:
+    def sensitivity(change: Tensor) -> Tensor:
         x = change.new_zeros(pixels, channels)
         for factor, rank in zip(factors, ranks, strict=True):
             x[factor.block.pixels] = factor.solve(gradient_values(layer, factor.block, change), rank)
@@ -94,7 +94,7 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> Gradie
         dropped.max().item() if len(dropped) else None,
         missed**0.5 / size if size > 0 else 0.0,
         (missed / surplus) ** 0.5 if surplus >= ENOUGH else None,
-        respond,
+        sensitivity,
     )
 
 
@@ -103,17 +103,17 @@ def _solve_column(G: Tensor, column: Tensor) -> GradientSolution:
     unit = column.abs().max()  # squares of the smallest gradients underflow
     weights = column / unit / (column / unit).square().sum() / unit
 
-    def respond(change: Tensor) -> Tensor:
+    def sensitivity(change: Tensor) -> Tensor:
         return weights[None] @ change.flatten(1)
 
-    x0, size = respond(G), G.norm().item()
+    x0, size = sensitivity(G), G.norm().item()
     missed = torch.addr(G.flatten(1), column, x0[0], alpha=-1).norm().item()
     none, surplus = column[:0], (len(G) - 1) * x0.numel()
     noise = missed / surplus**0.5 if surplus >= ENOUGH else None
-    return GradientSolution(x0, none[None], none, 1, 1.0, None, missed / size if size > 0 else 0.0, noise, respond)
+    return GradientSolution(x0, none[None], none, 1, 1.0, None, missed / size if size > 0 else 0.0, noise, sensitivity)
 
 
-def _factor(layer: Layer, block: Block, dz: Tensor, rcond: float) -> _Factor:
+def _factor(layer: Layer, block: StrideBlock, dz: Tensor, rcond: float) -> _Factor:
     """By the eigenvectors of MᵀM, which hold σ down to 1e-8 of the largest, or of M itself below that."""
     M = gradient_matrix(layer, block, dz)
     unit = M.abs().max()

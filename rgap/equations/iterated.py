@@ -11,8 +11,8 @@ from torch import Tensor
 from rgap.equations.rank_laws import rank_laws
 from rgap.equations.solution import LayerSolution, determined
 from rgap.equations.weights import ConjugateGradients
+from rgap.linalg import rms
 from rgap.network.layer import Layer
-from rgap.noise import rms
 from rgap.results import LayerReport
 
 ITERATED = 2000
@@ -51,10 +51,10 @@ def solve_jointly(
         iterations=iterations,
     )  # fmt: skip
 
-    def respond(dG: Tensor, change: Tensor) -> Tensor:
-        return solver.respond(rows_known(change, known), scale * dG)
+    def sensitivity(dG: Tensor, change: Tensor) -> Tensor:
+        return solver.sensitivity(rows_known(change, known), scale * dG)
 
-    return determined(x, layer, report, respond)
+    return determined(x, layer, report, sensitivity)
 
 
 def _rank_law(layer: Layer) -> int | None:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rgap.equations.blocks import blocks, split_groups
 from rgap.equations.joint_dense import solve_normal
-from rgap.equations.joint_system import Open, gradient_first, shared_gradient, weights_first
-from rgap.equations.joint_weights import dim_directions, null_directions
+from rgap.equations.joint_system import ReducedSystem, gradient_first, shared_gradient, weights_first
+from rgap.equations.joint_weights import null_directions, weak_subspace
 from rgap.equations.solution import merged_report
 from rgap.equations.solve import solve_layer
 from rgap.equations.weights import ConjugateGradients, weight_factor
@@ -54,7 +54,7 @@ class JointSolution:
 
     x: Tensor
     report: LayerReport
-    systems: tuple[Open | None, ...]
+    systems: tuple[ReducedSystem | None, ...]
     nulls: tuple[Tensor | None, ...]
 
     def null_basis(self) -> Tensor | None:
@@ -117,7 +117,7 @@ def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -
             return _by_weights(layer, z, factor)
     precise = rcond <= PRECISE or left_open > MOST
     if count * max(layer.unknowns - outputs, 1) < WORTH * left_open and (precise or outputs < layer.unknowns):
-        dim = dim_directions(layer) if precise else null_directions(layer)
+        dim = weak_subspace(layer) if precise else null_directions(layer)
         if dim is not None and not len(dim.sigmas):
             return _by_weights(layer, z, weight_factor(layer))
         if dim is not None and count * len(dim.sigmas) < min(WORTH * left_open, MOST):
@@ -140,7 +140,7 @@ def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -
     return _closed(layer, gradient_first(layer, G, z, found), rcond, None)
 
 
-def _closed(layer: Layer, system: Open, rcond: float, rank_weights: int | None) -> JointSolution:
+def _closed(layer: Layer, system: ReducedSystem, rcond: float, rank_weights: int | None) -> JointSolution:
     """Solves for what one kind of constraints leaves open."""
     dense: LeastSquares = solve_normal(system.normal, system.b, rcond)
     count = len(system.x0)

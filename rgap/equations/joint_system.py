@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rgap.equations.blocks import blocks, gradient_matrix, gradient_values, weight_matrix
 from rgap.equations.joint_dense import Normal
-from rgap.equations.joint_weights import Dim
+from rgap.equations.joint_weights import WeakSubspace
 from rgap.linalg import svd
 from rgap.network.chain import Layer
 
@@ -31,7 +31,7 @@ TRUSTED = 0.02
 
 
 @dataclass(frozen=True)
-class Open:
+class ReducedSystem:
     """x = x0 + N y over all images, and the equations for y.
 
     Attributes:
@@ -56,7 +56,7 @@ class Open:
 
 
 @dataclass(frozen=True)
-class SharedGradient:
+class SharedRows:
     """What the shared gradient says of a channel of all images: x_c = x0[:, :, c] + V y_c, ‖sigmas ∘ y_c‖ small.
 
     Attributes:
@@ -77,7 +77,7 @@ class SharedGradient:
     residual: float
 
 
-def shared_gradient(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> SharedGradient:
+def shared_gradient(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> SharedRows:
     """Factors [M_1 … M_B] block by block of the stride.
 
     Args:
@@ -113,7 +113,7 @@ def shared_gradient(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> Shared
     V = torch.cat([torch.cat(bases, 2)[:, :, open_], unread.flatten(2)], 2)
     weights = F.pad(torch.where(sigma > rcond, sigma, 0.0)[open_] * largest, (0, count * int(untouched.sum())))
     size = G.norm().item()
-    return SharedGradient(
+    return SharedRows(
         x0,
         V,
         weights,
@@ -124,7 +124,7 @@ def shared_gradient(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> Shared
     )
 
 
-def gradient_first(layer: Layer, G: Tensor, z: Tensor, found: SharedGradient) -> Open:
+def gradient_first(layer: Layer, G: Tensor, z: Tensor, found: SharedRows) -> ReducedSystem:
     """W's equations for what the shared gradient leaves open.
 
     Both kinds of rows are scaled by the size of their right-hand side. The Gram matrix (I ⊗ V_b)ᵀ WᵀW (I ⊗ V_b) is
@@ -164,7 +164,7 @@ def gradient_first(layer: Layer, G: Tensor, z: Tensor, found: SharedGradient) ->
     gram.diagonal().add_(damping.square())
     b = z - layer.apply(x0)
     normal = Normal((gram + gram.T) / 2, apply, adjoint, damping)
-    return Open(x0.flatten(1), spread, project, seen_by, normal, b, channels * found.rank, z.norm().item())
+    return ReducedSystem(x0.flatten(1), spread, project, seen_by, normal, b, channels * found.rank, z.norm().item())
 
 
 def _weight_gram(layer: Layer):
@@ -178,7 +178,7 @@ def _weight_gram(layer: Layer):
     return sliced.toarray() if layer.unknowns <= DENSE else sliced
 
 
-def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, dim: Dim) -> Open:
+def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, dim: WeakSubspace) -> ReducedSystem:
     """The shared gradient's equations for what W leaves open of each image or says dimly: x_b = W⁺ z_b + N u_b.
 
     Args:
@@ -212,7 +212,7 @@ def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, dim: Dim) -> O
     gram = _gram(A)
     gram.diagonal().add_(damping.square())
     normal = Normal(gram, lambda y: A @ y, lambda r: A.T @ r, damping)
-    return Open(x0, spread, project, seen_by, normal, torch.cat(b), None, G.norm().item())
+    return ReducedSystem(x0, spread, project, seen_by, normal, torch.cat(b), None, G.norm().item())
 
 
 def _gram(A: Tensor) -> Tensor:

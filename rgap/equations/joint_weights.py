@@ -24,11 +24,11 @@ DIM = 0.03
 """Directions in which W's singular value is below this share of the largest are left to the gradients."""
 
 TURNS = 4
-"""Block inverse iterations for these directions; the dimmest, which matter most, are exact after two."""
+"""StrideBlock inverse iterations for these directions; the dimmest, which matter most, are exact after two."""
 
 
 @dataclass(frozen=True)
-class Complement:
+class RangeComplement:
     """A matrix A (rows × columns, more rows) of full column rank: what is left of its range.
 
     For a layer with fewer outputs than inputs A = Wᵀ, and `basis` is the null space of W; for one with more outputs
@@ -58,7 +58,7 @@ class Complement:
         return x
 
 
-def complement(layer: Layer) -> Complement | None:
+def complement(layer: Layer) -> RangeComplement | None:
     """The factors of a layer without groups, made once; None where it is too large or W is not of full rank."""
     if min(layer.unknowns, math.prod(layer.output_shape)) > LARGEST:
         return None
@@ -66,7 +66,7 @@ def complement(layer: Layer) -> Complement | None:
 
 
 @dataclass(frozen=True)
-class Dim:
+class WeakSubspace:
     """What W of full row rank says of an input badly or not at all.
 
     Attributes:
@@ -75,25 +75,25 @@ class Dim:
         sigmas: ‖W v‖ of each, 0 in the null space, (q,).
     """
 
-    factor: Complement
+    factor: RangeComplement
     basis: Tensor
     sigmas: Tensor
 
 
-def dim_directions(layer: Layer) -> Dim | None:
+def weak_subspace(layer: Layer) -> WeakSubspace | None:
     """The directions that W leaves to the gradients, made once; None where W has not full row rank or is too large."""
     factor = complement(layer) if math.prod(layer.output_shape) <= layer.unknowns else None
-    return None if factor is None else layer.cached("dim_directions", lambda: _dim(factor))
+    return None if factor is None else layer.cached("weak_subspace", lambda: _dim(factor))
 
 
-def null_directions(layer: Layer) -> Dim | None:
+def null_directions(layer: Layer) -> WeakSubspace | None:
     """The null space of W alone."""
     factor = complement(layer) if math.prod(layer.output_shape) <= layer.unknowns else None
-    return None if factor is None else Dim(factor, factor.basis, factor.basis.new_zeros(factor.basis.shape[1]))
+    return None if factor is None else WeakSubspace(factor, factor.basis, factor.basis.new_zeros(factor.basis.shape[1]))
 
 
-def _dim(factor: Complement) -> Dim:
-    """Block inverse iteration on W Wᵀ, with twice the block as long as all of it is dim."""
+def _dim(factor: RangeComplement) -> WeakSubspace:
+    """StrideBlock inverse iteration on W Wᵀ, with twice the block as long as all of it is dim."""
     layer, rows = factor.layer, len(factor.factor)
     generator, size = torch.Generator().manual_seed(0), max(8, rows // 20)
     largest = _largest(layer)
@@ -110,7 +110,9 @@ def _dim(factor: Complement) -> Dim:
     kept = sigmas < DIM * largest
     V = torch.linalg.qr((turn[kept] @ V).T)[0]
     seen = layer.apply(V.T.reshape(-1, *layer.input_shape)).flatten(1).norm(dim=1)
-    return Dim(factor, torch.cat([factor.basis, V], 1), torch.cat([seen.new_zeros(factor.basis.shape[1]), seen]))
+    return WeakSubspace(
+        factor, torch.cat([factor.basis, V], 1), torch.cat([seen.new_zeros(factor.basis.shape[1]), seen])
+    )
 
 
 def _largest(layer: Layer, steps: int = 20) -> float:
@@ -121,7 +123,7 @@ def _largest(layer: Layer, steps: int = 20) -> float:
     return x.norm().item() ** 0.5
 
 
-def _factor(layer: Layer) -> Complement | None:
+def _factor(layer: Layer) -> RangeComplement | None:
     W = weight_matrix(layer)
     wide = W.shape[0] <= W.shape[1]
     gram = (W @ W.T if wide else W.T @ W).toarray()
@@ -140,7 +142,7 @@ def _factor(layer: Layer) -> Complement | None:
 
     generator = torch.Generator().manual_seed(0)
     count = math.prod(shape) - min(W.shape)
-    none = Complement(layer, factor, torch.zeros(math.prod(shape), 0, dtype=torch.float64))
+    none = RangeComplement(layer, factor, torch.zeros(math.prod(shape), 0, dtype=torch.float64))
     if not count:
         return none
     vectors = torch.randn(count, math.prod(shape), generator=generator, dtype=torch.float64)

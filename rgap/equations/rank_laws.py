@@ -23,7 +23,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rgap.equations.axes import Axis, Block, axis_parts, matching
+from rgap.equations.axes import Axis, AxisBlock, axis_parts, matching
+
+SPARE_UNITS = 4
+"""Units that the first fully connected layer must have beyond the ranks of its gradient and of the next one for a batch
+to come apart: with none to spare every mixture of the images passes both tests of the search."""
+
+CERTIFICATE_SURPLUS = 8
+"""Equations beyond the unknowns that a certificate of virtual constraints needs."""
 
 
 class RankLaws(NamedTuple):
@@ -118,7 +125,7 @@ def _part(filters: int, channels: int, images: int, axes: list[Axis]) -> tuple:
     return None if weights is None else images * weights, None if gradients is None else channels * gradients, both
 
 
-def _block_rank(filters: int, channels: int, blocks: tuple[Block, ...]) -> tuple[int, int, int | None]:
+def _block_rank(filters: int, channels: int, blocks: tuple[AxisBlock, ...]) -> tuple[int, int, int | None]:
     """Rows, columns and rank of one block, a product over the axes; for M the channels are the images."""
     classes = [[math.prod(v) for v in zip(*c, strict=True)] for c in itertools.product(*(b.classes for b in blocks))]
     rows, columns = filters * math.prod(b.rows for b in blocks), channels * math.prod(b.pixels for b in blocks)
@@ -134,7 +141,7 @@ def _block_rank(filters: int, channels: int, blocks: tuple[Block, ...]) -> tuple
     return rows, columns, min(rows, columns)
 
 
-def _no_relations(filters: int, channels: int, blocks: tuple[Block, ...]) -> bool:
+def _no_relations(filters: int, channels: int, blocks: tuple[AxisBlock, ...]) -> bool:
     """Whether there are too many or too few filters for such relations, or they would not fit along some axis."""
     count = math.prod(len(b.classes) for b in blocks)
     gap = filters - channels * count

@@ -21,7 +21,7 @@ class LayerSolution:
         weak_basis: Where something is: directions that are determined, but badly, (C·H·W, w).
         weak_gain: How many times the pre-activation's error is their error, (w,).
         report: The layer's report.
-        respond: How x changes, to first order, with G and z: (O, C, kh, kw) and (O, H′, W′) -> (C, H, W).
+        sensitivity: How x changes, to first order, with G and z: (O, C, kh, kw) and (O, H′, W′) -> (C, H, W).
         noise_std: Standard deviation of noise on G's entries, by the misfit of surplus equations where M alone
             determines x; None elsewhere.
     """
@@ -31,23 +31,23 @@ class LayerSolution:
     weak_basis: Tensor
     weak_gain: Tensor
     report: LayerReport
-    respond: Callable[[Tensor, Tensor], Tensor]
+    sensitivity: Callable[[Tensor, Tensor], Tensor]
     noise_std: float | None = None
 
 
-def determined(x: Tensor, layer: Layer, report: LayerReport, respond: Callable) -> LayerSolution:
+def determined(x: Tensor, layer: Layer, report: LayerReport, sensitivity: Callable) -> LayerSolution:
     """A solution that leaves nothing open.
 
     Args:
         x: The input, any shape of C·H·W entries.
         layer: The layer, without groups.
         report: Its report.
-        respond: As in `LayerSolution`, with x's own shape.
+        sensitivity: As in `LayerSolution`, with x's own shape.
     """
     none = x.new_zeros(layer.unknowns, 0)
     shape = layer.input_shape
     return LayerSolution(
-        x.reshape(shape), None, none, none[0], report, lambda dG, change: respond(dG, change).reshape(shape)
+        x.reshape(shape), None, none, none[0], report, lambda dG, change: sensitivity(dG, change).reshape(shape)
     )
 
 

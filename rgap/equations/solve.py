@@ -20,9 +20,8 @@ from rgap.equations.iterated import DENSE_MOST, ITERATED, rows_known, solve_join
 from rgap.equations.solution import LayerSolution, determined, merged_report
 from rgap.equations.structured import spread, weights_on
 from rgap.equations.weights import weight_factor
-from rgap.linalg import RESOLUTION, Operator, dense_operator, least_squares
+from rgap.linalg import RESOLUTION, Operator, dense_operator, least_squares, rms
 from rgap.network.layer import Layer
-from rgap.noise import rms
 from rgap.results import LayerReport
 
 DENSE_UNKNOWNS = 1600
@@ -79,12 +78,12 @@ def solve_layer(
     null = null if null.shape[1] else None
     weak = torch.block_diag(*(s.weak_basis for s in solutions))
 
-    def respond(dG: Tensor, z_change: Tensor) -> Tensor:
+    def sensitivity(dG: Tensor, z_change: Tensor) -> Tensor:
         changes = zip(solutions, dG.chunk(len(parts)), z_change.chunk(len(parts)), strict=True)
-        return torch.cat([s.respond(*change) for s, *change in changes])
+        return torch.cat([s.sensitivity(*change) for s, *change in changes])
 
     noise = max((s.noise_std for s in solutions if s.noise_std is not None), default=None)
-    return LayerSolution(x, null, weak, torch.cat([s.weak_gain for s in solutions]), report, respond, noise)
+    return LayerSolution(x, null, weak, torch.cat([s.weak_gain for s in solutions]), report, sensitivity, noise)
 
 
 def _solve_fixed(layer: Layer, z: Tensor, start: float) -> LayerSolution:
@@ -99,10 +98,10 @@ def _solve_fixed(layer: Layer, z: Tensor, start: float) -> LayerSolution:
     rank = layer.unknowns - missing
     report = LayerReport(layer.name, layer.unknowns, rank, 0, rank, missing, seconds=time.perf_counter() - start)
 
-    def respond(_: Tensor, z_change: Tensor) -> Tensor:
+    def sensitivity(_: Tensor, z_change: Tensor) -> Tensor:
         return z_change if layer.after is None else layer.after.solve(z_change)
 
-    return LayerSolution(x, null, x.new_zeros(layer.unknowns, 0), x.new_zeros(0), report, respond)
+    return LayerSolution(x, null, x.new_zeros(layer.unknowns, 0), x.new_zeros(0), report, sensitivity)
 
 
 def _solve_group(
@@ -128,7 +127,7 @@ def _solve_group(
                 residual=residual,
                 iterations=iterations,
             )
-            return determined(x, layer, report, lambda _, change: factor.respond(rows_known(change, known)))
+            return determined(x, layer, report, lambda _, change: factor.sensitivity(rows_known(change, known)))
     if at_least_open > ITERATED and (solution := solve_jointly(layer, G, dz, z, known, at_least_open)) is not None:
         return solution
     found = solve_gradients(layer, G, dz, rcond)
@@ -144,7 +143,7 @@ def _solve_group(
             sigma_below_cut=found.below,
             residual=found.residual,
         )
-        solution = determined(found.x0.T, layer, report, lambda change, _: found.respond(change).T)
+        solution = determined(found.x0.T, layer, report, lambda change, _: found.sensitivity(change).T)
         return replace(solution, noise_std=found.noise_std)
     return _with_weights(layer, G, z, known, found, rcond)
 
@@ -184,13 +183,13 @@ def _with_weights(
         residual=misfit,
     )
 
-    def respond(dG: Tensor, z_change: Tensor) -> Tensor:
-        change = found.respond(dG).T.reshape(layer.input_shape)
+    def sensitivity(dG: Tensor, z_change: Tensor) -> Tensor:
+        change = found.sensitivity(dG).T.reshape(layer.input_shape)
         rest = rows_known(z_change, known) - rows_known(layer.apply(change), known)
         return change + on_input(dense.invert(A.adjoint(rest[:, None]))).reshape(layer.input_shape)
 
     weak = on_input(dense.weak)
-    return LayerSolution(x, on_input(dense.null), weak, 1 / dense.weak_sigmas, report, respond)
+    return LayerSolution(x, on_input(dense.null), weak, 1 / dense.weak_sigmas, report, sensitivity)
 
 
 def _without_rounding(A: Operator, layer: Layer, rcond: float) -> Operator:

@@ -53,7 +53,7 @@ class SparseFactor:
             steps += 1
         return torch.from_numpy(x), _relative(right - self.W @ x, right), steps
 
-    def respond(self, b: Tensor) -> Tensor:
+    def sensitivity(self, b: Tensor) -> Tensor:
         """The solution without refinement: enough for the effect of an error."""
         return torch.from_numpy(_normal_solve(self.W, self.lu, b.numpy()))
 
@@ -132,7 +132,7 @@ class ConjugateGradients:
         total = _square(right)
         return x.flatten(), (_square(rest) / total).sqrt().item() if total > 0 else 0.0, len(alphas)
 
-    def respond(self, b: Tensor, G: Tensor | None = None) -> Tensor:
+    def sensitivity(self, b: Tensor, G: Tensor | None = None) -> Tensor:
         """The solution to a few digits: enough for the effect of an error."""
         return self.solve(b, G, tolerance=1e-3)[0]
 

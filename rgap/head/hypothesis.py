@@ -36,13 +36,13 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
-class Reading:
+class HeadReading:
     """What the head says.
 
     Attributes:
         hypotheses: Every one that the last layer's gradient allows; never empty.
         misfits: Label -> the smallest residual of the head's equations with it, as far as it was looked for.
-        notes: Sentences: what was out of range, and on what evidence the label was decided.
+        notes: Sentences: what was out of range, and on what received the label was decided.
     """
 
     hypotheses: tuple[Hypothesis, ...]
@@ -96,8 +96,8 @@ def least_squares_input(G: Tensor, dz: Tensor) -> Tensor:
 
 def reading(
     found: list[Hypothesis], misfits: Mapping[int, float], known: int | None, tolerance: float, notes: list[str]
-) -> Reading:
-    """Puts a reading together: checks a known label, and says on what evidence the label was decided.
+) -> HeadReading:
+    """Puts a reading together: checks a known label, and says on what received the label was decided.
 
     Args:
         found: The hypotheses, of the known label too where one is given.
@@ -112,18 +112,18 @@ def reading(
     ranked = sorted(misfits, key=misfits.__getitem__)
     best, second = ranked[0], ranked[1]
     decided = misfits[second] > 10 * misfits[best] and misfits[second] > tolerance
-    evidence = []
+    received = []
     if known is not None:
         if known != best and decided and misfits[known] > CONTRADICTED > 10 * misfits[best]:
             raise GradientMismatchError(f"label {known} was given; the last layer's gradient is that of {best}")
         if known != best and decided:
-            evidence = [
+            received = [
                 f"label {known} was given, and the head's equations are missed by {misfits[known]:.2g} with it; with "
                 f"label {best} by {misfits[best]:.2g}"
             ]
         found = [h for h in found if h.label == known]
     elif decided:
-        evidence = [
+        received = [
             f"label {best} by the head's equations, missed by {misfits[best]:.2g}; with label {second}, the next best, "
             f"by {misfits[second]:.2g}"
         ]
@@ -132,7 +132,7 @@ def reading(
             f"the last layer's gradient is that of no single sample: its equations are missed by {least:.2g}; it was "
             "altered or belongs to a batch, and the nearest possible scale was used"
         ]
-    return Reading(tuple(found), misfits, (*notes, *evidence))
+    return HeadReading(tuple(found), misfits, (*notes, *received))
 
 
 def relabelled(found: list[Hypothesis], label: int | None, residual: float) -> list[Hypothesis]:

@@ -9,7 +9,7 @@ import torch
 from scipy.special import lambertw
 from torch import Tensor
 
-from rgap.head.hypothesis import Hypothesis, Reading, reading, relabelled
+from rgap.head.hypothesis import HeadReading, Hypothesis, reading, relabelled
 from rgap.network.chain import Layer
 
 MU_AT_MINIMUM = 1.0 + float(lambertw(math.exp(-1.0)).real)
@@ -21,8 +21,8 @@ C_MINIMUM = 1.0 - MU_AT_MINIMUM
 
 def read_logistic(
     layer: Layer, G: Tensor, bias_gradient: Tensor | None, precision: float, tolerance: float, known: int | None
-) -> Reading:
-    """What `logistic_hypotheses` finds, as a `Reading`.
+) -> HeadReading:
+    """What `logistic_hypotheses` finds, as a `HeadReading`.
 
     Args:
         layer: The last layer, with one output.

@@ -6,17 +6,17 @@ length of x, too, follows from G. One module a loss.
 
 from __future__ import annotations
 
-from rgap.head.hypothesis import Hypothesis, Reading
+from rgap.head.hypothesis import HeadReading, Hypothesis
 from rgap.head.logistic import C_MINIMUM, MU_AT_MINIMUM, logistic_hypotheses, margins, read_logistic
 from rgap.head.softmax import read_softmax
 from rgap.head.squared import read_squared
 from rgap.network.chain import Layer
-from rgap.shared_gradient import Evidence
+from rgap.shared_gradient import SharedGradient
 
-__all__ = ["C_MINIMUM", "MU_AT_MINIMUM", "Hypothesis", "Reading", "logistic_hypotheses", "margins", "read_head"]
+__all__ = ["C_MINIMUM", "MU_AT_MINIMUM", "HeadReading", "Hypothesis", "logistic_hypotheses", "margins", "read_head"]
 
 
-def read_head(loss: str, layer: Layer, evidence: Evidence, known: int | None = None) -> Reading:
+def read_head(loss: str, layer: Layer, received: SharedGradient, known: int | None = None) -> HeadReading:
     """Every (label, scale) with which the loss explains the last layer's gradient.
 
     Gradients that no single sample has (of a batch, altered, noisy) get the nearest possible hypothesis and a note.
@@ -24,16 +24,16 @@ def read_head(loss: str, layer: Layer, evidence: Evidence, known: int | None = N
     Args:
         loss: A name in `rgap.client.LOSSES`, one that fits the layer's outputs.
         layer: The last layer.
-        evidence: The gradients and their precision; the weight's is not zero.
+        received: The gradients and their precision; the weight's is not zero.
         known: The label where it was given, within range; only its hypotheses are returned.
 
     Returns:
-        The `Reading`.
+        The `HeadReading`.
 
     Raises:
         GradientMismatchError: If the gradient is plainly that of another label than the one given.
     """
-    G = evidence.gradients[layer.weight_name].flatten(1)
-    bias_gradient = evidence.gradients[layer.bias_name] if layer.bias_name else None
+    G = received.gradients[layer.weight_name].flatten(1)
+    bias_gradient = received.gradients[layer.bias_name] if layer.bias_name else None
     read = {"logistic": read_logistic, "cross_entropy": read_softmax, "mse": read_squared}[loss]
-    return read(layer, G, bias_gradient, evidence.precision, evidence.tolerance, known)
+    return read(layer, G, bias_gradient, received.precision, received.tolerance, known)

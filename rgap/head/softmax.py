@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgap.head.hypothesis import Hypothesis, Reading, least_squares_input, rank_one, reading, relabelled, relative
+from rgap.head.hypothesis import HeadReading, Hypothesis, least_squares_input, rank_one, reading, relabelled, relative
 from rgap.network.chain import Layer
 
 SIGNS = 0.1
@@ -55,7 +55,7 @@ class _Rows:
 
 def read_softmax(
     layer: Layer, G: Tensor, bias_gradient: Tensor | None, precision: float, tolerance: float, known: int | None
-) -> Reading:
+) -> HeadReading:
     """Every (label, scale) with which softmax cross-entropy explains the last layer's gradient.
 
     With a bias δz is the bias's gradient; its one negative entry is the label's.
@@ -195,7 +195,9 @@ def _hypothesis(rows: _Rows, q: float, sign: float, v: Tensor) -> Hypothesis:
     return Hypothesis(rows.label, sign * s, dz, s * v, relative(rows.dz(logits), dz), rounding)
 
 
-def _with_bias(layer: Layer, G: Tensor, dz: Tensor, precision: float, tolerance: float, known: int | None) -> Reading:
+def _with_bias(
+    layer: Layer, G: Tensor, dz: Tensor, precision: float, tolerance: float, known: int | None
+) -> HeadReading:
     x = least_squares_input(G, dz)
     logits = layer.weight.reshape(G.shape) @ x + layer.bias
     zeros = torch.zeros_like(dz)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgap.head.hypothesis import Hypothesis, Reading, least_squares_input, rank_one, reading, relabelled, relative
+from rgap.head.hypothesis import HeadReading, Hypothesis, least_squares_input, rank_one, reading, relabelled, relative
 from rgap.network.chain import Layer
 
 CANDIDATES = 3
@@ -21,7 +21,7 @@ CANDIDATES = 3
 
 def read_squared(
     layer: Layer, G: Tensor, bias_gradient: Tensor | None, precision: float, tolerance: float, known: int | None
-) -> Reading:
+) -> HeadReading:
     """Every (label, scale) with which a squared error explains the last layer's gradient.
 
     With a bias δz is the bias's gradient, and the target is z − (C / 2) δz.
@@ -90,7 +90,7 @@ def _scales(a: Tensor, u: Tensor, label: int) -> list[tuple[float, float]]:
     return found
 
 
-def _one_output(layer: Layer, G: Tensor, tolerance: float, known: int | None) -> Reading:
+def _one_output(layer: Layer, G: Tensor, tolerance: float, known: int | None) -> HeadReading:
     """μ² − μ − c / 2 = 0 for μ = y f(x) and c = ⟨G, W⟩: two roots, μ and 1 − μ, for either label.
 
     Both roots of one label are twins when 0 < μ < 1. Otherwise μ and, with the *other* label, 1 − μ are: then not even
@@ -117,7 +117,7 @@ def _one_output(layer: Layer, G: Tensor, tolerance: float, known: int | None) ->
     return reading(found, misfits, known, tolerance, notes)
 
 
-def _with_bias(layer: Layer, G: Tensor, bias_gradient: Tensor, tolerance: float, known: int | None) -> Reading:
+def _with_bias(layer: Layer, G: Tensor, bias_gradient: Tensor, tolerance: float, known: int | None) -> HeadReading:
     notes = []
     dz = bias_gradient
     if not dz.any():

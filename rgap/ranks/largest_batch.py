@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rgap.equations.rank_laws import rank_laws
+from rgap.equations.rank_laws import CERTIFICATE_SURPLUS, SPARE_UNITS, rank_laws
 from rgap.network.chain import Chain, Layer, prepare
 from rgap.ranks.numbers import UNKNOWNS, numerical_ranks, too_large
-from rgap.separation.margins import SPARE, SURPLUS
 
 MOST = 512
 """Batches are tried up to this size."""
@@ -103,7 +102,7 @@ def _convolution(layer: Layer, before: Layer | None) -> BatchLimit:
             return BatchLimit(layer.name, None, None, f"no rank law, and too large for numbers at {batch} images")
         if lacking and alone is None:
             alone = batch - 1
-        if lacking and lacking + SURPLUS > batch * supplied:
+        if lacking and lacking + CERTIFICATE_SURPLUS > batch * supplied:
             have = f" before {batch * supplied} virtual constraints" if supplied else ""
             return BatchLimit(layer.name, batch - 1, alone, f"{batch} images leave {lacking} unknowns open{have}")
     return BatchLimit(layer.name, MOST, MOST if alone is None else alone, f"none up to {MOST} images")
@@ -145,9 +144,9 @@ def _heads(layers: tuple[Layer, ...], loss: str) -> list[BatchLimit]:
         room = outputs - (loss == "cross_entropy") if last else after.output_shape[0] - 1
         if limits:
             limit, reason = width - 1, f"{width} hidden units"
-        elif (width - SPARE) // 2 <= room:
-            limit = max((width - SPARE) // 2, 1)
-            reason = f"{width} hidden units, two an image and {SPARE} to spare; {USUAL} an image are safe"
+        elif (width - SPARE_UNITS) // 2 <= room:
+            limit = max((width - SPARE_UNITS) // 2, 1)
+            reason = f"{width} hidden units, two an image and {SPARE_UNITS} to spare; {USUAL} an image are safe"
         else:
             limit, reason = room, f"the next gradient has rank {room} at most"
         limits.append(BatchLimit(layer.name, limit, limit, reason))

@@ -16,7 +16,7 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
-from rgap.equations.blocks import Block, blocks, gradient_matrix, split_groups, weight_columns, weight_matrix
+from rgap.equations.blocks import StrideBlock, blocks, gradient_matrix, split_groups, weight_columns, weight_matrix
 from rgap.equations.weights import weight_factor
 from rgap.linalg import svd
 from rgap.network.chain import Layer
@@ -213,7 +213,7 @@ def _gradient_null_space(layer: Layer, dz: Tensor, eps: float) -> tuple[int, flo
     return sum(ranks), smallest / largest if largest else 0.0, torch.cat(bases, 2)
 
 
-def _spread(block: Block, rows: Tensor, batch: int, pixels: int) -> Tensor:
+def _spread(block: StrideBlock, rows: Tensor, batch: int, pixels: int) -> Tensor:
     """Vectors over a block's pixels of every image, (k, B·m), as (B, H·W, k)."""
     result = rows.new_zeros(batch, pixels, len(rows))
     result[:, block.pixels] = rows.T.reshape(batch, len(block.pixels), len(rows))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rgap.network.chain import Chain
 from rgap.results import UnsupportedLayerError
 from rgap.separation.subspaces import Span, row_span
-from rgap.shared_gradient import Evidence
+from rgap.shared_gradient import SharedGradient
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class BatchSize:
     span: Span
 
 
-def find_batch_size(chain: Chain, evidence: Evidence, given: int | None) -> BatchSize:
+def find_batch_size(chain: Chain, received: SharedGradient, given: int | None) -> BatchSize:
     """The batch size, from the rank of the first fully connected layer's gradient where it was not given.
 
     G_1 = Δ_1ᵀ X has as many singular values above rounding as there are different images. Equal images count once, and
@@ -34,7 +34,7 @@ def find_batch_size(chain: Chain, evidence: Evidence, given: int | None) -> Batc
 
     Args:
         chain: The prepared network.
-        evidence: The gradients.
+        received: The gradients.
         given: The batch size if it is known.
 
     Raises:
@@ -46,7 +46,7 @@ def find_batch_size(chain: Chain, evidence: Evidence, given: int | None) -> Batc
     first, lone = chain.layers[below], below == len(chain.layers) - 1 > 0
     if given is not None and lone:
         raise UnsupportedLayerError(_behind_convolutions(given, first.name))
-    span = row_span(first, evidence.gradients, evidence.precision)
+    span = row_span(first, received.gradients, received.precision)
     gap = math.inf if span.below_cut == 0 else span.above_cut / span.below_cut
     found = f"the gradient of {first.name!r} has {span.rank} singular values above rounding, {gap:.1g} times the next"
     if given is None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rgap.network.chain import Layer
-from rgap.separation.refine import Head, refine_head
+from rgap.separation.refine import FittedInputs, refine_head
 from rgap.separation.scales import output_jacobians
 from rgap.separation.subspaces import Span
 
@@ -35,7 +35,7 @@ SETTLE = 6
 """Rounds in which outputs and inputs are guessed in turn before they are fitted together."""
 
 
-def fit_together(
+def fit_joint_softmax(
     layers: Sequence[Layer],
     gradients: Mapping[str, Tensor],
     span: Span,
@@ -43,7 +43,7 @@ def fit_together(
     labels: Sequence[int] | None,
     precision: float,
     seed: int = 0,
-) -> tuple[Tensor, Head] | None:
+) -> tuple[Tensor, FittedInputs] | None:
     """Finds all inputs of the fully connected layers and their labels under cross-entropy.
 
     Args:
@@ -55,7 +55,7 @@ def fit_together(
         seed: Of the starts.
 
     Returns:
-        Labels (B,) and the `Head`, or None where no start reproduces these layers' gradients, or the equations are no
+        Labels (B,) and the `FittedInputs`, or None where no start reproduces these layers' gradients, or the equations are no
         more than the unknowns.
     """
     count, classes = span.rank, layers[-1].output_shape[0]
@@ -79,7 +79,7 @@ def fit_together(
     return None
 
 
-def fit_and_refit(layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Tensor, labels: Tensor) -> Head:
+def fit_and_refit(layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Tensor, labels: Tensor) -> FittedInputs:
     """The head under cross-entropy from a start, and once more from the inputs that follow from its shares.
 
     A direction of the span that hardly shows in the gradient is not known well, and the fit stays in the span; the

@@ -9,21 +9,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rgap.attack.joint_descent import joint_identities
+from rgap.equations.blocks import joint_identities
 from rgap.network.chain import Chain, Layer
 from rgap.separation.batch_size import first_dense
-from rgap.separation.joint_softmax import fit_together
-from rgap.separation.refine import Head, refine_head
+from rgap.separation.joint_softmax import fit_joint_softmax
+from rgap.separation.refine import FittedInputs, refine_head
 from rgap.separation.scales import output_gradients, output_jacobians, scale_hypotheses
 from rgap.separation.separate import Separation
-from rgap.shared_gradient import Evidence
+from rgap.shared_gradient import SharedGradient
 
 COMBINATIONS = 64
 """Most combinations of scale hypotheses between which the last convolution is asked to choose."""
 
 
 @dataclass(frozen=True)
-class Reading:
+class Start:
     """A hypothesis on all images at the first fully connected layer.
 
     Attributes:
@@ -33,18 +33,18 @@ class Reading:
     """
 
     labels: Tensor
-    head: Head
+    head: FittedInputs
     twins: tuple[tuple[float, ...], ...]
 
 
 def read_batch(
-    chain: Chain, evidence: Evidence, apart: Separation, size: int, loss: str, known: list[int] | None, seed: int
-) -> tuple[Reading | None, list[str]]:
+    chain: Chain, received: SharedGradient, apart: Separation, size: int, loss: str, known: list[int] | None, seed: int
+) -> tuple[Start | None, list[str]]:
     """Every image at the first fully connected layer, with label and scale.
 
     Args:
         chain: The prepared network.
-        evidence: The gradients.
+        received: The gradients.
         apart: What the search has found.
         size: Images in the batch.
         loss: "logistic" or "cross_entropy".
@@ -52,20 +52,20 @@ def read_batch(
         seed: Of random starts.
 
     Returns:
-        The `Reading`, None where not all images have come apart or one has no scale, and notes.
+        The `Start`, None where not all images have come apart or one has no scale, and notes.
     """
     if len(apart.inputs) == size:
-        return _scaled(chain, evidence, apart, loss)
+        return _scaled(chain, received, apart, loss)
     if apart.first.rank == size and loss == "cross_entropy":
-        return _read_together(chain.layers[first_dense(chain) :], evidence, apart, known, seed)
+        return _read_together(chain.layers[first_dense(chain) :], received, apart, known, seed)
     return None, []
 
 
-def _scaled(chain: Chain, evidence: Evidence, apart: Separation, loss: str) -> tuple[Reading | None, list[str]]:
+def _scaled(chain: Chain, received: SharedGradient, apart: Separation, loss: str) -> tuple[Start | None, list[str]]:
     """Labels and scales of the separated inputs, then all of it fitted together; None where an image has no scale."""
     below, count = first_dense(chain), len(apart.inputs)
     tail = chain.layers[below:]
-    c, f = output_gradients(tail, evidence.gradients, apart.inputs, apart.dz, complete=True)
+    c, f = output_gradients(tail, received.gradients, apart.inputs, apart.dz, complete=True)
     hypotheses, notes = [], []
     for f_b, c_b in zip(f, count * c, strict=True):
         found, said = scale_hypotheses(loss, f_b, c_b, tail[0].bias is not None)
@@ -76,7 +76,7 @@ def _scaled(chain: Chain, evidence: Evidence, apart: Separation, loss: str) -> t
     combinations = list(itertools.islice(itertools.product(*hypotheses), COMBINATIONS))
     if len(combinations) > 1 and not chain.homogeneous:
         shares = torch.einsum("bco,bc->bo", output_jacobians(tail, apart.inputs)[1][0], c)
-        misses = [_mismatch(chain, evidence, apart.inputs, shares, one) for one in combinations]
+        misses = [_mismatch(chain, received, apart.inputs, shares, one) for one in combinations]
         best = min(range(len(misses)), key=misses.__getitem__)
         notes.append(
             f"the last convolution chose between {len(combinations)} combinations of scales: it misses its identities "
@@ -88,30 +88,30 @@ def _scaled(chain: Chain, evidence: Evidence, apart: Separation, loss: str) -> t
         chosen = [found[min(number, len(found) - 1)] for found in hypotheses]
         labels = torch.tensor([label for label, _ in chosen])
         scales = apart.inputs.new_tensor([scale for _, scale in chosen])
-        heads.append((labels, refine_head(tail, evidence.gradients, scales[:, None] * apart.inputs, labels, loss)))
+        heads.append((labels, refine_head(tail, received.gradients, scales[:, None] * apart.inputs, labels, loss)))
     labels, head = heads[0]
     factors = [((other.x * head.x).sum(1) / head.x.square().sum(1)).tolist() for _, other in heads]
     twins = tuple((1.0, *(factors[n][b] for n in range(1, len(each)))) for b, each in enumerate(hypotheses))
-    return Reading(labels, head, twins), notes
+    return Start(labels, head, twins), notes
 
 
 def _read_together(
-    tail: Sequence[Layer], evidence: Evidence, apart: Separation, known: list[int] | None, seed: int
-) -> tuple[Reading | None, list[str]]:
+    tail: Sequence[Layer], received: SharedGradient, apart: Separation, known: list[int] | None, seed: int
+) -> tuple[Start | None, list[str]]:
     """The head of images that the search cannot tell apart, by their outputs."""
-    precision = evidence.precision
-    found = fit_together(tail, evidence.gradients, apart.first, labels=known, precision=precision, seed=seed)
+    precision = received.precision
+    found = fit_joint_softmax(tail, received.gradients, apart.first, labels=known, precision=precision, seed=seed)
     if found is None:
         return None, ["nor were all images found together, by the softmax of their outputs"]
     labels, head = found
     note = (
         f"all images found together, by the softmax of their outputs; their gradients are missed by {head.residual:.2g}"
     )
-    return Reading(labels, head, ((1.0,),) * len(labels)), [note]
+    return Start(labels, head, ((1.0,),) * len(labels)), [note]
 
 
 def _mismatch(
-    chain: Chain, evidence: Evidence, inputs: Tensor, shares: Tensor, chosen: Sequence[tuple[int, float]]
+    chain: Chain, received: SharedGradient, inputs: Tensor, shares: Tensor, chosen: Sequence[tuple[int, float]]
 ) -> float:
     """How badly a combination of scales fits the last convolution's gradient, before anything is solved."""
     below = first_dense(chain)
@@ -119,4 +119,4 @@ def _mismatch(
     x, dx = scales * inputs, shares @ chain.layers[below].weight.flatten(1) / scales
     z = layer.activation.inverse(x.reshape(len(x), *layer.output_shape))
     dz = layer.activation.derivative(z) * dx.reshape(z.shape)
-    return joint_identities(layer, layer.gradient(evidence.gradients), dz, z)
+    return joint_identities(layer, layer.gradient(received.gradients), dz, z)

@@ -36,7 +36,7 @@ LARGEST = 24
 
 
 @dataclass(frozen=True)
-class Head:
+class FittedInputs:
     """What the fully connected layers have said of each image.
 
     Attributes:
@@ -50,7 +50,9 @@ class Head:
     residual: float
 
 
-def refine_head(layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Tensor, labels: Tensor, loss: str) -> Head:
+def refine_head(
+    layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Tensor, labels: Tensor, loss: str
+) -> FittedInputs:
     """Fits the inputs of the first fully connected layer to all gradients of these layers.
 
     Args:
@@ -61,7 +63,7 @@ def refine_head(layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Ten
         loss: A loss of `rgap.client`.
 
     Returns:
-        The `Head`; x stays in the span of what was given.
+        The `FittedInputs`; x stays in the span of what was given.
     """
     Q, R = torch.linalg.qr(x.T)
     W = layers[0].weight.flatten(1) @ Q
@@ -81,7 +83,7 @@ def refine_head(layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Ten
         if length < ENOUGH * T.norm() or gained < LITTLE * miss.norm():
             break
     _, dz = _gradients(layers, W, T, labels, loss)
-    return Head(T @ Q.T, dz @ layers[0].weight.flatten(1), max(part.norm().item() for part in misses(T)))
+    return FittedInputs(T @ Q.T, dz @ layers[0].weight.flatten(1), max(part.norm().item() for part in misses(T)))
 
 
 def _step(misses, T: Tensor, J: Tensor, miss: Tensor, damping: float) -> tuple[Tensor, Tensor, float, Tensor]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rgap.separation.margins import SPARE
+from rgap.equations.rank_laws import SPARE_UNITS
 from rgap.separation.partial import extended, fit_share, inputs_of_shares, share_outside
-from rgap.separation.state import DISTINCT, Found
+from rgap.separation.state import DISTINCT, SearchState
 from rgap.separation.subspaces import meet, null_of_rows
 
 STEPS = 40
 """Steps of one fixed point; it takes about ten."""
 
 
-class Search(Found):
+class Search(SearchState):
     """The fixed point, and what becomes of the signs that it finds."""
 
     def look(self, count: int, generator: torch.Generator, *, whole: bool) -> None:
@@ -98,7 +98,7 @@ class Search(Found):
         halves, known = self.halves, self.found + len(self.halves)
         count = len(halves) if known == self.first.rank else self.lacking + 1  # more would be less independent
         columns = count * (self.first.rank - known + 1)
-        if len(halves) < count or self.H.shape[1] + columns + SPARE > len(self.E):
+        if len(halves) < count or self.H.shape[1] + columns + SPARE_UNITS > len(self.E):
             return
         duals = torch.cat([self.shares_of_halves().roll(count, 0), self.dual])
         taken = halves[-count:]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rgap.equations.rank_laws import SPARE_UNITS
 from rgap.network.chain import Layer
 from rgap.results import UnsupportedLayerError
-from rgap.separation.margins import SPARE
 from rgap.separation.subspaces import Span
 
 DISTINCT = 1e-3
@@ -38,7 +38,7 @@ def slopes(layer: Layer) -> tuple[Tensor, Tensor]:
     return up, down
 
 
-class Found:
+class SearchState:
     """Inputs, in coordinates of the row and column spaces, and halves: inputs of which only the share is known."""
 
     def __init__(self, first: Layer, second: Layer, spans: tuple[Span, Span], precision: float):
@@ -91,7 +91,7 @@ class Found:
     @property
     def has_tests(self) -> bool:
         """Whether the first layer has units enough for the two tests to mean anything."""
-        return self.first.rank + self.second.rank + SPARE <= len(self.E)
+        return self.first.rank + self.second.rank + SPARE_UNITS <= len(self.E)
 
     def shares_of_halves(self) -> Tensor:
         """G_1⁺ᵀ ∂ℓ/∂z_1 of the inputs of which only that is known, in coordinates."""

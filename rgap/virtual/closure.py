@@ -19,11 +19,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from rgap.virtual.inference import Open, assemble, independent_gradients, update
+from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
+from rgap.virtual.inference import DeficientLayer, assemble, independent_gradients, update
 from rgap.virtual.linearisation import fit, slope
-
-SURPLUS = 8
-"""Independent equations beyond the unknowns that a certificate needs."""
 
 RESIDUAL = 20.0
 """Largest certified residual, in units of the data's noise; a wrong sign gives thousands."""
@@ -82,7 +80,7 @@ class _Piece:
 
 
 def solve_virtual(
-    problem: Open, prior: Callable[[], tuple[NDArray, NDArray, NDArray]] | None = None
+    problem: DeficientLayer, prior: Callable[[], tuple[NDArray, NDArray, NDArray]] | None = None
 ) -> VirtualSolution:
     """Recovers a rank-deficient layer's input from its affine solution set and the layer before it.
 
@@ -96,7 +94,7 @@ def solve_virtual(
     beliefs: list = []
     for channels, rows in _plan(problem, prior):
         room = problem.previous.left.shape[1] + channels.size * problem.G[0].size - problem.homogeneous * channels.size
-        hopeless = room + problem.known.size - problem.unknowns < SURPLUS
+        hopeless = room + problem.known.size - problem.unknowns < CERTIFICATE_SURPLUS
         t, image = _attempt(problem, channels, rows, hopeless, beliefs)
         solution = _certify(problem, t, image, _channels(problem), beliefs)
         if solution.certified or hopeless:
@@ -104,7 +102,7 @@ def solve_virtual(
     return solution
 
 
-def _plan(problem: Open, prior) -> list[tuple[NDArray, tuple | None]]:
+def _plan(problem: DeficientLayer, prior) -> list[tuple[NDArray, tuple | None]]:
     """Attempts by cost: the range of W while it leaves room, then the gradient, from a prior where it is tight."""
     supplied = problem.previous.left.shape[1]
     none, channels = np.arange(0), _channels(problem)
@@ -116,14 +114,14 @@ def _plan(problem: Open, prior) -> list[tuple[NDArray, tuple | None]]:
     return [*plan, (channels, None)]
 
 
-def _channels(problem: Open, most: int = 4000) -> NDArray:
+def _channels(problem: DeficientLayer, most: int = 4000) -> NDArray:
     """Output channels whose gradient is used: all, or in large layers enough for three equations an unknown."""
     outputs, taps = problem.G.shape[0], problem.G[0].size
     enough = outputs if outputs * taps <= 1000 else max(1, min(outputs, -(-3 * problem.unknowns // taps), most // taps))
     return np.linspace(0, outputs - 1, enough).round().astype(int)
 
 
-def _attempt(problem: Open, channels: NDArray, prior, hopeless: bool, beliefs: list):
+def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, beliefs: list):
     """Steps until the belief is as sharp as the noise, or stalls; the prior leads the first ones."""
     previous, N = problem.previous, problem.N
     rms, noise = (
@@ -161,7 +159,7 @@ def _attempt(problem: Open, channels: NDArray, prior, hopeless: bool, beliefs: l
     return t, image
 
 
-def _certify(problem: Open, t: NDArray, image: NDArray, channels: NDArray, beliefs: list) -> VirtualSolution:
+def _certify(problem: DeficientLayer, t: NDArray, image: NDArray, channels: NDArray, beliefs: list) -> VirtualSolution:
     """Solves on the final piece of σ alone, without prior, until the piece stays the same, and weighs the outcome.
 
     Where that piece does not fit, the few entries closest to zero are tried with the other sign, one at a time.
@@ -178,13 +176,13 @@ def _certify(problem: Open, t: NDArray, image: NDArray, channels: NDArray, belie
                 break
     equations = problem.previous.left.shape[1] + independent_gradients(problem, piece.x, channels)
     surplus = equations + problem.known.size - problem.unknowns
-    certified = piece.fits and surplus >= SURPLUS and piece.condition <= CONDITION
+    certified = piece.fits and surplus >= CERTIFICATE_SURPLUS and piece.condition <= CONDITION
     best, draw = (piece.x, piece.draw) if certified else (belief, np.zeros_like(belief))
     numbers = equations, len(beliefs), piece.residual, piece.condition
     return VirtualSolution(best, certified, *numbers, np.array(beliefs), draw)
 
 
-def _settle(problem: Open, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
+def _settle(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
     """Solves on the piece of σ that m lies on, moves to the one where the solution lies, and so on."""
     for _ in range(POLISH):
         theta, error, residual, condition = _solve_piece(problem, m, image, channels)
@@ -198,7 +196,9 @@ def _settle(problem: Open, m: NDArray, image: NDArray, channels: NDArray) -> _Pi
     return piece
 
 
-def _solve_piece(problem: Open, m: NDArray, image: NDArray, channels: NDArray) -> tuple[NDArray, NDArray, float, float]:
+def _solve_piece(
+    problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray
+) -> tuple[NDArray, NDArray, float, float]:
     """The linear system on the piece of σ that m lies on: (t, y), a draw of its error, residual, condition number."""
     fitted = fit(problem.activation, m, np.full(len(m), 1e-60))
     rows = assemble(problem, fitted, m, image, channels, None, problem.noise)

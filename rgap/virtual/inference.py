@@ -21,7 +21,7 @@ UNSEEN = 1e-12
 
 
 @dataclass(frozen=True)
-class Open:
+class DeficientLayer:
     """The deficient layer's input and what is known about it.
 
     Attributes:
@@ -67,7 +67,9 @@ class Rows:
     eta: list[tuple[slice, slice, NDArray]]  # for each output channel: rows, entries, response of the rows to η
 
 
-def assemble(problem: Open, fitted: Fit, m: NDArray, image: NDArray, channels: NDArray, prior, noise: float) -> Rows:
+def assemble(
+    problem: DeficientLayer, fitted: Fit, m: NDArray, image: NDArray, channels: NDArray, prior, noise: float
+) -> Rows:
     """The rows of one step: range of W, the earlier layer's gradient scaled to unit rows, the prior.
 
     Args:
@@ -116,7 +118,7 @@ def assemble(problem: Open, fitted: Fit, m: NDArray, image: NDArray, channels: N
     return _with_known(problem, Rows(A, right, np.concatenate(floor), E, eta))
 
 
-def _with_known(problem: Open, rows: Rows) -> Rows:
+def _with_known(problem: DeficientLayer, rows: Rows) -> Rows:
     """Adds the deficient layer's own word on its weak directions: their coefficients are 0, to a known accuracy."""
     count, d = problem.known.size, problem.N.shape[1]
     if not count:
@@ -128,7 +130,7 @@ def _with_known(problem: Open, rows: Rows) -> Rows:
     return Rows(A, b, np.concatenate([rows.floor, problem.known]), eps, rows.eta)
 
 
-def _responses(problem: Open, image: NDArray, channels: NDArray, weight: NDArray, first: int) -> list:
+def _responses(problem: DeficientLayer, image: NDArray, channels: NDArray, weight: NDArray, first: int) -> list:
     """How a change of σ′ at each entry moves the gradient rows of its channel: δx times what that position reads."""
     patches = problem.previous.patches(image)
     taps, pixels = patches.shape
@@ -192,7 +194,7 @@ def update(rows: Rows, fitted: Fit, N: NDArray, scales: NDArray) -> tuple[NDArra
     return theta, np.maximum(variance, 0), chi2, eps
 
 
-def independent_gradients(problem: Open, m: NDArray, channels: NDArray) -> int:
+def independent_gradients(problem: DeficientLayer, m: NDArray, channels: NDArray) -> int:
     """Gradient equations that the deficient layer's own constraints do not contain already.
 
     ⟨G′[o], W′[o′]⟩ = ⟨δz′[o], z′[o′]⟩ = ⟨δx[o], x[o′]⟩ holds for o = o′ where σ is homogeneous and there is no bias,

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from rgap.equations.joint_dense import Normal, solve_normal
-from rgap.equations.joint_system import Open
-from rgap.equations.joint_weights import Complement, complement
+from rgap.equations.joint_system import ReducedSystem
+from rgap.equations.joint_weights import RangeComplement, complement
+from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
 from rgap.linalg import LeastSquares
 from rgap.network.chain import Layer
-from rgap.separation.margins import SURPLUS
 
 STEPS = 30
 """Most solves, each with the signs that the last one left."""
@@ -62,7 +62,7 @@ class RangeSolution:
     condition: float
 
 
-def range_factor(before: Layer) -> Complement | None:
+def range_factor(before: Layer) -> RangeComplement | None:
     """The range constraints of a layer, or None where it has none or they are too many to be held."""
     if before.groups > 1 or math.prod(before.output_shape) <= before.unknowns:
         return None
@@ -70,7 +70,14 @@ def range_factor(before: Layer) -> Complement | None:
 
 
 def close_by_range(
-    before: Layer, factor: Complement, system: Open, x: Tensor, *, deficit: int, precision: float, rcond: float
+    before: Layer,
+    factor: RangeComplement,
+    system: ReducedSystem,
+    x: Tensor,
+    *,
+    deficit: int,
+    precision: float,
+    rcond: float,
 ) -> RangeSolution:
     """Solves a layer's system together with the range constraints of the layer before.
 
@@ -107,14 +114,16 @@ def close_by_range(
     z, _ = _linearised(before, x)
     residual = ((z - bias) @ left).square().mean().sqrt().item()
     equations = left.shape[1] * len(x)
-    certified = kept and dense.null is None and equations - deficit >= SURPLUS and residual <= RESIDUAL * unit
+    certified = (
+        kept and dense.null is None and equations - deficit >= CERTIFICATE_SURPLUS and residual <= RESIDUAL * unit
+    )
     size = z.square().mean().sqrt().item()
     condition = 1 / dense.above if dense.above else math.inf
     return RangeSolution(x, certified, equations, len(changes), residual / size, condition)
 
 
 def _solve(
-    system: Open, left: Tensor, z: Tensor, slope: Tensor, x: Tensor, units: tuple[float, float], rcond: float
+    system: ReducedSystem, left: Tensor, z: Tensor, slope: Tensor, x: Tensor, units: tuple[float, float], rcond: float
 ) -> LeastSquares:
     """The system's rows and the range constraints, linearised at x, each in units of its noise."""
     own, unit = units
@@ -158,7 +167,7 @@ def _change(before: Layer, x: Tensor, moved: Tensor, slope: Tensor, least: float
     return ((moved - x).norm() / x.norm()).item()
 
 
-def _misfit(system: Open, x: Tensor) -> float:
+def _misfit(system: ReducedSystem, x: Tensor) -> float:
     """Root-mean-square residual of the system's own solution."""
     y = system.project(x - system.x0)
     return (system.b - system.normal.apply(y)).square().mean().sqrt().item()

@@ -11,10 +11,10 @@ import rgap
 from rgap.attack.joint_signs import agree, settle_signs
 from rgap.separation import read as batch_reading
 from rgap.separation.batch_size import first_dense
-from rgap.separation.joint_softmax import fit_together
+from rgap.separation.joint_softmax import fit_joint_softmax
 from rgap.separation.refine import refine_head
 from rgap.separation.subspaces import row_span
-from rgap.shared_gradient import weigh
+from rgap.shared_gradient import receive
 
 SHAPE = (3, 8, 8)
 FULL = ((12, 4, 2, 1), (16, 3, 1, 1))
@@ -223,10 +223,10 @@ def test_fitting_the_head_takes_off_error():
     images, labels, gradients = shared(model)
     chain = rgap.prepare(model, SHAPE)
     below = first_dense(chain)
-    evidence = weigh(chain, gradients)
+    received = receive(chain, gradients)
     truth = chain.layer_inputs(images)["5"]
     mixed = truth + 1e-3 * rand(3, 3) @ truth
-    head = refine_head(chain.layers[below:], evidence.gradients, mixed, labels, "cross_entropy")
+    head = refine_head(chain.layers[below:], received.gradients, mixed, labels, "cross_entropy")
     assert_close(head.x, truth, rtol=0, atol=1e-10) and head.residual < 1e-12
     features = truth.clone().requires_grad_()
     nn.functional.cross_entropy(model[5:](features), labels).backward()
@@ -299,10 +299,10 @@ def test_where_the_softmax_has_too_few_equations_nothing_is_returned():
 def test_inputs_found_together_are_the_true_ones(bias):
     model, images, labels, gradients = alike(3, bias=bias)
     chain = rgap.prepare(model, SHAPE)
-    layers, evidence = chain.layers[2:], weigh(chain, gradients)
-    span = row_span(layers[0], evidence.gradients, evidence.precision)
-    found, head = fit_together(layers, evidence.gradients, span, labels=None, precision=evidence.precision)
+    layers, received = chain.layers[2:], receive(chain, gradients)
+    span = row_span(layers[0], received.gradients, received.precision)
+    found, head = fit_joint_softmax(layers, received.gradients, span, labels=None, precision=received.precision)
     assert torch.equal(found, labels) and head.residual < 1e-12
     assert_close(head.x, chain.layer_inputs(images)["5"], rtol=0, atol=1e-9)
-    assert fit_together(layers, evidence.gradients, span, labels=[0, 1], precision=1e-16) is None
-    assert fit_together(layers, evidence.gradients, span, labels=[3, 3, 3], precision=1e-16) is None
+    assert fit_joint_softmax(layers, received.gradients, span, labels=[0, 1], precision=1e-16) is None
+    assert fit_joint_softmax(layers, received.gradients, span, labels=[3, 3, 3], precision=1e-16) is None

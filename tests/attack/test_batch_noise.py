@@ -7,12 +7,12 @@ from test_batch import SHAPE, network, quality, shared
 import rgap
 from rgap.attack import batch as batch_descent
 from rgap.attack import batch_noise
-from rgap.shared_gradient import Evidence, weigh
+from rgap.shared_gradient import SharedGradient, receive
 
 
 def strict(monkeypatch, tolerance):
     """What the format allows, made so small that a right candidate misses it."""
-    monkeypatch.setattr(Evidence, "tolerance", property(lambda self: tolerance))
+    monkeypatch.setattr(SharedGradient, "tolerance", property(lambda self: tolerance))
 
 
 def test_a_right_candidate_is_certified_by_what_noise_makes_of_its_own_gradient(monkeypatch):
@@ -57,10 +57,10 @@ def test_the_gradient_that_is_tried_out_has_the_errors_of_the_shared_one(dtype, 
     gradients = [g + noise * g.abs().max() * torch.randn_like(g) for g in gradients]
     chain = rgap.prepare(model, SHAPE)
     std = noise * max(g.abs().max().item() for g in gradients)
-    evidence = weigh(chain, gradients, noise_std=std or None)
-    evidence = replace(evidence, known=dict.fromkeys(evidence.gradients, std))
-    tried = batch_noise._as_shared(chain, evidence, images, labels, "cross_entropy")
+    received = receive(chain, gradients, noise_std=std or None)
+    received = replace(received, known=dict.fromkeys(received.gradients, std))
+    tried = batch_noise._as_shared(chain, received, images, labels, "cross_entropy")
     for name, g in tried.items():
-        miss = ((g - evidence.gradients[name]).norm() / g.norm()).item()
+        miss = ((g - received.gradients[name]).norm() / g.norm()).item()
         assert miss < max(1e-12 if dtype == torch.float64 else 1e-5, 1e3 * noise)
         assert g.dtype == torch.float64 and (not noise or miss > noise)

@@ -7,18 +7,18 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.experiments.batch import combination
 from rgap.attack.batch_recovery import recover_batch
+from rgap.experiments.batch import combination
 from rgap.network.chain import Chain
 from rgap.separation.batch_size import find_batch_size
-from rgap.shared_gradient import weigh
+from rgap.shared_gradient import receive
 
 
 def recovered(network, images, labels, loss="logistic", size=None, dtype=torch.float32, chain=None):
     """Without the door, so that losses and activations that it does not let through yet are tested."""
     chain = chain or rgap.prepare(network, SHAPE)
-    evidence = weigh(chain, gradients(network, images, labels, loss, dtype))
-    return recover_batch(chain, evidence, find_batch_size(chain, evidence, size or len(images)), loss)
+    received = receive(chain, gradients(network, images, labels, loss, dtype))
+    return recover_batch(chain, received, find_batch_size(chain, received, size or len(images)), loss)
 
 
 def check_exact(result, images, labels, atol):

@@ -8,10 +8,11 @@ from torch.testing import assert_close
 
 import rgap
 from rgap.attack import joint_descent
-from rgap.attack.joint_descent import descend_jointly, joint_identities
+from rgap.attack.joint_descent import descend_jointly
+from rgap.equations.blocks import joint_identities
 from rgap.equations.joint_dense import Normal
-from rgap.equations.joint_system import Open
-from rgap.shared_gradient import weigh
+from rgap.equations.joint_system import ReducedSystem
+from rgap.shared_gradient import receive
 from rgap.virtual.range import _change, close_by_range, range_factor
 
 
@@ -37,7 +38,7 @@ def attack(model, count, dtype=torch.float64, **options):
     chain = rgap.prepare(model, (3, 12, 12))
     below = next(i for i, layer in enumerate(chain.layers) if layer.is_dense)
     x, dx = features.detach().double(), features.grad.double()
-    return images, chain, descend_jointly(chain, weigh(chain, evidence_of), x, dx, below=below, **options)
+    return images, chain, descend_jointly(chain, receive(chain, evidence_of), x, dx, below=below, **options)
 
 
 SECOND = (TALL, (16, 3, 2, 1), (16, 3, 1, 1))
@@ -71,8 +72,8 @@ def test_smooth_activations_have_range_constraints_too(monkeypatch, channels):
     images, labels = rand(3, 3, 12, 12), torch.arange(3)
     features = smooth[:7](images).detach().requires_grad_()
     nn.functional.cross_entropy(smooth[7:](features), labels).backward()
-    evidence = weigh(chain, rgap.client_gradients(smooth, images, labels, loss="cross_entropy"))
-    found = descend_jointly(replace(chain, layers=tuple(layers)), evidence, features.detach(), features.grad, below=3)
+    received = receive(chain, rgap.client_gradients(smooth, images, labels, loss="cross_entropy"))
+    found = descend_jointly(replace(chain, layers=tuple(layers)), received, features.detach(), features.grad, below=3)
     report = next(r for r in found.reports if r.name == "2")
     assert report.virtual_constraints == 3 * 156 and report.iterations is not None
     assert (report.deficit > 0) == (channels == 13) and not found.open_layers
@@ -82,7 +83,7 @@ def test_smooth_activations_have_range_constraints_too(monkeypatch, channels):
 def test_a_belief_outside_the_range_of_an_activation_certifies_nothing():
     layer = replace(rgap.prepare(deficient(), (3, 12, 12)).layers[0], activation=TANH)
     x = torch.full((2, *layer.output_shape), 2.0, dtype=torch.float64)
-    system = Open(
+    system = ReducedSystem(
         x.flatten(1), None, lambda v: v, None, Normal(None, lambda v: v, None, None), 0 * x.flatten(1), None, 1.0
     )
     found = close_by_range(layer, range_factor(layer), system, x, deficit=1, precision=1e-7, rcond=1e-4)

@@ -5,7 +5,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.attack.signs import decide_slopes
+from rgap.attack.signs import decide_activation_pattern
 
 IMAGE = randn(1, 3, 8, 8).abs()
 
@@ -29,7 +29,7 @@ def test_signs_that_noise_has_turned_are_turned_back():
     for seed in range(60):
         noisy = x + spread * randn(*x.shape, seed=seed)
         before += int(((noisy > 0) != (x > 0)).sum())
-        found = decide_slopes(layer, G, noisy, dx, spread, 1e-6 * G.abs().max().item())
+        found = decide_activation_pattern(layer, G, noisy, dx, spread, 1e-6 * G.abs().max().item())
         after += int((found.values != truth).sum())
         assert (found.doubt[noisy.abs() > 5 * spread] == 0).all()
     assert before >= 20 and after <= before / 4
@@ -37,7 +37,7 @@ def test_signs_that_noise_has_turned_are_turned_back():
 
 def test_without_error_the_slopes_are_the_derivative_and_nothing_is_in_doubt():
     layer, G, x, dx = middle(small_cnn(bias=True))
-    found = decide_slopes(layer, G, x, dx, 0.0, 0.0)
+    found = decide_activation_pattern(layer, G, x, dx, 0.0, 0.0)
     assert_close(found.values, layer.activation.derivative(layer.activation.inverse(x)))
     assert not found.doubt.any()
 
@@ -45,7 +45,7 @@ def test_without_error_the_slopes_are_the_derivative_and_nothing_is_in_doubt():
 def test_noise_that_hides_the_identities_leaves_the_sign_that_is_seen_and_doubt():
     layer, G, x, dx = middle()
     spread = 0.1 * x.abs().mean().item()
-    found = decide_slopes(layer, G, x, dx, spread, 1e3 * G.abs().max().item())
+    found = decide_activation_pattern(layer, G, x, dx, spread, 1e3 * G.abs().max().item())
     assert_close(found.values, layer.activation.derivative(layer.activation.inverse(x)))
     closest = x.abs().flatten().argmin()
     assert 0.2 < found.doubt.flatten()[closest] <= 0.5
@@ -60,17 +60,17 @@ def test_activations_without_two_slopes_are_left_alone(activation):
     )
     layer = rgap.prepare(network, (3, 8, 8)).layers[1]
     x = randn(*layer.output_shape)
-    assert decide_slopes(layer, randn(*layer.weight.shape), x, x, 0.1, 0.1) is None
+    assert decide_activation_pattern(layer, randn(*layer.weight.shape), x, x, 0.1, 0.1) is None
 
 
 def test_a_gradient_of_zeros_decides_nothing():
     layer, G, x, dx = middle()
-    assert decide_slopes(layer, 0 * G, x, dx, 0.1, 0.1) is None
+    assert decide_activation_pattern(layer, 0 * G, x, dx, 0.1, 0.1) is None
 
 
 def test_gradients_whose_squares_underflow_decide_as_others_do():
     layer, G, x, dx = middle()
     spread = 0.03 * x.abs().mean().item()
     std = 1e-6 * G.abs().max().item()
-    found, tiny = (decide_slopes(layer, c * G, x, c * dx, spread, c * std) for c in (1.0, 1e-200))
+    found, tiny = (decide_activation_pattern(layer, c * G, x, c * dx, spread, c * std) for c in (1.0, 1e-200))
     assert_close(found.values, tiny.values)

@@ -12,22 +12,22 @@ from rgap.attack.verdict import judge, make_candidate
 from rgap.head.read import read_head
 from rgap.noise import entry_noise
 from rgap.results import Candidate
-from rgap.shared_gradient import weigh
+from rgap.shared_gradient import receive
 
 LABEL = torch.tensor([1])
 
 
 @pytest.fixture(scope="module")
 def recovered():
-    """A network, its evidence, noise, hypothesis and descent, from float32 gradients of the image."""
+    """A network, its received, noise, hypothesis and descent, from float32 gradients of the image."""
     model = small_cnn()
     chain = rgap.prepare(model, (3, 8, 8))
     gradients = [g.float() for g in rgap.client_gradients(model, randn(1, 3, 8, 8).abs(), LABEL)]
-    evidence = weigh(chain, gradients)
-    stds = entry_noise(evidence.gradients)
-    hypothesis = read_head("logistic", chain.layers[-1], evidence, 1).hypotheses[0]
-    probe = start_probe(chain.layers[-1], evidence.gradients, draw_noise(stds), hypothesis, lambda _: [hypothesis])
-    return chain, evidence, stds, hypothesis, descend(chain, evidence, hypothesis, probe=probe)
+    received = receive(chain, gradients)
+    stds = entry_noise(received.gradients)
+    hypothesis = read_head("logistic", chain.layers[-1], received, 1).hypotheses[0]
+    probe = start_probe(chain.layers[-1], received.gradients, draw_noise(stds), hypothesis, lambda _: [hypothesis])
+    return chain, received, stds, hypothesis, descend(chain, received, hypothesis, probe=probe)
 
 
 def with_one_unit_turned(chain, descent):
@@ -43,22 +43,22 @@ def with_one_unit_turned(chain, descent):
 
 
 def test_a_unit_that_flips_when_the_image_goes_forward_says_nothing_against_it(recovered):
-    chain, evidence, stds, hypothesis, descent = recovered
+    chain, received, stds, hypothesis, descent = recovered
     name = chain.layers[0].name
     turned, by = with_one_unit_turned(chain, descent)
     close = replace(turned, probe=replace(turned.probe, x=(by / turned.probe.error) * turned.probe.x))
     assert close.probe.error == pytest.approx(by.item())
-    candidate = make_candidate(chain, evidence, stds, hypothesis, close, "logistic", (-9.0, 9.0))
+    candidate = make_candidate(chain, received, stds, hypothesis, close, "logistic", (-9.0, 9.0))
     assert candidate.gradient_residual < 0.1 * candidate.residual_allowed
     assert (candidate.images - descent.layer_inputs[name]).square().mean().sqrt() < by
     assert torch.equal(candidate.layer_inputs[name], candidate.images)
 
 
 def test_an_image_is_not_moved_beyond_its_error(recovered):
-    chain, evidence, stds, hypothesis, descent = recovered
+    chain, received, stds, hypothesis, descent = recovered
     turned, by = with_one_unit_turned(chain, descent)
     assert turned.probe.error < by / 50
-    candidate = make_candidate(chain, evidence, stds, hypothesis, turned, "logistic", (-9.0, 9.0))
+    candidate = make_candidate(chain, received, stds, hypothesis, turned, "logistic", (-9.0, 9.0))
     assert not candidate.consistent and candidate.gradient_residual > 1e-3
     assert torch.equal(candidate.images, turned.layer_inputs[chain.layers[0].name])
 

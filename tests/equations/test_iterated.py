@@ -36,7 +36,7 @@ def test_the_answer_to_a_change_is_that_of_the_dense_system(monkeypatch):
     found = solve_layer(part, G, dz, z, rcond=1e-9)
     change = randn(*part.input_shape, seed=7)
     K = constraints(part, dz)[1]
-    answer = found.respond((K @ change.flatten()).reshape(G.shape), part.apply(change))
+    answer = found.sensitivity((K @ change.flatten()).reshape(G.shape), part.apply(change))
     assert (answer - change).norm() < 0.15 * change.norm()
 
 

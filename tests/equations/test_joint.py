@@ -14,7 +14,7 @@ from rgap.equations.blocks import split_groups, weight_matrix
 from rgap.equations.joint import solve_joint
 from rgap.equations.joint_dense import Normal, solve_normal
 from rgap.equations.joint_system import weights_first
-from rgap.equations.joint_weights import dim_directions
+from rgap.equations.joint_weights import weak_subspace
 from rgap.equations.solve import solve_layer
 
 
@@ -139,7 +139,7 @@ def test_dependent_weights_are_not_inverted_first(monkeypatch):
 def test_where_a_square_w_sees_dimly_the_gradients_decide(monkeypatch, count):
     monkeypatch.setattr(joint_weights, "DIM", 0.2)
     layer = conv_layer(nn.Conv2d(4, 4, 3, 1, 1), 6, 6)
-    dim = dim_directions(layer)
+    dim = weak_subspace(layer)
     W = torch.from_numpy(weight_matrix(layer).toarray())
     values = torch.linalg.svdvals(W)
     assert 0 < len(dim.sigmas) < 72 and abs(len(dim.sigmas) - (values < 0.2 * values[0]).sum()) <= 6

@@ -48,9 +48,10 @@ def test_a_saturated_softmax_is_no_coarse_grid_and_no_coarse_format(dtype):
 
 
 def test_a_network_with_a_saturated_softmax_predicts_its_error():
-    modules = [torch.nn.Conv2d(3, 20, 3, 2, 1), torch.nn.LeakyReLU(0.2), torch.nn.Flatten(), torch.nn.Linear(320, 120)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        conv = torch.nn.Conv2d(3, 20, 3, 2, 1)
+        modules = [conv, torch.nn.LeakyReLU(0.2), torch.nn.Flatten(), torch.nn.Linear(320, 120)]
         network = torch.nn.Sequential(*modules).double()
         with torch.no_grad():
             network[3].weight.uniform_(-30, 30)

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import rgap
 from rgap.head.read import read_head
-from rgap.shared_gradient import Evidence, weigh
+from rgap.shared_gradient import SharedGradient, receive
 
 ACCURACY = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 0.03, torch.bfloat16: 0.2}
 """Largest relative error of the input, by the gradient's format; it is that of the scale."""
@@ -31,7 +31,7 @@ def read(model, image, label, loss, dtype=torch.float64, known=None):
     client = copy.deepcopy(model).to(dtype)
     gradients = rgap.client_gradients(client, image, torch.tensor([label]), loss)
     chain = rgap.prepare(client, image.shape[1:])
-    return read_head(loss, chain.layers[-1], weigh(chain, gradients), known), gradients
+    return read_head(loss, chain.layers[-1], receive(chain, gradients), known), gradients
 
 
 @st.composite
@@ -83,7 +83,7 @@ def test_a_thousand_labels_are_inferred():
             chain = rgap.prepare(model, (1, 1, 20))
             for label in range(12):
                 gradients = rgap.client_gradients(model.float(), image, torch.tensor([label]), loss)
-                found = read_head(loss, chain.layers[-1], weigh(chain, gradients))
+                found = read_head(loss, chain.layers[-1], receive(chain, gradients))
                 right += {h.label for h in found.hypotheses} == {label}
                 total += 1
     assert (right, total) == (1080, 1080)
@@ -112,7 +112,7 @@ def test_gradients_of_no_sample_give_finite_hypotheses_and_a_note(case, how):
         return
     chain = rgap.prepare(model, image.shape[1:])
     given_gradients = dict(zip(chain.parameters, [G, *rest], strict=True))
-    found = read_head(loss, chain.layers[-1], Evidence(given_gradients, 2e-16, 1e-5))
+    found = read_head(loss, chain.layers[-1], SharedGradient(given_gradients, 2e-16, 1e-5))
     assert found.hypotheses
     for h in found.hypotheses:
         assert h.x.isfinite().all() and h.dz.isfinite().all() and h.dz.any() and h.residual == h.residual
@@ -135,9 +135,9 @@ def test_a_given_label_that_fits_badly_is_used_where_nothing_fits_well(loss):
     labels = torch.tensor([0, 1, 1])
     G, b = rgap.client_gradients(model, rand(3, 1, 1, 30), labels, loss)
     chain = rgap.prepare(model, (1, 1, 30))
-    evidence = Evidence(dict(zip(chain.parameters, [randn(*G.shape) * G.norm(), b], strict=True)), 2e-16, 1e-5)
+    received = SharedGradient(dict(zip(chain.parameters, [randn(*G.shape) * G.norm(), b], strict=True)), 2e-16, 1e-5)
     for label in (0, 1):
-        found = read_head(loss, chain.layers[-1], evidence, known=label)
+        found = read_head(loss, chain.layers[-1], received, known=label)
         assert {h.label for h in found.hypotheses} == {label}
 
 
@@ -150,5 +150,5 @@ def test_a_batch_is_noted(case):
     batch = rand(4, *image.shape[1:])
     G, *rest = rgap.client_gradients(model, batch, torch.tensor([0, 1, 2, 0]), loss)
     chain = rgap.prepare(model, image.shape[1:])
-    found = read_head(loss, chain.layers[-1], weigh(chain, [G, *rest]))
+    found = read_head(loss, chain.layers[-1], receive(chain, [G, *rest]))
     assert any("belongs to a batch" in note for note in found.notes)

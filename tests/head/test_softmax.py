@@ -13,7 +13,7 @@ import rgap
 from rgap.head.logistic import MU_AT_MINIMUM, margins
 from rgap.head.read import read_head
 from rgap.head.softmax import sign_misfits
-from rgap.shared_gradient import weigh
+from rgap.shared_gradient import receive
 
 
 def with_margin(mu, classes=2, inputs=20, dtype=torch.float64):
@@ -27,13 +27,13 @@ def with_margin(mu, classes=2, inputs=20, dtype=torch.float64):
     model = model.to(dtype)
     gradients = rgap.client_gradients(model, image, torch.tensor([0]), "cross_entropy")
     chain = rgap.prepare(model, (1, 1, inputs))
-    return chain, image.to(dtype).double().flatten(), weigh(chain, gradients)
+    return chain, image.to(dtype).double().flatten(), receive(chain, gradients)
 
 
 @pytest.mark.parametrize("mu", [-30.0, -2.0, -0.1, 0.3, 1.2, 1.27, 1.29, 1.4, 3.0, 20.0, 36.0])
 def test_two_classes_are_the_logistic_case_two_labels_and_its_roots(mu):
-    chain, x, evidence = with_margin(mu)
-    found = read_head("cross_entropy", chain.layers[-1], evidence)
+    chain, x, received = with_margin(mu)
+    found = read_head("cross_entropy", chain.layers[-1], received)
     roots, _ = margins(-mu / (1 + math.exp(mu)))
     for label in (0, 1):
         outputs = [chain.layers[-1].weight[:, :, 0, 0] @ h.x for h in found.hypotheses if h.label == label]
@@ -47,8 +47,8 @@ def test_two_classes_are_the_logistic_case_two_labels_and_its_roots(mu):
 
 
 def test_at_the_minimum_the_roots_meet():
-    chain, x, evidence = with_margin(MU_AT_MINIMUM)
-    found = read_head("cross_entropy", chain.layers[-1], evidence)
+    chain, x, received = with_margin(MU_AT_MINIMUM)
+    found = read_head("cross_entropy", chain.layers[-1], received)
     for h in found.hypotheses:
         assert (h.x.abs() - x).norm() < 1e-3 * x.norm()
 
@@ -56,22 +56,22 @@ def test_at_the_minimum_the_roots_meet():
 @settings(drawn, max_examples=30)
 @given(st.floats(-20, 14), st.integers(3, 20))
 def test_more_classes_have_one_root_and_its_scale_is_accurate_from_float32(mu, classes):
-    chain, x, evidence = with_margin(mu, classes, dtype=torch.float32)
-    (h,) = read_head("cross_entropy", chain.layers[-1], evidence).hypotheses
+    chain, x, received = with_margin(mu, classes, dtype=torch.float32)
+    (h,) = read_head("cross_entropy", chain.layers[-1], received).hypotheses
     assert h.label == 0 and (h.x - x).norm() < 1e-5 * x.norm()
 
 
 def test_a_confident_clients_rounding_of_the_labels_entry_is_reported():
-    chain, x, evidence = with_margin(13.0, 5, dtype=torch.float32)
-    (h,) = read_head("cross_entropy", chain.layers[-1], evidence).hypotheses
+    chain, x, received = with_margin(13.0, 5, dtype=torch.float32)
+    (h,) = read_head("cross_entropy", chain.layers[-1], received).hypotheses
     assert h.residual < h.rounding == pytest.approx(1.2e-7 * math.exp(13.0), rel=0.1)
     assert (h.x - x).norm() < 1e-5 * x.norm()
 
 
 @pytest.mark.parametrize("mu", [20.0, 60.0])
 def test_a_labels_entry_that_was_rounded_to_zero_is_survived(mu):
-    chain, x, evidence = with_margin(mu, 5, dtype=torch.float32)
-    found = read_head("cross_entropy", chain.layers[-1], evidence)
+    chain, x, received = with_margin(mu, 5, dtype=torch.float32)
+    found = read_head("cross_entropy", chain.layers[-1], received)
     h = min(found.hypotheses, key=lambda h: (h.x - x).norm())
     assert h.label == 0 and (h.x - x).norm() < 1e-4 * x.norm()
 
@@ -111,7 +111,7 @@ def test_a_bias_gradient_of_no_sample_is_noted(bias_gradient):
     model, image = network(3, 10, True, seed=0), rand(1, 1, 1, 10)
     chain = rgap.prepare(model, (1, 1, 10))
     G, _ = rgap.client_gradients(model, image, torch.tensor([1]), "cross_entropy")
-    found = read_head("cross_entropy", chain.layers[-1], weigh(chain, [G, torch.tensor(bias_gradient).double()]))
+    found = read_head("cross_entropy", chain.layers[-1], receive(chain, [G, torch.tensor(bias_gradient).double()]))
     assert "it was altered or belongs to a batch" in found.notes[0]
     assert all(h.x.isfinite().all() for h in found.hypotheses)
 
@@ -120,7 +120,7 @@ def test_without_the_bias_gradient_the_weights_alone_are_read():
     model, image = network(5, 10, True, seed=0), rand(1, 1, 1, 10)
     chain = rgap.prepare(model, (1, 1, 10))
     G, b = rgap.client_gradients(model, image, torch.tensor([3]), "cross_entropy")
-    found = read_head("cross_entropy", chain.layers[-1], weigh(chain, [G, 0 * b]))
+    found = read_head("cross_entropy", chain.layers[-1], receive(chain, [G, 0 * b]))
     assert "the last bias's gradient is zero" in found.notes[0]
     assert_close(found.hypotheses[0].x, image.flatten(), rtol=1e-9, atol=0)
 

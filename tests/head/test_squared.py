@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import rgap
 from rgap.head.read import read_head
-from rgap.shared_gradient import weigh
+from rgap.shared_gradient import receive
 
 
 def with_output(f, label, bias=False):
@@ -53,7 +53,7 @@ def test_where_the_roots_meet_there_is_one_a_label():
 def test_below_the_smallest_c_the_nearest_output_is_taken_with_a_note():
     model, _, _, (G,) = with_output(0.5, 1)
     chain = rgap.prepare(model, (1, 1, 20))
-    found = read_head("mse", chain.layers[-1], weigh(chain, [3 * G]))
+    found = read_head("mse", chain.layers[-1], receive(chain, [3 * G]))
     assert "below -0.5, the smallest of any single sample" in found.notes[0]
     assert sorted(h.dz.item() for h in found.hypotheses) == pytest.approx([-1.0, 1.0])
     assert all(h.residual > 0.1 for h in found.hypotheses)
@@ -72,7 +72,7 @@ def test_a_bias_gradient_of_zero_is_noted():
     model, image = network(3, 10, True, seed=0), rand(1, 1, 1, 10)
     chain = rgap.prepare(model, (1, 1, 10))
     G, b = rgap.client_gradients(model, image, torch.tensor([1]), "mse")
-    found = read_head("mse", chain.layers[-1], weigh(chain, [G, 0 * b]))
+    found = read_head("mse", chain.layers[-1], receive(chain, [G, 0 * b]))
     assert "the last bias's gradient is zero" in found.notes[0]
     assert all(h.x.isfinite().all() for h in found.hypotheses)
 

@@ -5,9 +5,9 @@ from test_batch import SHAPE, alike, network, quality
 from torch.testing import assert_close
 
 import rgap
-from rgap.separation.joint_softmax import _likely_labels, fit_together
+from rgap.separation.joint_softmax import _likely_labels, fit_joint_softmax
 from rgap.separation.subspaces import row_span
-from rgap.shared_gradient import weigh
+from rgap.shared_gradient import receive
 
 
 @pytest.mark.parametrize("labels", [[3, 7, 1, 4], [2, 2, 5, 6], [8, 8, 8, 0]])
@@ -37,11 +37,11 @@ def test_images_of_one_class_are_parted(known):
     model, images, *_ = alike(3)
     labels = torch.tensor([4, 1, 4])
     chain = rgap.prepare(model, SHAPE)
-    evidence = weigh(chain, rgap.client_gradients(model, images, labels, "cross_entropy"))
+    received = receive(chain, rgap.client_gradients(model, images, labels, "cross_entropy"))
     layers, features = chain.layers[2:], chain.layer_inputs(images)["5"]
-    span = row_span(layers[0], evidence.gradients, evidence.precision)
+    span = row_span(layers[0], received.gradients, received.precision)
     given = [4, 4, 1] if known else None
-    found, head = fit_together(layers, evidence.gradients, span, labels=given, precision=evidence.precision)
+    found, head = fit_joint_softmax(layers, received.gradients, span, labels=given, precision=received.precision)
     nearest = torch.cdist(features, head.x).argmin(1)
     assert sorted(found.tolist()) == [1, 4, 4] and sorted(nearest.tolist()) == [0, 1, 2]
     assert_close(head.x[nearest], features, rtol=0, atol=1e-7)

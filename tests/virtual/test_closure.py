@@ -194,9 +194,9 @@ def test_data_that_do_not_fit_together_are_not_certified(what):
 def test_the_surplus_of_equations_decides(monkeypatch):
     problem, x = open_problem(30)
     surplus = certify(problem, x).equations - problem.unknowns
-    monkeypatch.setattr(virtual, "SURPLUS", surplus)
+    monkeypatch.setattr(virtual, "CERTIFICATE_SURPLUS", surplus)
     assert certify(problem, x).certified
-    monkeypatch.setattr(virtual, "SURPLUS", surplus + 1)
+    monkeypatch.setattr(virtual, "CERTIFICATE_SURPLUS", surplus + 1)
     refused = certify(problem, x)
     assert not refused.certified and refused.residual < 1e-12
     assert relative(refused.x, x) < 1e-12

@@ -20,7 +20,7 @@ from rgap.head.read import read_head
 from rgap.metrics import mse, psnr_db, ssim
 from rgap.network.chain import Chain, prepare
 from rgap.results import Reconstruction
-from rgap.shared_gradient import weigh
+from rgap.shared_gradient import receive
 
 FALSE = 10.0
 """An image certified as exact is a false certificate where its error is this many times the predicted one."""
@@ -137,12 +137,12 @@ def plain_attack(chain: Chain, gradients: Sequence[Tensor], label: int, loss: st
     Returns:
         The darkest of the images that the label allows, (1, C, H, W).
     """
-    evidence = weigh(chain, gradients)
-    hypotheses = read_head(loss, chain.layers[-1], evidence, label).hypotheses
+    received = receive(chain, gradients)
+    hypotheses = read_head(loss, chain.layers[-1], received, label).hypotheses
     if chain.homogeneous:  # twins: their images differ by the ratio of the scales, and the smallest is the darkest
         by_size = sorted(hypotheses, key=lambda hypothesis: -abs(hypothesis.scale))
         hypotheses = {hypothesis.scale > 0: hypothesis for hypothesis in by_size}.values()
-    images = [descend(chain, evidence, h).layer_inputs[chain.layers[0].name] for h in hypotheses]
+    images = [descend(chain, received, h).layer_inputs[chain.layers[0].name] for h in hypotheses]
     return min(images, key=lambda image: image.abs().max().item())
 
 
