@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rgap import artifact, baselines, client, data, metrics, models
     from rgap.attack.reconstruct import reconstruct
     from rgap.client import client_gradients
-    from rgap.experiments import batch
     from rgap.network.chain import Chain, Layer, prepare
     from rgap.ranks.analysis import rank_analysis
     from rgap.ranks.largest_batch import LargestBatch, largest_batch

@@ -1,7 +1,7 @@
 """Runs a notebook strictly: an unknown parameter, an error or an absent figure fails and leaves no target.
 
-`python -m rgap.artifact.notebooks SOURCE TARGET` runs a copy by papermill; `python -m rgap.artifact.notebooks SOURCE` refreshes the outputs
-that SOURCE itself carries.
+`python -m rgap.artifact.notebooks SOURCE TARGET` runs a copy by papermill; `python -m rgap.artifact.notebooks SOURCE`
+refreshes the outputs that SOURCE itself carries.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""All executed notebooks as one static report, with an index of every figure, table and claim: `python -m rgap.artifact.report`.
+"""All executed notebooks as one static report, with an index of every figure, table and claim.
+
+`python -m rgap.artifact.report` writes it.
 
 The pages need no network: styles and pictures are in them, no script is loaded, and formulas are drawn by matplotlib's
 mathtext; the few that it does not know stay TeX, readable as source.

@@ -70,8 +70,8 @@ def residual_under_noise(
         virtual_constraints: As for the attack.
 
     Returns:
-        An `ExpectedResidual`; the format's tolerance alone where the residual is below it or beyond `MOST`, or where layers
-        are left open.
+        An `ExpectedResidual`; the format's tolerance alone where the residual is below it or beyond `MOST`, or where
+        layers are left open.
     """
     if not received.tolerance < residual < MOST or descent.open_layers:
         return ExpectedResidual(received.tolerance)

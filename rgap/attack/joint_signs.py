@@ -1,8 +1,8 @@
 """Signs of units next to zero: one that the errors have turned misleads δz, and shows in the layer's identities.
 
 A unit of a LeakyReLU whose value is smaller than its error may have the wrong slope. Its value hardly matters, its δz
-does: a single one of ten thousand makes a shared gradient miss by per cents. `rgap.attack.signs` does the same for single
-images. Both functions here are ours.
+does: a single one of ten thousand makes a shared gradient miss by per cents. `rgap.attack.signs` does the same for
+single images. Both functions here are ours.
 """
 
 from __future__ import annotations

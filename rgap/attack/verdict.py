@@ -93,9 +93,14 @@ class _Weighed:
 
 
 def _weigh(
-    chain: Chain, received: SharedGradient, stds: Mapping[str, Tensor], label: Tensor, loss: str, probe: NoiseProbe | None,
+    chain: Chain,
+    received: SharedGradient,
+    stds: Mapping[str, Tensor],
+    label: Tensor,
+    loss: str,
+    probe: NoiseProbe | None,
     image: Tensor,
-) -> _Weighed:  # fmt: skip
+) -> _Weighed:
     """Computes the image's gradient, and that of the image as the noise may have made it."""
 
     def gradients(x: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""Trained weights: a few epochs of plain training, and checkpoints. `python -m rgap.client.training --model cnn6` trains one."""
+"""Trained weights: a few epochs of plain training, and checkpoints.
+
+`python -m rgap.client.training --model cnn6` trains one.
+"""
 
 import argparse
 import copy

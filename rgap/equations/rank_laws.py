@@ -1,7 +1,7 @@
 """Rank laws: exact generic ranks of a layer's constraints from its shapes alone, without any matrix (ours).
 
-W connects a layer's outputs with its pixels, M its taps with its pixels (K = I ⊗ M; `rgap.equations.axes`). Both fall apart
-into blocks, and generically
+W connects a layer's outputs with its pixels, M its taps with its pixels (K = I ⊗ M; `rgap.equations.axes`). Both fall
+apart into blocks, and generically
 
     rank W      = Σ min(rows, columns) over the blocks of W, O·outputs by C·pixels
     rank M      = Σ min(rows, columns) over the blocks of M, O·taps by B·pixels

@@ -1,4 +1,7 @@
-"""One attack of your choice, from the command line: `python -m rgap.experiments.reconstruction_cli --model cnn6 --index 3`."""
+"""One attack of your choice, from the command line.
+
+`python -m rgap.experiments.reconstruction_cli --model cnn6 --index 3` is an example.
+"""
 
 import argparse
 import sys

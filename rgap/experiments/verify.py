@@ -1,4 +1,7 @@
-"""The long random sampling: `python -m rgap.experiments.verify` runs every `sample_*` of `rgap.experiments.sweeps` and judges every row."""
+"""The long random sampling.
+
+`python -m rgap.experiments.verify` runs every `sample_*` of `rgap.experiments.sweeps` and judges every row.
+"""
 
 from __future__ import annotations
 

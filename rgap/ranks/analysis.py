@@ -1,7 +1,7 @@
 """Rank analysis: what the layers of any network give away, predicted before any attack.
 
-Three answers beside each other: the counting index, exact ranks by law (`rgap.equations.rank_laws`), and numerical ranks
-(`rgap.ranks.numbers`) where a layer is small enough.
+Three answers beside each other: the counting index, exact ranks by law (`rgap.equations.rank_laws`), and numerical
+ranks (`rgap.ranks.numbers`) where a layer is small enough.
 """
 
 from __future__ import annotations

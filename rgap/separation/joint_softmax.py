@@ -55,8 +55,8 @@ def fit_joint_softmax(
         seed: Of the starts.
 
     Returns:
-        Labels (B,) and the `FittedInputs`, or None where no start reproduces these layers' gradients, or the equations are no
-        more than the unknowns.
+        Labels (B,) and the `FittedInputs`, or None where no start reproduces these layers' gradients, or the equations
+        are no more than the unknowns.
     """
     count, classes = span.rank, layers[-1].output_shape[0]
     if count >= classes - 1:

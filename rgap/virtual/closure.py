@@ -5,10 +5,10 @@ its own gradient is K(δz′) x′ with δz′ = σ′(z′) ∘ δx. For LeakyR
 and exact once they are right. The paper counts such equations; here they are solved (ours).
 
 The signs are not guessed but believed: every entry of x has a Gaussian belief N(m, v), σ⁻¹ and σ′ are replaced by their
-best linear fits under it (`rgap.virtual.linearisation`), what the fits leave over is noise of known covariance, and one step of
-generalised least squares gives the next belief. It is widened by the step's own χ², so that it never grows surer than
-the equations allow. As v falls the step becomes the linear system on one piece of σ, which is solved last, alone, and
-certified.
+best linear fits under it (`rgap.virtual.linearisation`), what the fits leave over is noise of known covariance, and
+one step of generalised least squares gives the next belief. It is widened by the step's own χ², so that it never grows
+surer than the equations allow. As v falls the step becomes the linear system on one piece of σ, which is solved last,
+alone, and certified.
 """
 
 from __future__ import annotations

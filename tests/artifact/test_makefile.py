@@ -101,7 +101,8 @@ def test_reconstruction_hands_its_values_on(clone):
     put_runner(clone)
     make(clone, "reconstruction", "PYTHON=runner", "MODEL=fcn3", "INDEX=3", "DATA=folder:a b")
     assert calls(clone) == [
-        "||-m rgap.experiments.reconstruction_cli --model fcn3 --index 3 --data folder:a b --seed 0 --batch 1 --weights "
+        "||-m rgap.experiments.reconstruction_cli --model fcn3 --index 3 --data folder:a b "
+        "--seed 0 --batch 1 --weights "
     ]
 
 

@@ -22,7 +22,8 @@ def audit_steps(steps: pd.DataFrame) -> Figure:
     """Independent equations of every step as a share of its unknowns, from the image (top) to the output.
 
     Args:
-        steps: Columns `name`, `kind`, `unknowns`, `deficit`, `supply` and `status`, as in `rgap.ranks.exposure.StepExposure`.
+        steps: Columns `name`, `kind`, `unknowns`, `deficit`, `supply` and `status`, as in
+            `rgap.ranks.exposure.StepExposure`.
 
     Returns:
         The figure: what a step's own equations determine, what the step before can add, and what stays open; the

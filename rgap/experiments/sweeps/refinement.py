@@ -54,8 +54,8 @@ def attack_stages(
         images: (N, C, H, W) in [0, 1].
         labels: (N,), 0 or 1.
         seeds: Of the weights.
-        strengths: Defence -> its strengths, as `rgap.experiments.sweeps.noise.defend` takes them; clipping apart, for it hides the
-            brightness.
+        strengths: Defence -> its strengths, as `rgap.experiments.sweeps.noise.defend` takes them; clipping apart, for
+            it hides the brightness.
         steps: Most evaluations of gradient matching and of Inverting Gradients.
 
     Returns:
