@@ -7,7 +7,6 @@ together. Everything in this module is ours; no other closed form takes batches 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,21 +15,15 @@ from torch import Tensor
 
 from rgap.attack.arguments import check_separable, checked_batch_labels
 from rgap.attack.batch_noise import ExpectedResidual, residual_under_noise
-from rgap.attack.batch_recovery import (
-    head_reports,
-    joint_residual,
-    on_device,
-    what_was_chosen,
-    what_was_found,
-)
+from rgap.attack.batch_recovery import joint_residual, on_device, what_was_chosen
 from rgap.attack.descent import Descent
 from rgap.attack.joint_descent import descend_jointly
 from rgap.attack.joint_signs import agree
+from rgap.head.hypothesis import Start
 from rgap.network.chain import Chain, Layer
-from rgap.results import VERDICTS, Candidate, GradientMismatchError, LayerReport, Reconstruction, UnsupportedLayerError
+from rgap.results import VERDICTS, Candidate, GradientMismatchError, Reconstruction, UnsupportedLayerError
 from rgap.separation.batch_size import BatchSize, first_dense
-from rgap.separation.read import Start, read_batch
-from rgap.separation.separate import separate
+from rgap.separation.read import read_batch
 from rgap.shared_gradient import SharedGradient
 
 SHARP = 2e-3
@@ -78,19 +71,14 @@ def recover_through_convolutions(
     check_separable(tail, loss)
     _check_convolutions(chain.layers[:below])
     known = checked_batch_labels(labels, size.size)
-    begin = time.perf_counter()
-    apart = separate(*tail[:2], received.gradients, precision=received.precision, seed=seed, span=size.span)
-    reading, said = read_batch(chain, received, apart, size.size, loss, known, seed)
-    reports = head_reports(tail, apart, size.size, time.perf_counter() - begin)
-    notes = [*size.notes, *what_was_found(tail, apart, size.size), *said]
-    if reading is None:
-        return _nothing(chain, apart, size.size, reports, notes, device)
-    found = sorted(reading.labels.tolist())
+    start, notes = read_batch(chain, received, size, loss, known, seed)
+    if not len(start.x):
+        return _nothing(chain, start, notes, device)
+    found = sorted(start.labels.tolist())
     if known is not None and known != found:
         raise GradientMismatchError(f"labels {known} were given; the gradient is that of {found}")
-    head = reading.head
-    descent = descend_jointly(chain, received, head.x, head.dx, below=below, virtual_constraints=virtual_constraints)
-    return _judge(chain, received, loss, reading, descent, pixel_range, reports, notes, device, virtual_constraints)
+    descent = descend_jointly(chain, received, start.x, start.dx, below=below, virtual_constraints=virtual_constraints)
+    return _judge(chain, received, loss, start, descent, pixel_range, notes, device, virtual_constraints)
 
 
 def _check_convolutions(layers: Sequence[Layer]) -> None:
@@ -102,39 +90,29 @@ def _check_convolutions(layers: Sequence[Layer]) -> None:
             )
 
 
-def _nothing(chain, apart, size, reports, notes, device) -> Reconstruction:
+def _nothing(chain: Chain, start: Start, notes: list[str], device) -> Reconstruction:
     """No image: the convolutions' gradients are sums over the batch, of which some images are missing."""
-    rank = apart.first.rank
-    if len(apart.inputs) < size:
-        notes = [
-            *notes,
-            "the convolutions' gradients are sums over all images; with some of these missing nothing below the fully "
-            "connected layers was determined",
-        ]
-    if rank < size:
-        notes.append(f"if the batch has {rank} images, say batch_size={rank} or None")
-    short = rank < size or (len(apart.inputs) < size and apart.second.rank < size)
     images = torch.zeros(0, *chain.image_shape, dtype=torch.float64)
-    none = Candidate(images, torch.zeros(0, dtype=torch.int64), 1.0, True, chain.layer_inputs(images), reports)
+    inputs = chain.layer_inputs(images)
+    none = Candidate(images, torch.zeros(0, dtype=torch.int64), 1.0, True, inputs, start.reports)
     none = none if device is None else on_device(none, device)
-    verdict = "rank-deficient" if short else "inconsistent"
-    return Reconstruction(none.images, none.labels, verdict, (none,), reports, tuple(notes))
+    verdict = "rank-deficient" if min(start.ranks) < start.batch_size else "inconsistent"
+    return Reconstruction(none.images, none.labels, verdict, (none,), start.reports, tuple(notes))
 
 
 def _judge(
     chain: Chain,
     received: SharedGradient,
     loss: str,
-    reading: Start,
+    start: Start,
     descent: Descent,
     pixel_range: tuple[float, float],
-    reports: tuple[LayerReport, ...],
     notes: list[str],
     device: torch.device | str | None,
     virtual_constraints: bool,
 ) -> Reconstruction:
     """Candidates of every image, the joint one with the residual of its own gradient, and the verdicts."""
-    reports = (*reports, *descent.reports)
+    reports = (*start.reports, *descent.reports)
     images = descent.layer_inputs[chain.layers[0].name].reshape(-1, *chain.image_shape)
     if torch.isfinite(images).all():
         images = agree(chain, images, descent.layer_inputs, first_dense(chain))
@@ -146,22 +124,23 @@ def _judge(
         return Candidate(image, label, 0.0, inside, inputs, reports, descent.open_layers)
 
     each = []
-    for b, factors in enumerate(reading.twins):
+    for b, twins in enumerate(start.twins):
+        factors = [twin.factor for twin in twins]
         inputs = {name: x[b : b + 1] for name, x in descent.layer_inputs.items()}
         scaled = [{name: factor * x for name, x in inputs.items()} for factor in factors]
         found = [
-            candidate(a * images[b : b + 1], reading.labels[b : b + 1], s) for a, s in zip(factors, scaled, strict=True)
+            candidate(a * images[b : b + 1], start.labels[b : b + 1], s) for a, s in zip(factors, scaled, strict=True)
         ]
         each.append(sorted(found, key=lambda one: (not one.in_pixel_range, one.images.abs().max().item())))
     joint = torch.cat([found[0].images for found in each])
     residual, allowed = math.inf, ExpectedResidual(received.tolerance)
     if torch.isfinite(joint).all():
-        residual = joint_residual(chain, received, joint, reading.labels, loss, len(joint))
+        residual = joint_residual(chain, received, joint, start.labels, loss, len(joint))
         options = {"virtual_constraints": virtual_constraints}
-        allowed = residual_under_noise(chain, received, loss, reading, descent, images, residual, **options)
+        allowed = residual_under_noise(chain, received, loss, start, descent, images, residual, **options)
     inputs = {name: torch.cat([found[0].layer_inputs[name] for found in each]) for name in descent.layer_inputs}
     weighed = {"gradient_residual": residual, "residual_allowed": allowed.residual, "predicted_error": allowed.error}
-    whole = replace(candidate(joint, reading.labels, inputs), **weighed)
+    whole = replace(candidate(joint, start.labels, inputs), **weighed)
     each = [[replace(one, **weighed) for one in found] for found in each]
     verdicts = [_verdict(found, SHARP * (width if math.isfinite(width) else 1.0)) for found in each]
     notes = [*notes, *_what_was_solved(descent, residual, allowed)]

@@ -21,11 +21,11 @@ from rgap.attack.joint_signs import agree
 from rgap.attack.propagation import draw_noise
 from rgap.attack.verdict import EXPLAINED
 from rgap.client import gradients_of
+from rgap.head.hypothesis import Start
 from rgap.network.chain import Chain
 from rgap.noise import entry_noise
 from rgap.separation.batch_size import first_dense
 from rgap.separation.joint_softmax import fit_and_refit
-from rgap.separation.read import Start
 from rgap.separation.refine import refine_head
 from rgap.shared_gradient import SharedGradient
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,12 +11,11 @@ from torch import Tensor
 
 from rgap.attack.arguments import check_separable, checked_batch_labels
 from rgap.client import gradients_of
-from rgap.equations.rank_laws import SPARE_UNITS
-from rgap.network.chain import Chain, Layer
+from rgap.head.hypothesis import Twin
+from rgap.network.chain import Chain
 from rgap.results import VERDICTS, Candidate, GradientMismatchError, LayerReport, Reconstruction
 from rgap.separation.batch_size import BatchSize
-from rgap.separation.scales import output_gradients, scale_hypotheses, share_residual
-from rgap.separation.separate import Separation, separate
+from rgap.separation.read import read_batch
 from rgap.shared_gradient import SharedGradient
 
 
@@ -56,88 +54,27 @@ def recover_batch(
     """
     check_separable(chain.layers, loss)
     known = checked_batch_labels(labels, size.size)
-    begin = time.perf_counter()
-    apart = separate(*chain.layers[:2], received.gradients, precision=received.precision, seed=seed, span=size.span)
-    seconds = time.perf_counter() - begin
-    complete = len(apart.inputs) == apart.first.rank
-    c, f = output_gradients(chain.layers, received.gradients, apart.inputs, apart.dz, complete=complete)
-    notes = [*size.notes, *what_was_found(chain.layers, apart, size.size)]
-    reports, images = head_reports(chain.layers, apart, size.size, seconds), []
-    for x, f_b, c_b in zip(apart.inputs, f, size.size * c, strict=True):
-        found, said = scale_hypotheses(loss, f_b, c_b, chain.layers[0].bias is not None)
-        notes += [note for note in said if note not in notes]
-        # Where no scale fits, the direction is still right: shown as large as the pixel range allows.
-        found = found or [(int(c_b.argmin()) if len(c_b) > 1 else int(c_b[0] < 0), 1.0 / x.abs().max().item())]
-        each = [
-            _candidate(chain, received, x, h, share_residual(loss, f_b, c_b, *h), pixel_range, reports) for h in found
-        ]
+    start, notes = read_batch(chain, received, size, loss, known, seed)
+    images = []
+    for x, twins in zip(start.x, start.twins, strict=True):
+        each = [_candidate(chain, received, x, twin, pixel_range, start.reports) for twin in twins]
         images.append(sorted(each, key=lambda one: (not one.in_pixel_range, one.images.abs().max().item())))
-    return _judge(chain, received, loss, size.size, apart, images, reports, notes, known, device)
-
-
-def what_was_found(layers: Sequence[Layer], apart: Separation, size: int) -> list[str]:
-    """Notes on how many images the separation has found, and what stood in its way."""
-    count, rank = len(apart.inputs), apart.first.rank
-    notes = [f"{count} of {size} images found, in {apart.starts} random starts and {apart.steps} steps"]
-    if apart.second.rank < rank:
-        width = layers[1].output_shape[0]
-        why = (
-            f"it has only {width} rows"
-            if apart.second.rank == width
-            else "images that switch the same units of the layer after it share a row, or it drowns in rounding"
-        )
-        notes.append(
-            f"the gradient of {layers[1].name!r} has rank {apart.second.rank}, below {rank} of the layer before: {why}"
-        )
-    units = layers[0].output_shape[0]
-    if rank + apart.second.rank + SPARE_UNITS > units:
-        notes.append(
-            f"layer {layers[0].name!r} has {units} units, too few for a batch of this size: "
-            f"the ranks {rank} and {apart.second.rank} need {rank + apart.second.rank + SPARE_UNITS}"
-        )
-    if count < rank:
-        notes.append(f"{rank - count} that the gradient holds were not found")
-    return notes
-
-
-def head_reports(layers: Sequence[Layer], apart: Separation, size: int, seconds: float) -> tuple[LayerReport, ...]:
-    """Reports of the two layers that were separated, the later one first."""
-    worst = apart.residuals.amax(0) if len(apart.residuals) else apart.residuals.new_ones(2)
-    rows = []
-    for layer, span, miss in zip(layers[:2], (apart.first, apart.second), (worst[1], worst[0]), strict=True):
-        rows.append(
-            LayerReport(
-                layer.name,
-                size,
-                rank_gradients=span.rank,
-                rank=span.rank,
-                deficit=size - span.rank,
-                iterations=apart.steps,
-                condition=1 / span.above_cut,
-                sigma_above_cut=span.above_cut,
-                sigma_below_cut=span.below_cut,
-                residual=miss.item(),
-                seconds=seconds,
-            )
-        )
-    return tuple(reversed(rows))
+    return _judge(chain, received, loss, start, images, notes, known, device)
 
 
 def _candidate(
     chain: Chain,
     received: SharedGradient,
     x: Tensor,
-    hypothesis: tuple[int, float],
-    residual: float,
+    twin: Twin,
     pixel_range: tuple[float, float],
     reports: tuple[LayerReport, ...],
 ) -> Candidate:
-    label, alpha = hypothesis
-    image = alpha * x.reshape(1, *chain.image_shape)
+    image = twin.factor * x.reshape(1, *chain.image_shape)
     width = pixel_range[1] - pixel_range[0]
     slack = (width if math.isfinite(width) else 1.0) * min(received.tolerance, 0.1)
     inside = bool((image >= pixel_range[0] - slack).all() and (image <= pixel_range[1] + slack).all())
-    return Candidate(image, torch.tensor([label]), residual, inside, chain.layer_inputs(image), reports)
+    return Candidate(image, torch.tensor([twin.label]), twin.residual, inside, chain.layer_inputs(image), reports)
 
 
 def joint_residual(
@@ -155,8 +92,9 @@ def joint_residual(
     )
 
 
-def _judge(chain, received, loss, size, apart, images, reports, notes, known, device) -> Reconstruction:
+def _judge(chain, received, loss, start, images, notes, known, device) -> Reconstruction:
     """The joint candidate from the best hypothesis of each image, and the verdicts."""
+    size, reports = start.batch_size, start.reports
     none = torch.zeros(0, *chain.image_shape, dtype=torch.float64)
     joint = torch.cat([none, *(one[0].images for one in images)])
     labels = torch.cat([torch.zeros(0, dtype=torch.int64), *(one[0].labels for one in images)])
@@ -164,10 +102,10 @@ def _judge(chain, received, loss, size, apart, images, reports, notes, known, de
         raise GradientMismatchError(f"labels {known} were given; the gradient is that of {sorted(labels.tolist())}")
     residual = joint_residual(chain, received, joint, labels, loss, size)
     # Without a bias a single output fixes a scale by the batch size alone, which the rank then does not confirm.
-    unconfirmed = apart.first.rank < size and chain.homogeneous and chain.layers[-1].output_shape[0] == 1
+    unconfirmed = start.ranks[0] < size and chain.homogeneous and chain.layers[-1].output_shape[0] == 1
     verdicts = ["rank-deficient" if unconfirmed else _verdict(each, received.tolerance) for each in images]
     notes = [*notes, *what_was_chosen(images, verdicts)]
-    if apart.first.rank < size or (len(images) < size and apart.second.rank < size):
+    if start.ranks[0] < size or (len(images) < size and start.ranks[1] < size):
         top = "rank-deficient"
     elif len(images) < size or residual > received.tolerance:
         top = "inconsistent"

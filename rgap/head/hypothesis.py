@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
-from rgap.results import GradientMismatchError
+from rgap.results import GradientMismatchError, LayerReport
 
 CONTRADICTED = 0.3
 """Relative misfit from which a label that was given is refused, if another one fits ten times better."""
@@ -48,6 +49,49 @@ class HeadReading:
     hypotheses: tuple[Hypothesis, ...]
     misfits: Mapping[int, float]
     notes: tuple[str, ...] = ()
+
+
+class Twin(NamedTuple):
+    """A label and scale that explain an image's head as well as those of its `Start`.
+
+    Attributes:
+        label: Index of the class; 0 or 1 for one output.
+        factor: Scale of the image relative to that of the `Start`.
+        residual: How far the image's own head equations are missed, relative; None where they were not looked at alone.
+    """
+
+    label: int
+    factor: float = 1.0
+    residual: float | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """A hypothesis on all images at one layer, from which the attack descends to the images.
+
+    Attributes:
+        layer: Index of that layer in the chain: the last one for a single image, the first fully connected one for a
+            batch.
+        labels: (B,), int64.
+        x: Inputs of that layer, (B, n).
+        dx: Gradient of the loss by them, (B, n).
+        twins: For each image what explains its head as well; the first entry is the image as it is here.
+        reports: Reports of the layers that were read, from the last to `layer`.
+        batch_size: Images in the batch, B or more: some of a fully connected batch may not have been found.
+        ranks: Of a batch, the ranks of the gradients of `layer` and of the layer after it: at most that many images can
+            be told apart.
+        rounding: Relative error of δz by the client's own arithmetic, where that exceeds the gradient's precision.
+    """
+
+    layer: int
+    labels: Tensor
+    x: Tensor
+    dx: Tensor
+    twins: tuple[tuple[Twin, ...], ...]
+    reports: tuple[LayerReport, ...]
+    batch_size: int = 1
+    ranks: tuple[int, int] = (1, 1)
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True)

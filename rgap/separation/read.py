@@ -1,68 +1,110 @@
-"""What the fully connected layers say of every image of a batch: features, the gradients by them, label and scale."""
+"""What the fully connected layers determine of every image of a batch: input, gradient by it, label and scale."""
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from rgap.equations.blocks import joint_identities
+from rgap.equations.rank_laws import SPARE_UNITS
+from rgap.head.hypothesis import Start, Twin
 from rgap.network.chain import Chain, Layer
-from rgap.separation.batch_size import first_dense
+from rgap.results import LayerReport
+from rgap.separation.batch_size import BatchSize, first_dense
 from rgap.separation.joint_softmax import fit_joint_softmax
-from rgap.separation.refine import FittedInputs, refine_head
-from rgap.separation.scales import output_gradients, output_jacobians, scale_hypotheses
-from rgap.separation.separate import Separation
+from rgap.separation.refine import refine_head
+from rgap.separation.scales import output_gradients, output_jacobians, scale_hypotheses, share_residual
+from rgap.separation.separate import Separation, separate
 from rgap.shared_gradient import SharedGradient
 
 COMBINATIONS = 64
 """Most combinations of scale hypotheses between which the last convolution is asked to choose."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """A hypothesis on all images at the first fully connected layer.
-
-    Attributes:
-        labels: (B,).
-        head: The layer's inputs and the gradients by them.
-        twins: For each image the factors by which it may as well be scaled; the first is 1.
-    """
-
-    labels: Tensor
-    head: FittedInputs
-    twins: tuple[tuple[float, ...], ...]
-
-
 def read_batch(
-    chain: Chain, received: SharedGradient, apart: Separation, size: int, loss: str, known: list[int] | None, seed: int
-) -> tuple[Start | None, list[str]]:
+    chain: Chain, received: SharedGradient, size: BatchSize, loss: str, known: list[int] | None, seed: int
+) -> tuple[Start, list[str]]:
     """Every image at the first fully connected layer, with label and scale.
 
+    The first two fully connected layers are separated into one direction an image; each image's share of the gradients
+    gives ∂ℓ/∂f, and the loss label and scale. Where convolutions lie below, whose gradients are sums over the batch,
+    the images are fitted to all fully connected gradients together, and all of them are needed.
+
     Args:
-        chain: The prepared network.
+        chain: The prepared network; its fully connected layers can be separated.
         received: The gradients.
-        apart: What the search has found.
         size: Images in the batch.
         loss: "logistic" or "cross_entropy".
-        known: Labels if they are known.
+        known: Labels if they are known, for images that only their outputs tell apart.
         seed: Of random starts.
 
     Returns:
-        The `Start`, None where not all images have come apart or one has no scale, and notes.
+        The `Start`, and notes. With convolutions below it holds no image where not all have come apart or one has no
+        scale; else those that were found.
     """
-    if len(apart.inputs) == size:
-        return _scaled(chain, received, apart, loss)
-    if apart.first.rank == size and loss == "cross_entropy":
-        return _read_together(chain.layers[first_dense(chain) :], received, apart, known, seed)
-    return None, []
+    below, count, begin = first_dense(chain), size.size, time.perf_counter()
+    tail = chain.layers[below:]
+    apart = separate(*tail[:2], received.gradients, precision=received.precision, seed=seed, span=size.span)
+    if below == 0:
+        start, notes = _each_alone(tail, received, apart, count, loss)
+    elif len(apart.inputs) == count:
+        start, notes = _fitted(chain, received, apart, loss)
+    elif apart.first.rank == count and loss == "cross_entropy":
+        start, notes = _read_together(chain, received, apart, known, seed)
+    else:
+        start, notes = _no_image(chain), []
+    reports = _reports(tail, apart, count, time.perf_counter() - begin)
+    ranks = (apart.first.rank, apart.second.rank)
+    start = replace(start, reports=reports, batch_size=count, ranks=ranks)
+    notes = [*size.notes, *_what_was_found(tail, apart, count), *notes]
+    if below and not len(start.x):
+        if len(apart.inputs) < count:
+            notes.append(
+                "the convolutions' gradients are sums over all images; with some of these missing nothing below the "
+                "fully connected layers was determined"
+            )
+        if ranks[0] < count:
+            notes.append(f"if the batch has {ranks[0]} images, say batch_size={ranks[0]} or None")
+    return start, notes
 
 
-def _scaled(chain: Chain, received: SharedGradient, apart: Separation, loss: str) -> tuple[Start | None, list[str]]:
-    """Labels and scales of the separated inputs, then all of it fitted together; None where an image has no scale."""
+def _no_image(chain: Chain) -> Start:
+    below = first_dense(chain)
+    none = torch.zeros(0, chain.layers[below].unknowns, dtype=torch.float64)
+    return Start(below, torch.zeros(0, dtype=torch.int64), none, none, (), ())
+
+
+def _each_alone(
+    tail: Sequence[Layer], received: SharedGradient, apart: Separation, size: int, loss: str
+) -> tuple[Start, list[str]]:
+    """The images of a fully connected network, which lie in its first layer: those found, each by its own share."""
+    complete = len(apart.inputs) == apart.first.rank
+    c, f = output_gradients(tail, received.gradients, apart.inputs, apart.dz, complete=complete)
+    twins, notes, scales = [], [], []
+    for x, f_b, c_b in zip(apart.inputs, f, size * c, strict=True):
+        found, said = scale_hypotheses(loss, f_b, c_b, tail[0].bias is not None)
+        notes += [note for note in said if note not in notes]
+        # Where no scale fits, the direction is still right: shown as large as the pixel range allows.
+        found = found or [(int(c_b.argmin()) if len(c_b) > 1 else int(c_b[0] < 0), 1.0 / x.abs().max().item())]
+        scales.append(found[0][1])
+        twins.append(
+            tuple(
+                Twin(label, scale / scales[-1], share_residual(loss, f_b, c_b, label, scale)) for label, scale in found
+            )
+        )
+    labels = torch.tensor([each[0].label for each in twins], dtype=torch.int64)
+    scale = apart.inputs.new_tensor(scales)[:, None]
+    dx = apart.dz / scale @ tail[0].weight.flatten(1)
+    return Start(0, labels, scale * apart.inputs, dx, tuple(twins), ()), notes
+
+
+def _fitted(chain: Chain, received: SharedGradient, apart: Separation, loss: str) -> tuple[Start, list[str]]:
+    """Labels and scales of the separated inputs, then all of it fitted together; no image where one has no scale."""
     below, count = first_dense(chain), len(apart.inputs)
     tail = chain.layers[below:]
     c, f = output_gradients(tail, received.gradients, apart.inputs, apart.dz, complete=True)
@@ -72,7 +114,7 @@ def _scaled(chain: Chain, received: SharedGradient, apart: Separation, loss: str
         notes += [note for note in said if note not in notes]
         hypotheses.append(found)
     if not all(hypotheses):
-        return None, [*notes, "without a scale for every image the convolutions were not solved"]
+        return _no_image(chain), [*notes, "without a scale for every image the convolutions were not solved"]
     combinations = list(itertools.islice(itertools.product(*hypotheses), COMBINATIONS))
     if len(combinations) > 1 and not chain.homogeneous:
         shares = torch.einsum("bco,bc->bo", output_jacobians(tail, apart.inputs)[1][0], c)
@@ -91,23 +133,27 @@ def _scaled(chain: Chain, received: SharedGradient, apart: Separation, loss: str
         heads.append((labels, refine_head(tail, received.gradients, scales[:, None] * apart.inputs, labels, loss)))
     labels, head = heads[0]
     factors = [((other.x * head.x).sum(1) / head.x.square().sum(1)).tolist() for _, other in heads]
-    twins = tuple((1.0, *(factors[n][b] for n in range(1, len(each)))) for b, each in enumerate(hypotheses))
-    return Start(labels, head, twins), notes
+    twins = tuple(
+        tuple(Twin(found[n][0], factors[n][b] if n else 1.0) for n in range(len(found)))
+        for b, found in enumerate(hypotheses)
+    )
+    return Start(below, labels, head.x, head.dx, twins, ()), notes
 
 
 def _read_together(
-    tail: Sequence[Layer], received: SharedGradient, apart: Separation, known: list[int] | None, seed: int
-) -> tuple[Start | None, list[str]]:
+    chain: Chain, received: SharedGradient, apart: Separation, known: list[int] | None, seed: int
+) -> tuple[Start, list[str]]:
     """The head of images that the search cannot tell apart, by their outputs."""
-    precision = received.precision
+    below, precision = first_dense(chain), received.precision
+    tail = chain.layers[below:]
     found = fit_joint_softmax(tail, received.gradients, apart.first, labels=known, precision=precision, seed=seed)
     if found is None:
-        return None, ["nor were all images found together, by the softmax of their outputs"]
+        return _no_image(chain), ["nor were all images found together, by the softmax of their outputs"]
     labels, head = found
     note = (
         f"all images found together, by the softmax of their outputs; their gradients are missed by {head.residual:.2g}"
     )
-    return Start(labels, head, ((1.0,),) * len(labels)), [note]
+    return Start(below, labels, head.x, head.dx, tuple((Twin(label),) for label in labels.tolist()), ()), [note]
 
 
 def _mismatch(
@@ -120,3 +166,51 @@ def _mismatch(
     z = layer.activation.inverse(x.reshape(len(x), *layer.output_shape))
     dz = layer.activation.derivative(z) * dx.reshape(z.shape)
     return joint_identities(layer, layer.gradient(received.gradients), dz, z)
+
+
+def _what_was_found(layers: Sequence[Layer], apart: Separation, size: int) -> list[str]:
+    """Notes on how many images the separation has found, and what stood in its way."""
+    count, rank = len(apart.inputs), apart.first.rank
+    notes = [f"{count} of {size} images found, in {apart.starts} random starts and {apart.steps} steps"]
+    if apart.second.rank < rank:
+        width = layers[1].output_shape[0]
+        why = (
+            f"it has only {width} rows"
+            if apart.second.rank == width
+            else "images that switch the same units of the layer after it share a row, or it drowns in rounding"
+        )
+        notes.append(
+            f"the gradient of {layers[1].name!r} has rank {apart.second.rank}, below {rank} of the layer before: {why}"
+        )
+    units = layers[0].output_shape[0]
+    if rank + apart.second.rank + SPARE_UNITS > units:
+        notes.append(
+            f"layer {layers[0].name!r} has {units} units, too few for a batch of this size: "
+            f"the ranks {rank} and {apart.second.rank} need {rank + apart.second.rank + SPARE_UNITS}"
+        )
+    if count < rank:
+        notes.append(f"{rank - count} that the gradient holds were not found")
+    return notes
+
+
+def _reports(layers: Sequence[Layer], apart: Separation, size: int, seconds: float) -> tuple[LayerReport, ...]:
+    """Reports of the two layers that were separated, the later one first."""
+    worst = apart.residuals.amax(0) if len(apart.residuals) else apart.residuals.new_ones(2)
+    rows = []
+    for layer, span, miss in zip(layers[:2], (apart.first, apart.second), (worst[1], worst[0]), strict=True):
+        rows.append(
+            LayerReport(
+                layer.name,
+                size,
+                rank_gradients=span.rank,
+                rank=span.rank,
+                deficit=size - span.rank,
+                iterations=apart.steps,
+                condition=1 / span.above_cut,
+                sigma_above_cut=span.above_cut,
+                sigma_below_cut=span.below_cut,
+                residual=miss.item(),
+                seconds=seconds,
+            )
+        )
+    return tuple(reversed(rows))
