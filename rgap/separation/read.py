@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rgap.equations.blocks import joint_identities
+from rgap.equations import identity_residual
 from rgap.equations.rank_laws import SPARE_UNITS
 from rgap.head.hypothesis import Start, Twin
 from rgap.network.chain import Chain, Layer
@@ -165,7 +165,7 @@ def _mismatch(
     x, dx = scales * inputs, shares @ chain.layers[below].weight.flatten(1) / scales
     z = layer.activation.inverse(x.reshape(len(x), *layer.output_shape))
     dz = layer.activation.derivative(z) * dx.reshape(z.shape)
-    return joint_identities(layer, layer.gradient(received.gradients), dz, z)
+    return identity_residual(layer, layer.gradient(received.gradients), dz, z)
 
 
 def _what_was_found(layers: Sequence[Layer], apart: Separation, size: int) -> list[str]:
