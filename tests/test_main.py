@@ -25,7 +25,7 @@ def test_the_help_names_every_command_and_each_has_its_own(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
     for command in ("reconstruct", "train", "audit", "verify", "notebook", "report"):
-        assert f"\n  {command} " in out
+        assert f"\n    {command}" in out
         assert run(capsys, command, "--help")[1].startswith(f"usage: rgap {command} ")
 
 

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from rgap import models
 from rgap.ranks import audit as audits
 
