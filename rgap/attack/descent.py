@@ -16,7 +16,7 @@ from rgap.attack.signs import Slopes, decide_activation_pattern
 from rgap.equations import LayerSolution, bias_residual, identity_residual, solve_layer
 from rgap.head.read import Hypothesis
 from rgap.linalg import rms
-from rgap.network.chain import Chain, Layer
+from rgap.network.layer import Chain, Layer
 from rgap.results import LayerReport
 from rgap.shared_gradient import SharedGradient
 from rgap.virtual.closure import VirtualSolution, solve_virtual

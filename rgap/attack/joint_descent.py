@@ -12,7 +12,7 @@ from rgap.attack.descent import Descent
 from rgap.attack.joint_signs import settle_signs
 from rgap.equations import LayerSolution, identity_residual, solve_layer
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
-from rgap.network.chain import Chain, Layer
+from rgap.network.layer import Chain, Layer
 from rgap.shared_gradient import SharedGradient
 from rgap.virtual.range import RangeSolution, close_by_range, range_factor
 

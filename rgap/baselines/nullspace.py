@@ -14,7 +14,7 @@ from rgap.baselines.matching import Matching
 from rgap.baselines.optimisers import Record, lbfgs
 from rgap.client import loss_value
 from rgap.equations import LayerSolution, solve_layer
-from rgap.network.chain import Chain, Layer
+from rgap.network.layer import Chain, Layer
 from rgap.results import Candidate
 from rgap.virtual.previous import PreviousLayer, previous_factors
 

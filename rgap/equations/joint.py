@@ -22,7 +22,7 @@ from rgap.equations.joint_weights import null_directions, weak_subspace
 from rgap.equations.solution import DEFAULT_LIMITS, SolverLimits, merged_report
 from rgap.equations.weights import ConjugateGradients, weight_factor
 from rgap.linalg import LeastSquares
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 from rgap.results import LayerReport
 
 MAX_RCOND_WEIGHTS_FIRST = 3e-5

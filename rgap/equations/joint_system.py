@@ -21,7 +21,7 @@ from rgap.equations.blocks import blocks, gradient_matrix, gradient_values, weig
 from rgap.equations.joint_dense import Normal
 from rgap.equations.joint_weights import WeakSubspace
 from rgap.linalg import svd
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 
 DENSE = 6000
 """Unknowns of an image up to which WᵀW is held dense (288 MB): its zeros cost less than sparse products."""

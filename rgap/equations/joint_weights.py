@@ -12,7 +12,7 @@ from scipy import linalg
 from torch import Tensor
 
 from rgap.equations.blocks import weight_matrix
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 
 LARGEST = 8000
 """Most rows of W (or columns, where they are fewer) for which a dense Gram matrix is made (0.5 GB)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rgap.network.chain import Chain
+from rgap.network.layer import Chain
 from rgap.results import UnsupportedLayerError
 from rgap.separation.subspaces import Span, row_span
 from rgap.shared_gradient import SharedGradient

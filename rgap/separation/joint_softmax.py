@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 from rgap.separation.refine import FittedInputs, refine_head
 from rgap.separation.scales import output_jacobians
 from rgap.separation.subspaces import Span

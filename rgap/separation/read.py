@@ -13,7 +13,7 @@ from torch import Tensor
 from rgap.equations import identity_residual
 from rgap.equations.rank_laws import SPARE_UNITS
 from rgap.head.hypothesis import Start, Twin
-from rgap.network.chain import Chain, Layer
+from rgap.network.layer import Chain, Layer
 from rgap.results import LayerReport
 from rgap.separation.batch_size import BatchSize, first_dense
 from rgap.separation.joint_softmax import fit_joint_softmax

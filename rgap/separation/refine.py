@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rgap.client import loss_value
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 
 STEPS = 60
 """Most Gauss–Newton steps; two or three are usual from separated inputs."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rgap.client import loss_value
 from rgap.head.read import margins
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 
 UNLIKELY = 1e-2
 """Residual, relative to the gradient's size, above which a root of the softmax equations is no hypothesis."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 from rgap.separation.search import Search
 from rgap.separation.subspaces import Span, row_span
 

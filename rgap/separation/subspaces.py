@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 
 
 @dataclass(frozen=True)
