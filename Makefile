@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help env figures test verify lab test-lab notebooks reconstruction train audit report clean FORCE
+.PHONY: help env figures test test-fast verify lab test-lab notebooks reconstruction train audit report clean FORCE
 .DEFAULT_GOAL := help
 
 # Values for the command line only: a variable of this name in the environment changes nothing.
@@ -81,6 +81,9 @@ test: $(ENV) ## unit tests with coverage, then the committed notebooks against w
 	$(PYTHON) -m pytest --cov -n auto
 	@mkdir -p build/nbval
 	$(call run,default,build/nbval) -m pytest --nbval-lax --nbval-current-env notebooks
+
+test-fast: $(ENV) ## unit tests that take less than two seconds each, in about a minute
+	$(PYTHON) -m pytest -m "not slow" -n auto
 
 verify: $(ENV) ## attack hundreds of random networks, write build/verify.csv; SAMPLES=chains COUNT=200 SEED=0
 	@$(PYTHON) -m rgap verify $(SAMPLES) $${COUNT:+--count "$$COUNT"} --seed "$$SEED"

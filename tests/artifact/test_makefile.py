@@ -16,7 +16,7 @@ def clone(tmp_path):
 def test_help_is_the_default_and_lists_every_target(clone):
     listed = make(clone).stdout
     assert listed == make(clone, "help").stdout
-    targets = ("env", "figures", "test", "lab", "test-lab", "notebooks", "reconstruction", "audit", "report", "clean")
+    targets = ("env", "figures", "test", "test-fast", "lab", "test-lab", "notebooks", "reconstruction", "audit", "report", "clean")
     for target in (*targets, "help"):
         assert f"make {target} " in listed
 
@@ -127,6 +127,12 @@ def test_a_report_is_of_its_profile(clone):
         "default|figures|-m rgap report",
         "paper|build/paper/figures|-m rgap report",
     ]
+
+
+def test_the_fast_tests_are_those_without_the_mark(clone):
+    put_runner(clone)
+    assert make(clone, "test-fast", "PYTHON=runner").returncode == 0
+    assert calls(clone) == ["||-m pytest -m not slow -n auto"]
 
 
 def test_lab_opens_the_audit_and_its_test_is_run_by_itself(clone):

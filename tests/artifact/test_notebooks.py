@@ -96,6 +96,7 @@ def test_an_output_that_is_missing_or_unlisted_fails(project, capsys, outputs, m
     assert not Path(TARGET).exists()
 
 
+@pytest.mark.slow
 def test_refresh_twice_gives_the_same_bytes_and_a_failure_changes_nothing(project, capsys):
     assert main(["notebook", SOURCE]) == 0
     first = Path(SOURCE).read_bytes()

@@ -99,6 +99,7 @@ def test_a_residual_block_is_one_step_through_its_last_convolution(channels, def
     assert row(analysis, "2").virtual_constraints is None  # the sum hides z
 
 
+@pytest.mark.slow
 def test_torchvisions_networks_are_analysed_in_four_gigabytes():
     code = """
 import resource, sys, torch, torchvision, rgap
