@@ -22,11 +22,11 @@ from rgap.attack.propagation import draw_noise
 from rgap.attack.verdict import EXPLAINED
 from rgap.client import gradients_of
 from rgap.head.hypothesis import Start
-from rgap.network.layer import Chain
+from rgap.network.chain import Chain
 from rgap.noise import entry_noise
-from rgap.separation.batch_size import first_dense
 from rgap.separation.joint_softmax import fit_and_refit
-from rgap.separation.refine import refine_head
+from rgap.separation.scales import refine_inputs
+from rgap.separation.subspaces import first_dense
 from rgap.shared_gradient import SharedGradient
 
 MOST = 0.05
@@ -78,7 +78,7 @@ def residual_under_noise(
     below = first_dense(chain)
     noisy = replace(received, gradients=_as_shared(chain, received, images, reading.labels, loss))
     start = descent.layer_inputs[chain.layers[below].name].flatten(1)
-    fit = fit_and_refit if loss == "cross_entropy" else partial(refine_head, loss=loss)
+    fit = fit_and_refit if loss == "cross_entropy" else partial(refine_inputs, loss=loss)
     head = fit(chain.layers[below:], noisy.gradients, start, reading.labels)
     again = descend_jointly(chain, noisy, head.x, head.dx, below=below, virtual_constraints=virtual_constraints)
     moved = again.layer_inputs[chain.layers[0].name].reshape(images.shape)

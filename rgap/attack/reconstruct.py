@@ -17,10 +17,10 @@ from rgap.attack.descent import REFUTED, Descent, descend
 from rgap.attack.propagation import draw_noise, start_probe
 from rgap.attack.verdict import judge, make_candidate
 from rgap.head.read import Hypothesis, read_head
-from rgap.network.layer import Chain
+from rgap.network.chain import Chain
 from rgap.noise import entry_noise
 from rgap.results import GradientMismatchError, Reconstruction
-from rgap.separation.batch_size import find_batch_size, first_dense
+from rgap.separation.subspaces import find_batch_size, first_dense
 from rgap.shared_gradient import SharedGradient, receive
 
 UNKNOWN = 3.0

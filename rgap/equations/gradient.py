@@ -14,6 +14,9 @@ from rgap.equations.blocks import StrideBlock, blocks, gradient_matrix, gradient
 from rgap.linalg import RESOLUTION, gram_matrix, svd
 from rgap.network.layer import Layer
 
+TRUSTED = 0.02
+"""Directions of M whose singular value is below this share of the largest are shared with the weight constraints."""
+
 ENOUGH = 30
 """Surplus equations from which their misfit says how large the noise is, to about an eighth."""
 
@@ -53,7 +56,7 @@ class _Factor:
         return seen @ ((seen.T @ (self.M.T @ values / self.unit)) / self.S[:rank, None].square() / self.unit)
 
 
-def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_ratio: float = 0.02) -> GradientSolution:
+def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> GradientSolution:
     """Solves (I ⊗ M) x = vec(G) block by block; the cutoff is relative to M's largest singular value."""
     if layer.is_dense and dz.any():
         return _solve_column(G, dz.flatten())
@@ -80,7 +83,7 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_r
     sigma = torch.cat([f.S * f.unit for f in factors])
     sigma = sigma / largest if largest > 0 else sigma
     kept, dropped = sigma[sigma > rcond], sigma[sigma <= rcond]
-    V, weights = _open(factors, sigma, untouched, rcond, trusted_ratio)
+    V, weights = _open(factors, sigma, untouched, rcond)
     size = G.norm().item()
     return GradientSolution(
         x0,
@@ -122,12 +125,10 @@ def _factor(layer: Layer, block: StrideBlock, dz: Tensor, rcond: float) -> _Fact
     return _Factor(block, M, values.clamp(min=0).sqrt().flip(0), V.flip(1), unit)
 
 
-def _open(
-    factors: list[_Factor], sigma: Tensor, untouched: Tensor, rcond: float, trusted: float
-) -> tuple[Tensor, Tensor]:
+def _open(factors: list[_Factor], sigma: Tensor, untouched: Tensor, rcond: float) -> tuple[Tensor, Tensor]:
     """Basis of the pixels that M leaves open or sees too dimly, and its singular values there, 0 below the cutoff."""
     full = len(sigma) == len(untouched) and bool((sigma > rcond).all())
-    left = sigma <= (0.0 if full else max(rcond, trusted))
+    left = sigma <= (0.0 if full else max(rcond, TRUSTED))
     unread = torch.eye(len(untouched), dtype=sigma.dtype)[:, untouched]
     bases, start = [], 0
     for factor in factors:

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from rgap.attack.reconstruct import reconstruct
-from rgap.network.layer import Chain
+from rgap.network.chain import Chain
 from rgap.results import Reconstruction
-from rgap.separation.batch_size import find_batch_size
 from rgap.separation.scales import output_gradients, scale_hypotheses
-from rgap.separation.separate import Separation, separate
+from rgap.separation.search import Separation, separate
+from rgap.separation.subspaces import find_batch_size
 
 __all__ = ["Separation", "combination", "find_batch_size", "output_gradients", "scale_hypotheses", "separate"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rgap.head.hypothesis import HeadReading, Hypothesis, least_squares_input, rank_one, reading, relabelled, relative
-from rgap.network.layer import Layer
+from rgap.network.chain import Layer
 
 SIGNS = 0.1
 """Share of u with the wrong sign up to which a label is looked at."""
@@ -32,7 +32,7 @@ TOO_FAR = 10.0
 
 
 @dataclass(frozen=True)
-class _Rows:
+class LabelEquations:
     """One label's equations: u with the label's entry first negative, and logits s a + b."""
 
     label: int
@@ -44,6 +44,7 @@ class _Rows:
 
     @property
     def others(self) -> Tensor:
+        """Which classes are not the label's, (C,)."""
         return torch.arange(len(self.u)) != self.label
 
     def dz(self, logits: Tensor) -> Tensor:
@@ -82,8 +83,8 @@ def read_softmax(
             sign = 1.0 if factors.u.sum() >= 0 else -1.0
         v = sign * factors.v
         a = layer.weight.reshape(G.shape) @ v
-        rows = _Rows(label, sign * factors.u, a, b, factors.noise, max(precision, 1e-15))
-        solved += [(chi, _hypothesis(rows, q, sign, v)) for chi, q in _log_scales(rows)]
+        rows = LabelEquations(label, sign * factors.u, a, b, factors.noise, max(precision, 1e-15))
+        solved += [(chi, _hypothesis(rows, q, sign, v)) for chi, q in log_scales(rows)]
     residuals = {k: max(m, 2 * factors.u[k].abs().item() * (m > 0)) for k, m in enumerate(misfits.tolist())}
     for label in {h.label for _, h in solved}:
         residuals[label] = min(h.residual for _, h in solved if h.label == label)
@@ -103,7 +104,7 @@ def sign_misfits(u: Tensor) -> Tensor:
     return (wrong / u.square().sum()).sqrt()
 
 
-def _log_scales(rows: _Rows) -> list[tuple[float, float]]:
+def log_scales(rows: LabelEquations) -> list[tuple[float, float]]:
     """(misfit in standard deviations, log s) of every local solution: Gauss–Newton from each start, never uphill."""
     ends = []
     for q in _starts(rows):
@@ -128,7 +129,7 @@ def _log_scales(rows: _Rows) -> list[tuple[float, float]]:
     return distinct
 
 
-def _starts(rows: _Rows) -> list[float]:
+def _starts(rows: LabelEquations) -> list[float]:
     """Where to start in log s: the slope of log u over a, and the roots of the label's own equation.
 
     That equation is log(1 − p) = −log s; where it has no root it comes closest.
@@ -155,7 +156,7 @@ def _starts(rows: _Rows) -> list[float]:
     return starts
 
 
-def _equations(rows: _Rows, q: float) -> tuple[np.ndarray, np.ndarray]:
+def _equations(rows: LabelEquations, q: float) -> tuple[np.ndarray, np.ndarray]:
     """Residuals at log s = q in standard deviations, and their derivatives by q, a row each.
 
     Rows that stand out of the noise as logarithms, where the equations are nearly linear in s and each row has its own
@@ -187,7 +188,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:  # scipy's takes twenty time
     return logits - math.log(np.exp(logits).sum())
 
 
-def _hypothesis(rows: _Rows, q: float, sign: float, v: Tensor) -> Hypothesis:
+def _hypothesis(rows: LabelEquations, q: float, sign: float, v: Tensor) -> Hypothesis:
     s = math.exp(q)
     dz = rows.u / s
     logits = s * rows.a + rows.b
@@ -201,7 +202,7 @@ def _with_bias(
     x = least_squares_input(G, dz)
     logits = layer.weight.reshape(G.shape) @ x + layer.bias
     zeros = torch.zeros_like(dz)
-    residuals = {k: relative(_Rows(k, dz, zeros, zeros, 0, 0).dz(logits), dz) for k in range(len(dz))}
+    residuals = {k: relative(LabelEquations(k, dz, zeros, zeros, 0, 0).dz(logits), dz) for k in range(len(dz))}
     label = min(residuals, key=residuals.__getitem__)
     rounding = precision * 2 / dz.abs().sum().item()
     notes = []

@@ -14,24 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgap.network.layer import Layer
-from rgap.separation.refine import FittedInputs, refine_head
-from rgap.separation.scales import output_jacobians
+from rgap.network.chain import Layer
+from rgap.separation.scales import FittedInputs, output_jacobians, refine_inputs
 from rgap.separation.subspaces import Span
 
-STARTS = 12
-"""Starts, each with other guesses of the outputs; one where all labels differ is usual."""
+MAX_STARTS = 12
+"""Starts, each with other guesses of the outputs; where all labels differ one is usual."""
 
-SPREAD = 0.1
+GUESS_STD = 0.1
 """Standard deviation of the guessed outputs."""
 
-GUESSES = 3
+MAX_LABEL_GUESSES = 3
 """Guesses of the labels that are tried."""
 
-NEAR = (1e-13, 1e-5)
-"""Residuals of a fit between which its inputs are improved by their shares."""
+REFIT_RESIDUALS = (1e-13, 1e-5)
+"""Residuals of a fit between which its inputs are improved by the ∂ℓ/∂z_1 that follow from it."""
 
-SETTLE = 6
+ALTERNATIONS = 6
 """Rounds in which outputs and inputs are guessed in turn before they are fitted together."""
 
 
@@ -55,8 +54,8 @@ def fit_joint_softmax(
         seed: Of the starts.
 
     Returns:
-        Labels (B,) and the `FittedInputs`, or None where no start reproduces these layers' gradients, or the equations
-        are no more than the unknowns.
+        Labels (B,) and the `FittedInputs`, or None where no start reproduces these layers' gradients, or there are no
+        more equations than unknowns.
     """
     count, classes = span.rank, layers[-1].output_shape[0]
     if count >= classes - 1:
@@ -64,14 +63,14 @@ def fit_joint_softmax(
     every = [torch.tensor(labels)] if labels is not None else _likely_labels(layers[-1], gradients, count)
     every = [one for one in every if len(one) == count]
     generator = torch.Generator().manual_seed(seed)
-    for number in range(STARTS):
+    for number in range(MAX_STARTS):
         noise = torch.randn(count, classes, generator=generator, dtype=torch.float64)
         for chosen in every:
             different = len(chosen.unique()) == count
-            guess = SPREAD * (number / STARTS if different else 1.0) * noise
+            guess = GUESS_STD * (number / MAX_STARTS if different else 1.0) * noise
             starts = _starts(layers, span, chosen, guess)
             if not (different or number):
-                starts += _parted(layers, gradients, span, chosen, noise)
+                starts += _starts_within_classes(layers, gradients, span, chosen, noise)
             for x in starts:
                 head = fit_and_refit(layers, gradients, x, chosen)
                 if head.residual <= max(1e-9, 30 * precision):
@@ -80,10 +79,10 @@ def fit_joint_softmax(
 
 
 def fit_and_refit(layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Tensor, labels: Tensor) -> FittedInputs:
-    """The head under cross-entropy from a start, and once more from the inputs that follow from its shares.
+    """Refines inputs under cross-entropy, and once more from the inputs that follow from their ∂ℓ/∂z_1.
 
     A direction of the span that hardly shows in the gradient is not known well, and the fit stays in the span; the
-    shares that it leads to are better than that.
+    ∂ℓ/∂z_1 that it leads to are better than that.
 
     Args:
         layers: The fully connected layers, in order.
@@ -91,26 +90,26 @@ def fit_and_refit(layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: T
         x: Inputs of the first, (B, n).
         labels: (B,).
     """
-    head = refine_head(layers, gradients, x, labels, "cross_entropy")
-    if NEAR[0] < head.residual < NEAR[1]:
-        delta = _shares(layers, head.x, labels, output_jacobians(layers, head.x)[2])
+    head = refine_inputs(layers, gradients, x, labels, "cross_entropy")
+    if REFIT_RESIDUALS[0] < head.residual < REFIT_RESIDUALS[1]:
+        dz = _pre_activation_gradients(layers, head.x, labels, output_jacobians(layers, head.x)[2])
         G = gradients[layers[0].weight_name].flatten(1)
-        x = torch.linalg.lstsq(delta, G, driver="gelsd").solution
-        head = min(head, refine_head(layers, gradients, x, labels, "cross_entropy"), key=lambda one: one.residual)
+        x = torch.linalg.lstsq(dz, G, driver="gelsd").solution
+        head = min(head, refine_inputs(layers, gradients, x, labels, "cross_entropy"), key=lambda one: one.residual)
     return head
 
 
-def _parted(
+def _starts_within_classes(
     layers: Sequence[Layer], gradients: Mapping[str, Tensor], span: Span, labels: Tensor, noise: Tensor
 ) -> list[Tensor]:
     """Starts for images of one class: first fitted as if they were equal, then moved apart along the rest of the span.
 
-    Their shares are nearly parallel, so that what tells them apart is a hardly visible direction of the span, and the
-    way to it from equal images is level at first.
+    Their ∂ℓ/∂z_1 are nearly parallel, so that what tells them apart is a hardly visible direction of the span, along
+    which the residual has no slope where the images are equal.
     """
     Q, found = torch.linalg.qr(span.V[: layers[0].unknowns])[0], []
     for start in _starts(layers, span, labels, torch.zeros_like(noise)):
-        x = refine_head(layers, gradients, start, labels, "cross_entropy").x
+        x = refine_inputs(layers, gradients, start, labels, "cross_entropy").x
         unused = torch.linalg.svd(x @ Q)[2][len(labels.unique()) :]
         moves = noise[:, : len(unused)].clone()
         for label in labels.unique():
@@ -123,8 +122,8 @@ def _parted(
 def _likely_labels(last: Layer, gradients: Mapping[str, Tensor], count: int) -> list[Tensor]:
     """Labels by the rows of the last gradient, the likelier first, for outputs that differ little among images.
 
-    The rows of classes without an image are then nearly the same one, a share of the mean hidden vector; how far the
-    others are from it tells which classes there are, and their share of it how many images each has.
+    The rows of classes without an image are then nearly equal, a multiple of the mean hidden vector; how far the others
+    are from that row tells which classes there are, and their component along it how many images each has.
     """
     G = gradients[last.weight_name].flatten(1)
     classes = len(G)
@@ -137,12 +136,12 @@ def _likely_labels(last: Layer, gradients: Mapping[str, Tensor], count: int) -> 
         counts = count * ((absent - G) @ absent) / (classes * absent.square().sum())
     order = far.argsort(descending=True)
     gaps = far[order][:count] / far[order][1 : count + 1].clamp(min=torch.finfo(G.dtype).tiny)
-    ranked = gaps.argsort(descending=True).tolist()
-    numbers = [one for k in ranked[:GUESSES] for one in _whole(counts, order[: k + 1], count)][:GUESSES]
-    return [torch.repeat_interleave(torch.arange(classes), one) for one in numbers]
+    ranked = gaps.argsort(descending=True).tolist()[:MAX_LABEL_GUESSES]
+    numbers = [one for k in ranked for one in _whole_numbers(counts, order[: k + 1], count)]
+    return [torch.repeat_interleave(torch.arange(classes), one) for one in numbers[:MAX_LABEL_GUESSES]]
 
 
-def _whole(counts: Tensor, present: Tensor, total: int) -> list[Tensor]:
+def _whole_numbers(counts: Tensor, present: Tensor, total: int) -> list[Tensor]:
     """Whole numbers of images, at least one of each present class, that come closest to these counts; and the next."""
     whole = torch.zeros(len(counts), dtype=torch.int64)
     whole[present] = 1
@@ -171,15 +170,16 @@ def _starts(layers: Sequence[Layer], span: Span, labels: Tensor, outputs: Tensor
     found = []
     for t in common:
         x, f = (V @ t).expand(len(labels), -1), outputs
-        for _ in range(SETTLE):
-            x = torch.linalg.lstsq(_shares(layers, x, labels, f), K, driver="gelsd").solution @ V.T
+        for _ in range(ALTERNATIONS):
+            dz = _pre_activation_gradients(layers, x, labels, f)
+            x = torch.linalg.lstsq(dz, K, driver="gelsd").solution @ V.T
             f = output_jacobians(layers, x)[2]
         if torch.isfinite(x).all():
             found.append(x)
     return found
 
 
-def _shares(layers: Sequence[Layer], x: Tensor, labels: Tensor, outputs: Tensor) -> Tensor:
+def _pre_activation_gradients(layers: Sequence[Layer], x: Tensor, labels: Tensor, outputs: Tensor) -> Tensor:
     """∂ℓ/∂z_1 of inputs (B, n) with these outputs (B, C), as columns, (h, B)."""
-    share = (outputs.softmax(1) - F.one_hot(labels, outputs.shape[1]).to(outputs)) / len(labels)
-    return torch.einsum("bc,bch->hb", share, output_jacobians(layers, x)[1][0])
+    c = (outputs.softmax(1) - F.one_hot(labels, outputs.shape[1]).to(outputs)) / len(labels)
+    return torch.einsum("bc,bch->hb", c, output_jacobians(layers, x)[1][0])

@@ -10,20 +10,25 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rgap.equations import identity_residual
+from rgap.equations.blocks import joint_identities
 from rgap.equations.rank_laws import SPARE_UNITS
 from rgap.head.hypothesis import Start, Twin
-from rgap.network.layer import Chain, Layer
+from rgap.network.chain import Chain, Layer
 from rgap.results import LayerReport
-from rgap.separation.batch_size import BatchSize, first_dense
 from rgap.separation.joint_softmax import fit_joint_softmax
-from rgap.separation.refine import refine_head
-from rgap.separation.scales import output_gradients, output_jacobians, scale_hypotheses, share_residual
-from rgap.separation.separate import Separation, separate
+from rgap.separation.scales import (
+    output_gradients,
+    output_jacobians,
+    refine_inputs,
+    scale_hypotheses,
+    share_residual,
+)
+from rgap.separation.search import Separation, separate
+from rgap.separation.subspaces import BatchSize, first_dense
 from rgap.shared_gradient import SharedGradient
 
-COMBINATIONS = 64
-"""Most combinations of scale hypotheses between which the last convolution is asked to choose."""
+MAX_COMBINATIONS = 64
+"""Most combinations of scale hypotheses between which the last convolution chooses."""
 
 
 def read_batch(
@@ -85,22 +90,28 @@ def _each_alone(
     """The images of a fully connected network, which lie in its first layer: those found, each by its own share."""
     complete = len(apart.inputs) == apart.first.rank
     c, f = output_gradients(tail, received.gradients, apart.inputs, apart.dz, complete=complete)
-    twins, notes, scales = [], [], []
-    for x, f_b, c_b in zip(apart.inputs, f, size * c, strict=True):
-        found, said = scale_hypotheses(loss, f_b, c_b, tail[0].bias is not None)
-        notes += [note for note in said if note not in notes]
+    hypotheses, notes = _hypotheses(tail[0], loss, f, size * c)
+    twins, scales = [], []
+    for x, f_b, c_b, found in zip(apart.inputs, f, size * c, hypotheses, strict=True):
         # Where no scale fits, the direction is still right: shown as large as the pixel range allows.
         found = found or [(int(c_b.argmin()) if len(c_b) > 1 else int(c_b[0] < 0), 1.0 / x.abs().max().item())]
         scales.append(found[0][1])
-        twins.append(
-            tuple(
-                Twin(label, scale / scales[-1], share_residual(loss, f_b, c_b, label, scale)) for label, scale in found
-            )
-        )
+        misses = [share_residual(loss, f_b, c_b, *one) for one in found]
+        twins.append(tuple(Twin(k, a / scales[-1], miss) for (k, a), miss in zip(found, misses, strict=True)))
     labels = torch.tensor([each[0].label for each in twins], dtype=torch.int64)
     scale = apart.inputs.new_tensor(scales)[:, None]
     dx = apart.dz / scale @ tail[0].weight.flatten(1)
     return Start(0, labels, scale * apart.inputs, dx, tuple(twins), ()), notes
+
+
+def _hypotheses(
+    first: Layer, loss: str, outputs: Tensor, output_gradients: Tensor
+) -> tuple[list[list[tuple[int, float]]], list[str]]:
+    """The (label, scale) hypotheses of every image, and notes without repetitions."""
+    options = [
+        scale_hypotheses(loss, f, c, first.bias is not None) for f, c in zip(outputs, output_gradients, strict=True)
+    ]
+    return [found for found, _ in options], list(dict.fromkeys(note for _, notes in options for note in notes))
 
 
 def _fitted(chain: Chain, received: SharedGradient, apart: Separation, loss: str) -> tuple[Start, list[str]]:
@@ -108,17 +119,13 @@ def _fitted(chain: Chain, received: SharedGradient, apart: Separation, loss: str
     below, count = first_dense(chain), len(apart.inputs)
     tail = chain.layers[below:]
     c, f = output_gradients(tail, received.gradients, apart.inputs, apart.dz, complete=True)
-    hypotheses, notes = [], []
-    for f_b, c_b in zip(f, count * c, strict=True):
-        found, said = scale_hypotheses(loss, f_b, c_b, tail[0].bias is not None)
-        notes += [note for note in said if note not in notes]
-        hypotheses.append(found)
+    hypotheses, notes = _hypotheses(tail[0], loss, f, count * c)
     if not all(hypotheses):
         return _no_image(chain), [*notes, "without a scale for every image the convolutions were not solved"]
-    combinations = list(itertools.islice(itertools.product(*hypotheses), COMBINATIONS))
+    combinations = list(itertools.islice(itertools.product(*hypotheses), MAX_COMBINATIONS))
     if len(combinations) > 1 and not chain.homogeneous:
-        shares = torch.einsum("bco,bc->bo", output_jacobians(tail, apart.inputs)[1][0], c)
-        misses = [_mismatch(chain, received, apart.inputs, shares, one) for one in combinations]
+        dz = torch.einsum("bco,bc->bo", output_jacobians(tail, apart.inputs)[1][0], c)
+        misses = [_identity_residual(chain, received, apart.inputs, dz, one) for one in combinations]
         best = min(range(len(misses)), key=misses.__getitem__)
         notes.append(
             f"the last convolution chose between {len(combinations)} combinations of scales: it misses its identities "
@@ -130,7 +137,7 @@ def _fitted(chain: Chain, received: SharedGradient, apart: Separation, loss: str
         chosen = [found[min(number, len(found) - 1)] for found in hypotheses]
         labels = torch.tensor([label for label, _ in chosen])
         scales = apart.inputs.new_tensor([scale for _, scale in chosen])
-        heads.append((labels, refine_head(tail, received.gradients, scales[:, None] * apart.inputs, labels, loss)))
+        heads.append((labels, refine_inputs(tail, received.gradients, scales[:, None] * apart.inputs, labels, loss)))
     labels, head = heads[0]
     factors = [((other.x * head.x).sum(1) / head.x.square().sum(1)).tolist() for _, other in heads]
     twins = tuple(
@@ -156,16 +163,16 @@ def _read_together(
     return Start(below, labels, head.x, head.dx, tuple((Twin(label),) for label in labels.tolist()), ()), [note]
 
 
-def _mismatch(
-    chain: Chain, received: SharedGradient, inputs: Tensor, shares: Tensor, chosen: Sequence[tuple[int, float]]
+def _identity_residual(
+    chain: Chain, received: SharedGradient, inputs: Tensor, dz: Tensor, chosen: Sequence[tuple[int, float]]
 ) -> float:
-    """How badly a combination of scales fits the last convolution's gradient, before anything is solved."""
+    """How far a combination of scales misses the identities of the last convolution, before anything is solved."""
     below = first_dense(chain)
     layer, scales = chain.layers[below - 1], inputs.new_tensor([scale for _, scale in chosen])[:, None]
-    x, dx = scales * inputs, shares @ chain.layers[below].weight.flatten(1) / scales
+    x, dx = scales * inputs, dz @ chain.layers[below].weight.flatten(1) / scales
     z = layer.activation.inverse(x.reshape(len(x), *layer.output_shape))
     dz = layer.activation.derivative(z) * dx.reshape(z.shape)
-    return identity_residual(layer, layer.gradient(received.gradients), dz, z)
+    return joint_identities(layer, layer.gradient(received.gradients), dz, z)
 
 
 def _what_was_found(layers: Sequence[Layer], apart: Separation, size: int) -> list[str]:
@@ -198,19 +205,8 @@ def _reports(layers: Sequence[Layer], apart: Separation, size: int, seconds: flo
     worst = apart.residuals.amax(0) if len(apart.residuals) else apart.residuals.new_ones(2)
     rows = []
     for layer, span, miss in zip(layers[:2], (apart.first, apart.second), (worst[1], worst[0]), strict=True):
-        rows.append(
-            LayerReport(
-                layer.name,
-                size,
-                rank_gradients=span.rank,
-                rank=span.rank,
-                deficit=size - span.rank,
-                iterations=apart.steps,
-                condition=1 / span.above_cut,
-                sigma_above_cut=span.above_cut,
-                sigma_below_cut=span.below_cut,
-                residual=miss.item(),
-                seconds=seconds,
-            )
-        )
+        singular_values = {"sigma_above_cut": span.above_cut, "sigma_below_cut": span.below_cut}
+        ranks = {"rank_gradients": span.rank, "rank": span.rank, "deficit": size - span.rank}
+        outcome = {"iterations": apart.steps, "condition": 1 / span.above_cut, "residual": miss.item()}
+        rows.append(LayerReport(layer.name, size, **ranks, **outcome, **singular_values, seconds=seconds))
     return tuple(reversed(rows))

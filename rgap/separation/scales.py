@@ -1,21 +1,49 @@
-"""Labels and scales of separated inputs: what the layers above the separated one and the loss say about each image."""
+"""What the layers above and the loss determine of separated inputs: ∂ℓ/∂f, label and scale, and a joint refinement."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy.optimize import brentq
+from scipy.optimize import least_squares
 from torch import Tensor
 
 from rgap.client import loss_value
-from rgap.head.read import margins
-from rgap.network.layer import Layer
+from rgap.head.logistic import margins
+from rgap.head.softmax import LabelEquations, log_scales
+from rgap.network.chain import Layer
 
-UNLIKELY = 1e-2
-"""Residual, relative to the gradient's size, above which a root of the softmax equations is no hypothesis."""
+MAX_SCALE_RESIDUAL = 1e-2
+"""Residual, relative to the gradient's size, above which a root of the equations of two classes is no hypothesis."""
+
+UNRELATED_RESIDUAL = 0.3
+"""The same for any number of classes: no image has such a gradient."""
+
+OUTPUT_GRADIENT_ERROR = 1e-6
+"""Relative error of ∂ℓ/∂f, by which the softmax equations are weighted; only its order matters."""
+
+MAX_REFINED_IMAGES = 24
+"""Most images whose inputs are refined: the Jacobian has B² columns."""
+
+MAX_REFINEMENTS = 60
+"""Most evaluations of a refinement; two or three are usual from separated inputs."""
+
+
+@dataclass(frozen=True)
+class FittedInputs:
+    """Inputs of the first fully connected layer, fitted to all gradients of these layers.
+
+    Attributes:
+        x: Inputs, (B, n), with their true scale.
+        dx: Gradient of the mean loss by them, (B, n).
+        residual: Largest over the fully connected gradients of ‖g′ − g‖ / ‖g‖ within the span of the inputs.
+    """
+
+    x: Tensor
+    dx: Tensor
+    residual: float
 
 
 def output_jacobians(layers: Sequence[Layer], inputs: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -28,17 +56,11 @@ def output_jacobians(layers: Sequence[Layer], inputs: Tensor) -> tuple[list[Tens
     Returns:
         Inputs of each layer, (B, n_i) each; ∂f/∂z_i, (B, C, n_{i+1}) each; and f (B, C).
     """
-    received, slopes, x = [], [], inputs
-    for layer in layers:
-        received.append(x)
-        z = x @ layer.weight.flatten(1).T + (0.0 if layer.bias is None else layer.bias)
-        z = z.reshape(len(x), *layer.output_shape)
-        slopes.append(layer.activation.derivative(z).flatten(1))
-        x = layer.activation.forward(z).flatten(1)
-    jacobians = [torch.eye(x.shape[1], dtype=x.dtype).expand(len(x), -1, -1)]
+    received, slopes, f = _forward(layers, inputs, layers[0].weight.flatten(1))
+    jacobians = [torch.eye(f.shape[1], dtype=f.dtype).expand(len(f), -1, -1)]
     for layer, slope in zip(reversed(layers[1:]), reversed(slopes[:-1]), strict=True):
         jacobians.insert(0, slope[:, None] * (jacobians[0] @ layer.weight.flatten(1)))
-    return received, jacobians, x
+    return received, jacobians, f
 
 
 def output_gradients(
@@ -66,32 +88,29 @@ def output_gradients(
     c = torch.linalg.lstsq(jacobians[0].mT, dz[:, :, None]).solution[:, :, 0]
     if not complete:
         return c, outputs
+    tiny = torch.finfo(torch.float64).tiny
+    sizes = [gradients[layer.weight_name].square().sum().clamp(min=tiny) for layer in layers]
     batch, classes = c.shape
     gram = c.new_zeros(batch * classes, batch * classes)
-    for layer, x, J in zip(layers, received, jacobians, strict=True):
+    for layer, x, J, size in zip(layers, received, jacobians, sizes, strict=True):
         flat = J.reshape(batch * classes, -1)
         same = x @ x.T + (layer.bias is not None)
         same = same.repeat_interleave(classes, 0).repeat_interleave(classes, 1)
-        gram += flat @ flat.T * same / _size(layer, gradients)
+        gram += flat @ flat.T * same / size
     scale = gram.diagonal().rsqrt()
     scaled = scale[:, None] * gram * scale
     factor = torch.linalg.cholesky(scaled + 1e-14 * len(scaled) * torch.eye(len(scaled), dtype=c.dtype))
     for _ in range(3):
         right = torch.zeros_like(c)
-        for layer, x, J in zip(layers, received, jacobians, strict=True):
-            share = torch.einsum("bco,bc->bo", J, c)
-            left = gradients[layer.weight_name].flatten(1) - share.T @ x
-            projected = x @ left.T
+        for layer, x, J, size in zip(layers, received, jacobians, sizes, strict=True):
+            dz = torch.einsum("bco,bc->bo", J, c)
+            projected = x @ (gradients[layer.weight_name].flatten(1) - dz.T @ x).T
             if layer.bias_name is not None:
-                projected = projected + gradients[layer.bias_name] - share.sum(0)
-            right += torch.einsum("bco,bo->bc", J, projected) / _size(layer, gradients)
+                projected = projected + gradients[layer.bias_name] - dz.sum(0)
+            right += torch.einsum("bco,bo->bc", J, projected) / size
         step = torch.cholesky_solve((scale * right.flatten())[:, None], factor)[:, 0] * scale
         c = c + step.reshape(c.shape)
     return c, outputs
-
-
-def _size(layer: Layer, gradients: Mapping[str, Tensor]) -> Tensor:
-    return gradients[layer.weight_name].square().sum().clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def scale_hypotheses(loss: str, f: Tensor, c: Tensor, fixed_scale: bool) -> tuple[list[tuple[int, float]], list[str]]:
@@ -106,7 +125,7 @@ def scale_hypotheses(loss: str, f: Tensor, c: Tensor, fixed_scale: bool) -> tupl
         fixed_scale: Whether x̂ has its true length (with biases it has), so that α = 1.
 
     Returns:
-        The hypotheses, and notes on what no image can have.
+        The hypotheses, the best first, and notes on what no image can have.
 
     Raises:
         ValueError: If the loss is another one.
@@ -115,7 +134,8 @@ def scale_hypotheses(loss: str, f: Tensor, c: Tensor, fixed_scale: bool) -> tupl
         raise ValueError(f"a batch with the {loss} loss cannot be taken apart yet; {' and '.join(SCALES)} can")
     if not c.any() or not torch.isfinite(c).all() or (not fixed_scale and not f.any()):
         return [], ["an image whose share of the gradient vanishes has no label and no scale"]
-    return SCALES[loss](f.numpy(), c.numpy(), fixed_scale)
+    label = int(c.argmin()) if len(c) > 1 else int(c[0] < 0)
+    return ([(label, 1.0)], []) if fixed_scale else SCALES[loss](f, c, label)
 
 
 def share_residual(loss: str, f: Tensor, c: Tensor, label: int, alpha: float) -> float:
@@ -130,49 +150,105 @@ def share_residual(loss: str, f: Tensor, c: Tensor, label: int, alpha: float) ->
         label: The label.
         alpha: The scale α.
     """
-    outputs = (alpha * f)[None].detach().requires_grad_()
-    with torch.enable_grad():
-        (mine,) = torch.autograd.grad(loss_value(loss, outputs, torch.tensor([label])), outputs)
-    return ((mine[0] - c / alpha).norm() / (c / alpha).norm().clamp(min=1e-300)).item()
+    mine = torch.func.grad(lambda outputs: loss_value(loss, outputs, torch.tensor([label])))((alpha * f)[None])[0]
+    return ((mine - c / alpha).norm() / (c / alpha).norm().clamp(min=1e-300)).item()
 
 
-def _logistic(f: np.ndarray, c: np.ndarray, fixed_scale: bool) -> tuple[list[tuple[int, float]], list[str]]:
-    label = int(c[0] < 0)
-    if fixed_scale:
-        return [(label, 1.0)], []
-    roots, notes = margins(float(c[0] * f[0]))
-    found = [(label, (2 * label - 1) * mu / float(f[0])) for mu in roots]
-    return [(label, alpha) for label, alpha in found if 0 < alpha < math.inf], notes
+def _logistic(f: Tensor, c: Tensor, label: int) -> tuple[list[tuple[int, float]], list[str]]:
+    roots, notes = margins((c[0] * f[0]).item())
+    scales = [(2 * label - 1) * mu / f[0].item() for mu in roots]
+    return [(label, alpha) for alpha in scales if 0 < alpha < math.inf], notes
 
 
-def _softmax(f: np.ndarray, c: np.ndarray, fixed_scale: bool) -> tuple[list[tuple[int, float]], list[str]]:
-    """The label is the row of the most negative c; α(1 − p_y(α f)) = −c_y has few roots, and the other rows choose."""
-    label = int(c.argmin())
-    if fixed_scale:
-        return [(label, 1.0)], []
-
-    def shares(alpha):
-        p = np.exp(alpha * (f - f.max()))
-        p /= p.sum()
-        p[label] = -(np.delete(p, label).sum())  # 1 − p_y without cancellation
-        return alpha * p
-
-    def own_row(log_alpha):
-        return shares(math.exp(log_alpha))[label] - c[label]
-
-    # p_y lies in (0, 1), so that α > −c_y; beyond 60 / spread of f the softmax has settled.
-    low = math.log(max(-c[label], 1e-300))
-    high = max(low, math.log(1e3 * max(-c[label], 1e-300)), math.log(60.0 / max(np.ptp(f), 1e-12))) + 1.0
-    grid = np.linspace(low, high, 400)
-    values = np.array([own_row(g) for g in grid])
-    turns = np.flatnonzero(values[:-1] * values[1:] <= 0)
-    roots = {math.exp(brentq(own_row, grid[i], grid[i + 1], xtol=1e-14)) for i in turns}
-    if not roots:
+def _softmax(f: Tensor, c: Tensor, label: int) -> tuple[list[tuple[int, float]], list[str]]:
+    """The label is the row of the most negative c; α solves the head's equations for a last layer with outputs f."""
+    size = c.abs().sum() / 2
+    rows = LabelEquations(label, c / size, size * f, torch.zeros_like(f), OUTPUT_GRADIENT_ERROR, 1e-15)
+    scales = [size.item() * math.exp(log_scale) for _, log_scale in log_scales(rows)]
+    misses = sorted(((alpha * rows.dz(alpha * f) - c).abs().max().item(), alpha) for alpha in scales)
+    largest = c.abs().max().item()
+    if misses[0][0] > UNRELATED_RESIDUAL * largest:
         return [], ["the softmax equations of an image have no root: the gradient was altered, or the batch is larger"]
-    misses = sorted((np.abs(shares(alpha) - c).max() / np.abs(c).max(), alpha) for alpha in roots)
-    limit = max(UNLIKELY if len(f) == 2 else 0.0, 3 * misses[0][0])
+    limit = max(MAX_SCALE_RESIDUAL * largest if len(f) == 2 else 0.0, 3 * misses[0][0])
     return [(label, alpha) for miss, alpha in misses if miss <= limit], []
 
 
 SCALES = {"logistic": _logistic, "cross_entropy": _softmax}
-"""Losses whose heads are known -> their hypotheses."""
+"""Losses whose equations are known -> their scales."""
+
+
+def refine_inputs(
+    layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Tensor, labels: Tensor, loss: str
+) -> FittedInputs:
+    """Fits the inputs of the first fully connected layer, all together, to all gradients of these layers (ours).
+
+    The search finds one input after the other, and each scale by itself. Together they are B·B numbers, the coordinates
+    of B inputs in the row space of the first gradient, and the fully connected gradients are smooth functions of these:
+    a few trust-region steps take off the errors of the separate ones.
+
+    Args:
+        layers: The fully connected layers, in order; the last gives the outputs.
+        gradients: Parameter name -> gradient of the mean loss, float64.
+        x: Inputs as found, (B, n), linearly independent, with their scales.
+        labels: (B,), int64.
+        loss: A loss of `rgap.client`.
+
+    Returns:
+        The `FittedInputs`; x stays in the span of what was given.
+    """
+    Q, R = torch.linalg.qr(x.T)
+    W = layers[0].weight.flatten(1) @ Q
+    target = [gradients[layers[0].weight_name].flatten(1) @ Q]
+    target += [gradients[layer.weight_name].flatten(1) for layer in layers[1:]]
+    target += [gradients[layer.bias_name] for layer in layers if layer.bias_name is not None]
+    sizes = [g.norm().clamp(min=torch.finfo(g.dtype).tiny) for g in target]
+
+    def misses(T: Tensor) -> list[Tensor]:
+        mine, _ = _gradients(layers, W, T.reshape(R.shape), labels, loss)
+        return [((a - b) / size).flatten() for a, b, size in zip(mine, target, sizes, strict=True)]
+
+    def jacobian(T: Tensor) -> Tensor:  # of T -> Jᵀ r, which has fewer rows than r: B² passes in place of one an entry
+        miss, pull = torch.func.vjp(lambda t: torch.cat(misses(t)), T)
+        return torch.func.jacrev(lambda r: pull(r)[0])(torch.zeros_like(miss)).T
+
+    T = R.T.flatten()
+    if len(x) <= MAX_REFINED_IMAGES and torch.cat(misses(T)).isfinite().all():
+        found = least_squares(
+            lambda t: torch.cat(misses(torch.from_numpy(t))).numpy(),
+            T.numpy(),
+            lambda t: jacobian(torch.from_numpy(t)).numpy(),
+            ftol=1e-3,
+            xtol=1e-13,
+            gtol=None,
+            max_nfev=MAX_REFINEMENTS,
+        )
+        T = torch.from_numpy(found.x)
+    _, dz = _gradients(layers, W, T.reshape(R.shape), labels, loss)
+    dx = dz @ layers[0].weight.flatten(1)
+    return FittedInputs(T.reshape(R.shape) @ Q.T, dx, max(part.norm().item() for part in misses(T)))
+
+
+def _gradients(layers: Sequence[Layer], W: Tensor, T: Tensor, labels: Tensor, loss: str) -> tuple[list[Tensor], Tensor]:
+    """The gradients by all weights, then by all biases, for first inputs T (B, B) and weight W, and ∂ℓ/∂z_1 (B, h)."""
+    received, slopes, f = _forward(layers, T, W)
+    dz = torch.func.grad(lambda f: loss_value(loss, f, labels))(f)
+    weights, biases = [], []
+    for number in reversed(range(len(layers))):
+        weights.insert(0, dz.T @ received[number])
+        if layers[number].bias_name is not None:
+            biases.insert(0, dz.sum(0))
+        if number:
+            dz = slopes[number - 1] * (dz @ layers[number].weight.flatten(1))
+    return weights + biases, dz
+
+
+def _forward(layers: Sequence[Layer], x: Tensor, W: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Every layer's input and slopes, and the outputs, for first inputs x (B, k) and W (h, k) as the first weight."""
+    received, slopes = [], []
+    for number, layer in enumerate(layers):
+        received.append(x)
+        z = x @ (layer.weight.flatten(1) if number else W).T
+        z = (z if layer.bias is None else z + layer.bias).reshape(len(x), *layer.output_shape)
+        slopes.append(layer.activation.derivative(z).flatten(1))
+        x = layer.activation.forward(z).flatten(1)
+    return received, slopes, x

@@ -1,47 +1,138 @@
-"""The search for the inputs of a fully connected layer: fixed point, two tests, deflation. Everything here is ours."""
+"""Two consecutive fully connected layers: the inputs of the first, one by one, from gradients that mix a batch.
+
+A batch of B has G_1 = Δ_1ᵀ X and G_2 = Δ_2ᵀ H, H = σ(X W_1ᵀ): every input x lies in the row space of G_1 and every
+hidden vector σ(W_1 x) in that of G_2, and almost nothing else does both. Everything in this module is ours.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rgap.equations.rank_laws import SPARE_UNITS
-from rgap.separation.partial import extended, fit_share, inputs_of_shares, share_outside
-from rgap.separation.state import DISTINCT, SearchState
-from rgap.separation.subspaces import meet, null_of_rows
+from rgap.network.chain import Layer
+from rgap.separation.partial import extend_basis, inputs_from_gradients
+from rgap.separation.state import ANGLE_GAP_RATIO, PartialInput, SearchState
+from rgap.separation.subspaces import Span, null_of_rows, row_span
 
-STEPS = 40
-"""Steps of one fixed point; it takes about ten."""
+MAX_FAILED_STARTS = 60
+"""Starts in a row without a new input, or a new ∂ℓ/∂z_1 of one, that end the search."""
+
+STARTS_AT_ONCE = 6
+"""Starts that are iterated together."""
+
+MAX_STEPS = 40
+"""Steps of the fixed point from one start; it takes about ten."""
+
+
+@dataclass(frozen=True)
+class Separation:
+    """The inputs of the first layer that were found, each verified on its own.
+
+    Attributes:
+        inputs: (F, n), float64: of unit length without bias, else with their true length.
+        dz: ∂ℓ/∂z_1 that belongs to these inputs, (F, h): Σ dz_bᵀ x_b is what the found inputs add to G_1.
+        residuals: Sines of the angles by which (hidden vector, dz) miss the spaces that they must lie in, (F, 2); for
+            an input that follows from its dz, the first is that of all such inputs together.
+        first, second: Row and column spaces of the two gradients, with their ranks.
+        starts: Random starts that were used.
+        steps: Steps of the fixed point over all starts.
+    """
+
+    inputs: Tensor
+    dz: Tensor
+    residuals: Tensor
+    first: Span
+    second: Span
+    starts: int
+    steps: int
+
+
+def separate(
+    first: Layer,
+    second: Layer,
+    gradients: Mapping[str, Tensor],
+    *,
+    precision: float = 1e-14,
+    seed: int = 0,
+    span: Span | None = None,
+) -> Separation:
+    """Separates the inputs of a fully connected layer from the gradients of it and the next one.
+
+    Write x = V_x q and s for the signs of z = W_1 x. The hidden vector D_s z, with D_s the slopes that the signs
+    choose, must lie in the row space of G_2. For given s that is a smallest principal angle between two subspaces; its
+    direction gives new signs, until they stay. Starts are random. The same signs give ∂ℓ/∂z_1 = D_s W_2ᵀ ∂ℓ/∂z_2,
+    which must lie in the column space of G_1: a second, independent test. It also allows *deflation*: with
+    u = ∂ℓ/∂z_1 of one input, all others fulfil uᵀ G_1⁺ x = 0 (Wedderburn's rank reduction), so that the next start
+    looks among the others only, and little more than B starts are needed.
+
+    Where the second gradient has a lower rank than the first, single hidden vectors are not in its row space, and the
+    second test leads: ∂ℓ/∂z_1 are collected, and the inputs follow from them (`inputs_from_gradients`).
+
+    The first layer must have `SPARE_UNITS` more outputs than the ranks of both gradients together. What is not found is
+    missing from the result; an input that is in it has passed both tests, or, where it follows from its ∂ℓ/∂z_1, the
+    second one and that of the signs of all its units.
+
+    Args:
+        first: A fully connected layer with a positively homogeneous activation that is not linear (LeakyReLU, PReLU,
+            ReLU).
+        second: The fully connected layer after it.
+        gradients: Parameter name -> gradient, float64, at least of these two layers.
+        precision: Relative error of the gradients' entries.
+        seed: Of the starts.
+        span: `row_span` of the first layer, where it is at hand.
+
+    Returns:
+        A `Separation`.
+
+    Raises:
+        UnsupportedLayerError: If the activation between the layers is linear or not homogeneous.
+    """
+    spans = span or row_span(first, gradients, precision), row_span(second, gradients, precision)
+    search = Search(first, second, spans, precision)
+    generator = torch.Generator().manual_seed(seed)
+    starts, failed, whole = 0, 0, False
+    while search.unknown > 0 and failed < MAX_FAILED_STARTS and search.has_tests:
+        count = min(STARTS_AT_ONCE, search.unknown, MAX_FAILED_STARTS - failed)
+        known = search.known
+        search.run_starts(count, generator, whole=whole)
+        starts += count
+        progress = search.known > known
+        if progress and search.partial:
+            search.resolve_partial()
+        failed = 0 if progress else failed + count
+        whole = failed > 0 and not whole  # where deflated starts find nothing, alternate with starts among all
+    return Separation(search.inputs, search.dz, search.residuals, search.first, search.second, starts, search.steps)
 
 
 class Search(SearchState):
-    """The fixed point, and what becomes of the signs that it finds."""
+    """The fixed point, and what becomes of the activation patterns that it finds."""
 
-    def look(self, count: int, generator: torch.Generator, *, whole: bool) -> None:
-        """One round of starts, among the inputs that are left, or among all of them (`whole`)."""
-        rest = (
-            torch.eye(self.first.rank, dtype=self.Z.dtype)
-            if whole
-            else null_of_rows(torch.cat([self.dual, self.shares_of_halves()]))
-        )
+    def run_starts(self, count: int, generator: torch.Generator, *, whole: bool) -> None:
+        """Iterates random starts, among the inputs that are left, or among all of them (`whole`)."""
+        rest = torch.eye(self.first.rank, dtype=self.Z.dtype)
         rest_next = torch.eye(self.H.shape[1], dtype=self.Z.dtype)
-        if not whole and self.second.rank == self.first.rank:
-            rest_next = null_of_rows(self.dual_next)
+        if not whole:
+            rest = null_of_rows(torch.cat([self.dual, self.partial_duals()]))
+            if self.second.rank == self.first.rank:
+                rest_next = null_of_rows(self.dual_next)
         Z = torch.linalg.qr(self.Z @ rest)[0]
         start = torch.randn(count, Z.shape[1], generator=generator, dtype=Z.dtype)
         signs = self.iterate(Z, self.H @ rest_next, start @ Z.T > 0)
-        if (
-            not whole and self.found and not self.lacking
-        ):  # deflation carries the errors of what was found; the whole spaces do not
+        if not whole and len(self.q) and not self.lacking:
+            # deflation carries the errors of what was found; the whole spaces do not
             signs = self.iterate(torch.linalg.qr(self.Z)[0], self.H, signs)
         for s in signs:
             self.accept(s)
 
     def iterate(self, Z: Tensor, H: Tensor, signs: Tensor) -> Tensor:
-        """Turns signs (S, h) into those of the vector D_s Z q nearest to the range of H, until they stay."""
+        """Turns signs (S, units) into those of the vector D_s Z q nearest to the range of H, until they stay."""
         live = torch.arange(len(signs))
         floor = 1e-13 * torch.eye(Z.shape[1], dtype=Z.dtype)
-        for _ in range(STEPS):
+        for _ in range(MAX_STEPS):
             DZ = torch.where(signs[live], self.up, self.down)[:, :, None] * Z
             N, P = DZ.mT @ DZ, H.T @ DZ
             trace = N.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-30)
@@ -69,66 +160,56 @@ class Search(SearchState):
             return
         dz = torch.where(signs, self.up, self.down)[: len(self.E)] * (self.E @ b)
         q, miss, following = self.forward(signs)
-        unsure = self.unsure(dz)
-        if unsure.any() and (oriented := self.turned(q, signs, unsure)) is not None:
-            signs = torch.where(unsure, self.Z @ oriented > 0, signs)
+        undetermined = self.undetermined_signs(dz)
+        if undetermined.any() and (oriented := self.oriented(q, signs, undetermined)) is not None:
+            signs = torch.where(undetermined, self.Z @ oriented > 0, signs)
             q, miss, following = self.forward(signs)
         if self.is_known(q):
             return
-        q = self.turned(q, signs, unsure)
+        q = self.oriented(q, signs, undetermined)
         if self.passes(miss, following) and q is not None:
             self.dual_next = torch.cat([self.dual_next, b[None] / self.second.S])
             self.add(q, signs, dz, (miss, miss_back))
         elif self.second.rank < self.first.rank:
-            self.keep_half(signs, dz, miss_back)
+            self.keep_partial(signs, dz, miss_back)
 
-    def forward(self, signs: Tensor) -> tuple[Tensor, float, float]:
-        """The coordinates q whose D_s Z q is nearest to the row space of G_2, the sine of the angle, and the next."""
-        return meet(torch.where(signs, self.up, self.down)[:, None] * self.Z, self.H)
+    def keep_partial(self, signs: Tensor, dz: Tensor, residual: float) -> None:
+        """Keeps a new ∂ℓ/∂z_1 that has passed its test, for G_2 may not hold the hidden vector that belongs to it."""
+        known = torch.cat([self.dz, *(one.dz[None] for one in self.partial)])
+        if not (known @ dz > (1 - 1e-6) * known.norm(dim=1) * dz.norm()).any():
+            self.partial.append(PartialInput(signs, dz / dz.norm(), residual))
 
-    def keep_half(self, signs: Tensor, dz: Tensor, miss: float) -> None:
-        """Keeps an input's share that passes its test, for G_2 may not hold its hidden vector, unless it is known."""
-        known = torch.cat([self.dz, *(half[1][None] for half in self.halves)])
-        if (known @ dz > (1 - 1e-6) * known.norm(dim=1) * dz.norm()).any():
+    def resolve_partial(self) -> None:
+        """Finds the inputs that belong to the partial ones, where these are enough; see `inputs_from_gradients`."""
+        partial, complete = self.partial, self.known == self.first.rank
+        count = len(partial) if complete else self.lacking + 1  # more would be less independent
+        columns = count * (self.first.rank - self.known + 1)
+        if len(partial) < count or self.H.shape[1] + columns + SPARE_UNITS > len(self.E):
             return
-        self.halves.append((signs, dz / dz.norm(), miss))
-
-    def settle(self) -> None:
-        """Finds the inputs that belong to the shares kept, where these are enough; see `inputs_of_shares`."""
-        halves, known = self.halves, self.found + len(self.halves)
-        count = len(halves) if known == self.first.rank else self.lacking + 1  # more would be less independent
-        columns = count * (self.first.rank - known + 1)
-        if len(halves) < count or self.H.shape[1] + columns + SPARE_UNITS > len(self.E):
-            return
-        duals = torch.cat([self.shares_of_halves().roll(count, 0), self.dual])
-        taken = halves[-count:]
-        slopes = torch.stack([torch.where(signs, self.up, self.down) for signs, *_ in taken])
-        sure = ~torch.stack([self.unsure(dz) for _, dz, _ in taken]).any(0)
+        duals = torch.cat([self.partial_duals().roll(count, 0), self.dual])
+        taken = partial[-count:]
+        slopes = torch.stack([torch.where(one.signs, self.up, self.down) for one in taken])
+        undetermined = [self.undetermined_signs(one.dz) for one in taken]
+        sure = ~torch.stack(undetermined).any(0)
         H = torch.linalg.qr(self.H[sure])[0]
-        q, which, miss = inputs_of_shares(self.Z[sure], H, slopes[:, sure], duals, self.tolerance, DISTINCT)
-        right = {j: self.turned(q_j, taken[j][0], self.unsure(taken[j][1])) for q_j, j in zip(q, which, strict=True)}
+        q, which, miss = inputs_from_gradients(self.Z[sure], H, slopes[:, sure], duals, self.tolerance, ANGLE_GAP_RATIO)
+        right = {j: self.oriented(q_j, taken[j].signs, undetermined[j]) for q_j, j in zip(q, which, strict=True)}
         right = {j: q_j for j, q_j in right.items() if q_j is not None}
-        if known == self.first.rank:
-            miss = self.misses_rows(torch.stack(list(right.values()))) if len(right) == len(halves) else 1.0
+        if complete:
+            miss = self.row_space_residual(torch.stack(list(right.values()))) if len(right) == len(partial) else 1.0
         if not right or miss > self.tolerance:
             return
-        self.halves = []
+        self.partial = []
         for j, q_j in right.items():
-            signs, dz, miss_back = taken[j]
-            signs = torch.where(self.unsure(dz), self.Z @ q_j > 0, signs)
-            self.add(q_j, signs, dz, (miss, miss_back))
-        self.H = extended(self.H, self.hidden(torch.stack(list(right.values()))), self.lacking)
-        for j, (signs, *_) in enumerate(taken + halves[:-count]):
+            signs = torch.where(undetermined[j], self.Z @ q_j > 0, taken[j].signs)
+            self.add(q_j, signs, taken[j].dz, (miss, taken[j].residual))
+        self.H = extend_basis(self.H, self.hidden(torch.stack(list(right.values()))), self.lacking)
+        for j, one in enumerate(taken + partial[:-count]):
             if j not in right:
-                self.accept(signs)
+                self.accept(one.signs)
 
-    def misses_rows(self, q: Tensor) -> float:
-        """How much of G_2 is outside the span of the hidden vectors of these inputs and of those found."""
-        return share_outside(self.second.V[: len(self.Z)] * self.second.S, self.hidden(torch.cat([q, self.q])))
-
-    def backward(self, signs: Tensor) -> tuple[Tensor, Tensor | None, float]:
-        """∂ℓ/∂z_1 = D_s E b for these signs or some near them; b is None where it is not in the column space of G_1."""
-        count = len(self.E)
-        bend = self.up[:count], self.down[:count]
-        mine, b, miss, following = fit_share(signs[:count], self.E, self.first.U, bend, self.tolerance)
-        return torch.cat([mine, signs[count:]]), b if self.passes(miss, following) else None, miss
+    def row_space_residual(self, q: Tensor) -> float:
+        """The part of G_2's rows, by norm, outside the span of the hidden vectors of these inputs and those found."""
+        rows = self.second.V[: len(self.Z)] * self.second.S
+        Q = torch.linalg.qr(self.hidden(torch.cat([q, self.q])).T)[0]
+        return ((rows - Q @ (Q.T @ rows)).norm() / rows.norm()).item()

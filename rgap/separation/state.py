@@ -1,28 +1,47 @@
-"""What a search has found so far of the inputs of a fully connected layer, and the tests that it must pass (ours)."""
+"""What a search has found so far of a fully connected layer's inputs, and the two tests that each must pass (ours)."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rgap.equations.rank_laws import SPARE_UNITS
-from rgap.network.layer import Layer
+from rgap.network.chain import Layer
 from rgap.results import UnsupportedLayerError
-from rgap.separation.subspaces import Span
+from rgap.separation.subspaces import Span, smallest_principal_angle
 
-DISTINCT = 1e-3
+ANGLE_GAP_RATIO = 1e-3
 """Sine of the angle, in units of the next one, up to which a direction is accepted: about its error. Where two images
 switch the same units every mixture of them fits, and the next angle is as small."""
 
-DOUBTFUL = 8
+MAX_CONTRADICTING_SIGNS = 8
 """Units next to 0 whose signs may differ from those of an input that was computed from the others."""
+
+MAX_SIGN_STEPS = 30
+"""Steps of the fixed point over the signs of one ∂ℓ/∂z_1; it takes about four."""
+
+
+class PartialInput(NamedTuple):
+    """An input of which only the activation pattern and ∂ℓ/∂z_1 are known.
+
+    Attributes:
+        signs: Which units are positive, (units,).
+        dz: ∂ℓ/∂z_1 of unit length, (h,).
+        residual: Sine of the angle by which it misses the column space of G_1.
+    """
+
+    signs: Tensor
+    dz: Tensor
+    residual: float
 
 
 def slopes(layer: Layer) -> tuple[Tensor, Tensor]:
     """Slopes (h,) of the layer's activation for positive and for negative z.
 
     Raises:
-        UnsupportedLayerError: If it is no pair of half-lines through 0, or a single line.
+        UnsupportedLayerError: If the activation is not positively homogeneous, or is linear.
     """
     if not layer.activation.homogeneous:
         raise UnsupportedLayerError(
@@ -39,7 +58,11 @@ def slopes(layer: Layer) -> tuple[Tensor, Tensor]:
 
 
 class SearchState:
-    """Inputs, in coordinates of the row and column spaces, and halves: inputs of which only the share is known."""
+    """Inputs found, in coordinates q of the row space of G_1, x = V q, and partial inputs.
+
+    `signs` are over the layer's h units and, where both layers have biases, one more that is always on: the constant
+    that the next layer's bias multiplies.
+    """
 
     def __init__(self, first: Layer, second: Layer, spans: tuple[Span, Span], precision: float):
         """Takes the spaces of both layers' gradients; see `separate` for the arguments."""
@@ -53,35 +76,30 @@ class SearchState:
         H = self.second.V[: len(W)]
         if self.has_constant:
             Z = Z + first.bias[:, None] * self.first.V[-1]
-            if second.bias is not None:  # the constant of the next layer is one more unit, always on
+            if second.bias is not None:
                 Z, H = torch.cat([Z, self.first.V[-1:]]), self.second.V
                 one = self.up.new_ones(1)
                 self.up, self.down = torch.cat([self.up, one]), torch.cat([self.down, one])
         elif second.bias is not None:
             H = torch.linalg.qr(H)[0]
-        self.Z, self.H = Z, H
+        self.Z, self.H = Z, H  # pre-activations per coordinate, and a basis of where hidden vectors lie
         self.E = W_next.T @ self.second.U
         rank, rank_next = self.first.rank, self.second.rank
         self.q, self.dual = Z.new_zeros(0, rank), Z.new_zeros(0, rank)
         self.dual_next = Z.new_zeros(0, rank_next)
         self.dz, self.residuals = Z.new_zeros(0, len(W)), Z.new_zeros(0, 2)
-        self.halves: list[tuple[Tensor, Tensor, float]] = []  # signs, ∂ℓ/∂z_1 and the angle by which it misses
+        self.partial: list[PartialInput] = []
         self.steps = 0
 
     @property
-    def found(self) -> int:
-        """Inputs found so far."""
-        return len(self.q)
+    def known(self) -> int:
+        """Inputs found so far, partial ones among them."""
+        return len(self.q) + len(self.partial)
 
     @property
-    def missing(self) -> int:
-        """Inputs that the first gradient holds and that are not found yet."""
-        return self.first.rank - self.found
-
-    @property
-    def half_found(self) -> int:
-        """Inputs of which only signs and ∂ℓ/∂z_1 are known."""
-        return len(self.halves)
+    def unknown(self) -> int:
+        """Inputs that the first gradient holds and that are not known even in part."""
+        return self.first.rank - self.known
 
     @property
     def lacking(self) -> int:
@@ -90,57 +108,88 @@ class SearchState:
 
     @property
     def has_tests(self) -> bool:
-        """Whether the first layer has units enough for the two tests to mean anything."""
+        """Whether the first layer has enough units for both tests to mean anything."""
         return self.first.rank + self.second.rank + SPARE_UNITS <= len(self.E)
 
-    def shares_of_halves(self) -> Tensor:
-        """G_1⁺ᵀ ∂ℓ/∂z_1 of the inputs of which only that is known, in coordinates."""
-        return (
-            torch.stack([self.dz.new_zeros(len(self.E)), *(dz for _, dz, _ in self.halves)])[1:]
-            @ self.first.U
-            / self.first.S
-        )
+    def partial_duals(self) -> Tensor:
+        """G_1⁺ᵀ ∂ℓ/∂z_1 of the partial inputs, in coordinates, (J, R)."""
+        dz = torch.stack([self.dz.new_zeros(len(self.E)), *(one.dz for one in self.partial)])[1:]
+        return dz @ self.first.U / self.first.S
 
     def hidden(self, q: Tensor) -> Tensor:
-        """Hidden vectors of inputs, (F, h)."""
+        """Hidden vectors of inputs, (F, units)."""
         z = q @ self.Z.T
         return torch.where(z > 0, self.up, self.down) * z
 
     def is_known(self, q: Tensor) -> bool:
-        """Whether most of q is an input that was found: its share times q is ‖q‖ for it, and 0 for every other one."""
+        """Whether most of q is an input that was found: its dual times q is ‖q‖ for it, and 0 for every other one."""
         return bool(((self.dual @ q).abs() * self.q.norm(dim=1) > 0.5 * q.norm()).any())
 
-    def unsure(self, dz: Tensor) -> Tensor:
-        """Units whose signs a share does not tell, because it is almost 0 there."""
+    def undetermined_signs(self, dz: Tensor) -> Tensor:
+        """Units whose signs a ∂ℓ/∂z_1 does not determine, because it is almost 0 there, (units,)."""
         bend = (self.up - self.down)[: len(dz)].abs()
         small = dz.abs() * bend <= 2 * self.tolerance * dz.square().mean().sqrt()
         return torch.cat([small, small.new_zeros(len(self.Z) - len(dz))])
 
-    def turned(self, q: Tensor, signs: Tensor, unsure: Tensor) -> Tensor | None:
-        """±q, scaled, whichever has these signs; None if more than a few units that are not unsure have others."""
+    def oriented(self, q: Tensor, signs: Tensor, undetermined: Tensor) -> Tensor | None:
+        """±q, scaled, whichever has these signs; None if more than a few of the determined units have others."""
         z = self.Z @ q
         if ((z > 0) == signs).sum() * 2 < len(signs):
             q, z = -q, -z
-        wrong = ((z > 0) != signs) & ~unsure
-        if wrong.sum() > DOUBTFUL or (z[wrong].abs() > self.tolerance * z.square().mean().sqrt()).any():
+        wrong = ((z > 0) != signs) & ~undetermined
+        if wrong.sum() > MAX_CONTRADICTING_SIGNS:
+            return None
+        if (z[wrong].abs() > self.tolerance * z.square().mean().sqrt()).any():
             return None
         return q / (self.first.V[-1] @ q if self.has_constant else q.norm())
 
     def passes(self, sine: float, following: float) -> bool:
         """Whether an angle is 0 up to the gradient's precision, and the only such one."""
-        return sine <= self.tolerance and sine <= DISTINCT * following
+        return sine <= self.tolerance and sine <= ANGLE_GAP_RATIO * following
+
+    def forward(self, signs: Tensor) -> tuple[Tensor, float, float]:
+        """The coordinates q whose D_s Z q is nearest to the row space of G_2, the sine of the angle, and the next."""
+        return smallest_principal_angle(torch.where(signs, self.up, self.down)[:, None] * self.Z, self.H)
+
+    def backward(self, signs: Tensor) -> tuple[Tensor, Tensor | None, float]:
+        """Turns signs until D_s E b, for the best b, lies as near to the column space of G_1 as it gets.
+
+        For given signs that is a smallest principal angle. Its two vectors, u in the column space and v = E b, show for
+        every unit whether u = up·v or u = down·v is nearer. Units where v is almost 0 stay as they are.
+
+        Args:
+            signs: (units,).
+
+        Returns:
+            The signs, b or None where D_s E b is not in the column space of G_1, and the sine of the angle.
+        """
+        count, U = len(self.E), self.first.U
+        up, down = self.up[:count], self.down[:count]
+        mine, seen = signs[:count], []
+        for _ in range(MAX_SIGN_STEPS):
+            D = torch.where(mine, up, down)
+            b, sine, following = smallest_principal_angle(D[:, None] * self.E, U)
+            v = self.E @ b
+            u = U @ (U.T @ (D * v))
+            nearer = (u - down * v).abs() - (u - up * v).abs()
+            turned = torch.where(nearer.abs() > self.tolerance * u.square().mean().sqrt(), nearer > 0, mine)
+            if turned.equal(mine) or any(turned.equal(s) for s in seen):
+                break
+            seen.append(mine)
+            mine = turned
+        return torch.cat([mine, signs[count:]]), b if self.passes(sine, following) else None, sine
 
     def add(self, q: Tensor, signs: Tensor, dz: Tensor, residuals: tuple[float, float]) -> None:
-        """Adds an input with its share, scaled so that the shares of all add up to the gradient."""
+        """Adds an input with its ∂ℓ/∂z_1, which is scaled so that Σ dz_b x_bᵀ over all inputs is the gradient."""
         dual = (self.first.U.T @ dz) / self.first.S
         size = dual @ q
-        self.inputs = torch.cat([self.inputs, self.across(q, signs)[None]])
+        self.inputs = torch.cat([self.inputs, self.project_to_pattern(q, signs)[None]])
         self.q = torch.cat([self.q, q[None]])
         self.dual = torch.cat([self.dual, dual[None] / size])
         self.dz = torch.cat([self.dz, dz[None] / size])
         self.residuals = torch.cat([self.residuals, q.new_tensor([residuals])])
 
-    def across(self, q: Tensor, signs: Tensor) -> Tensor:
+    def project_to_pattern(self, q: Tensor, signs: Tensor) -> Tensor:
         """The input V q, moved by less than its error to the side of 0 that was found for each unit."""
         x, z = self.first.V @ q, self.Z @ q
         x = x[:-1] if self.has_constant else x

@@ -1,14 +1,17 @@
-"""Row and column spaces of a gradient that mixes a batch, their numerical rank, and where two subspaces meet."""
+"""Row and column spaces of a gradient that mixes a batch, and the batch size that their rank tells."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rgap.network.layer import Layer
+from rgap.network.chain import Chain, Layer
+from rgap.results import UnsupportedLayerError
+from rgap.shared_gradient import SharedGradient
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Span:
 
     @property
     def rank(self) -> int:
-        """Singular values above the cut."""
+        """Number of singular values above the cut."""
         return len(self.S)
 
     @property
@@ -40,11 +43,26 @@ class Span:
         return self.rank == min(len(self.U), len(self.V))
 
 
-def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float) -> Span:
-    """The spaces of one fully connected layer's gradient.
+@dataclass(frozen=True)
+class BatchSize:
+    """The batch size that the attack assumes.
 
-    Rounding leaves singular values of about a tenth of `precision` relative to the largest; what is above `precision`
-    counts.
+    Attributes:
+        size: Images in the batch.
+        notes: What that rests on, sentences for the report.
+        span: Spaces of the first fully connected layer's gradient.
+    """
+
+    size: int
+    notes: tuple[str, ...]
+    span: Span
+
+
+def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float) -> Span:
+    """The row and column spaces of one fully connected layer's gradient.
+
+    Rounding leaves singular values of about a tenth of `precision` relative to the largest; those above `precision`
+    count.
 
     Args:
         layer: A fully connected layer.
@@ -62,8 +80,8 @@ def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float) ->
     return Span(U[:, :rank], S[:rank], Vt[:rank].T, above, below)
 
 
-def meet(A: Tensor, V: Tensor) -> tuple[Tensor, float, float]:
-    """The vector A a, of unit length, that lies closest to the range of V.
+def smallest_principal_angle(A: Tensor, V: Tensor) -> tuple[Tensor, float, float]:
+    """The unit vector A a that lies closest to the range of V.
 
     Args:
         A: (m, k), of full column rank.
@@ -81,5 +99,72 @@ def meet(A: Tensor, V: Tensor) -> tuple[Tensor, float, float]:
 
 
 def null_of_rows(rows: Tensor) -> Tensor:
-    """Orthonormal basis (n, n − k) of what k independent rows (k, n) annihilate."""
+    """Orthonormal basis (n, n − k) of the null space of k independent rows (k, n)."""
     return torch.linalg.qr(rows.T, mode="complete")[0][:, len(rows) :]
+
+
+def first_dense(chain: Chain) -> int:
+    """Index of the first layer from which on all layers are fully connected."""
+    after = [i + 1 for i, layer in enumerate(chain.layers) if not layer.is_dense]
+    return after[-1] if after else 0
+
+
+def find_batch_size(chain: Chain, received: SharedGradient, given: int | None) -> BatchSize:
+    """The batch size: as given, checked against the rank of the first fully connected layer's gradient, or that rank.
+
+    G_1 = Δ_1ᵀ X has as many singular values above rounding as there are different images. Equal images count once, and
+    without a bias an image of zeros does not count.
+
+    Args:
+        chain: The prepared network.
+        received: The gradients.
+        given: The batch size if it is known.
+
+    Raises:
+        UnsupportedLayerError: If convolutions are followed by a single fully connected layer and the batch has more
+            than one image.
+        ValueError: If the size is not given and the gradient has a single row.
+    """
+    below = first_dense(chain)
+    first, lone = chain.layers[below], below == len(chain.layers) - 1 > 0
+    if given is not None and lone:
+        raise UnsupportedLayerError(_behind_convolutions(given, first.name))
+    span = row_span(first, received.gradients, received.precision)
+    gap = math.inf if span.below_cut == 0 else span.above_cut / span.below_cut
+    found = f"the gradient of {first.name!r} has {span.rank} singular values above rounding, {gap:.1g} times the next"
+    if given is None:
+        if min(len(span.U), len(span.V)) == 1:
+            raise ValueError(
+                f"batch_size is None, and the gradient of {first.name!r}, a single row, cannot tell it; give a number"
+            )
+        if lone and span.rank > 1:
+            raise UnsupportedLayerError(_behind_convolutions(span.rank, first.name))
+        notes = (f"{found}: a batch of {span.rank}, if its images differ", *_only_by_rank(chain))
+        return BatchSize(span.rank, notes, span)
+    if span.rank > given:
+        small = f"batch_size={given} is too small, at least {span.rank} images have this gradient; taken as so"
+        return BatchSize(span.rank, (f"{found}: {small}", *_only_by_rank(chain)), span)
+    if span.rank == given:
+        return BatchSize(given, (f"{found}, as a batch of {given} has",), span)
+    why = "equal images, an image of zeros, or a batch_size that is too large"
+    if span.is_full:
+        why = f"no more fit into a gradient of {len(span.U)} rows and {len(span.V)} columns; or {why}"
+    return BatchSize(given, (f"{found}, {given - span.rank} fewer than the batch has images: {why}",), span)
+
+
+def _only_by_rank(chain: Chain) -> tuple[str, ...]:
+    """A warning where, without biases and with one output, every scale rests on a size that only the rank tells."""
+    if not chain.homogeneous or chain.layers[-1].output_shape[0] > 1:
+        return ()
+    return (
+        "the images' scales go by this batch size; without bias and with one output, equal images or an image of zeros "
+        "make a batch look smaller than it is, and nothing else shows it",
+    )
+
+
+def _behind_convolutions(size: int, name: str) -> str:
+    return (
+        f"a batch of {size} images cannot be taken apart: {name!r} is the only fully connected layer, and its gradient "
+        "is one sum that many batches have; two or more fully connected layers tell images apart, and a single image "
+        "needs one only (batch_size=1)"
+    )

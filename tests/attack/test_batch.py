@@ -10,10 +10,9 @@ from torch.testing import assert_close
 import rgap
 from rgap.attack.joint_signs import agree, settle_signs
 from rgap.separation import read as batch_reading
-from rgap.separation.batch_size import first_dense
 from rgap.separation.joint_softmax import fit_joint_softmax
-from rgap.separation.refine import refine_head
-from rgap.separation.subspaces import row_span
+from rgap.separation.scales import refine_inputs
+from rgap.separation.subspaces import first_dense, row_span
 from rgap.shared_gradient import receive
 
 SHAPE = (3, 8, 8)
@@ -59,7 +58,6 @@ def test_every_image_of_a_batch_comes_back_with_its_label(count, dtype, least, b
         len(images), 12, 4, 4)  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
 def test_one_logit_has_twins_only_where_nothing_fixes_the_scale(bias):
     model = network(head=(160, 80, 1), bias=bias)
@@ -227,7 +225,7 @@ def test_fitting_the_head_takes_off_error():
     received = receive(chain, gradients)
     truth = chain.layer_inputs(images)["5"]
     mixed = truth + 1e-3 * rand(3, 3) @ truth
-    head = refine_head(chain.layers[below:], received.gradients, mixed, labels, "cross_entropy")
+    head = refine_inputs(chain.layers[below:], received.gradients, mixed, labels, "cross_entropy")
     assert_close(head.x, truth, rtol=0, atol=1e-10) and head.residual < 1e-12
     features = truth.clone().requires_grad_()
     nn.functional.cross_entropy(model[5:](features), labels).backward()

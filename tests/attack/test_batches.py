@@ -10,7 +10,7 @@ import rgap
 from rgap.attack.batch_recovery import recover_batch
 from rgap.experiments.batch import combination
 from rgap.network.chain import Chain
-from rgap.separation.batch_size import find_batch_size
+from rgap.separation.subspaces import find_batch_size
 from rgap.shared_gradient import receive
 
 
