@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help env figures test verify lab test-lab notebooks reconstruction train audit report clean FORCE
+.PHONY: help env figures test test-fast verify lab test-lab notebooks reconstruction train audit report clean FORCE
 .DEFAULT_GOAL := help
 
 # Values for the command line only: a variable of this name in the environment changes nothing.
@@ -64,11 +64,11 @@ help: ## list these targets
 env: $(ENV) ## .venv with every pinned package and this one; PIP_ARGS=… goes to the installer
 
 figures: $(EXECUTED) | $(ENV) ## run the notebooks, write figures/, print the claims; PROFILE=paper | COLOR=folder:PATH GRAY=folder:PATH; SCHEDULER=tcp://… hands sweeps to Dask
-	@$(call run,$(PROFILE),$(FIGURES)) -c 'from rgap import artifact; raise SystemExit(artifact.print_report())'
+	@$(call run,$(PROFILE),$(FIGURES)) -m rgap report --claims
 
 build/$(PROFILE)/%.ipynb: notebooks/%.ipynb notebooks/claims.yml $(wildcard rgap/*.py rgap/*/*.py rgap/*/*/*.py) $(PARAMETERS) | $(ENV)
 	@echo "running $<"
-	@$(call run,$(PROFILE),$(FIGURES)) -m rgap.artifact.notebooks $< $@ $(if $(filter paper,$(PROFILE)),-f notebooks/paper.yml) \
+	@$(call run,$(PROFILE),$(FIGURES)) -m rgap notebook $< $@ $(if $(filter paper,$(PROFILE)),-f notebooks/paper.yml) \
 		$${COLOR:+-o color "$$COLOR"} $${GRAY:+-o gray "$$GRAY"}
 
 # Changes only when other images are asked for, and then the notebooks run again.
@@ -82,8 +82,11 @@ test: $(ENV) ## unit tests with coverage, then the committed notebooks against w
 	@mkdir -p build/nbval
 	$(call run,default,build/nbval) -m pytest --nbval-lax --nbval-current-env notebooks
 
+test-fast: $(ENV) ## unit tests that take less than two seconds each, in about a minute
+	$(PYTHON) -m pytest -m "not slow" -n auto
+
 verify: $(ENV) ## attack hundreds of random networks, write build/verify.csv; SAMPLES=chains COUNT=200 SEED=0
-	@$(PYTHON) -m rgap.experiments.verify $(SAMPLES) $${COUNT:+--count "$$COUNT"} --seed "$$SEED"
+	@$(PYTHON) -m rgap verify $(SAMPLES) $${COUNT:+--count "$$COUNT"} --seed "$$SEED"
 
 lab: $(ENV) ## open JupyterLab in notebooks/, with the audit of your own model
 	$(PYTHON) -m jupyterlab --ServerApp.root_dir=notebooks --LabApp.default_url=/lab/tree/08_audit_your_model.ipynb
@@ -94,20 +97,20 @@ test-lab: $(ENV) ## JupyterLab in a real browser, as a person uses it; a screens
 notebooks: $(NOTEBOOKS:%=refresh/%) ## run the notebooks where they lie, to refresh the outputs that are committed
 refresh/%: FORCE | $(ENV)
 	@echo "running $*"
-	@$(call run,default,build/refresh) -m rgap.artifact.notebooks $*
+	@$(call run,default,build/refresh) -m rgap notebook $*
 
 reconstruction: $(ENV) ## one attack: MODEL=cnn6|module:function DATA=embedded|cifar10|mnist|folder:PATH INDEX=0 BATCH=1 SEED=0 WEIGHTS=file SHAPE= LOSS=
-	@$(PYTHON) -m rgap.experiments.reconstruction_cli --model "$$MODEL" --index "$$INDEX" --data "$$DATA" --seed "$$SEED" --batch "$$BATCH" \
+	@$(PYTHON) -m rgap reconstruct --model "$$MODEL" --index "$$INDEX" --data "$$DATA" --seed "$$SEED" --batch "$$BATCH" \
 		--weights "$$WEIGHTS" $(own)
 
 train: $(ENV) ## a few epochs, for WEIGHTS=: MODEL=cnn6|module:function DATA=embedded|cifar10|mnist|folder:PATH EPOCHS=3 SEED=0 SHAPE= LOSS=
-	@$(PYTHON) -m rgap.client.training --model "$$MODEL" --data "$$DATA" --epochs "$$EPOCHS" --seed "$$SEED" $(own)
+	@$(PYTHON) -m rgap train --model "$$MODEL" --data "$$DATA" --epochs "$$EPOCHS" --seed "$$SEED" $(own)
 
 audit: $(ENV) ## what a network gives away, in build/audit/: MODEL=cnn6|module:function SHAPE=3,224,224 BATCH=1; fails where it leaks
-	@$(PYTHON) -m rgap.ranks.audit --model "$$MODEL" $${SHAPE:+--shape "$$SHAPE"} --batch "$$BATCH"
+	@$(PYTHON) -m rgap audit --model "$$MODEL" $${SHAPE:+--shape "$$SHAPE"} --batch "$$BATCH"
 
 report: $(ENV) ## every notebook, figure, table and claim as web pages in build/report/; PROFILE=paper for that profile's
-	@$(call run,$(PROFILE),$(FIGURES)) -m rgap.artifact.report
+	@$(call run,$(PROFILE),$(FIGURES)) -m rgap report
 
 clean: ## remove everything made in build/, downloaded data apart
 	rm -rf .coverage .pytest_cache .ruff_cache .hypothesis

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import os
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -186,3 +189,54 @@ def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build().eval()
+
+
+def load_model(name: str, seed: int = 0) -> tuple[nn.Module, tuple[int, ...] | None]:
+    """Finds a network by name.
+
+    Args:
+        name: A name in `ANALYSIS_SHAPES`, or `module:attribute` with a network, or with a function that returns one
+            when called without arguments; modules in the working directory are found, too.
+        seed: Of the weights; a function is called with torch's generator at this seed, which is put back afterwards.
+
+    Returns:
+        The network, and the image shape that it takes where it is one of this module, else None.
+
+    Raises:
+        ValueError: If there is none of this name; the message says what is there instead.
+    """
+    if name in ANALYSIS_SHAPES:
+        return globals()[name](seed=seed), ANALYSIS_SHAPES[name]
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        known = ", ".join(ANALYSIS_SHAPES)
+        raise ValueError(f"model is {name!r}; give {known}, or module:function, e.g. torchvision.models:resnet18")
+    found = _imported(module)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"model is {name!r}; {module} has no {attribute!r}")
+        found = getattr(found, part)
+    if callable(found) and not isinstance(found, nn.Module):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                found = found()
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise ValueError(f"model is {name!r}; calling it without arguments failed: {reason}") from error
+    if not isinstance(found, nn.Module):
+        raise ValueError(f"model is {name!r}; that is a {type(found).__name__}, and a torch.nn.Module is needed")
+    return found, None
+
+
+def _imported(module: str):
+    """A module by name, looked for in the working directory first."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        raise ValueError(f"module {module!r} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)

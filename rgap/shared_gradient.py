@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rgap.network.chain import Chain
+from rgap.network.layer import Chain
 from rgap.noise import fits
 from rgap.results import GradientMismatchError
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rgap
+from rgap.equations.blocks import weight_matrix
 from rgap.network.activations import Activation, leaky_relu
 from rgap.virtual.inference import DeficientLayer
 from rgap.virtual.previous import previous_factors
@@ -177,3 +178,28 @@ def open_problem(count, activation=None, conv=None, size=8, seed=0, noise=1e-13)
     N = torch.linalg.qr(randn(len(x), count, seed=seed + 2))[0].numpy()
     G = G.reshape(layer.weight.shape)
     return DeficientLayer(x - N @ (N.T @ x), N, N[0, :0], activation, previous, G, dx.numpy(), noise), x
+
+
+# One layer's equations for B images, by autograd and dense.
+
+
+def layer_sample(layer, count=1, seed=0):
+    """x, G, δz and z of several images that belong together; G by autograd."""
+    x, dz = randn(count, *layer.input_shape, seed=seed), randn(count, *layer.output_shape, seed=seed + 1)
+    weight = layer.weight.clone().requires_grad_()
+    padded = nn.functional.pad(x, layer.padding)
+    z = nn.functional.conv2d(padded, weight, layer.bias, layer.stride, 0, layer.dilation, layer.groups)
+    (G,) = torch.autograd.grad((z * dz).sum(), weight)
+    return x, G, dz, z.detach()
+
+
+def dense_system(layer, dz):
+    """W and K of an ungrouped layer over all images, dense; K by autograd from the unit vectors."""
+    W = torch.block_diag(*[torch.from_numpy(weight_matrix(layer).toarray())] * len(dz))
+    weight, columns = layer.weight.clone().requires_grad_(), []
+    for image in dz:
+        for unit in torch.eye(layer.unknowns, dtype=dz.dtype).reshape(-1, *layer.input_shape):
+            padded = nn.functional.pad(unit, layer.padding)[None]
+            z = nn.functional.conv2d(padded, weight, None, layer.stride, 0, layer.dilation)
+            columns.append(torch.autograd.grad((z[0] * image).sum(), weight)[0].flatten())
+    return W, torch.stack(columns, 1)

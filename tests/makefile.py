@@ -45,7 +45,7 @@ def make(clone, *arguments, **environment):
 def put_runner(clone):
     """In place of Python: notes its arguments and the profile, and makes the target of a notebook run."""
     note = 'echo "$RGAP_PROFILE|${RGAP_FIGURES##*/a clone/}|$*" >> calls'
-    target = 'if [ "$2" = rgap.artifact.notebooks ] && [ -n "${4:-}" ]; then mkdir -p "${4%/*}"; echo ran > "$4"; fi'
+    target = 'if [ "$3" = notebook ] && [ -n "${5:-}" ]; then mkdir -p "${5%/*}"; echo ran > "$5"; fi'
     put_program(clone, "runner", f"{note}; {target}")
 
 

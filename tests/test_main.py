@@ -1,108 +1,73 @@
-from types import SimpleNamespace
+"""The command line: one parser, one line for what is wrong, and no torch where it is not needed."""
 
-import numpy as np
-import pandas as pd
+import subprocess
+import sys
+
 import pytest
-from PIL import Image
 
 import rgap
-from rgap.experiments import reconstruction_cli as reconstruction
+from rgap import __main__ as command_line
+from rgap import commands, models
+from rgap.client import LOSSES
 
 
-def run(folder, *arguments):
-    return reconstruction.main([*arguments, "--output", str(folder)])
+def run(capsys, *arguments):
+    """Exit status, standard output, standard error."""
+    try:
+        status = command_line.main(list(arguments))
+    except SystemExit as end:
+        status = end.code
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
 
 
-def read(path):
-    return np.asarray(Image.open(path)) / 255
+def test_the_help_names_every_command_and_each_has_its_own(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    for command in ("reconstruct", "train", "audit", "verify", "notebook", "report"):
+        assert f"\n    {command}" in out
+        assert run(capsys, command, "--help")[1].startswith(f"usage: rgap {command} ")
 
 
-@pytest.mark.parametrize("model", ["cnn6", "fcn3"])
-def test_leaves_three_pictures_and_a_table_and_prints_a_handful_of_lines(tmp_path, capsys, model):
-    assert run(tmp_path, "--model", model, "--index", "6") == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == ["verdict", "labels", "PSNR", "attack", "written"]
-    assert printed[0].split()[1] == "exact"
-    assert float(printed[2].split()[1]) > 80
-    folder = tmp_path / f"{model}_embedded_6"
-    origin, found, rescaled = (
-        read(folder / f"{n}.png") for n in ("origin", "reconstruction", "reconstruction_rescaled")
-    )
-    shape = rgap.models.IMAGE_SHAPES[model]
-    assert origin.shape == (shape[1:] if shape[0] == 1 else (*shape[1:], 3))
-    assert abs(origin - found).max() < 1.5 / 255
-    assert (rescaled.min(), rescaled.max()) == (0, 1)
-    assert len(pd.read_csv(folder / "layers.csv")) == {"cnn6": 7, "fcn3": 3}[model]
-
-
-def test_a_folder_of_images_with_spaces_gives_a_plain_name(tmp_path):
-    (tmp_path / "my images").mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "my images" / "0.png")
-    assert run(tmp_path, "--model", "fcn3", "--data", f"folder:{tmp_path}/my images") == 0
-    (folder,) = tmp_path.glob("fcn3_folder-*-my-images_0")
-    assert abs(read(folder / "reconstruction.png") * 255 - pixels).max() < 1.5
-
-
-def test_images_of_a_batch_are_compared_each_with_its_own(tmp_path, capsys, monkeypatch):
-    images, labels = rgap.data.load_images(index=[5, 6])
-    found = SimpleNamespace(
-        images=images.flip(0).double() + 1e-3, labels=labels.flip(0), verdict="exact", to_frame=pd.DataFrame
-    )
-    monkeypatch.setattr(rgap, "reconstruct", lambda *_, **__: found)
-    assert run(tmp_path, "--index", "5", "--batch", "2") == 0
-    assert "PSNR     60.0, 60.0 dB" in capsys.readouterr().out
-    for name in ("origin", "reconstruction", "reconstruction_rescaled"):
-        assert {path.name for path in (tmp_path / "cnn6_embedded_5").glob(f"{name}_?.png")} == {
-            f"{name}_5.png",
-            f"{name}_6.png",
-        }
+def test_the_help_names_the_models_and_losses_there_are(capsys):
+    assert command_line.MODELS == tuple(models.IMAGE_SHAPES) and command_line.LOSSES == LOSSES
+    assert (*command_line.MODELS, "resnet18") == tuple(models.ANALYSIS_SHAPES)
+    out = " ".join(run(capsys, "audit", "--help")[1].split())
+    assert "lenet, resnet18, or module:function" in out and "1 leaks: they do" in out and "rgap audit --model" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet"], "model is 'resnet'; give cnn6, cnn6_d, cnn6_batch, fcn3, lenet"),
-        (["--data", "folder:/no/such"], "there is no folder /no/such"),
-        (["--data", "imagenet"], "source is 'imagenet'"),
-        (["--loss", "hinge"], "unknown loss 'hinge'"),
-        (["--shape", "3,20,20"], "an image of shape (3, 20, 20) does not pass cnn6: RuntimeError: mat1 and mat2"),
-        (["--index", "-1"], "index -1 is out of range"),
-        (["--batch", "0"], "batch is 0; an empty batch"),
+        ([], "rgap: the following arguments are required: COMMAND"),
+        (["attack"], "rgap: argument COMMAND: invalid choice: 'attack'"),
+        (["reconstruct", "--index", "x"], "rgap reconstruct: argument --index: invalid int value: 'x'"),
+        (["audit", "--batches", "2"], "rgap: unrecognized arguments: --batches 2"),
+        (["notebook", "a.ipynb", "-p", "number", "2"], "rgap notebook: parameters need a TARGET"),
+        (["notebook", "no/such.ipynb"], "rgap notebook: [Errno 2] No such file or directory: 'no/such.ipynb'"),
     ],
 )
-def test_bad_arguments_get_one_line_and_exit_with_two(tmp_path, capsys, arguments, message):
-    assert run(tmp_path, *arguments) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith(f"reconstruction: {message}")
-    assert printed.err.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+def test_wrong_arguments_get_one_line_and_status_two(capsys, arguments, message):
+    status, out, err = run(capsys, *arguments)
+    assert status == 2 and out == "" and err.startswith(message) and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("count", [0, 1])
-def test_fewer_images_than_the_batch_are_counted_and_what_is_there_is_written(tmp_path, capsys, monkeypatch, count):
-    images, labels = rgap.data.load_images(index=[5])
-    found = SimpleNamespace(
-        images=images[:count].double(), labels=labels[:count], verdict="rank-deficient", to_frame=pd.DataFrame
-    )
-    monkeypatch.setattr(rgap, "reconstruct", lambda *_, **__: found)
-    assert run(tmp_path, "--index", "5", "--batch", "2") == 0
-    assert f"found    {count} of 2 images" in capsys.readouterr().out
-    assert len(list((tmp_path / "cnn6_embedded_5").glob("reconstruction_?.png"))) == count
+def test_an_interruption_gets_one_line(capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "train", interrupted)
+    assert run(capsys, "train") == (130, "", "rgap train: interrupted\n")
 
 
-def test_a_network_of_ones_own_is_attacked_with_the_loss_that_fits_its_outputs(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own_network.py").write_text(
-        "from torch import nn\n"
-        "def net(): return nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.LeakyReLU(), nn.Linear(32, 6))\n"
-    )
-    assert run(tmp_path / "out", "--model", "own_network:net", "--shape", "3,8,8", "--index", "4") == 0
-    printed = capsys.readouterr().out
-    assert "verdict  exact" in printed and "labels   [4] (true: [4])" in printed
-    assert (tmp_path / "out" / "own_network-net_embedded_4" / "reconstruction.png").is_file()
-
-
-def test_lenet_with_ten_classes_is_there_to_be_tried(tmp_path, capsys):
-    assert run(tmp_path, "--model", "lenet", "--index", "2") == 0
-    assert "labels   [2] (true: [2])" in capsys.readouterr().out
+@pytest.mark.slow
+def test_a_notebook_is_started_without_torch_and_every_public_name_comes_when_asked_for():
+    code = """
+import sys, rgap.__main__
+status = rgap.__main__.main(["notebook", "no/such.ipynb"])
+print(status, "torch" in sys.modules, [name for name in rgap.__all__ if not hasattr(rgap, name)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False []\n"
+    with pytest.raises(AttributeError, match="'rgap' has no attribute 'nothing'"):
+        rgap.nothing  # noqa: B018

@@ -7,7 +7,6 @@ import torch
 from skimage.metrics import structural_similarity
 from torch.testing import assert_close
 
-import rgap
 from rgap import metrics
 
 
@@ -15,15 +14,7 @@ def random_images(count=3, shape=(3, 32, 32), seed=0):
     return torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_runner_of_notebooks_needs_no_torch_and_every_public_name_comes_when_asked_for():
-    code = "import sys, rgap.artifact.notebooks as _; import rgap; print('torch' in sys.modules, "
-    code += "[n for n in rgap.__all__ if not hasattr(rgap, n)])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found == "False []\n"
-    with pytest.raises(AttributeError, match="'rgap' has no attribute 'nothing'"):
-        rgap.nothing  # noqa: B018
-
-
+@pytest.mark.slow
 def test_the_package_is_imported_without_what_few_use_and_takes_long():
     slow = "{'torchmetrics', 'torchvision', 'torch._dynamo'} & set(sys.modules)"
     code = "import sys; from rgap import artifact, models; from rgap.experiments import panel, plots, sweeps; "

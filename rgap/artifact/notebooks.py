@@ -1,10 +1,7 @@
-"""Runs a notebook strictly: an unknown parameter, an error or an absent figure fails and leaves no target.
+"""Runs a notebook strictly: an unknown parameter, an error, or an absent figure fails and leaves no target."""
 
-`python -m rgap.artifact.notebooks SOURCE TARGET` runs a copy by papermill; `python -m rgap.artifact.notebooks SOURCE`
-refreshes the outputs that SOURCE itself carries.
-"""
+from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -29,6 +26,10 @@ QUIET = ["--IPKernelApp.log_level=ERROR"]
 
 class NotebookError(RuntimeError):
     """A notebook cannot be run as asked, or did not write what it must."""
+
+
+FAILURES = (NotebookError, papermill.PapermillExecutionError, CellExecutionError)
+"""What `run` and `refresh` raise where the notebook is at fault."""
 
 
 def run(source: Path, target: Path, parameters: dict | None = None, offered: dict | None = None) -> Path:
@@ -93,6 +94,11 @@ def read_parameters(path: Path, notebook: str) -> dict:
     return yaml.safe_load(path.read_text(encoding="utf-8")).get(notebook) or {}
 
 
+def parse_value(text: str) -> object:
+    """A parameter's value, written as YAML."""
+    return yaml.safe_load(text)
+
+
 def _written(stem):
     """Name and time of everything that the notebook of this number has in the figures folder."""
     return {path.name: path.stat().st_mtime_ns for path in figures_dir().glob(f"{stem[:2]}_*")}
@@ -106,50 +112,3 @@ def _check_outputs(stem, before):
             f"{stem} did not write {sorted(expected - written)} and wrote {sorted(written - expected)} unasked; "
             "correct the notebook, or its outputs in notebooks/claims.yml"
         )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, or 1 after saying what failed, or 130 when it was interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m rgap.artifact.notebooks", description=__doc__)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path, nargs="?")
-    parser.add_argument("-f", "--file", type=Path, help="YAML file of parameters, one section per notebook")
-    parser.add_argument(
-        "-p",
-        "--parameter",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="a parameter, its value written as YAML",
-    )
-    parser.add_argument(
-        "-o",
-        "--offer",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "TEXT"),
-        help="a text for notebooks that have this parameter",
-    )
-    options = parser.parse_args(arguments)
-    if not options.target and (options.file or options.parameter or options.offer):
-        parser.error("parameters need a TARGET; committed outputs are those of the notebook's own values")
-    try:
-        if not options.target:
-            refresh(options.source)
-            return 0
-        parameters = read_parameters(options.file, options.source.stem) if options.file else {}
-        parameters |= {name: yaml.safe_load(value) for name, value in options.parameter}
-        run(options.source, options.target, parameters, dict(options.offer))
-    except (NotebookError, papermill.PapermillExecutionError, CellExecutionError) as error:
-        print(f"{options.source}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{options.source}: interrupted; the next run begins this notebook again", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

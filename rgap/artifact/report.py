@@ -1,7 +1,5 @@
 """All executed notebooks as one static report, with an index of every figure, table and claim.
 
-`python -m rgap.artifact.report` writes it.
-
 The pages need no network: styles and pictures are in them, no script is loaded, and formulas are drawn by matplotlib's
 mathtext; the few that it does not know stay TeX, readable as source.
 """
@@ -13,7 +11,6 @@ import html
 import io
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import jinja2
@@ -156,13 +153,3 @@ def _table(name: str) -> tuple[str, str, int]:
     """Name, the first rows as HTML, and how many more there are."""
     frame = pd.read_csv(artifact.figures_dir() / name, dtype=str, keep_default_na=False)
     return name, frame.head(ROWS).to_html(index=False, border=0), max(0, len(frame) - ROWS)
-
-
-def main() -> int:
-    """Builds the report and says where it is; returns 0."""
-    print(f"written {build()}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,7 +17,7 @@ from rgap.results import UnsupportedLayerError
 def checked_chain(model: nn.Module | Chain, image_shape: tuple[int, ...] | None) -> Chain:
     """The prepared network, or a refusal."""
     if isinstance(model, Chain):
-        return model if image_shape is None else prepare(model, image_shape)
+        return model if image_shape is None else model.fitting(image_shape)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}; give an nn.Module or a Chain from rgap.prepare")
     if image_shape is None:

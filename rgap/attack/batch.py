@@ -20,7 +20,7 @@ from rgap.attack.descent import Descent
 from rgap.attack.joint_descent import descend_jointly
 from rgap.attack.joint_signs import agree
 from rgap.head.hypothesis import Start
-from rgap.network.chain import Chain, Layer
+from rgap.network.layer import Chain, Layer
 from rgap.results import VERDICTS, Candidate, GradientMismatchError, Reconstruction, UnsupportedLayerError
 from rgap.separation.read import read_batch
 from rgap.separation.subspaces import BatchSize, first_dense

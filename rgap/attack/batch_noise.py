@@ -22,7 +22,7 @@ from rgap.attack.propagation import draw_noise
 from rgap.attack.verdict import EXPLAINED
 from rgap.client import gradients_of
 from rgap.head.hypothesis import Start
-from rgap.network.chain import Chain
+from rgap.network.layer import Chain
 from rgap.noise import entry_noise
 from rgap.separation.joint_softmax import fit_and_refit
 from rgap.separation.scales import refine_inputs

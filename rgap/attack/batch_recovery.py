@@ -12,7 +12,7 @@ from torch import Tensor
 from rgap.attack.arguments import check_separable, checked_batch_labels
 from rgap.client import gradients_of
 from rgap.head.hypothesis import Twin
-from rgap.network.chain import Chain
+from rgap.network.layer import Chain
 from rgap.results import VERDICTS, Candidate, GradientMismatchError, LayerReport, Reconstruction
 from rgap.separation.read import read_batch
 from rgap.separation.subspaces import BatchSize

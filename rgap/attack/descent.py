@@ -13,12 +13,10 @@ from torch import Tensor
 
 from rgap.attack.propagation import NoiseProbe, propagate
 from rgap.attack.signs import Slopes, decide_activation_pattern
-from rgap.equations.blocks import bias_residual, identity_residual, split_groups
-from rgap.equations.solution import LayerSolution
-from rgap.equations.solve import solve_layer
+from rgap.equations import LayerSolution, bias_residual, identity_residual, solve_layer
 from rgap.head.read import Hypothesis
 from rgap.linalg import rms
-from rgap.network.chain import Chain, Layer
+from rgap.network.layer import Chain, Layer
 from rgap.results import LayerReport
 from rgap.shared_gradient import SharedGradient
 from rgap.virtual.closure import VirtualSolution, solve_virtual
@@ -109,12 +107,13 @@ def descend(
         if mismatch > give_up:
             return Descent(inputs, tuple(reports), mismatch, False)
         limits = {"rcond": received.rcond, "precision": received.precision}
-        solution = solve_layer(layer, G, dz if has_gradient else 0 * dz, z, known=known, **limits)
+        mask = None if known is None else known[None]
+        solution = solve_layer(layer, G, dz[None] if has_gradient else 0 * dz[None], z[None], known=mask, **limits)
         misfits += [] if solution.noise_std is None else [solution.noise_std]
         if probe is not None:
             probe = propagate(layer, probe, solution, x, dx, z, dz, slopes)
             solution = replace(solution, report=replace(solution.report, predicted_error=probe.error))
-        x, dx, report = solution.x, layer.adjoint(dz), solution.report
+        x, dx, report = solution.x[0], layer.adjoint(dz), solution.report
         if known is not None:
             report = replace(report, saturated=int((~known).sum()))
         if report.deficit:
@@ -143,13 +142,11 @@ def _accuracy(report: LayerReport, received: SharedGradient) -> float:
 def _identities(
     layer: Layer, received: SharedGradient, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None
 ) -> float:
-    """The largest identity residual of the layer's groups and of its bias."""
-    parts = split_groups(layer)
-    chunks = zip(parts, *(t.chunk(len(parts)) for t in (G, dz, z)), strict=True)
-    found = max(identity_residual(*chunk, known) for chunk in chunks)
+    """The largest identity residual of the layer and of its bias."""
+    found = identity_residual(layer, G, dz[None], z[None], None if known is None else known[None])
     if layer.bias_name is None or layer.bias_name in received.underflowed:
         return found
-    return max(found, bias_residual(layer, received.gradients[layer.bias_name], dz))
+    return max(found, bias_residual(layer, received.gradients[layer.bias_name], dz[None]))
 
 
 def _has_kink(layer: Layer) -> bool:
@@ -161,7 +158,7 @@ def _closed(
     solution: LayerSolution, closed: VirtualSolution, report: LayerReport, probe: NoiseProbe | None
 ) -> tuple[Tensor, LayerReport, NoiseProbe | None]:
     """A deficient layer's input as the layer before has closed it; its error joins the probe's."""
-    x = torch.from_numpy(closed.x).reshape(solution.x.shape)
+    x = torch.from_numpy(closed.x).reshape(solution.x.shape[1:])
     if probe is not None:
         probe = replace(probe, x=probe.x + torch.from_numpy(closed.draw).reshape(probe.x.shape))
         report = replace(report, predicted_error=probe.error)

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from rgap.attack.descent import Descent
 from rgap.attack.joint_signs import settle_signs
-from rgap.equations.blocks import joint_identities
-from rgap.equations.joint import JointSolution, solve_joint
+from rgap.equations import LayerSolution, identity_residual, solve_layer
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
-from rgap.network.chain import Chain, Layer
+from rgap.network.layer import Chain, Layer
 from rgap.shared_gradient import SharedGradient
 from rgap.virtual.range import RangeSolution, close_by_range, range_factor
 
@@ -55,8 +54,8 @@ def descend_jointly(
         inputs[chain.layers[i + 1].name] = x.reshape(len(x), *chain.layers[i + 1].feature_shape)
         z = layer.activation.inverse(x)
         dz = layer.activation.derivative(z) * dx
-        mismatch = mismatch if layer.is_fixed else max(mismatch, joint_identities(layer, G, dz, z))
-        solution = solve_joint(layer, G, dz, z, rcond=received.rcond)
+        mismatch = mismatch if layer.is_fixed else max(mismatch, identity_residual(layer, G, dz, z))
+        solution = solve_layer(layer, G, dz, z, rcond=received.rcond)
         x, dx, report = solution.x, layer.adjoint(dz), solution.report
         closed = _close(chain.layers[i - 1], received, solution) if i and virtual_constraints else None
         if closed is not None and (closed.certified or report.deficit):
@@ -70,7 +69,7 @@ def descend_jointly(
     return Descent(inputs, tuple(reports), mismatch, True, tuple(left_open))
 
 
-def _close(before: Layer, received: SharedGradient, solution: JointSolution) -> RangeSolution | None:
+def _close(before: Layer, received: SharedGradient, solution: LayerSolution) -> RangeSolution | None:
     """Joins the range constraints of the layer before where they are needed and there are any."""
     report, system = solution.report, solution.systems[0]
     blurred = received.precision * (report.condition or 1.0) > BLURRED

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rgap.attack.signs import project_to_pattern
-from rgap.network.chain import Chain, Layer
+from rgap.network.layer import Chain, Layer
 
 GAIN = 0.7
 """Residual of a channel's identities after a turn, relative to that before, below which the turn is right."""

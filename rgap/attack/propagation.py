@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rgap.attack.signs import Slopes
-from rgap.equations.solve import LayerSolution
+from rgap.equations import LayerSolution
 from rgap.head.hypothesis import Hypothesis
 from rgap.network.layer import Layer
 
@@ -103,5 +103,6 @@ def propagate(
     dz_change = slope * (dx + probe.dx.reshape(shape)) - dz
     rest = torch.zeros_like(layer.weight)
     if not layer.is_fixed:
-        rest = layer.gradient(probe.noise) - layer.weight_gradient(solution.x, dz_change)
-    return NoiseProbe(solution.sensitivity(rest, changed - z), layer.adjoint(dz_change), probe.noise, probe.generator)
+        rest = layer.gradient(probe.noise) - layer.weight_gradient(solution.x[0], dz_change)
+    x_change = solution.sensitivity(rest, (changed - z)[None])[0]
+    return NoiseProbe(x_change, layer.adjoint(dz_change), probe.noise, probe.generator)

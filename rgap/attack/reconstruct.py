@@ -17,7 +17,7 @@ from rgap.attack.descent import REFUTED, Descent, descend
 from rgap.attack.propagation import draw_noise, start_probe
 from rgap.attack.verdict import judge, make_candidate
 from rgap.head.read import Hypothesis, read_head
-from rgap.network.chain import Chain
+from rgap.network.layer import Chain
 from rgap.noise import entry_noise
 from rgap.results import GradientMismatchError, Reconstruction
 from rgap.separation.subspaces import find_batch_size, first_dense

@@ -16,7 +16,7 @@ from rgap.attack.propagation import NoiseProbe
 from rgap.attack.signs import project_to_pattern
 from rgap.client import gradients_of
 from rgap.head.hypothesis import Hypothesis
-from rgap.network.chain import Chain
+from rgap.network.layer import Chain
 from rgap.results import Candidate, Reconstruction
 from rgap.shared_gradient import SharedGradient
 

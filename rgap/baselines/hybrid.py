@@ -15,7 +15,7 @@ from rgap.baselines.methods import Gradients, check_counts, is_far
 from rgap.baselines.nullspace import descend_open
 from rgap.baselines.optimisers import Record, lbfgs, total_variation
 from rgap.baselines.outcome import ROUNDED, Optimised, candidate, outcome
-from rgap.network.chain import Chain
+from rgap.network.layer import Chain
 from rgap.results import Candidate, Reconstruction
 
 NOISE_TV = 0.01

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.client import check_loss, loss_value
-from rgap.network.chain import Chain
+from rgap.network.layer import Chain
 from rgap.shared_gradient import SharedGradient, receive_gradients
 
 

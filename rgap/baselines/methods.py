@@ -11,7 +11,7 @@ from rgap.baselines.labels import label_choices
 from rgap.baselines.matching import Matching, matching
 from rgap.baselines.optimisers import FAR, Descended, Record, lbfgs, signed_adam, total_variation
 from rgap.baselines.outcome import Optimised, candidate, outcome
-from rgap.network.chain import Chain
+from rgap.network.layer import Chain
 
 Gradients = Sequence[Tensor] | Mapping[str, Tensor]
 

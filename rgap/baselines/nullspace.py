@@ -13,9 +13,8 @@ from torch import Tensor
 from rgap.baselines.matching import Matching
 from rgap.baselines.optimisers import Record, lbfgs
 from rgap.client import loss_value
-from rgap.equations.solution import LayerSolution
-from rgap.equations.solve import solve_layer
-from rgap.network.chain import Chain, Layer
+from rgap.equations import LayerSolution, solve_layer
+from rgap.network.layer import Chain, Layer
 from rgap.results import Candidate
 from rgap.virtual.previous import PreviousLayer, previous_factors
 
@@ -53,8 +52,8 @@ def descend_open(
             x = found.layer_inputs[layer.name]
             continue
         G = problem.received.gradients[layer.weight_name].reshape(layer.weight.shape)
-        solution = solve_layer(layer, G, dz, z, rcond=problem.received.rcond)
-        x = solution.x
+        solution = solve_layer(layer, G, dz[None], z[None], rcond=problem.received.rcond)
+        x = solution.x[0]
         factors = previous_factors(chain.layers[i - 1]) if i and solution.null_basis is not None else None
         if factors is not None:
             x = _fill(solution, factors, problem, dx, steps, record, shown=i == 1)
@@ -106,7 +105,7 @@ def _fill(
     few = N.shape[1] <= ENOUGH * left.shape[1]
     found = lbfgs(misfit, x0.new_zeros(N.shape[1]), steps, record, title="null space",
                   images=(lambda t: below(t)[1]) if shown else None)  # fmt: skip
-    return (x0 + N @ found.best).reshape(solution.x.shape)
+    return (x0 + N @ found.best).reshape(before.output_shape)
 
 
 def _weight_gradient(layer: Layer, image: Tensor, dz: Tensor) -> Tensor:

@@ -1,19 +1,20 @@
-"""Gradients in files: as a client would send them, and as an audit takes them in."""
+"""Tensors in files: gradients as a client would send them, and checkpoints. Nothing in a file is ever run."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgap.artifact.outputs import write_atomically
 from rgap.results import GradientMismatchError
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
-"""Kinds of files that are known."""
+"""Kinds of files that are known; the last two are those of `torch.save`."""
 
 Gradients = list[Tensor] | dict[str, Tensor]
 
@@ -31,20 +32,20 @@ def save_gradients(path: str | Path, gradients: Sequence[Tensor] | Mapping[str, 
 
     Raises:
         ValueError: If the suffix is unknown.
-        GradientMismatchError: If the gradients are no tensors, or there are none.
+        GradientMismatchError: If the gradients are not tensors, or there are none.
     """
-    path = _checked_path(path)
-    tensors = _checked(gradients, "gradients")
-    if path.suffix != ".safetensors":
-        return write_atomically(path, lambda file: torch.save(_map(tensors, Tensor.detach), file))
-    named = tensors if isinstance(tensors, dict) else {str(i): g for i, g in enumerate(tensors)}
-    # Tensors that share memory, such as views of one flat gradient, have no place in the format: each gets its own.
-    content = safetensors.torch.save({name: g.detach().cpu().clone().contiguous() for name, g in named.items()})
-    return write_atomically(path, lambda file: file.write(content))
+    path, tensors = _known_path(path), _checked(gradients, "gradients")
+    if path.suffix == ".safetensors":
+        return _write(path, tensors if isinstance(tensors, dict) else {str(i): g for i, g in enumerate(tensors)})
+    if isinstance(tensors, dict):
+        detached = {name: g.detach() for name, g in tensors.items()}
+    else:
+        detached = [g.detach() for g in tensors]
+    return write_atomically(path, lambda file: torch.save(detached, file))
 
 
 def load_gradients(path: str | Path) -> Gradients:
-    """Reads gradients from a file, for `rgap.reconstruct`. Nothing in the file is run.
+    """Reads gradients from a file, for `rgap.reconstruct`.
 
     Args:
         path: A `.safetensors` file, or a `.pt` or `.pth` file by `torch.save`, read with `weights_only=True`.
@@ -55,34 +56,82 @@ def load_gradients(path: str | Path) -> Gradients:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If its suffix is unknown, or it is no readable file of its kind.
-        GradientMismatchError: If it holds something else than tensors, or none.
+        ValueError: If its suffix is unknown, or it cannot be read as a file of its kind.
+        GradientMismatchError: If it holds anything but tensors, or none.
     """
-    path = _checked_path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; give the gradient's file")
-    try:
-        if path.suffix == ".safetensors":
-            content = safetensors.torch.load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a reader may stumble over bytes of another kind in any way
-        raise ValueError(
-            f"{path} is no readable {path.suffix} file of tensors ({_first_line(error)}); "
-            "save a list of tensors, or a mapping from parameter name, by rgap.client.save_gradients"
-        ) from error
-    tensors = _checked(content, str(path))
+    advice = "save a list of tensors, or a mapping from parameter name, by rgap.client.save_gradients"
+    tensors = _checked(_read(path, advice), str(path))
     if isinstance(tensors, dict) and set(tensors) == {str(i) for i in range(len(tensors))}:
         return [tensors[str(i)] for i in range(len(tensors))]
     return tensors
 
 
-def _checked_path(path: str | Path) -> Path:
+def save_weights(model: nn.Module, path: str | Path, facts: Mapping[str, object]) -> Path:
+    """Writes a checkpoint, whole or not at all.
+
+    Args:
+        model: The network.
+        path: A `.safetensors` file.
+        facts: What to keep beside the weights: model, seed, epochs, data.
+
+    Returns:
+        The path.
+    """
+    return _write(Path(path), model.state_dict(), {name: str(value) for name, value in facts.items()})
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """A copy of a model with the weights of a checkpoint.
+
+    Args:
+        model: The network.
+        path: A `.safetensors` file, or a `.pt` or `.pth` file with a state dict.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint, or one of another network.
+    """
+    state = _read(path, "a checkpoint is a state dict")
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__}; it must hold a state dict")
+    own = model.state_dict()
+    missing, extra = [n for n in own if n not in state], [n for n in state if n not in own]
+    if missing or extra:
+        raise ValueError(f"{path} holds another network's weights: missing {missing}, unknown {extra}")
+    for name, tensor in own.items():
+        if (shape := tuple(getattr(state[name], "shape", ()))) != tuple(tensor.shape):
+            raise ValueError(f"{path} has {name!r} of shape {shape}; the network's is {tuple(tensor.shape)}")
+        if not torch.isfinite(state[name]).all():
+            raise ValueError(f"{path} has NaN or infinity in {name!r}")
+    loaded = copy.deepcopy(model)
+    loaded.load_state_dict(dict(state))
+    return loaded
+
+
+def _read(path: str | Path, advice: str):
+    """What a file holds, on the CPU; the advice ends the message where it cannot be read."""
+    path = _known_path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes of another kind make the readers fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is no readable {path.suffix} file of tensors ({reason}); {advice}") from error
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> Path:
+    # Each tensor is copied: the format refuses tensors that share memory, such as views of one flat gradient.
+    content = safetensors.torch.save({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}, facts)
+    return write_atomically(path, lambda file: file.write(content))
+
+
+def _known_path(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if path.suffix not in SUFFIXES:
-        raise ValueError(
-            f"{path} ends in {path.suffix!r}; gradients are read from and written to {', '.join(SUFFIXES)}"
-        )
+        raise ValueError(f"{path} ends in {path.suffix!r}; files of tensors end in {', '.join(SUFFIXES)}")
     return path
 
 
@@ -99,13 +148,3 @@ def _checked(gradients, what: str) -> Gradients:
         if not isinstance(g, Tensor):
             raise GradientMismatchError(f"{what}: {name!r} is a {type(g).__name__}; it must be a tensor")
     return dict(gradients) if isinstance(gradients, Mapping) else list(gradients)
-
-
-def _map(gradients: Gradients, change) -> Gradients:
-    if isinstance(gradients, dict):
-        return {name: change(g) for name, g in gradients.items()}
-    return [change(g) for g in gradients]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,7 @@ splits M into s² independent blocks, for a tap only ever reads pixels of one re
 the split are ours). Zero padding is not unknown: those entries are dropped, no row is needed for them. Other padding
 and pooling are maps of pixels that stand before and behind the convolution.
 
-All functions take layers without groups; `split_groups` makes those.
+Functions that make matrices take layers without groups; `split_groups` makes those.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from rgap.network.layer import Layer
 
-EVERY = 256
+MAX_CHANNELS_TESTED = 256
 """Channels up to which every one is tested against the layer's identities."""
 
-SUMS = 4
+RANDOM_SUMS = 4
 """Sums of channels that are tested where there are more."""
 
 
@@ -117,65 +117,54 @@ def weight_columns(layer: Layer, basis: Tensor) -> Tensor:
 
 
 def identity_residual(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None = None) -> float:
-    """How badly (z, δz) fit the layer's own gradient, before anything is solved.
+    """How badly (z, δz) of all images fit the layer's own gradient, before anything is solved.
 
-    ⟨G[o], W[o′]⟩ = ⟨δz[o], z[o′] − b[o′]⟩ holds for every pair of channels; the right pair (z, δz) fulfils it to
-    rounding, one of the wrong label misses it by about its own size. Where z is not known everywhere, δz vanishes, and
-    those with o = o′ still hold. Of more than `EVERY` channels o, a few sums with random signs are tested.
+    ⟨G[o], W[o′]⟩ = Σ_b ⟨δz_b[o], z_b[o′] − b[o′]⟩ holds for every pair of channels of a group; the right pair (z, δz)
+    fulfils it to rounding, one of the wrong label misses it by about its own size. Where z is not known everywhere, δz
+    vanishes, and the identities with o = o′ still hold. Of more than `MAX_CHANNELS_TESTED` channels o, a few sums with
+    random signs are tested.
 
     Args:
-        layer: The layer, without groups.
-        G: Gradient by the weight, (O, C, kh, kw).
-        dz: Gradient by the pre-activation, (O, H′, W′).
-        z: Pre-activation, (O, H′, W′).
-        known: Mask of the entries of z that are known, None for all.
+        layer: The layer.
+        G: Gradient of the mean loss by the weight, shaped as the weight.
+        dz: Gradient of the mean loss by each image's pre-activation, (B, O, H′, W′).
+        z: Pre-activations, (B, O, H′, W′).
+        known: Mask of the entries of z that are known, (B, O, H′, W′), None for all.
 
     Returns:
-        ‖left − right‖ / max(‖left‖, ‖right‖); 0 where both vanish.
+        ‖left − right‖ / max(‖left‖, ‖right‖), the largest of the layer's groups; 0 where both sides vanish.
     """
-    G, dz, W, inputs = G.flatten(1), dz.flatten(1), layer.weight.flatten(1), (z - layer.pre_bias()).flatten(1)
-    if known is not None:
+    by_channel = (t.transpose(0, 1).flatten(1) for t in (dz, z - layer.pre_bias()))
+    groups = (t.chunk(layer.groups) for t in (G.flatten(1), layer.weight.flatten(1), *by_channel))
+    return max(_identity_residual(layer, *group, known is not None) for group in zip(*groups, strict=True))
+
+
+def _identity_residual(layer: Layer, G: Tensor, W: Tensor, dz: Tensor, inputs: Tensor, same_channel: bool) -> float:
+    """Of one group; all arguments have a row for each channel."""
+    if same_channel:
         left, right = (G * W).sum(1), (dz * inputs).sum(1)
     else:
-        if len(G) > EVERY:
-            signs = layer.cached("signs", lambda: _signs(len(G)))
+        if len(G) > MAX_CHANNELS_TESTED:
+            signs = layer.cached(f"signs of {len(G)} channels", lambda: _signs(len(G)))
             G, dz = signs @ G, signs @ dz
         left, right = G @ W.T, dz @ inputs.T
     scale = max(left.norm().item(), right.norm().item())
     return (left - right).norm().item() / scale if scale > 0 else 0.0
 
 
-def joint_identities(layer: Layer, G: Tensor, dz: Tensor, z: Tensor) -> float:
-    """How badly all images' (z, δz) together fit a layer's gradient: Σ_b ⟨δz_b[o], z_b[o′] − b[o′]⟩ = ⟨G[o], W[o′]⟩.
-
-    Args:
-        layer: The layer.
-        G: Gradient by the weight, shaped as the weight.
-        dz: (B, O, H′, W′).
-        z: (B, O, H′, W′).
-
-    Returns:
-        The largest relative residual of the layer's groups.
-    """
-    parts = [replace(part, bias=None, shift=None) for part in split_groups(layer)]
-    stacked = (t.transpose(0, 1).flatten(2) for t in (dz, z - layer.pre_bias()))
-    chunks = zip(parts, *(t.chunk(len(parts)) for t in (G, *stacked)), strict=True)
-    return max(identity_residual(*chunk) for chunk in chunks)
-
-
 def _signs(channels: int) -> Tensor:
-    """A few sums of all channels with random signs, (SUMS, channels)."""
+    """A few sums of all channels with random signs, (RANDOM_SUMS, channels)."""
     generator = torch.Generator().manual_seed(0)
-    return 2.0 * torch.randint(2, (SUMS, channels), generator=generator).to(torch.float64) - 1.0
+    return 2.0 * torch.randint(2, (RANDOM_SUMS, channels), generator=generator).to(torch.float64) - 1.0
 
 
 def bias_residual(layer: Layer, gradient: Tensor, dz: Tensor) -> float:
-    """How badly δz fits the bias's own gradient, ∂ℓ/∂b[o] = Σ_p δz[o, p].
+    """How badly δz of all images fits the bias's own gradient, ∂ℓ/∂b[o] = Σ_b Σ_p δz_b[o, p].
 
     Args:
         layer: The layer.
-        gradient: By the bias, (O,).
-        dz: Gradient by the pre-activation, (O, H′, W′).
+        gradient: Of the mean loss by the bias, (O,).
+        dz: Gradient of the mean loss by each image's pre-activation, (B, O, H′, W′).
 
     Returns:
         ‖left − right‖, relative to the larger of both and a thousandth of Σ |δz|, for both may vanish by cancellation.
@@ -183,8 +172,8 @@ def bias_residual(layer: Layer, gradient: Tensor, dz: Tensor) -> float:
     dz = layer.conv_gradient(dz)
     if layer.output_scale is not None:
         dz = dz * layer.output_scale[:, None, None]
-    right = dz.sum((1, 2))
-    scale = max(gradient.norm().item(), right.norm().item(), 1e-3 * dz.abs().sum((1, 2)).norm().item())
+    right = dz.sum((0, 2, 3))
+    scale = max(gradient.norm().item(), right.norm().item(), 1e-3 * dz.abs().sum((0, 2, 3)).norm().item())
     return (gradient - right).norm().item() / scale if scale > 0 else 0.0
 
 

@@ -14,9 +14,6 @@ from rgap.equations.blocks import StrideBlock, blocks, gradient_matrix, gradient
 from rgap.linalg import RESOLUTION, gram_matrix, svd
 from rgap.network.layer import Layer
 
-TRUSTED = 0.02
-"""Directions of M whose singular value is below this share of the largest are shared with the weight constraints."""
-
 ENOUGH = 30
 """Surplus equations from which their misfit says how large the noise is, to about an eighth."""
 
@@ -56,7 +53,7 @@ class _Factor:
         return seen @ ((seen.T @ (self.M.T @ values / self.unit)) / self.S[:rank, None].square() / self.unit)
 
 
-def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> GradientSolution:
+def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_ratio: float = 0.02) -> GradientSolution:
     """Solves (I ⊗ M) x = vec(G) block by block; the cutoff is relative to M's largest singular value."""
     if layer.is_dense and dz.any():
         return _solve_column(G, dz.flatten())
@@ -83,7 +80,7 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> Gradie
     sigma = torch.cat([f.S * f.unit for f in factors])
     sigma = sigma / largest if largest > 0 else sigma
     kept, dropped = sigma[sigma > rcond], sigma[sigma <= rcond]
-    V, weights = _open(factors, sigma, untouched, rcond)
+    V, weights = _open(factors, sigma, untouched, rcond, trusted_ratio)
     size = G.norm().item()
     return GradientSolution(
         x0,
@@ -125,10 +122,12 @@ def _factor(layer: Layer, block: StrideBlock, dz: Tensor, rcond: float) -> _Fact
     return _Factor(block, M, values.clamp(min=0).sqrt().flip(0), V.flip(1), unit)
 
 
-def _open(factors: list[_Factor], sigma: Tensor, untouched: Tensor, rcond: float) -> tuple[Tensor, Tensor]:
+def _open(
+    factors: list[_Factor], sigma: Tensor, untouched: Tensor, rcond: float, trusted: float
+) -> tuple[Tensor, Tensor]:
     """Basis of the pixels that M leaves open or sees too dimly, and its singular values there, 0 below the cutoff."""
     full = len(sigma) == len(untouched) and bool((sigma > rcond).all())
-    left = sigma <= (0.0 if full else max(rcond, TRUSTED))
+    left = sigma <= (0.0 if full else max(rcond, trusted))
     unread = torch.eye(len(untouched), dtype=sigma.dtype)[:, untouched]
     bases, start = [], 0
     for factor in factors:

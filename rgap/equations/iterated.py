@@ -9,25 +9,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from rgap.equations.rank_laws import rank_laws
-from rgap.equations.solution import LayerSolution, determined
+from rgap.equations.solution import ImageSolution, determined
 from rgap.equations.weights import ConjugateGradients
 from rgap.linalg import rms
 from rgap.network.layer import Layer
 from rgap.results import LayerReport
-
-ITERATED = 2000
-"""Open unknowns from which conjugate gradients on both kinds of constraints are tried before a dense problem."""
-
-DENSE_MOST = 6000
-"""Open unknowns up to which the dense problem is solved at all (0.3 GB); beyond, the iterations' outcome stands."""
 
 ROUGH = {"tolerance": 1e-3, "most": 300}
 """How far a system is solved that leaves something open."""
 
 
 def solve_jointly(
-    layer: Layer, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None, at_least_open: int
-) -> LayerSolution | None:
+    layer: Layer, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None, at_least_open: int, max_dense: int
+) -> ImageSolution | None:
     """Both kinds of constraints together by conjugate gradients; None where a dense system says more.
 
     Where the rank law leaves something open, and no dense system can hold it, the iterations stop early: what they
@@ -36,14 +30,14 @@ def solve_jointly(
     """
     law = _rank_law(layer)
     short = 0 if law is None else layer.unknowns - law
-    if short and at_least_open <= DENSE_MOST:
+    if short and at_least_open <= max_dense:
         return None
     scale = (rms(z) / rms(G)).item() if G.any() and len(z) else 0.0
     solver = ConjugateGradients(layer, known, scale * dz)
     x, residual, iterations = solver.solve(z, scale * G, **(ROUGH if short else {}))
     condition = solver.condition
     missing = short or solver.missing
-    if missing and at_least_open <= DENSE_MOST:
+    if missing and at_least_open <= max_dense:
         return None
     rank = layer.unknowns - missing
     report = LayerReport(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,27 +19,14 @@ from rgap.equations.blocks import blocks, split_groups
 from rgap.equations.joint_dense import solve_normal
 from rgap.equations.joint_system import ReducedSystem, gradient_first, shared_gradient, weights_first
 from rgap.equations.joint_weights import null_directions, weak_subspace
-from rgap.equations.solution import merged_report
-from rgap.equations.solve import solve_layer
+from rgap.equations.solution import DEFAULT_LIMITS, SolverLimits, merged_report
 from rgap.equations.weights import ConjugateGradients, weight_factor
 from rgap.linalg import LeastSquares
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 from rgap.results import LayerReport
 
-WEIGHTS_ALONE = 300.0
-"""Condition number of W up to which W alone is used where the gradients leave many unknowns open."""
-
-FEW = 800
-"""Unknowns that the gradients may leave open before W alone is preferred."""
-
-WORTH = 1 / 3
-"""Share of what the gradients leave open up to which W goes first: it is the quicker way, and passes on more error."""
-
-PRECISE = 3e-5
+MAX_RCOND_WEIGHTS_FIRST = 3e-5
 """Cutoff, which follows the gradient's precision, up to which W may go first in directions that it sees dimly."""
-
-MOST = 12_000
-"""Open unknowns up to which a dense system is solved at all (1.2 GB)."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +38,14 @@ class JointSolution:
         report: The layer's report; counts are over all images.
         systems: For each group of channels what was solved, None where W or the gradients alone did.
         nulls: For each of them an orthonormal basis of what it leaves open, None where that is nothing.
+        sensitivity: As in `LayerSolution`.
     """
 
     x: Tensor
     report: LayerReport
     systems: tuple[ReducedSystem | None, ...]
     nulls: tuple[Tensor | None, ...]
+    sensitivity: Callable[[Tensor, Tensor], Tensor]
 
     def null_basis(self) -> Tensor | None:
         """Orthonormal basis of the directions left open, (B·C·H·W, deficit), or None where nothing is."""
@@ -72,7 +62,9 @@ class JointSolution:
         return torch.cat(placed, 1).flatten(0, 1)
 
 
-def solve_joint(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float) -> JointSolution:
+def solve_joint(
+    layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float, limits: SolverLimits = DEFAULT_LIMITS
+) -> JointSolution:
     """Recovers one layer's inputs of all images of a batch from its weights and the gradient of their mean loss.
 
     Args:
@@ -81,50 +73,52 @@ def solve_joint(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float)
         dz: Gradient of the mean loss by each image's pre-activation, (B, O, H′, W′).
         z: Pre-activations, (B, O, H′, W′).
         rcond: Singular values below rcond times the largest count as zero.
+        limits: Sizes and ratios that choose the way.
 
     Returns:
         A `JointSolution`; where the constraints fall short of full rank, the minimum-norm solution with the null basis.
     """
     start = time.perf_counter()
-    if layer.is_fixed:
-        return _one_by_one(layer, G, dz, z, rcond)
     parts = split_groups(layer)
     chunks = zip(parts, G.chunk(len(parts)), *(t.chunk(len(parts), 1) for t in (dz, z)), strict=True)
-    solved = [_solve_group(*chunk, rcond) for chunk in chunks]
+    solved = [_solve_group(*chunk, rcond, limits) for chunk in chunks]
     x = torch.cat([s.x for s in solved], 1)
     report = merged_report(layer.name, [s.report for s in solved], time.perf_counter() - start)
     systems, nulls = (tuple(part for s in solved for part in getattr(s, field)) for field in ("systems", "nulls"))
-    return JointSolution(x, report, systems, nulls)
+
+    def sensitivity(dG: Tensor, z_change: Tensor) -> Tensor:
+        changes = zip(solved, dG.chunk(len(parts)), z_change.chunk(len(parts), 1), strict=True)
+        return torch.cat([s.sensitivity(*change) for s, *change in changes], 1)
+
+    return JointSolution(x, report, systems, nulls, sensitivity)
 
 
-def _one_by_one(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -> JointSolution:
-    """Each image alone: a normalisation or pooling of its own shares no gradient."""
-    start = time.perf_counter()
-    solved = [solve_layer(layer, G, *one, rcond=rcond) for one in zip(dz, z, strict=True)]
-    report = merged_report(layer.name, [s.report for s in solved], time.perf_counter() - start)
-    return JointSolution(torch.stack([s.x for s in solved]), report, (None,), (None,))
-
-
-def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -> JointSolution:
+def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float, limits: SolverLimits) -> JointSolution:
     z, count = z - layer.pre_bias(), len(z)
     channels, outputs = layer.input_shape[0], math.prod(layer.output_shape)
     left_open = count * layer.unknowns - channels * sum(
         min(len(G) * len(b.taps), count * len(b.pixels)) for b in blocks(layer)
     )
-    if left_open > FEW and outputs >= layer.unknowns:
-        factor = weight_factor(layer)
-        if factor.full_rank and (factor.condition < WEIGHTS_ALONE or left_open > MOST):
+    if left_open > limits.dense_unknowns_batch and outputs >= layer.unknowns:
+        factor = weight_factor(layer, None, limits.max_factor_unknowns)
+        if factor.full_rank and (
+            factor.condition < limits.well_conditioned_batch or left_open > limits.max_dense_unknowns_batch
+        ):
             return _by_weights(layer, z, factor)
-    precise = rcond <= PRECISE or left_open > MOST
-    if count * max(layer.unknowns - outputs, 1) < WORTH * left_open and (precise or outputs < layer.unknowns):
-        dim = weak_subspace(layer) if precise else null_directions(layer)
+    precise = rcond <= MAX_RCOND_WEIGHTS_FIRST or left_open > limits.max_dense_unknowns_batch
+    if count * max(layer.unknowns - outputs, 1) < limits.weights_first_ratio * left_open and (
+        precise or outputs < layer.unknowns
+    ):
+        dim = weak_subspace(layer, limits.weak_ratio) if precise else null_directions(layer)
         if dim is not None and not len(dim.sigmas):
-            return _by_weights(layer, z, weight_factor(layer))
-        if dim is not None and count * len(dim.sigmas) < min(WORTH * left_open, MOST):
+            return _by_weights(layer, z, weight_factor(layer, None, limits.max_factor_unknowns))
+        if dim is not None and count * len(dim.sigmas) < min(
+            limits.weights_first_ratio * left_open, limits.max_dense_unknowns_batch
+        ):
             return _closed(layer, weights_first(layer, G, dz, z, dim), rcond, count * outputs)
-    if left_open > MOST:
+    if left_open > limits.max_dense_unknowns_batch:
         return _minimum_norm(layer, z)
-    found = shared_gradient(layer, G, dz, rcond)
+    found = shared_gradient(layer, G, dz, rcond, limits.trusted_ratio)
     if found.V.shape[2] == 0:
         counts = {"rank_gradients": count * layer.unknowns, "rank": count * layer.unknowns, "deficit": 0}
         report = LayerReport(
@@ -136,7 +130,13 @@ def _solve_group(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, rcond: float) -
             sigma_below_cut=found.below,
             residual=found.residual,
         )
-        return JointSolution(found.x0.transpose(1, 2).reshape(count, *layer.input_shape), report, (None,), (None,))
+
+        def on_input(x: Tensor) -> Tensor:
+            return x.transpose(1, 2).reshape(count, *layer.input_shape)
+
+        return JointSolution(
+            on_input(found.x0), report, (None,), (None,), lambda dG, _: on_input(found.sensitivity(dG))
+        )
     return _closed(layer, gradient_first(layer, G, z, found), rcond, None)
 
 
@@ -159,7 +159,13 @@ def _closed(layer: Layer, system: ReducedSystem, rcond: float, rank_weights: int
         sigma_below_cut=dense.below,
         residual=misfit / system.size if system.size > 0 else 0.0,
     )
-    return JointSolution(x, report, (system,), (dense.null,))
+
+    def sensitivity(dG: Tensor, z_change: Tensor) -> Tensor:
+        x0, b = system.change(dG, z_change)
+        y = dense.invert(system.normal.adjoint(b)[:, None])[:, 0]
+        return (x0 + system.spread(y)).reshape(x.shape)
+
+    return JointSolution(x, report, (system,), (dense.null,), sensitivity)
 
 
 def _by_weights(layer: Layer, z: Tensor, factor) -> JointSolution:
@@ -178,7 +184,11 @@ def _by_weights(layer: Layer, z: Tensor, factor) -> JointSolution:
         residual=residual,
         iterations=iterations,
     )
-    return JointSolution(x, report, (None,), (None,))
+
+    def sensitivity(_: Tensor, z_change: Tensor) -> Tensor:
+        return torch.stack([factor.sensitivity(image.flatten()) for image in z_change]).reshape(x.shape)
+
+    return JointSolution(x, report, (None,), (None,), sensitivity)
 
 
 def _minimum_norm(layer: Layer, z: Tensor) -> JointSolution:
@@ -190,4 +200,8 @@ def _minimum_norm(layer: Layer, z: Tensor) -> JointSolution:
     report = LayerReport(
         layer.name, full, full - deficit, None, full - deficit, deficit, residual=max(s[1] for s in solved)
     )
-    return JointSolution(x, report, (None,), (None,))
+
+    def sensitivity(_: Tensor, z_change: Tensor) -> Tensor:
+        return torch.stack([solver.sensitivity(image.flatten()) for image in z_change]).reshape(x.shape)
+
+    return JointSolution(x, report, (None,), (None,), sensitivity)

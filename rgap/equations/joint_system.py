@@ -21,13 +21,10 @@ from rgap.equations.blocks import blocks, gradient_matrix, gradient_values, weig
 from rgap.equations.joint_dense import Normal
 from rgap.equations.joint_weights import WeakSubspace
 from rgap.linalg import svd
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 
 DENSE = 6000
 """Unknowns of an image up to which WᵀW is held dense (288 MB): its zeros cost less than sparse products."""
-
-TRUSTED = 0.02
-"""Directions of [M_1 … M_B] whose singular value is below this share of the largest are shared with W."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,7 @@ class ReducedSystem:
         b: Their right-hand side.
         rank_gradients: Of [M_1 … M_B] times the channels, None where it was not computed.
         size: What the residual of the equations is relative to.
+        change: How x0 and b change with G and z, (O, C, kh, kw) and (B, O, H′, W′) -> (B, n) and as b.
     """
 
     x0: Tensor
@@ -53,6 +51,7 @@ class ReducedSystem:
     b: Tensor
     rank_gradients: int | None
     size: float
+    change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class SharedRows:
         rank: Of [M_1 … M_B].
         above, below: Smallest singular value kept and largest dropped, relative to the largest.
         residual: Of the gradient constraints, relative.
+        sensitivity: How x0 changes with G.
     """
 
     x0: Tensor
@@ -75,9 +75,10 @@ class SharedRows:
     above: float
     below: float | None
     residual: float
+    sensitivity: Callable[[Tensor], Tensor]
 
 
-def shared_gradient(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> SharedRows:
+def shared_gradient(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted: float = 0.02) -> SharedRows:
     """Factors [M_1 … M_B] block by block of the stride.
 
     Args:
@@ -85,6 +86,7 @@ def shared_gradient(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> Shared
         G: (O, C, kh, kw), of the mean loss.
         dz: (B, O, H′, W′), of the same.
         rcond: Singular values below rcond times the largest count as zero.
+        trusted: Directions below this share of the largest are left to W.
     """
     count, pixels, channels = len(dz), math.prod(layer.input_shape[1:]), layer.input_shape[0]
     systems = []
@@ -106,13 +108,22 @@ def shared_gradient(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> Shared
     sigma = torch.cat(sigmas) / largest if largest > 0 else torch.cat(sigmas)
     kept, dropped = sigma[sigma > rcond], sigma[sigma <= rcond]
     full = len(kept) == count * pixels
-    open_ = sigma <= (min(TRUSTED, rcond) if full and kept.min() > TRUSTED else max(rcond, TRUSTED))
+    open_ = sigma <= (min(trusted, rcond) if full and kept.min() > trusted else max(rcond, trusted))
     unread = torch.einsum(
         "ab,pu->apbu", torch.eye(count, dtype=G.dtype), torch.eye(pixels, dtype=G.dtype)[:, untouched]
     )
     V = torch.cat([torch.cat(bases, 2)[:, :, open_], unread.flatten(2)], 2)
     weights = F.pad(torch.where(sigma > rcond, sigma, 0.0)[open_] * largest, (0, count * int(untouched.sum())))
     size = G.norm().item()
+
+    def sensitivity(dG: Tensor) -> Tensor:
+        x = torch.zeros_like(x0)
+        for block, (places, _, U, S, Vh) in zip(blocks(layer), systems, strict=True):
+            rank = int((S > rcond * largest).sum())
+            solved = Vh[:rank].T @ (U[:, :rank].T @ gradient_values(layer, block, dG) / S[:rank, None])
+            x[:, places] = solved.reshape(count, -1, channels)
+        return x
+
     return SharedRows(
         x0,
         V,
@@ -121,6 +132,7 @@ def shared_gradient(layer: Layer, G: Tensor, dz: Tensor, rcond: float) -> Shared
         kept.min().item() if len(kept) else 0.0,
         dropped.max().item() if len(dropped) else None,
         missed**0.5 / size if size > 0 else 0.0,
+        sensitivity,
     )
 
 
@@ -164,7 +176,13 @@ def gradient_first(layer: Layer, G: Tensor, z: Tensor, found: SharedRows) -> Red
     gram.diagonal().add_(damping.square())
     b = z - layer.apply(x0)
     normal = Normal((gram + gram.T) / 2, apply, adjoint, damping)
-    return ReducedSystem(x0.flatten(1), spread, project, seen_by, normal, b, channels * found.rank, z.norm().item())
+
+    def change(dG: Tensor, z_change: Tensor) -> tuple[Tensor, Tensor]:
+        moved = found.sensitivity(dG).transpose(1, 2).reshape(images)
+        return moved.flatten(1), z_change - layer.apply(moved)
+
+    rank, size = channels * found.rank, z.norm().item()
+    return ReducedSystem(x0.flatten(1), spread, project, seen_by, normal, b, rank, size, change)
 
 
 def _weight_gram(layer: Layer):
@@ -190,14 +208,22 @@ def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, dim: WeakSubsp
     """
     count, channels, N = len(z), layer.input_shape[0], dim.basis
     x0, q = dim.factor.minimum_norm(z).flatten(1), N.shape[1]
-    seen, by_pixel = [], N.reshape(channels, -1, q)
-    b = []
-    for block in blocks(layer):
-        parts = [gradient_matrix(layer, block, image) for image in dz]
-        seen.append(torch.cat([M @ by_pixel[:, block.pixels] for M in parts], 2).flatten(0, 1))
-        known = torch.stack([x.reshape(channels, -1)[:, block.pixels] @ M.T for M, x in zip(parts, x0, strict=True)])
-        b.append((gradient_values(layer, block, G).T - known.sum(0)).flatten())
-    A = torch.cat(seen)
+    by_pixel = N.reshape(channels, -1, q)
+    parts = [[gradient_matrix(layer, block, image) for image in dz] for block in blocks(layer)]
+
+    def right_side(G: Tensor, x0: Tensor) -> Tensor:
+        rest = []
+        for block, matrices in zip(blocks(layer), parts, strict=True):
+            known = [x.reshape(channels, -1)[:, block.pixels] @ M.T for M, x in zip(matrices, x0, strict=True)]
+            rest.append((gradient_values(layer, block, G).T - torch.stack(known).sum(0)).flatten())
+        return torch.cat(rest)
+
+    A = torch.cat(
+        [
+            torch.cat([M @ by_pixel[:, block.pixels] for M in matrices], 2).flatten(0, 1)
+            for block, matrices in zip(blocks(layer), parts, strict=True)
+        ]
+    )
 
     def spread(y: Tensor) -> Tensor:
         return torch.einsum("nq,bq...->bn...", N, y.reshape(count, q, *y.shape[1:]))
@@ -212,7 +238,13 @@ def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, dim: WeakSubsp
     gram = _gram(A)
     gram.diagonal().add_(damping.square())
     normal = Normal(gram, lambda y: A @ y, lambda r: A.T @ r, damping)
-    return ReducedSystem(x0, spread, project, seen_by, normal, torch.cat(b), None, G.norm().item())
+
+    def change(dG: Tensor, z_change: Tensor) -> tuple[Tensor, Tensor]:
+        moved = dim.factor.minimum_norm(z_change).flatten(1)
+        return moved, right_side(dG, moved)
+
+    b = right_side(G, x0)
+    return ReducedSystem(x0, spread, project, seen_by, normal, b, None, G.norm().item(), change)
 
 
 def _gram(A: Tensor) -> Tensor:

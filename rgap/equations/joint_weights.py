@@ -12,7 +12,7 @@ from scipy import linalg
 from torch import Tensor
 
 from rgap.equations.blocks import weight_matrix
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 
 LARGEST = 8000
 """Most rows of W (or columns, where they are fewer) for which a dense Gram matrix is made (0.5 GB)."""
@@ -20,11 +20,8 @@ LARGEST = 8000
 DEPENDENT = 1e-6
 """Smallest over largest pivot of the Gram matrix's Cholesky factor at which W still counts as of full rank."""
 
-DIM = 0.03
-"""Directions in which W's singular value is below this share of the largest are left to the gradients."""
-
 TURNS = 4
-"""StrideBlock inverse iterations for these directions; the dimmest, which matter most, are exact after two."""
+"""StrideBlock inverse iterations for these directions; the weakest, which matter most, are exact after two."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +77,10 @@ class WeakSubspace:
     sigmas: Tensor
 
 
-def weak_subspace(layer: Layer) -> WeakSubspace | None:
+def weak_subspace(layer: Layer, ratio: float = 0.03) -> WeakSubspace | None:
     """The directions that W leaves to the gradients, made once; None where W has not full row rank or is too large."""
     factor = complement(layer) if math.prod(layer.output_shape) <= layer.unknowns else None
-    return None if factor is None else layer.cached("weak_subspace", lambda: _dim(factor))
+    return None if factor is None else layer.cached(f"weak_subspace {ratio}", lambda: _weak(factor, ratio))
 
 
 def null_directions(layer: Layer) -> WeakSubspace | None:
@@ -92,8 +89,8 @@ def null_directions(layer: Layer) -> WeakSubspace | None:
     return None if factor is None else WeakSubspace(factor, factor.basis, factor.basis.new_zeros(factor.basis.shape[1]))
 
 
-def _dim(factor: RangeComplement) -> WeakSubspace:
-    """StrideBlock inverse iteration on W Wᵀ, with twice the block as long as all of it is dim."""
+def _weak(factor: RangeComplement, ratio: float) -> WeakSubspace:
+    """StrideBlock inverse iteration on W Wᵀ, with twice the block as long as all of it is weak."""
     layer, rows = factor.layer, len(factor.factor)
     generator, size = torch.Generator().manual_seed(0), max(8, rows // 20)
     largest = _largest(layer)
@@ -104,10 +101,10 @@ def _dim(factor: RangeComplement) -> WeakSubspace:
             U = torch.linalg.qr(factor.solve(U))[0]
         V = layer.adjoint(U.T.reshape(-1, *layer.output_shape)).flatten(1)
         _, sigmas, turn = torch.linalg.svd(V.T, full_matrices=False)
-        if sigmas[0] > DIM * largest or size == rows:
+        if sigmas[0] > ratio * largest or size == rows:
             break
         size *= 2
-    kept = sigmas < DIM * largest
+    kept = sigmas < ratio * largest
     V = torch.linalg.qr((turn[kept] @ V).T)[0]
     seen = layer.apply(V.T.reshape(-1, *layer.input_shape)).flatten(1).norm(dim=1)
     return WeakSubspace(

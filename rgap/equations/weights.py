@@ -15,7 +15,7 @@ from torch import Tensor
 from rgap.equations.blocks import weight_matrix
 from rgap.network.layer import Layer
 
-FACTOR_UNKNOWNS = 40_000
+MAX_FACTOR_UNKNOWNS = 40_000
 """Unknowns up to which a sparse factorisation is made; beyond, conjugate gradients need less time and memory."""
 
 CLOSE = 1e-4
@@ -161,13 +161,15 @@ def _square(vectors: list[Tensor]) -> Tensor:
     return sum(v.square().sum() for v in vectors)
 
 
-def weight_factor(layer: Layer, known: Tensor | None = None) -> SparseFactor | ConjugateGradients:
+def weight_factor(
+    layer: Layer, known: Tensor | None = None, max_unknowns: int = MAX_FACTOR_UNKNOWNS
+) -> SparseFactor | ConjugateGradients:
     """The solver for W x = b of a layer without groups; made once, unless only some rows of W are known."""
     if known is not None:
-        if layer.unknowns > FACTOR_UNKNOWNS:
+        if layer.unknowns > max_unknowns:
             return ConjugateGradients(layer, known)
         return _factor(weight_matrix(layer)[known.numpy()])
-    if layer.unknowns > FACTOR_UNKNOWNS:
+    if layer.unknowns > max_unknowns:
         return layer.cached("weight_solver", lambda: ConjugateGradients(layer))
     return layer.cached("weight_factor", lambda: _factor(weight_matrix(layer)))
 

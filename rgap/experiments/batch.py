@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from rgap.attack.reconstruct import reconstruct
-from rgap.network.chain import Chain
+from rgap.network.layer import Chain
 from rgap.results import Reconstruction
 from rgap.separation.scales import output_gradients, scale_hypotheses
 from rgap.separation.search import Separation, separate

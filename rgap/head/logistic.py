@@ -10,7 +10,7 @@ from scipy.special import lambertw
 from torch import Tensor
 
 from rgap.head.hypothesis import HeadReading, Hypothesis, reading, relabelled
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 
 MU_AT_MINIMUM = 1.0 + float(lambertw(math.exp(-1.0)).real)
 """μ = 1.2784645… at which c(μ) = −μ / (1 + e^μ) is smallest; its two branches meet there."""

@@ -10,7 +10,7 @@ from rgap.head.hypothesis import HeadReading, Hypothesis
 from rgap.head.logistic import C_MINIMUM, MU_AT_MINIMUM, logistic_hypotheses, margins, read_logistic
 from rgap.head.softmax import read_softmax
 from rgap.head.squared import read_squared
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 from rgap.shared_gradient import SharedGradient
 
 __all__ = ["C_MINIMUM", "MU_AT_MINIMUM", "HeadReading", "Hypothesis", "logistic_hypotheses", "margins", "read_head"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rgap.head.hypothesis import HeadReading, Hypothesis, least_squares_input, rank_one, reading, relabelled, relative
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 
 SIGNS = 0.1
 """Share of u with the wrong sign up to which a label is looked at."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rgap.head.hypothesis import HeadReading, Hypothesis, least_squares_input, rank_one, reading, relabelled, relative
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 
 CANDIDATES = 3
 """Labels looked at in the end: the best by a bound on the residual."""

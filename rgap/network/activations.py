@@ -1,50 +1,165 @@
-"""Elementwise activations: σ with its inverse and its derivative, side by side.
+"""Elementwise activations: σ, its inverse and its derivative side by side, and what an inexact x tells about z.
 
-The derivative is a function of the pre-activation z; its value at a kink is torch's.
+The derivative is a function of the pre-activation z; its value at a kink is torch's. A value x = σ(z) that is known up
+to an error determines z only where σ is one-to-one: where x > 0 for a ReLU, and for a sigmoid where x is farther from 0
+and 1 than its error.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgap.network.elementwise import IDENTITY, Activation, Composition, affine, compose
+BOUND_ERROR_FACTOR = 30.0
+"""Values inside a bound by more than this multiple of the largest excess beyond it are not taken for the bound."""
 
-__all__ = [
-    "IDENTITY",
-    "LOG_SIGMOID",
-    "RELU",
-    "SIGMOID",
-    "SOFTSIGN",
-    "TANH",
-    "Activation",
-    "Composition",
-    "affine",
-    "clipped",
-    "compose",
-    "exponential",
-    "leaky_relu",
-    "softplus",
-]
+MIN_OUT_OF_BOUNDS = 10
+"""Number of values beyond a bound from which their excess measures the error of x."""
 
-TINY = 1e-300
-"""Smallest distance from a bound at 0 that an inverse is taken at: its logarithm is finite."""
+MIN_BOUND_DISTANCE = 1e-300
+"""Smallest distance from a bound at 0 at which an inverse is evaluated: its logarithm is finite there."""
 
-BELOW_ONE = 1 - 2.0**-53
+LARGEST_BELOW_ONE = 1 - 2.0**-53
 """The float64 before 1."""
 
 
-def leaky_relu(slope: float | Tensor) -> Activation:
-    """LeakyReLU: z for z > 0, slope·z otherwise; the derivative at 0 is the slope, as in torch.
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise map that is one-to-one between its bounds.
+
+    Attributes:
+        name: For reports.
+        forward: z -> σ(z), any shape.
+        inverse: x -> σ⁻¹(x), any shape; finite for every x, also at and beyond the bounds.
+        derivative: z -> σ′(z), any shape.
+        homogeneous: Whether σ(a z) = a σ(z) for every a > 0. Bias-free networks of such maps have twin data.
+        negative_slope: a of a LeakyReLU (1 for the identity), a tensor where channels differ, None for other maps.
+        bounds: Infimum and supremum of σ; a value there does not determine z.
+        clips: Whether σ equals a bound on a whole half-line, with σ′ = 0; otherwise it only approaches its bounds.
+    """
+
+    name: str
+    forward: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+    homogeneous: bool = False
+    negative_slope: float | Tensor | None = None
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+    clips: bool = False
+
+    @property
+    def one_to_one(self) -> bool:
+        """Whether σ is one-to-one on all of ℝ."""
+        return not self.clips
+
+    def invert(self, x: Tensor, accuracy: float = 0.0) -> tuple[Tensor, Tensor | None]:
+        """Computes z = σ⁻¹(x) where an inexact x determines it.
+
+        A value beyond a bound is wrong by at least its excess. Given enough such values, everything within the errors
+        that they show counts as lying on the bound; the cut is put into the widest gap (by ratio) of the distances.
+
+        Args:
+            x: σ(z) up to errors.
+            accuracy: Size of these errors relative to the largest entry, used where too few values exceed a bound.
+
+        Returns:
+            z, finite everywhere, and the mask of the entries at which it is known, None where that is every entry.
+            Elsewhere z is such that σ′(z) = 0 if σ clips, else the z nearest to the bound that x could determine.
+        """
+        low, high = self.bounds
+        if low == -math.inf and high == math.inf:
+            return self.inverse(x), None
+        margin = _margin(torch.minimum(x - low, high - x), accuracy * x.abs().max().item())
+        known = (x > low + margin) & (x < high - margin)
+        if known.all():
+            return self.inverse(x), None
+        if self.clips:  # any z on the flat part
+            return x.where(known, low - 1.0 if low > -math.inf else high + 1.0), known
+        return self.inverse(x.clamp(low + margin, high - margin)), known
+
+
+def _margin(inside: Tensor, error: float) -> float:
+    """Distance from a bound within which a value cannot be told from it.
 
     Args:
-        slope: One number, or a tensor that broadcasts to z, e.g. (O, 1, 1) for one a channel (PReLU).
+        inside: Distance of each value from the nearer bound, negative beyond it.
+        error: Expected error of the values.
+    """
+    beyond = max(-inside.min().item(), 0.0)
+    if (inside < 0).sum() < MIN_OUT_OF_BOUNDS:
+        return max(beyond, error)
+    near = inside[(inside > beyond) & (inside < BOUND_ERROR_FACTOR * beyond)]
+    ends = inside.new_tensor([beyond]), inside.new_tensor([BOUND_ERROR_FACTOR * beyond])
+    edges = torch.cat([ends[0], near.sort().values, ends[1]])
+    gap = int((edges[1:] / edges[:-1]).argmax())
+    return (edges[gap] * edges[gap + 1]).sqrt().item()
+
+
+@dataclass(frozen=True)
+class Composition(Activation):
+    """Several maps in sequence.
+
+    Attributes:
+        parts: In the order in which they are applied.
+    """
+
+    parts: tuple[Activation, ...] = ()
+
+    @property
+    def one_to_one(self) -> bool:
+        """Whether every part is one-to-one on all of ℝ."""
+        return all(part.one_to_one for part in self.parts)
+
+    def invert(self, x: Tensor, accuracy: float = 0.0) -> tuple[Tensor, Tensor | None]:
+        """Inverts part by part; z is known where every part determines its input. See `Activation.invert`."""
+        known = None
+        for part in reversed(self.parts):
+            x, determined = part.invert(x, accuracy)
+            known = determined if known is None or determined is None else known & determined
+        return x, known
+
+
+IDENTITY = Activation("identity", lambda z: z, lambda x: x, torch.ones_like, homogeneous=True, negative_slope=1.0)
+
+
+def compose(first: Activation, then: Activation) -> Activation:
+    """The composition z -> then(first(z))."""
+    if first is IDENTITY or then is IDENTITY:
+        return then if first is IDENTITY else first
+    return Composition(
+        f"{first.name}, {then.name}",
+        lambda z: then.forward(first.forward(z)),
+        lambda x: first.inverse(then.inverse(x)),
+        lambda z: then.derivative(first.forward(z)) * first.derivative(z),
+        homogeneous=first.homogeneous and then.homogeneous,
+        parts=(first, then),
+    )
+
+
+def affine(scale: Tensor, shift: Tensor) -> Activation:
+    """The map z -> scale·z + shift, entry by entry; no entry of the scale is zero."""
+    return Activation(
+        "affine",
+        lambda z: scale * z + shift,
+        lambda x: (x - shift) / scale,
+        lambda z: scale.expand_as(z),
+        homogeneous=not shift.any(),
+    )
+
+
+def leaky_relu(slope: float | Tensor) -> Activation:
+    """LeakyReLU: z for z > 0, slope·z otherwise. The derivative at 0 is the slope, as in torch.
+
+    Args:
+        slope: A number, or a tensor that broadcasts to z, e.g. (O, 1, 1) for one slope a channel (PReLU).
 
     Raises:
-        ValueError: If a slope is not positive: then the map is not one-to-one.
+        ValueError: If a slope is not positive, which would make the map not one-to-one.
     """
     if not torch.as_tensor(slope > 0).all():
         raise ValueError(f"LeakyReLU with slope {slope} is not one-to-one; its slope must be positive")
@@ -61,7 +176,7 @@ def leaky_relu(slope: float | Tensor) -> Activation:
 def exponential(name: str, alpha: float, rate: float = 1.0, scale: float = 1.0) -> Activation:
     """scale·z for z > 0, scale·alpha·(e^{rate·z} − 1) otherwise: ELU, CELU (rate = 1/alpha) and SELU.
 
-    torch's derivative of CELU rounds alpha to float32, and so does this one.
+    torch computes the derivative of CELU with alpha rounded to float32; this one follows it.
 
     Raises:
         ValueError: If alpha is not positive.
@@ -72,7 +187,7 @@ def exponential(name: str, alpha: float, rate: float = 1.0, scale: float = 1.0) 
     return Activation(
         name,
         lambda z: scale * torch.where(z > 0, z, alpha * torch.expm1(rate * z.clamp(max=0))),
-        lambda x: torch.where(x > 0, x / scale, torch.log1p((x / (scale * alpha)).clamp(-BELOW_ONE, 0)) / rate),
+        lambda x: torch.where(x > 0, x / scale, torch.log1p((x / (scale * alpha)).clamp(-LARGEST_BELOW_ONE, 0)) / rate),
         lambda z: (
             scale * torch.where(z > 0, torch.ones_like(z), alpha * slope_rate * torch.exp(slope_rate * z.clamp(max=0)))
         ),
@@ -90,7 +205,7 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
         raise ValueError(f"Softplus with beta {beta} is not increasing; its beta must be positive")
 
     def inverse(x: Tensor) -> Tensor:
-        y = (beta * x).clamp(min=TINY)
+        y = (beta * x).clamp(min=MIN_BOUND_DISTANCE)
         return torch.where(y > threshold, x, (y + torch.log(-torch.expm1(-y))) / beta)
 
     return Activation(
@@ -120,7 +235,7 @@ RELU = clipped("relu", 0.0, math.inf)
 TANH = Activation(
     "tanh",
     torch.tanh,
-    lambda x: torch.atanh(x.clamp(-BELOW_ONE, BELOW_ONE)),
+    lambda x: torch.atanh(x.clamp(-LARGEST_BELOW_ONE, LARGEST_BELOW_ONE)),
     lambda z: 1 / torch.cosh(z.clamp(-350, 350)) ** 2,  # 1 − tanh² would lose every digit where it saturates
     bounds=(-1.0, 1.0),
 )
@@ -128,7 +243,7 @@ TANH = Activation(
 SIGMOID = Activation(
     "sigmoid",
     torch.sigmoid,
-    lambda x: torch.logit(x.clamp(TINY, BELOW_ONE)),
+    lambda x: torch.logit(x.clamp(MIN_BOUND_DISTANCE, LARGEST_BELOW_ONE)),
     lambda z: torch.sigmoid(z) * torch.sigmoid(-z),
     bounds=(0.0, 1.0),
 )
@@ -136,7 +251,7 @@ SIGMOID = Activation(
 SOFTSIGN = Activation(
     "softsign",
     F.softsign,
-    lambda x: x.clamp(-BELOW_ONE, BELOW_ONE) / (1 - x.abs().clamp(max=BELOW_ONE)),
+    lambda x: x.clamp(-LARGEST_BELOW_ONE, LARGEST_BELOW_ONE) / (1 - x.abs().clamp(max=LARGEST_BELOW_ONE)),
     lambda z: (1 + z.abs()) ** -2,
     bounds=(-1.0, 1.0),
 )
@@ -144,7 +259,7 @@ SOFTSIGN = Activation(
 LOG_SIGMOID = Activation(
     "log_sigmoid",
     F.logsigmoid,
-    lambda x: x.clamp(max=-TINY) - torch.log(-torch.expm1(x.clamp(max=-TINY))),
+    lambda x: x.clamp(max=-MIN_BOUND_DISTANCE) - torch.log(-torch.expm1(x.clamp(max=-MIN_BOUND_DISTANCE))),
     lambda z: torch.sigmoid(-z),
     bounds=(-math.inf, 0.0),
 )

@@ -1,84 +1,38 @@
-"""From an `nn.Module` to the chain of linear layers and activations that the recursion walks.
-
-`prepare` turns the traced steps into a `Chain`, or refuses with the path of the first step that stands in the way.
-"""
+"""From an `nn.Module` to the chain of layers that the recursion walks: its traced operations, folded one by one."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rgap.network.activations import IDENTITY
 from rgap.network.folding import Folder, parameter_copy, parameters_read
-from rgap.network.layer import Layer
+from rgap.network.layer import Chain, Layer
 from rgap.network.tracing import Step, trace
 from rgap.results import UnsupportedLayerError
 
-__all__ = ["Chain", "Layer", "prepare", "trace"]
-
-
-@dataclass(frozen=True, eq=False)
-class Chain:
-    """A network as a chain of layers, with what depends on the model alone kept between attacks.
-
-    Attributes:
-        model: The module it was made from.
-        image_shape: (C, H, W).
-        layers: From the image to the output; the last is dense.
-        parameters: Parameter name -> float64 copy, in the order of `model.named_parameters()`.
-    """
-
-    model: nn.Module
-    image_shape: tuple[int, int, int]
-    layers: tuple[Layer, ...]
-    parameters: dict[str, Tensor] = field(repr=False)
-
-    @property
-    def homogeneous(self) -> bool:
-        """Whether f(a x) = a f(x) for every a > 0: no biases, and homogeneous activations."""
-        constant = any(layer.bias is not None or layer.shift is not None for layer in self.layers)
-        return not constant and all(layer.activation.homogeneous for layer in self.layers)
-
-    def layer_inputs(self, images: Tensor) -> dict[str, Tensor]:
-        """The input of every layer for given images, float64: the truth that an evaluation compares with.
-
-        Args:
-            images: (B, C, H, W).
-
-        Returns:
-            Layer name -> (B, *feature_shape), from the image to the head.
-        """
-        x, inputs = images.to(torch.float64), {}
-        for layer in self.layers:
-            x = x.reshape(len(images), *layer.input_shape)
-            inputs[layer.name] = x.reshape(len(images), *layer.feature_shape)
-            x = layer.activation.forward(layer.apply(x) + layer.pre_bias())
-        return inputs
+__all__ = ["Chain", "Layer", "prepare"]
 
 
 def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
-    """Makes the chain that `rgap.reconstruct` walks; give it in place of the model to attack many gradients.
+    """Makes the chain that `rgap.reconstruct` walks; pass it instead of the model to attack many gradients.
 
     Args:
-        model: A network that is a chain of convolutions and linear layers with activations between, and of what
-            `rgap.network.folding` folds into these.
+        model: A chain of convolutions and linear layers with activations between them, and with the pooling, padding
+            and normalisation that `rgap.network.folding` folds into these. A `Chain` is returned as it is.
         image_shape: (C, H, W) of one image; (C, L) and (n,) are taken too.
 
     Returns:
-        A `Chain` with float64 copies of the weights. Factorisations are made on first use and kept in it.
+        A `Chain` with float64 copies of the weights. It keeps factorisations, which are made on first use.
 
     Raises:
-        UnsupportedLayerError: If a module stands in the way; the message has its path and the reason.
+        UnsupportedLayerError: If the network is no such chain; the message has the first offending step and the reason.
         ValueError: If the image shape does not fit the network.
     """
     if isinstance(model, Chain):
-        if tuple(image_shape) != model.image_shape:
-            raise ValueError(f"the chain was prepared for images {model.image_shape}, not {tuple(image_shape)}")
-        return model
+        return model.fitting(image_shape)
     if isinstance(image_shape, Sequence) and len(image_shape) > 3:
         raise ValueError(f"image_shape is {image_shape}; it must be (channels, height, width) or (channels, length)")
     steps = trace(model, image_shape, any_shape=True)
@@ -86,7 +40,7 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
     folder, previous = Folder({id(p): name for name, p in model.named_parameters()}, []), None
     for step in steps:
         if step.kind == "constant" or (step.kind == "reshape" and not step.output_shape):
-            continue  # a size that is read, no tensor
+            continue  # a size is read here, not a tensor
         sources = tuple(name for name in step.sources if name not in constants)
         if step.kind == "unsupported":
             raise UnsupportedLayerError(f"layer {step.title} cannot be inverted: {step.reason}")
@@ -108,7 +62,7 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
 
 
 def _check_parameters(layers: list[Layer], steps: list[Step], names: dict[int, str]) -> None:
-    """Every weight must belong to exactly one layer, and no parameter to none: else a gradient mixes several places."""
+    """Every parameter must be used, and a weight only once: a shared one gets the sum of several gradients."""
     if all(layer.is_fixed for layer in layers):
         raise UnsupportedLayerError("the network has no linear layer and so no gradient to attack")
     uses = Counter(key for step in steps for key in parameters_read(step))

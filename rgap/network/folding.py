@@ -1,13 +1,14 @@
-"""Traced steps folded into layers: all that stands between two activations becomes one linear layer.
+"""Traced steps folded into layers: everything between two activations becomes one linear layer.
 
-Average pooling right behind a convolution makes one linear map with it, and so does batch normalisation; padding
-belongs to the convolution that reads it. What has no convolution to be folded into becomes a fixed layer, one without
-gradient: pooling behind an activation, or the normalisation of the image. Affine maps behind an activation join it.
+A convolution takes in the padding before it and the average pooling and batch normalisation right after it. Where there
+is no convolution to fold into (pooling after an activation, normalisation of the image) the step becomes a fixed layer,
+one without gradient. Affine maps after an activation join the activation.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,12 +25,12 @@ from rgap.results import UnsupportedLayerError
 
 @dataclass
 class Folder:
-    """Takes the steps of a chain one after the other.
+    """Folds the steps of a chain, one after the other.
 
     Attributes:
         names: id of a parameter -> its name.
-        layers: What was folded so far.
-        pad: A fixed layer that loses nothing, for the next convolution to take in.
+        layers: The layers so far.
+        pad: An injective fixed layer that the next convolution will take in.
     """
 
     names: dict[int, str]
@@ -40,7 +41,7 @@ class Folder:
         """Folds one more step.
 
         Raises:
-            UnsupportedLayerError: If it cannot be folded; the message has its path and the reason.
+            UnsupportedLayerError: If it cannot be folded; the message names its path and the reason.
         """
         if step.kind == "linear":
             self._linear(step)
@@ -62,24 +63,41 @@ class Folder:
         return self.layers
 
     def _linear(self, step: Step) -> None:
-        layer = linear_layer(step, self.names)
+        layer = self._named_layer(step)
         pad, self.pad = self.pad, None
         if pad is not None and pad.output_shape == layer.input_shape:
-            zeros = pad.after.zero_padding()
-            padding = tuple(a + b for a, b in zip(layer.padding, zeros, strict=True)) if zeros else layer.padding
-            before = layer.before
-            if layer.before is not None or zeros is None:
-                padding, before = layer.padding, pad.after if layer.before is None else layer.before.after(pad.after)
-            layer = replace(
-                layer,
-                padding=padding,
-                before=before,
-                input_shape=pad.input_shape,
-                feature_shape=pad.feature_shape,
-            )
+            shapes = {"input_shape": pad.input_shape, "feature_shape": pad.feature_shape}
+            if layer.before is None and (zeros := pad.after.zero_padding()):
+                padding = tuple(a + b for a, b in zip(layer.padding, zeros, strict=True))
+                layer = replace(layer, padding=padding, **shapes)
+            else:
+                before = pad.after if layer.before is None else layer.before.after(pad.after)
+                layer = replace(layer, before=before, **shapes)
         elif pad is not None:
             self.layers.append(pad)
         self.layers.append(layer)
+
+    def _named_layer(self, step: Step) -> Layer:
+        """The layer of a convolution or a linear layer, with copies of its parameters and their names."""
+        module, shape = step.module, step.input_shape
+        if isinstance(module, nn.Linear) and len(shape) != 1:
+            raise UnsupportedLayerError(
+                f"layer {step.path!r} (Linear) gets an input of shape {shape}; put a Flatten before it"
+            )
+        if not isinstance(module, nn.Linear) and len(shape) != len(module.kernel_size) + 1:
+            raise UnsupportedLayerError(
+                f"layer {step.title} gets an input of shape {shape}; it takes channels and "
+                f"{len(module.kernel_size)} axes of pixels"
+            )
+        layer = linear_layer(module, shape, step.output_shape)
+        parameters = {"weight": parameter_copy(layer.weight), "weight_name": self.names[id(module.weight)]}
+        if module.bias is not None:
+            parameters |= {"bias": parameter_copy(module.bias), "bias_name": self.names[id(module.bias)]}
+        if getattr(module, "padding_mode", "zeros") != "zeros" and any(layer.padding):
+            flat, mode = tuple(module._reversed_padding_repeated_twice), module.padding_mode
+            before = pixel_map(lambda x: F.pad(x, flat, mode=mode), shape[0], shape[1:])
+            return replace(layer, name=step.path, padding=(0, 0, 0, 0), before=before, **parameters)
+        return replace(layer, name=step.path, **parameters)
 
     def _elementwise(self, step: Step, activation: Activation) -> None:
         last = self._last(step)
@@ -129,64 +147,47 @@ class Folder:
             self.layers.append(fixed)
 
     def _last(self, step: Step) -> Layer:
-        """The layer before, or one that does nothing to the image."""
+        """The layer before, or an identity layer on the image."""
         if not self.finish():
             shape = image_shape_of(step.input_shape)
             self.layers.append(_fixed_layer(self._name(step), step.input_shape, shape, None))
         return self.layers[-1]
 
     def _name(self, step: Step) -> str:
-        """The path, or the name in the graph where a module is used again."""
+        """Its path, or its name in the graph where the module was used before."""
         return step.name if any(layer.name == step.path for layer in self.layers) else step.path
 
 
-def linear_layer(step: Step, names: dict[int, str]) -> Layer:
-    """The layer of a convolution or a linear layer alone."""
-    module = step.module
-    assert module is not None  # a step of kind "linear" always has one
-    weight = parameter_copy(module.weight)
-    bias = None if module.bias is None else parameter_copy(module.bias)
-    common = {
-        "name": step.path,
-        "bias": bias,
-        "feature_shape": step.input_shape,
-        "weight_name": names[id(module.weight)],
-        "bias_name": None if bias is None else names[id(module.bias)],
-    }
+def linear_layer(module: nn.Module, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> Layer:
+    """The linear part of a `Linear`, `Conv1d` or `Conv2d`, zero-padded as it is, sharing the module's weight.
+
+    Args:
+        module: The module; on (…, n) a `Linear` is a 1×1 convolution over the positions.
+        input_shape: Without the batch dimension.
+        output_shape: The same.
+    """
+    weight = module.weight.detach()
     if isinstance(module, nn.Linear):
-        if len(step.input_shape) != 1:
-            raise UnsupportedLayerError(
-                f"layer {step.path!r} (Linear) gets an input of shape {step.input_shape}; put a Flatten before it"
-            )
-        outputs, inputs = weight.shape
-        return Layer(weight=weight[..., None, None], input_shape=(inputs, 1, 1), output_shape=(outputs, 1, 1), **common)
-    if len(step.input_shape) != len(module.kernel_size) + 1:
-        raise UnsupportedLayerError(
-            f"layer {step.title} gets an input of shape {step.input_shape}; it takes channels and "
-            f"{len(module.kernel_size)} axes of pixels"
-        )
+        positions = math.prod(input_shape[:-1])
+        shapes = (weight.shape[1], positions, 1), (weight.shape[0], positions, 1)
+        return Layer("", weight[..., None, None], None, *shapes, input_shape)
     one = (1,) * (2 - len(module.kernel_size))  # a row of pixels is an image of height 1
-    flat = tuple(module._reversed_padding_repeated_twice)
-    before, padding = None, (*flat, 0, 0)[:4]
-    if module.padding_mode != "zeros" and any(flat):
-        mode = module.padding_mode
-        before = pixel_map(lambda x: F.pad(x, flat, mode=mode), step.input_shape[0], step.input_shape[1:])
-        padding = (0, 0, 0, 0)
     return Layer(
-        weight=weight.reshape(*weight.shape[:2], *one, *weight.shape[2:]),
-        input_shape=image_shape_of(step.input_shape),
-        output_shape=image_shape_of(step.output_shape),
-        stride=one + module.stride,
-        padding=padding,
-        dilation=one + module.dilation,
-        groups=module.groups,
-        before=before,
-        **common,
+        "",
+        weight.reshape(*weight.shape[:2], *one, *weight.shape[2:]),
+        None,
+        image_shape_of(input_shape),
+        image_shape_of(output_shape),
+        input_shape,
+        one + module.stride,
+        (*module._reversed_padding_repeated_twice, 0, 0)[:4],
+        one + module.dilation,
+        module.groups,
     )
 
 
 def parameter_copy(parameter: Tensor) -> Tensor:
-    """Its value as it is now: training the model on leaves a chain as it was."""
+    """A float64 copy, which later training of the model leaves as it is."""
     return parameter.detach().to("cpu", torch.float64, copy=True)
 
 
@@ -197,14 +198,14 @@ def _fixed_layer(name: str, shape: tuple[int, ...], output_shape: tuple, after: 
 
 
 def _scale_and_shift(step: Step) -> tuple[Tensor, Tensor]:
-    """Of a step that is scale·x + shift entry by entry, each shaped as its input."""
+    """Scale and shift of a step x -> scale·x + shift, each shaped as x."""
     call = step.call or copy.deepcopy(step.module).double().cpu().eval()
     zero = torch.zeros(1, *step.input_shape, dtype=torch.float64)
     with torch.no_grad():
         shift, one, two = (call(zero + value).to(torch.float64) for value in (0.0, 1.0, 2.0))
     scale = one - shift
     if one.shape != zero.shape or not torch.allclose(two, shift + 2 * scale, rtol=1e-9, atol=1e-9):
-        raise UnsupportedLayerError(f"layer {step.title} is not one factor and one summand for every entry")
+        raise UnsupportedLayerError(f"layer {step.title} is not a scale and a shift of every entry")
     return scale[0], shift[0]
 
 

@@ -1,4 +1,4 @@
-"""One linear layer of a chain, as W x + b and the activation that follows, with what the model puts around it."""
+"""A network as a chain of linear layers W x + b, each with the activation that follows it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgap.network.activations import IDENTITY, Activation
 from rgap.network.pixel_maps import PixelMap
@@ -17,11 +17,11 @@ from rgap.network.pixel_maps import PixelMap
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A linear layer with the activation that follows it; a convolution, or a linear layer as one on a 1×1 image.
+    """A convolution with the activation that follows it; a linear layer is a convolution of a 1×1 image.
 
-    What stands between two activations is one layer: W x = after(conv(before(x))), and z = W x + `pre_bias()`. Batch
-    normalisation behind a convolution is part of its weight here. Where no convolution stands between two activations
-    the layer is fixed: W is a pooling or padding alone, or the identity, and there is no gradient.
+    Everything between two activations is one layer: W x = after(conv(before(x))) and z = W x + `pre_bias()`. Batch
+    normalisation after a convolution is multiplied into its weight. Without a convolution between two activations the
+    layer is fixed: W is pooling or padding alone, or the identity, and no gradient belongs to it.
 
     Attributes:
         name: Path of the module in the model.
@@ -35,12 +35,11 @@ class Layer:
         groups: Independent groups of channels.
         activation: The elementwise map after the layer.
         weight_name, bias_name: Names among `model.named_parameters()`; "" and None of a fixed layer.
-        before, after: Maps of pixels before and behind the convolution, None where there are none.
-        output_scale: What the model multiplies each output channel by, (O,): the weight here is that of the module
-            times this. None for 1.
-        shift: What the model adds behind it all, shaped as the output; None for 0.
+        before, after: Pixel maps applied before and after the convolution, or None.
+        output_scale: Factor of each output channel, (O,): `weight` is the module's weight times this. None for 1.
+        shift: Constant added after everything else, shaped as the output; None for 0.
         is_fixed: Whether the layer has no weight of its own, and so no gradient constraints.
-        cache: What was computed from the model alone, kept for the next attack.
+        cache: Results that depend on the model alone, kept for the next attack.
     """
 
     name: str
@@ -76,12 +75,12 @@ class Layer:
 
     @property
     def pixels_in(self) -> tuple[int, int]:
-        """Pixels that the convolution reads, before zero padding."""
+        """Input size of the convolution, before zero padding."""
         return self.input_shape[1:] if self.before is None else self.before.shape
 
     @property
     def pixels_out(self) -> tuple[int, int]:
-        """Pixels that the convolution writes."""
+        """Output size of the convolution."""
         return self.output_shape[1:] if self.after is None else self.after.inputs
 
     def apply(self, x: Tensor) -> Tensor:
@@ -114,7 +113,7 @@ class Layer:
         return batch.reshape(*dz.shape[:-3], *self.input_shape)
 
     def conv_gradient(self, dz: Tensor) -> Tensor:
-        """∂ℓ by the convolution's own output: (..., O, H′, W′) -> (..., O, *pixels_out)."""
+        """Gradient of the loss by the convolution's own output: (..., O, H′, W′) -> (..., O, *pixels_out)."""
         return dz if self.after is None else self.after.adjoint(dz)
 
     def weight_gradient(self, x: Tensor, dz: Tensor) -> Tensor:
@@ -127,7 +126,7 @@ class Layer:
         return torch.nn.grad.conv2d_weight(padded, shape, dz, self.stride, 0, self.dilation, self.groups)
 
     def pre_bias(self) -> Tensor | float:
-        """What is added to W x, in a shape that adds to z, or 0."""
+        """What is added to W x, in a shape that broadcasts to z, or 0."""
         bias = 0.0 if self.bias is None else self.bias[:, None, None]
         if self.after is not None and self.bias is not None:
             bias = self.after.apply(bias.expand(-1, *self.after.inputs))
@@ -139,7 +138,56 @@ class Layer:
         return G if self.output_scale is None else G / self.output_scale[:, None, None, None]
 
     def cached(self, key: str, build: Callable[[], Any]) -> Any:
-        """`build()`, computed on first use. It may depend on the model alone, never on a gradient."""
+        """`build()`, computed on first use; it must depend on the model alone, never on a gradient."""
         if key not in self.cache:
             self.cache[key] = build()
         return self.cache[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """A network as a chain of layers. What depends on the model alone is computed once and kept between attacks.
+
+    Attributes:
+        model: The module it was made from.
+        image_shape: (C, H, W).
+        layers: From the image to the output; the last is dense.
+        parameters: Parameter name -> float64 copy, in the order of `model.named_parameters()`.
+    """
+
+    model: nn.Module
+    image_shape: tuple[int, int, int]
+    layers: tuple[Layer, ...]
+    parameters: dict[str, Tensor] = field(repr=False)
+
+    def fitting(self, image_shape: tuple[int, ...]) -> Chain:
+        """The chain itself.
+
+        Raises:
+            ValueError: If it was prepared for images of another shape.
+        """
+        if tuple(image_shape) != self.image_shape:
+            raise ValueError(f"the chain was prepared for images {self.image_shape}, not {tuple(image_shape)}")
+        return self
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether f(a x) = a f(x) for every a > 0: no biases, and homogeneous activations."""
+        constant = any(layer.bias is not None or layer.shift is not None for layer in self.layers)
+        return not constant and all(layer.activation.homogeneous for layer in self.layers)
+
+    def layer_inputs(self, images: Tensor) -> dict[str, Tensor]:
+        """The input of every layer for given images, float64: the ground truth of an evaluation.
+
+        Args:
+            images: (B, C, H, W).
+
+        Returns:
+            Layer name -> (B, *feature_shape), from the image to the head.
+        """
+        x, inputs = images.to(torch.float64), {}
+        for layer in self.layers:
+            x = x.reshape(len(images), *layer.input_shape)
+            inputs[layer.name] = x.reshape(len(images), *layer.feature_shape)
+            x = layer.activation.forward(layer.apply(x) + layer.pre_bias())
+        return inputs

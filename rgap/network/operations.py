@@ -1,4 +1,4 @@
-"""What modules and functions are to the closed form: which activation, which kind of step, or why none.
+"""Which activation or kind of step a module or function is to the closed form, or why it is none.
 
 A function counts as the module of the same name: `F.leaky_relu(x, 0.2)` is `nn.LeakyReLU(0.2)`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,11 +41,14 @@ PIXEL_MODULES = (
     nn.modules.padding._CircularPadNd,
     nn.Upsample,
 )
-PIXEL_FUNCTIONS = {F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.pad, F.interpolate}
-PIXEL_FUNCTIONS |= {"mean", torch.mean}
-AFFINE_FUNCTIONS = {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.iadd}
-AFFINE_FUNCTIONS |= {operator.isub, operator.imul, operator.itruediv, torch.add, torch.sub, torch.mul, torch.div}
-AFFINE_FUNCTIONS |= {"add", "sub", "mul", "div", "neg", "add_", "sub_", "mul_", "div_"}
+MEANS = {"mean", torch.mean}
+PIXEL_FUNCTIONS = {F.pad, F.interpolate, *MEANS}
+POOLING = re.compile(r"(?:adaptive_?)?(avg|max)_?pool[123]d")
+SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+AFFINE_FUNCTIONS = SUMS | {operator.sub, operator.mul, operator.truediv, operator.neg, operator.isub, operator.imul}
+AFFINE_FUNCTIONS |= {operator.itruediv, torch.sub, torch.mul, torch.div}
+AFFINE_FUNCTIONS |= {"sub", "mul", "div", "neg", "sub_", "mul_", "div_"}
+DROPOUTS = {F.dropout, F.dropout2d, torch.dropout}
 
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 CONSTANTS: dict[type, Activation] = {
@@ -68,34 +72,53 @@ MODULES: dict[Any, type[nn.Module]] = {
     F.softsign: nn.Softsign,
     F.logsigmoid: nn.LogSigmoid,
     F.hardtanh: nn.Hardtanh,
+    F.gelu: nn.GELU,
+    F.silu: nn.SiLU,
+    F.mish: nn.Mish,
+    F.hardswish: nn.Hardswish,
+    F.hardsigmoid: nn.Hardsigmoid,
 }
 for _name, _kind in {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}.items():
     MODULES |= {_name: _kind, f"{_name}_": _kind, getattr(torch, _name): _kind, getattr(F, _name): _kind}
 
-COUPLES = "in training mode batch normalisation couples the images of a batch; call model.eval() first"
+NOT_MONOTONE = "it is not monotone: two pre-activations have one value"
+IMAGE_STATISTICS = "its statistics depend on the image"
+LOST_POSITIONS = "max pooling discards the positions of the maxima"
+RANDOM_DROPOUT = "dropout in training mode is random; call model.eval() first"
 REASONS = {
-    nn.modules.pooling._MaxPoolNd: "max pooling forgets where each maximum stood",
-    nn.modules.pooling._AdaptiveMaxPoolNd: "max pooling forgets where each maximum stood",
-    nn.modules.batchnorm._BatchNorm: COUPLES,
-    nn.modules.instancenorm._InstanceNorm: "its statistics depend on the image",
-    nn.LayerNorm: "its statistics depend on the image",
-    nn.GroupNorm: "its statistics depend on the image",
-    nn.modules.dropout._DropoutNd: "dropout in training mode is random; call model.eval() first",
+    nn.modules.pooling._MaxPoolNd: LOST_POSITIONS,
+    nn.modules.pooling._AdaptiveMaxPoolNd: LOST_POSITIONS,
+    nn.modules.batchnorm._BatchNorm: (
+        "in training mode batch normalisation couples the images of a batch; call model.eval() first"
+    ),
+    nn.modules.instancenorm._InstanceNorm: IMAGE_STATISTICS,
+    nn.LayerNorm: IMAGE_STATISTICS,
+    nn.GroupNorm: IMAGE_STATISTICS,
+    nn.modules.dropout._DropoutNd: RANDOM_DROPOUT,
     nn.modules.padding._ConstantPadNd: "it pads with a value other than zero",
-    nn.modules.conv._ConvTransposeNd: "transposed convolutions are not known",
-    nn.Conv3d: "convolutions in three dimensions are not known",
-    nn.LeakyReLU: "a negative slope makes two pre-activations of one value",
-    nn.PReLU: "a slope that is not positive makes it forget its negative pre-activations",
-    nn.GELU: "it is not monotone: two pre-activations have one value",
-    nn.SiLU: "it is not monotone: two pre-activations have one value",
-    nn.Mish: "it is not monotone: two pre-activations have one value",
-    nn.Hardswish: "it is not monotone: two pre-activations have one value",
+    nn.modules.conv._ConvTransposeNd: "transposed convolutions are not supported",
+    nn.Conv3d: "three-dimensional convolutions are not supported",
+    nn.LeakyReLU: "with a negative slope two pre-activations have one value",
+    nn.PReLU: "a slope that is not positive makes it lose its negative pre-activations",
+    nn.ELU: "with an alpha that is not positive it is not one-to-one",
+    nn.CELU: "with an alpha that is not positive it is not one-to-one",
+    nn.Softplus: "with a beta that is not positive it is not increasing",
+    nn.GELU: NOT_MONOTONE,
+    nn.SiLU: NOT_MONOTONE,
+    nn.Mish: NOT_MONOTONE,
+    nn.Hardswish: NOT_MONOTONE,
 }
-MAX_POOLING = {F.max_pool1d, F.max_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d}
+
+
+def pooling(operation: Any) -> str:
+    """What a pooling module or function computes, "avg" or "max"; "" for anything else."""
+    name = type(operation).__name__.lower() if isinstance(operation, nn.Module) else getattr(operation, "__name__", "")
+    found = POOLING.fullmatch(name)
+    return found[1] if found else ""
 
 
 def from_module(module: nn.Module | None) -> Activation | None:
-    """The activation that a module computes, or None where it is no elementwise map with an inverse known here."""
+    """The activation that a module computes, or None if it is no elementwise map with an inverse known here."""
     try:
         if isinstance(module, nn.LeakyReLU):
             return RELU if module.negative_slope == 0 else leaky_relu(module.negative_slope)
@@ -114,7 +137,7 @@ def from_module(module: nn.Module | None) -> Activation | None:
 
 
 def prelu(weight: Tensor) -> Activation:
-    """LeakyReLU with the slopes of a PReLU: one for all, or one a channel.
+    """LeakyReLU with the slopes of a PReLU: one for all channels, or one each.
 
     Raises:
         ValueError: If a slope is not positive.
@@ -126,7 +149,7 @@ def prelu(weight: Tensor) -> Activation:
 
 
 def as_module(operation: Any, arguments: tuple, options: Mapping[str, Any]) -> nn.Module | None:
-    """The module that computes what a traced function computes, or None where there is none."""
+    """The module that computes the same as a traced activation function, or None if there is none."""
     options = {key: value for key, value in options.items() if key != "input"}
     try:
         if operation in (F.prelu, torch.prelu):
@@ -150,8 +173,9 @@ def kind_of_module(module: nn.Module) -> tuple[str, str]:
     if isinstance(module, RESHAPING) or (isinstance(module, nn.modules.dropout._DropoutNd) and not module.training):
         return "reshape", ""
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.training:
-        known = module.running_mean is not None
-        return ("affine", "") if known else ("unsupported", "it keeps no running statistics, and couples a batch")
+        if module.running_mean is not None:
+            return "affine", ""
+        return "unsupported", "it keeps no running statistics, so that it couples the images of a batch"
     if isinstance(module, PIXEL_MODULES) and not getattr(module, "value", 0):
         return "pixels", ""
     if from_module(module) is not None:
@@ -164,20 +188,19 @@ def kind_of_module(module: nn.Module) -> tuple[str, str]:
 
 def kind_of_function(operation: Any, call: Callable | None, arguments: tuple, options: Mapping) -> tuple[str, str]:
     """The kind of a traced function of one tensor, and the reason where it is not supported."""
-    if operation in MAX_POOLING:
-        return "unsupported", REASONS[nn.modules.pooling._MaxPoolNd]
-    if operation in (F.dropout, F.dropout2d, torch.dropout):
+    if pooling(operation) == "max":
+        return "unsupported", LOST_POSITIONS
+    if operation in DROPOUTS:
         given = inspect.signature(F.dropout).bind(None, *arguments, **options)
         given.apply_defaults()
         active = options.get("train", given.arguments["training"])
-        return ("unsupported", REASONS[nn.modules.dropout._DropoutNd]) if active else ("reshape", "")
+        return ("unsupported", RANDOM_DROPOUT) if active else ("reshape", "")
     if operation in (F.prelu, torch.prelu) or operation in MODULES:
-        module = as_module(operation, arguments, options)
-        if from_module(module) is not None:
-            return "activation", ""
+        if (module := as_module(operation, arguments, options)) is not None:
+            return kind_of_module(module)
         return "unsupported", f"the operation {operation!r} has no closed-form inverse with these arguments"
-    if call is not None and operation in PIXEL_FUNCTIONS:
+    if call is not None and (pooling(operation) or operation in PIXEL_FUNCTIONS):
         return "pixels", ""
     if call is not None and operation in AFFINE_FUNCTIONS:
         return "affine", ""
-    return "unsupported", f"the operation {operation!r} is not one that the closed form knows"
+    return "unsupported", f"the operation {operation!r} has no closed-form inverse here"

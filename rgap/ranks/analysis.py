@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from rgap.equations.rank_laws import RankLaws, rank_laws
-from rgap.network.chain import Chain
+from rgap.network.folding import linear_layer
+from rgap.network.layer import Chain
 from rgap.network.tracing import Step, trace
-from rgap.ranks.numbers import UNKNOWNS, linear_layer, numerical_ranks, pooling_rank, too_large
-from rgap.ranks.steps import SHARED, CountedStep, counted_steps, is_layer, is_max_pooling, kind_of
+from rgap.ranks.numbers import UNKNOWNS, numerical_ranks, pooling_rank, too_large
+from rgap.ranks.steps import SHARED, CountedStep, counted_steps, is_layer, kind_of, pooling_of
 from rgap.results import LayerRank, RankAnalysis, UnsupportedLayerError
 
 KNOWN_BELOW = {"convolution", "linear", "activation", "batch norm", "reshape"}
@@ -142,12 +143,13 @@ def _with_ranks(rank: LayerRank, step: CountedStep, batch: int, dtype: torch.dty
     (module,) = step.weights
     laws, why_no_law = _laws(module, step.input_shape, batch)
     rank = replace(rank, law_weights=laws.weights, law_gradients=laws.gradients, law_rank=laws.both)
-    try:
+    if isinstance(module, nn.Conv3d) or getattr(module, "padding_mode", "zeros") != "zeros":
+        why_no_number = f"no numbers: {type(module).__name__} has no constraint matrices here"
+    else:
         layer = linear_layer(module, step.input_shape, step.step.output_shape)
         why_no_number = too_large(layer, batch, limit)
-    except UnsupportedLayerError as error:
-        why_no_number = f"no numbers: {error}"
     if not why_no_number:
+        layer = replace(layer, weight=layer.weight.to("cpu", torch.float64))
         numbers = numerical_ranks(layer, batch, dtype, seed)
         rank = replace(
             rank,
@@ -180,7 +182,7 @@ def _laws(module: nn.Module, input_shape: tuple[int, ...], batch: int) -> tuple[
 
 def _pooling(rank: LayerRank, step: Step, batch: int) -> LayerRank:
     """A layer without weights: average pooling is a known matrix, one factor an axis; max pooling has a bound."""
-    if is_max_pooling(step):
+    if pooling_of(step) == "max":
         lacking = rank.unknowns - rank.weight_rows
         note = "at most one equation an output, for positions that are known; the deficit is a lower bound"
         return replace(rank, deficit=lacking if lacking > 0 else None, note="; ".join(filter(None, (rank.note, note))))

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rgap.equations.blocks import StrideBlock, blocks, gradient_matrix, split_groups, weight_columns, weight_matrix
 from rgap.equations.weights import weight_factor
 from rgap.linalg import svd
-from rgap.network.chain import Layer
-from rgap.results import UnsupportedLayerError
+from rgap.network.layer import Layer
 
 UNKNOWNS = 4000
 """Unknowns of a group of channels, over the whole batch, up to which numerical ranks are computed."""
@@ -58,43 +57,6 @@ class RankNumbers:
     condition: float
 
 
-def linear_layer(module: nn.Module, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> Layer:
-    """The layer of a `Linear`, `Conv1d` or `Conv2d`; a linear layer on (…, n) is a 1×1 convolution over the positions.
-
-    Args:
-        module: The module.
-        input_shape: Without the batch dimension.
-        output_shape: The same.
-
-    Returns:
-        A `Layer` of its weights, for ranks alone: its name and feature shape are not the model's.
-
-    Raises:
-        UnsupportedLayerError: If it is no zero-padded convolution in one or two dimensions and no linear layer.
-    """
-    weight = module.weight.detach().to("cpu", torch.float64)
-    if isinstance(module, nn.Linear):
-        positions = math.prod(input_shape[:-1])
-        inputs, outputs = (weight.shape[1], positions, 1), (weight.shape[0], positions, 1)
-        return Layer("", weight[..., None, None], None, inputs, outputs, inputs)
-    if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.padding_mode != "zeros":
-        raise UnsupportedLayerError(f"{type(module).__name__} has no constraint matrices here")
-    one = (1,) * (2 - len(module.stride))  # a row of pixels is an image of height 1
-    padding = (*module._reversed_padding_repeated_twice, 0, 0)[:4]
-    return Layer(
-        "",
-        weight.reshape(*weight.shape[:2], *one, *weight.shape[2:]),
-        None,
-        (input_shape[0], *one, *input_shape[1:]),
-        (output_shape[0], *one, *output_shape[1:]),
-        input_shape,
-        one + module.stride,
-        padding,
-        one + module.dilation,
-        module.groups,
-    )
-
-
 def too_large(layer: Layer, batch: int, limit: int) -> str:
     """Why no numerical ranks are computed for a layer, naming the limit; empty where they are."""
     if layer.groups > GROUPS:
@@ -111,7 +73,7 @@ def numerical_ranks(layer: Layer, batch: int = 1, dtype: torch.dtype = torch.flo
     """Ranks of W, K and [W; K] of one layer, with its own weights and a Gaussian δz.
 
     Args:
-        layer: From `linear_layer`.
+        layer: The layer, its weight in float64.
         batch: Images behind one gradient.
         dtype: Singular values below max(m, n) times its machine precision, relative to the largest of an m×n matrix,
             count as zero. The arithmetic is float64.

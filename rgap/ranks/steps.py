@@ -3,43 +3,16 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
-from rgap.network.operations import RESHAPES, from_module
+from rgap.network.operations import DROPOUTS, MEANS, RESHAPES, SUMS, as_module, from_module, pooling
 from rgap.network.tracing import Step
 
 SHARED = "its weight is used"
-SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-POOLINGS = (
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-)
-INVERTIBLE = (nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.CELU, nn.PReLU, nn.Softplus, nn.Softsign, nn.LogSigmoid)
 MIXING = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU)
-ELEMENTWISE = {F.relu, torch.relu, "relu", "relu_", F.relu6, F.leaky_relu, F.sigmoid, torch.sigmoid, "sigmoid"}
-ELEMENTWISE |= {F.tanh, torch.tanh, "tanh", F.gelu, F.silu, F.elu, F.hardswish, F.hardsigmoid, F.softplus}
-INVERTIBLE_FUNCTIONS = {
-    F.leaky_relu,
-    F.sigmoid,
-    torch.sigmoid,
-    "sigmoid",
-    F.tanh,
-    torch.tanh,
-    "tanh",
-    F.elu,
-    F.softplus,
-}
-POOLING_FUNCTIONS = {
-    f"{adaptive}{what}_pool{d}d" for adaptive in ("", "adaptive_") for what in ("avg", "max") for d in (1, 2, 3)
-}
 
 
 @dataclass(frozen=True)
@@ -123,11 +96,10 @@ def is_layer(step: Step) -> bool:
 
 def kind_of(step: Step) -> tuple[str, str]:
     """The kind of a step that reads one tensor, as in `LayerRank`, and a note on it."""
-    module, operation = step.module, step.operation
-    same = math.prod(step.input_shape) == math.prod(step.output_shape)
+    module, operation = step.module or as_module(step.operation, step.arguments, step.options), step.operation
     if is_layer(step):
         return ("linear" if isinstance(module, nn.Linear) else "convolution"), ""
-    if isinstance(module, POOLINGS) or _is_pooling_function(step):
+    if pooling_of(step):
         return "pooling", ""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         lost = 0 if module.weight is None else int((module.weight == 0).sum())
@@ -136,24 +108,27 @@ def kind_of(step: Step) -> tuple[str, str]:
             + (f"; {lost} channels are multiplied by zero and lost" if lost else "")
             + ("; in training mode it couples the images of a batch, which is not analysed" if module.training else "")
         )
-    if isinstance(module, nn.modules.dropout._DropoutNd) or operation in {F.dropout, torch.dropout}:
+    if isinstance(module, nn.modules.dropout._DropoutNd) or operation in DROPOUTS:
         return "reshape", "dropout, which is the identity in eval mode; in training mode it is random"
-    if step.kind == "reshape" or (operation in RESHAPES and same):
+    same_size = math.prod(step.input_shape) == math.prod(step.output_shape)
+    if step.kind == "reshape" or (operation in RESHAPES and same_size):
         return "reshape", ""
-    known = from_module(module)
-    one_to_one = known is not None and known.one_to_one
-    if one_to_one or isinstance(module, INVERTIBLE) or operation in INVERTIBLE_FUNCTIONS:
+    activation = from_module(module)
+    if activation is not None and activation.one_to_one:
         return "activation", "invertible"
-    if operation in ELEMENTWISE or (
-        type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, MIXING)
-    ):
+    if type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, MIXING):
         return "activation", "not invertible: W's equations hold where it tells z, so that ranks are upper bounds"
     return "not analysed", _reason(step)
 
 
-def is_max_pooling(step: Step) -> bool:
-    """Whether a pooling step takes maxima, module or function."""
-    return "max" in _called(step).lower()
+def pooling_of(step: Step) -> str:
+    """What a step that reads one tensor pools by, "avg" or "max"; "" where it is no pooling."""
+    if step.module is None and step.call is None:
+        return ""
+    if step.operation in MEANS:  # global average pooling, where it leaves one number a channel
+        leaves_one = len(step.input_shape) > 1 and math.prod(step.output_shape) == step.input_shape[0]
+        return "avg" if leaves_one else ""
+    return pooling(step.module or step.operation)
 
 
 def _called(step: Step) -> str:
@@ -167,14 +142,6 @@ def _reason(step: Step) -> str:
     if step.module is None and step.operation is None:
         return "a parameter or buffer that the network reads by itself"
     return f"{'the operation ' if step.module is None else ''}{_called(step)} is not a layer kind known here"
-
-
-def _is_pooling_function(step: Step) -> bool:
-    if step.call is None:
-        return False
-    if step.operation in {"mean", torch.mean}:  # global average pooling, where it leaves one number a channel
-        return len(step.input_shape) > 1 and math.prod(step.output_shape) == step.input_shape[0]
-    return getattr(step.operation, "__name__", "") in POOLING_FUNCTIONS
 
 
 def _single(step: Step, inside: str, uses: Counter[int]) -> CountedStep:

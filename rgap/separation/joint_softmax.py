@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 from rgap.separation.scales import FittedInputs, output_jacobians, refine_inputs
 from rgap.separation.subspaces import Span
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rgap.equations.blocks import joint_identities
+from rgap.equations import identity_residual
 from rgap.equations.rank_laws import SPARE_UNITS
 from rgap.head.hypothesis import Start, Twin
-from rgap.network.chain import Chain, Layer
+from rgap.network.layer import Chain, Layer
 from rgap.results import LayerReport
 from rgap.separation.joint_softmax import fit_joint_softmax
 from rgap.separation.scales import (
@@ -172,7 +172,7 @@ def _identity_residual(
     x, dx = scales * inputs, dz @ chain.layers[below].weight.flatten(1) / scales
     z = layer.activation.inverse(x.reshape(len(x), *layer.output_shape))
     dz = layer.activation.derivative(z) * dx.reshape(z.shape)
-    return joint_identities(layer, layer.gradient(received.gradients), dz, z)
+    return identity_residual(layer, layer.gradient(received.gradients), dz, z)
 
 
 def _what_was_found(layers: Sequence[Layer], apart: Separation, size: int) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from rgap.client import loss_value
 from rgap.head.logistic import margins
 from rgap.head.softmax import LabelEquations, log_scales
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 
 MAX_SCALE_RESIDUAL = 1e-2
 """Residual, relative to the gradient's size, above which a root of the equations of two classes is no hypothesis."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rgap.equations.rank_laws import SPARE_UNITS
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 from rgap.separation.partial import extend_basis, inputs_from_gradients
 from rgap.separation.state import ANGLE_GAP_RATIO, PartialInput, SearchState
 from rgap.separation.subspaces import Span, null_of_rows, row_span

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rgap.equations.rank_laws import SPARE_UNITS
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 from rgap.results import UnsupportedLayerError
 from rgap.separation.subspaces import Span, smallest_principal_angle
 

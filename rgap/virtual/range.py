@@ -20,7 +20,7 @@ from rgap.equations.joint_system import ReducedSystem
 from rgap.equations.joint_weights import RangeComplement, complement
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
 from rgap.linalg import LeastSquares
-from rgap.network.chain import Layer
+from rgap.network.layer import Layer
 
 STEPS = 30
 """Most solves, each with the signs that the last one left."""

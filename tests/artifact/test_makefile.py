@@ -5,7 +5,7 @@ import os
 import pytest
 from makefile import ROOT, calls, make, make_clone, put_program, put_runner
 
-REPORT = "-c from rgap import artifact; raise SystemExit(artifact.print_report())"
+REPORT = "-m rgap report --claims"
 
 
 @pytest.fixture
@@ -16,8 +16,8 @@ def clone(tmp_path):
 def test_help_is_the_default_and_lists_every_target(clone):
     listed = make(clone).stdout
     assert listed == make(clone, "help").stdout
-    targets = ("env", "figures", "test", "lab", "test-lab", "notebooks", "reconstruction", "audit", "report", "clean")
-    for target in (*targets, "help"):
+    targets = "help env figures test test-fast verify lab test-lab notebooks reconstruction train audit report clean"
+    for target in targets.split():
         assert f"make {target} " in listed
 
 
@@ -26,8 +26,8 @@ def test_figures_run_only_what_changed(clone):
     run = ["figures", "PYTHON=runner"]
     assert make(clone, *run).returncode == 0
     assert calls(clone) == [
-        "default|figures|-m rgap.artifact.notebooks notebooks/01_one.ipynb build/default/01_one.ipynb",
-        "default|figures|-m rgap.artifact.notebooks notebooks/02_two.ipynb build/default/02_two.ipynb",
+        "default|figures|-m rgap notebook notebooks/01_one.ipynb build/default/01_one.ipynb",
+        "default|figures|-m rgap notebook notebooks/02_two.ipynb build/default/02_two.ipynb",
         f"default|figures|{REPORT}",
     ]
     assert make(clone, *run).returncode == 0
@@ -43,28 +43,26 @@ def test_figures_run_only_what_changed(clone):
 
 
 def test_a_failing_notebook_fails_make_and_leaves_no_target(clone):
-    put_program(clone, "runner", 'mkdir -p "${4%/*}"; echo part > "$4"; exit 3')
+    put_program(clone, "runner", 'mkdir -p "${5%/*}"; echo part > "$5"; exit 3')
     done = make(clone, "figures", "PYTHON=runner")
     assert done.returncode != 0
     assert not list((clone / "build/default").glob("*.ipynb"))
 
 
 def test_a_failing_claims_table_fails_make(clone):
-    put_program(clone, "runner", '[ "$1" != -c ]')
+    put_program(clone, "runner", '[ "$3" != report ]')
     assert make(clone, "figures", "PYTHON=runner").returncode != 0
 
 
 def test_other_profiles_write_beside_the_figures(clone):
     put_runner(clone)
     make(clone, "figures", "PYTHON=runner", "PROFILE=paper")
-    source_and_target = (
-        "-m rgap.artifact.notebooks notebooks/01_one.ipynb build/paper/01_one.ipynb -f notebooks/paper.yml"
-    )
+    source_and_target = "-m rgap notebook notebooks/01_one.ipynb build/paper/01_one.ipynb -f notebooks/paper.yml"
     assert calls(clone)[0] == f"paper|build/paper/figures|{source_and_target}"
     custom = ["figures", "PYTHON=runner", "COLOR=folder:my own/it's here"]
     make(clone, *custom)
     source_and_target = (
-        "-m rgap.artifact.notebooks notebooks/01_one.ipynb build/custom/01_one.ipynb -o color folder:my own/it's here"
+        "-m rgap notebook notebooks/01_one.ipynb build/custom/01_one.ipynb -o color folder:my own/it's here"
     )
     assert calls(clone)[0] == f"custom|build/custom/figures|{source_and_target}"
     make(clone, *custom)
@@ -77,7 +75,7 @@ def test_other_profiles_write_beside_the_figures(clone):
 
 def test_a_scheduler_reaches_the_notebooks_and_only_from_the_command_line(clone):
     put_program(
-        clone, "runner", 'echo "${RGAP_SCHEDULER-none}" >> calls; mkdir -p "${4%/*}"; echo ran > "${4:-/dev/null}"'
+        clone, "runner", 'echo "${RGAP_SCHEDULER-none}" >> calls; mkdir -p "${5%/*}"; echo ran > "${5:-/dev/null}"'
     )
     make(clone, "build/default/01_one.ipynb", "PYTHON=runner", "SCHEDULER=tcp://host:8786")
     make(clone, "build/default/02_two.ipynb", "PYTHON=runner", SCHEDULER="tcp://other:1")
@@ -101,23 +99,22 @@ def test_reconstruction_hands_its_values_on(clone):
     put_runner(clone)
     make(clone, "reconstruction", "PYTHON=runner", "MODEL=fcn3", "INDEX=3", "DATA=folder:a b")
     assert calls(clone) == [
-        "||-m rgap.experiments.reconstruction_cli --model fcn3 --index 3 --data folder:a b "
-        "--seed 0 --batch 1 --weights "
+        "||-m rgap reconstruct --model fcn3 --index 3 --data folder:a b --seed 0 --batch 1 --weights "
     ]
 
 
 def test_training_hands_its_values_on(clone):
     put_runner(clone)
     make(clone, "train", "PYTHON=runner", "MODEL=fcn3", "DATA=folder:a b", "EPOCHS=5")
-    assert calls(clone) == ["||-m rgap.client.training --model fcn3 --data folder:a b --epochs 5 --seed 0"]
+    assert calls(clone) == ["||-m rgap train --model fcn3 --data folder:a b --epochs 5 --seed 0"]
 
 
 def test_audit_hands_its_values_on_and_fails_where_the_network_leaks(clone):
     put_runner(clone)
     assert make(clone, "audit", "PYTHON=runner").returncode == 0
-    assert calls(clone) == ["||-m rgap.ranks.audit --model cnn6 --batch 1"]
+    assert calls(clone) == ["||-m rgap audit --model cnn6 --batch 1"]
     make(clone, "audit", "PYTHON=runner", "MODEL=my.nets:small", "SHAPE=3,32,32", "BATCH=4")
-    assert calls(clone) == ["||-m rgap.ranks.audit --model my.nets:small --shape 3,32,32 --batch 4"]
+    assert calls(clone) == ["||-m rgap audit --model my.nets:small --shape 3,32,32 --batch 4"]
     put_program(clone, "runner", "exit 1")
     assert make(clone, "audit", "PYTHON=runner").returncode != 0
 
@@ -127,9 +124,15 @@ def test_a_report_is_of_its_profile(clone):
     make(clone, "report", "PYTHON=runner")
     make(clone, "report", "PYTHON=runner", "PROFILE=paper")
     assert calls(clone) == [
-        "default|figures|-m rgap.artifact.report",
-        "paper|build/paper/figures|-m rgap.artifact.report",
+        "default|figures|-m rgap report",
+        "paper|build/paper/figures|-m rgap report",
     ]
+
+
+def test_the_fast_tests_are_those_without_the_mark(clone):
+    put_runner(clone)
+    assert make(clone, "test-fast", "PYTHON=runner").returncode == 0
+    assert calls(clone) == ["||-m pytest -m not slow -n auto"]
 
 
 def test_lab_opens_the_audit_and_its_test_is_run_by_itself(clone):
@@ -149,9 +152,7 @@ def test_notebooks_are_refreshed_every_time_with_figures_elsewhere(clone):
     for _ in range(2):
         assert make(clone, "notebooks", "PYTHON=runner").returncode == 0
         names = ("01_one", "02_two")
-        assert calls(clone) == [
-            f"default|build/refresh|-m rgap.artifact.notebooks notebooks/{name}.ipynb" for name in names
-        ]
+        assert calls(clone) == [f"default|build/refresh|-m rgap notebook notebooks/{name}.ipynb" for name in names]
 
 
 def test_clean_keeps_what_was_downloaded(clone):

@@ -98,5 +98,5 @@ def test_an_active_conda_environment_is_used_if_it_has_this_package(clone, has_p
     (conda / "bin").mkdir(parents=True)
     shutil.copy(shutil.which("true" if has_package else "false"), conda / "bin" / "python")
     done = make(clone, "-n", "reconstruction", CONDA_PREFIX=str(conda))
-    assert (f'"{conda}/bin/python" -m rgap.experiments.reconstruction_cli' in done.stdout) == has_package
-    assert (".venv/bin/python -m rgap.experiments.reconstruction_cli" in done.stdout) != has_package
+    assert (f'"{conda}/bin/python" -m rgap reconstruct' in done.stdout) == has_package
+    assert (".venv/bin/python -m rgap reconstruct" in done.stdout) != has_package

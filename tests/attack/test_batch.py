@@ -58,6 +58,7 @@ def test_every_image_of_a_batch_comes_back_with_its_label(count, dtype, least, b
         len(images), 12, 4, 4)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
 def test_one_logit_has_twins_only_where_nothing_fixes_the_scale(bias):
     model = network(head=(160, 80, 1), bias=bias)

@@ -61,6 +61,7 @@ def test_grouped_convolutions_are_walked_group_by_group():
     assert_close(found.layer_inputs["0"], image, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @settings(drawn, max_examples=60)
 @given(chains())
 def test_a_random_chain_gives_its_image_back_or_says_that_it_does_not(case):

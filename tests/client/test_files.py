@@ -1,11 +1,13 @@
 import pickle
 
 import pytest
+import safetensors.torch
 import torch
 from cases import randn, small_cnn
 
 import rgap
 from rgap import client
+from rgap.client.files import load_weights, save_weights
 from rgap.results import GradientMismatchError
 
 
@@ -91,5 +93,56 @@ def test_missing_files_and_unknown_kinds_are_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*g\.pt"):
         client.load_gradients(tmp_path / "g.pt")
     for call in (client.load_gradients, lambda path: client.save_gradients(path, as_list())):
-        with pytest.raises(ValueError, match=r"g.npz ends in '.npz'; gradients are read from and written to"):
+        with pytest.raises(ValueError, match=r"g.npz ends in '.npz'; files of tensors end in"):
             call(tmp_path / "g.npz")
+
+
+def test_a_checkpoint_comes_back_with_its_facts(tmp_path):
+    model = small_cnn().float()
+    path = save_weights(model, tmp_path / "a" / "w.safetensors", {"model": "small", "epochs": 3})
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"model": "small", "epochs": "3"}
+    other = small_cnn(seed=1).float()
+    assert load_weights(other, path)[0].weight.equal(model[0].weight)
+    assert not other[0].weight.equal(model[0].weight)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    assert load_weights(other, str(tmp_path / "w.pt"))[0].weight.equal(model[0].weight)
+
+
+def state_with(**changes):
+    return small_cnn().float().state_dict() | changes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("w.safetensors", b"no such thing", "no readable"),
+        ("w.pt", b"no such thing", "no readable"),
+        ("w.pt", b"", "no readable"),
+        ("w.bin", b"", "ends in '.bin'; files of tensors end in .safetensors, .pt, .pth"),
+        ("w.pt", 3, "holds a int; it must hold a state dict"),
+        ("w.pt", {"x": torch.ones(1)}, r"missing \['0.weight', '2.weight', '5.weight'\], unknown \['x'\]"),
+        ("w.safetensors", {"x": torch.ones(1)}, "another network's weights"),
+        ("w.pt", state_with(**{"0.weight": torch.ones(2)}), r"has '0.weight' of shape \(2,\); the network's is"),
+        ("w.pt", state_with(**{"0.weight": 3}), r"has '0.weight' of shape \(\)"),
+        ("w.pt", state_with(**{"5.weight": torch.full((1, 160), torch.nan)}), "NaN or infinity in '5.weight'"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_by_name(tmp_path, name, content, message):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif name.endswith(".pt"):
+        torch.save(content, path)
+    else:
+        safetensors.torch.save_file(content, path)
+    with pytest.raises(ValueError, match=message):
+        load_weights(small_cnn().float(), path)
+
+
+def test_a_file_that_would_run_code_is_not_read(tmp_path):
+    torch.save(small_cnn().float(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="no readable"):
+        load_weights(small_cnn().float(), tmp_path / "model.pt")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load_weights(small_cnn().float(), tmp_path / "none.pt")

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import conv_layer, conv_layers, drawn, randn
+from cases import conv_layer, conv_layers, drawn, layer_sample, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import rgap
 from rgap.equations import blocks as constraints
 from rgap.equations.blocks import (
+    bias_residual,
     blocks,
     gradient_matrix,
     gradient_values,
@@ -87,16 +88,22 @@ def test_weight_columns_is_the_weight_matrix_times_repeated_pixel_vectors(layer,
 def test_the_identities_between_gradient_and_pre_activation_hold_to_rounding(layer, seed):
     x, dz = drawn_pair(layer, seed)
     G, z = weight_gradient(layer, x, dz), layer.apply(x) + layer.pre_bias()
-    parts = split_groups(layer)
-    for chunk in zip(parts, *(t.chunk(len(parts)) for t in (G, dz, z)), strict=True):
-        assert identity_residual(*chunk) < 1e-12
-        assert identity_residual(chunk[0], chunk[1], -chunk[2], chunk[3]) == pytest.approx(2.0)
+    assert identity_residual(layer, G, dz[None], z[None]) < 1e-12
+    assert identity_residual(layer, G, -dz[None], z[None]) == pytest.approx(2.0)
+
+
+def test_the_identities_of_a_batch_hold_for_the_right_images_together_and_for_no_others():
+    layer = conv_layer(nn.Conv2d(4, 6, 3, 2, 1, groups=2), 5, 5)
+    _, G, dz, z = layer_sample(layer, 3)
+    assert identity_residual(layer, G, dz, z) < 1e-12 < 0.05 < identity_residual(layer, G, dz.flip(0), z)
+    bias = dz.sum((0, 2, 3))
+    assert bias_residual(layer, bias, dz) < 1e-12 < 0.4 < bias_residual(layer, 2 * bias, dz)
 
 
 def test_the_identities_of_a_vanishing_gradient_hold():
     layer = conv_layer(nn.Conv2d(2, 3, 3), 5, 5)
     G, dz = torch.zeros_like(layer.weight), layer.weight.new_zeros(layer.output_shape)
-    assert identity_residual(layer, G, dz, dz) == 0.0
+    assert identity_residual(layer, G, dz[None], dz[None]) == 0.0
 
 
 @drawn
@@ -141,7 +148,7 @@ def test_sums_of_many_channels_are_tested_in_their_place(monkeypatch):
     x, dz = randn(6, 1, 1), randn(20, 1, 1, seed=1)
     z = layer.apply(x) + layer.pre_bias()
     G = layer.weight_gradient(x, dz)
-    every = identity_residual(layer, G, -dz, z)
-    monkeypatch.setattr(constraints, "EVERY", 8)
-    assert identity_residual(layer, G, dz, z) < 1e-12
-    assert identity_residual(layer, G, -dz, z) == pytest.approx(every) == pytest.approx(2.0)
+    every = identity_residual(layer, G, -dz[None], z[None])
+    monkeypatch.setattr(constraints, "MAX_CHANNELS_TESTED", 8)
+    assert identity_residual(layer, G, dz[None], z[None]) < 1e-12
+    assert identity_residual(layer, G, -dz[None], z[None]) == pytest.approx(every) == pytest.approx(2.0)

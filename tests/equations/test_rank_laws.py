@@ -63,6 +63,7 @@ def random_layer(rng, usual, unknowns=140):
             return {"in_channels": channels, "out_channels": filters, "groups": groups, "batch": batch} | geometry
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("usual", "known"), [(True, (0.95, 0.95, 0.85)), (False, (0.95, 0.95, 0.80))])
 def test_laws_are_exact_or_none_on_1000_random_layers_of_each_kind(usual, known):
     rng = np.random.default_rng(7)

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from rgap.equations import weights as sparse
 from rgap.equations.blocks import weight_matrix
+from rgap.equations.joint_weights import weak_subspace
 from rgap.equations.weights import ConjugateGradients, SparseFactor, weight_factor
 
 
@@ -47,16 +48,15 @@ def test_the_solution_of_inconsistent_equations_is_that_of_least_squares():
         assert residual == pytest.approx(((W @ expected - b).norm() / b.norm()).item(), rel=1e-9)
 
 
-def test_conjugate_gradients_take_over_from_a_size_on_and_agree(monkeypatch):
-    monkeypatch.setattr(sparse, "FACTOR_UNKNOWNS", 40)
+def test_conjugate_gradients_take_over_from_a_size_on_and_agree():
     layer, x = tall(), randn(3, 4, 4)
-    solver = weight_factor(layer)
+    solver = weight_factor(layer, max_unknowns=40)
     assert isinstance(solver, ConjugateGradients) and math.isnan(solver.condition)
     found, residual, iterations = solver.solve(layer.apply(x).flatten())
     assert_close(found, x.flatten(), rtol=0, atol=1e-9)
     assert residual < 1e-11 and 0 < iterations < 200
     assert solver.condition == pytest.approx(condition_of(layer), rel=0.05)
-    assert weight_factor(layer) is solver
+    assert weight_factor(layer, max_unknowns=40) is solver
 
 
 def test_conjugate_gradients_leave_a_vanishing_right_side_at_zero():
@@ -70,6 +70,15 @@ def test_one_step_of_conjugate_gradients_shows_a_condition_of_one():
     solver = ConjugateGradients(layer)
     _, _, iterations = solver.solve(randn(9))
     assert iterations == 1 and solver.condition == pytest.approx(1.0)
+
+
+def test_the_weak_directions_of_a_square_w_are_those_of_its_smallest_singular_values():
+    layer = conv_layer(nn.Conv2d(4, 4, 3, 1, 1), 6, 6)
+    weak = weak_subspace(layer, 0.2)
+    values = torch.linalg.svdvals(torch.from_numpy(weight_matrix(layer).toarray()))
+    assert 0 < len(weak.sigmas) < 72 and abs(len(weak.sigmas) - (values < 0.2 * values[0]).sum()) <= 6
+    assert_close(weak.sigmas.min(), values[-1], rtol=1e-3, atol=0)
+    assert_close(weak.basis.T @ weak.basis, torch.eye(len(weak.sigmas)).double(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [4, 6])

@@ -131,6 +131,7 @@ def test_a_sweep_has_a_row_for_each_attack_and_repeats():
     assert table[table["defence"] == "dp-sgd"]["psnr_db"].min() > 60
 
 
+@pytest.mark.slow
 def test_forty_noisy_attacks_without_a_false_certificate():
     sample = sweeps.sample_noisy_attacks(40, seed=1)
     assert list(sample.columns[:3]) == ["case", "verdict", "psnr_db"] and len(sample) == 40

@@ -5,7 +5,7 @@ from torch import nn
 
 import rgap
 from rgap.client import client_gradients
-from rgap.equations.solve import solve_layer
+from rgap.equations import solve_layer
 from rgap.experiments.sweeps import chains, kind_table, random_chain, sample_chains
 from rgap.experiments.sweeps.chains import dense_ranks
 
@@ -80,5 +80,5 @@ def test_a_weight_system_that_only_repeats_the_gradients_adds_no_rank():
     weight = layer.weight.clone().requires_grad_()
     z = layer.after.apply(nn.functional.conv2d(x[None], weight, layer.bias, layer.stride))[0]
     (G,) = torch.autograd.grad((z * dz).sum(), weight)
-    report = solve_layer(layer, G, dz, z.detach(), rcond=1e-5).report
+    report = solve_layer(layer, G, dz[None], z.detach()[None], rcond=1e-5).report
     assert report.rank == 17 and report.deficit == 4

@@ -1,8 +1,11 @@
+import pytest
+
 import rgap
 from rgap.experiments import sweeps
 from rgap.models import cnn6_batch
 
 
+@pytest.mark.slow
 def test_no_batch_through_random_convolutions_has_a_false_certificate():
     table = sweeps.sample_conv_batches(8, seed=1)
     assert table["ok"].all(), table[~table["ok"]].to_string()

@@ -75,6 +75,7 @@ def test_every_label_of_three_or_more_classes_is_inferred(case):
         assert "the next best" in note
 
 
+@pytest.mark.slow
 def test_a_thousand_labels_are_inferred():
     right = total = 0
     for seed in range(45):

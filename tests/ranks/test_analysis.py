@@ -44,6 +44,7 @@ def test_copas_index_weighs_by_the_distance_to_the_output():
     assert analyse("cnn6_d", limit=0).copa_index == round(-280 * 5 / 6)
 
 
+@pytest.mark.slow
 def test_check_values_of_cnn6_and_cnn6_d_by_law_and_by_number():
     expected = {
         ("cnn6", "0"): (3072, 576, 3072, 0),

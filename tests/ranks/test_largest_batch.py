@@ -6,7 +6,7 @@ from cases import sequential
 from torch import nn
 
 import rgap
-from rgap.equations import rank_laws
+from rgap.equations import rank_laws, solve_layer
 from rgap.models import cnn6
 from rgap.ranks.largest_batch import largest_batch
 
@@ -67,15 +67,13 @@ def small(channels, groups=1):
 
 @pytest.mark.parametrize("channels", [5, 6, 7])
 def test_prediction_and_the_dense_rank_agree_at_the_limit(channels):
-    from rgap.equations.joint import solve_joint
-
     model = small(channels)
     alone = limits(largest_batch(model, (2, 8, 8)))["0"].alone
     layer = rgap.prepare(model, (2, 8, 8)).layers[0]
     for count in (max(alone, 1), alone + 1):
         generator = torch.Generator().manual_seed(0)
         dz = torch.randn(count, *layer.output_shape, generator=generator, dtype=torch.float64)
-        deficit = solve_joint(layer, 0 * layer.weight, dz, 0 * dz, rcond=1e-6).report.deficit
+        deficit = solve_layer(layer, 0 * layer.weight, dz, 0 * dz, rcond=1e-6).report.deficit
         assert (deficit == 0) == (count <= alone)
 
 

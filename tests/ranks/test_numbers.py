@@ -7,7 +7,8 @@ from torch import nn
 import rgap
 from rgap import models
 from rgap.equations.blocks import blocks, gradient_matrix, split_groups, weight_matrix
-from rgap.ranks.numbers import linear_layer, numerical_ranks
+from rgap.network.folding import linear_layer
+from rgap.ranks.numbers import numerical_ranks
 
 
 def row(analysis, name):

@@ -99,6 +99,7 @@ def test_a_residual_block_is_one_step_through_its_last_convolution(channels, def
     assert row(analysis, "2").virtual_constraints is None  # the sum hides z
 
 
+@pytest.mark.slow
 def test_torchvisions_networks_are_analysed_in_four_gigabytes():
     code = """
 import resource, sys, torch, torchvision, rgap
@@ -134,3 +135,30 @@ def test_where_no_step_stands_alone_there_is_no_index():
     analysis = rgap.rank_analysis(Joined(), (4,))
     assert analysis.max_ra_index is None and analysis.leaking == () and analysis.verdict.startswith("unknown")
     assert [layer.law_rank for layer in analysis.layers] == [4, 4, None]
+
+
+@pytest.mark.parametrize(
+    ("function", "note"),
+    [
+        (F.selu, "invertible"),
+        (F.logsigmoid, "invertible"),
+        (nn.PReLU(), "invertible"),
+        (F.gelu, "not invertible"),
+        (F.hardtanh, "not invertible"),
+        (lambda x: F.leaky_relu(x, 0.0), "not invertible"),
+        (nn.PReLU(init=-0.5), "not invertible"),
+        (nn.ELU(-1.0), "not invertible"),
+    ],
+    ids=str,
+)
+def test_whether_an_activation_is_invertible_depends_on_its_arguments(function, note):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.act, self.last = nn.Linear(4, 4), function, nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(self.act(self.first(x)))
+
+    step = rgap.rank_analysis(Net(), (4,)).layers[1]
+    assert step.kind == "activation" and step.note.split(":")[0] == note

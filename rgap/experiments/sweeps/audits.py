@@ -12,7 +12,7 @@ from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
 from rgap.experiments.defence_menu import Gradients, defended, noise_of
 from rgap.metrics import psnr_db
-from rgap.network.chain import Chain
+from rgap.network.layer import Chain
 from rgap.ranks.analysis import rank_analysis
 from rgap.ranks.exposure import exposure
 

@@ -1,0 +1,194 @@
+"""The command line: `python -m rgap COMMAND`, or `rgap COMMAND` where the package is installed; `--help` says more."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+# Nothing here imports torch: `rgap notebook` starts once for every notebook, and torch takes seconds to come.
+from rgap import artifact
+
+MODELS = ("cnn6", "cnn6_d", "cnn6_batch", "fcn3", "lenet")
+LOSSES = ("logistic", "cross_entropy", "mse")
+BUILD = artifact.ROOT / "build"
+
+AUDIT = """What a network gives away, by the ranks of its layers' linear equations; no data, no attack, seconds.
+
+Prints a row for every counted step, the outcome in words, and changes that would stop the leak; the same as JSON
+goes to build/audit/. What it says is no guarantee."""
+AUDIT_END = """exit status, so that it can stand in a pipeline:
+  0  stops: the linear equations do not determine the image
+  1  leaks: they do
+  2  an argument is wrong; one line on standard error says which
+  3  unknown: neither is shown
+
+examples:
+  rgap audit --model cnn6
+  rgap audit --model torchvision.models:resnet18 --shape 3,224,224
+  rgap audit --model my_networks:small --shape 3,32,32 --batch 8 --json -"""
+
+RECONSTRUCT = """Attacks the gradient of one image, or of a batch, and compares the result with the truth.
+
+Pictures and the layers' table go to build/reconstruction/; the verdict is found without the truth."""
+RECONSTRUCT_END = """examples:
+  rgap reconstruct --model cnn6 --index 3
+  rgap reconstruct --model cnn6_batch --batch 4
+  rgap reconstruct --model my_networks:small --shape 3,32,32 --data folder:photos --weights trained.safetensors"""
+
+TRAIN = """Trains a network for a few epochs, on two classes where it has one output, and leaves a checkpoint."""
+TRAIN_END = """example, with an attack on what was trained:
+  rgap train --model fcn3 --data mnist --epochs 2
+  rgap reconstruct --model fcn3 --data mnist --weights build/weights/fcn3_mnist_2_0.safetensors"""
+
+VERIFY = """Attacks random networks, batches and noisy gradients, and judges every result against the truth.
+
+Writes build/verify.csv, prints a summary and every row that is not in order."""
+VERIFY_END = """exit status: 0 where every row is in order, 1 where one is not, 2 where an argument is wrong.
+
+example:
+  rgap verify chains --count 50 --seed 1"""
+
+NOTEBOOK = """Runs a notebook strictly: an unknown parameter, an error, or an absent figure fails and leaves no target.
+
+With a TARGET a copy runs, by papermill; without one the outputs that SOURCE itself carries are refreshed."""
+NOTEBOOK_END = """exit status: 0, 1 where the notebook fails, 2 where an argument is wrong.
+
+example:
+  rgap notebook notebooks/01_reconstruction.ipynb build/01.ipynb -p seeds [0]"""
+
+REPORT = """Writes every notebook, figure, table and claim as web pages to build/report/.
+
+With --claims it prints the claims that the last run measured instead; 1 is the exit status where one fails."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that refuses in one line; the usage is left to `--help`."""
+
+    def error(self, message: str) -> None:
+        """Exits with 2."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: The command line without the program's name.
+
+    Returns:
+        The exit status that `--help` of the command explains: 0 where all is well, 2 after one line that says what is
+        wrong with the arguments, 130 where it was interrupted.
+    """
+    options = parser().parse_args(arguments)
+    try:
+        if options.command == "notebook":
+            return _notebook(options)
+        if options.command == "report":
+            return _report(options)
+        from rgap import commands
+
+        return getattr(commands, options.command)(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"rgap {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"rgap {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = OneLineParser(
+        prog="rgap", description="R-GAP: what a shared gradient gives away. `python -m rgap` is the same."
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+        short = description.partition("\n")[0]
+        shape = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(name, help=short, description=description, epilog=epilog, formatter_class=shape)
+
+    reconstruct = command("reconstruct", RECONSTRUCT, RECONSTRUCT_END)
+    _add_case(reconstruct)
+    reconstruct.add_argument("--index", type=int, default=0, help="place of the image in the data")
+    reconstruct.add_argument("--batch", type=int, default=1, help="images, from the index on, that share the gradient")
+    reconstruct.add_argument("--weights", default="", help="a .safetensors or .pt file with the model's weights")
+    reconstruct.add_argument("--output", type=Path, default=BUILD / "reconstruction", help="folder to write to")
+
+    train = command("train", TRAIN, TRAIN_END)
+    _add_case(train)
+    train.add_argument("--epochs", type=int, default=3, help="passes over the images")
+    train.add_argument("--output", type=Path, default=BUILD / "weights", help="folder to write to")
+
+    audit = command("audit", AUDIT, AUDIT_END)
+    _add_model(audit, (*MODELS, "resnet18"))
+    audit.add_argument("--batch", type=int, default=1, help="images behind one gradient")
+    audit.add_argument("--json", help="file for the JSON, or - for the JSON alone on standard output")
+
+    verify = command("verify", VERIFY, VERIFY_END)
+    verify.add_argument("only", nargs="*", metavar="SAMPLE", help="samples to run; all by default")
+    verify.add_argument("--count", type=int, help="cases of each sample; 200 unless the sample says otherwise")
+    verify.add_argument("--seed", type=int, default=0, help="seed of the cases")
+    verify.add_argument("--output", type=Path, default=BUILD / "verify.csv", help="file to write")
+
+    notebook = command("notebook", NOTEBOOK, NOTEBOOK_END)
+    notebook.add_argument("source", type=Path, metavar="SOURCE", help="the notebook")
+    notebook.add_argument("target", type=Path, metavar="TARGET", nargs="?", help="where the executed copy goes")
+    notebook.add_argument("-f", "--file", type=Path, help="YAML file of parameters, one section per notebook")
+    pairs = {"nargs": 2, "action": "append", "default": []}
+    notebook.add_argument("-p", "--parameter", **pairs, metavar=("NAME", "VALUE"), help="a parameter, written as YAML")
+    notebook.add_argument(
+        "-o", "--offer", **pairs, metavar=("NAME", "TEXT"), help="a text for notebooks that have this parameter"
+    )
+
+    report = command("report", REPORT)
+    report.add_argument("--claims", action="store_true", help="print the claims table and what is wrong with the run")
+    return top
+
+
+def _add_model(command: argparse.ArgumentParser, known: tuple[str, ...]) -> None:
+    command.add_argument("--model", default="cnn6", help=f"{', '.join(known)}, or module:function (default: cnn6)")
+    command.add_argument("--shape", help="shape of one image, e.g. 3,224,224; known for the models of this package")
+
+
+def _add_case(command: argparse.ArgumentParser) -> None:
+    """The arguments that `rgap.commands.load_case` reads, and the data that the network sees."""
+    _add_model(command, MODELS)
+    command.add_argument("--loss", help=f"{', '.join(LOSSES)}; by default the one that fits the number of outputs")
+    command.add_argument("--seed", type=int, default=0, help="seed of the model's weights")
+    command.add_argument("--data", default="embedded", help="embedded, cifar10, mnist or folder:PATH")
+
+
+def _notebook(options: argparse.Namespace) -> int:
+    from rgap.artifact import notebooks
+
+    if not options.target and (options.file or options.parameter or options.offer):
+        raise ValueError("parameters need a TARGET; committed outputs are those of the notebook's own values")
+    try:
+        if not options.target:
+            notebooks.refresh(options.source)
+            return 0
+        parameters = notebooks.read_parameters(options.file, options.source.stem) if options.file else {}
+        parameters |= {name: notebooks.parse_value(text) for name, text in options.parameter}
+        notebooks.run(options.source, options.target, parameters, dict(options.offer))
+    except notebooks.FAILURES as error:
+        print(f"{options.source}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{options.source}: interrupted; the next run begins this notebook again", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    if options.claims:
+        return artifact.print_report()
+    from rgap.artifact import report
+
+    print(f"written  {report.build()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""The commands of `python -m rgap` that compute: each takes the parsed arguments and returns the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import pkgutil
+import re
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+import rgap
+from rgap import artifact, data, experiments, metrics, models
+from rgap.client import check_loss
+from rgap.client.files import load_weights, save_weights
+from rgap.client.training import training
+from rgap.ranks.audit import audit as audited
+
+AUDIT_STATUS = {"stops": 0, "leaks": 1, "unknown": 3}
+"""Outcome -> exit status; 2 is for wrong arguments."""
+
+SAMPLE_COLUMNS = ("case", "verdict", "psnr_db", "ok", "why")
+"""Columns that the table of every sample has; it may have more."""
+
+SAMPLE_CASES = 200
+"""Cases of each sample, unless it has a default of its own."""
+
+
+def reconstruct(options: argparse.Namespace) -> int:
+    """Attacks one image or batch, leaves pictures and the layers' table, and prints how near the truth is."""
+    if options.batch < 1:
+        raise ValueError(f"batch is {options.batch}; an empty batch has no gradient, give at least 1")
+    model, shape, loss, classes = load_case(options)
+    if options.weights:
+        model = load_weights(model, options.weights)
+    places = range(options.index, options.index + options.batch)
+    images, labels = data.load_images(options.data, image_shape=shape, index=places, classes=classes)
+    gradients = rgap.client_gradients(model, images, labels, loss=loss)
+    start = time.perf_counter()
+    result = rgap.reconstruct(model, gradients, image_shape=shape, loss=loss, batch_size=options.batch)
+    seconds = time.perf_counter() - start
+
+    order = metrics.match(result.images, images)
+    quality = metrics.psnr_db(result.images, images[order].to(result.images))
+    folder = options.output / f"{_file_stem(options.model)}_{_file_stem(options.data)}_{options.index}"
+    for found, place in zip(result.images, order.tolist(), strict=True):
+        suffix = f"_{options.index + place}" if options.batch > 1 else ""
+        _save_png(images[place], folder / f"origin{suffix}.png")
+        _save_png(found, folder / f"reconstruction{suffix}.png")
+        _save_png(_stretched(found), folder / f"reconstruction_rescaled{suffix}.png")
+    _save_csv(result.to_frame(), folder / "layers.csv")
+
+    print(f"verdict  {result.verdict}")
+    if len(result.images) != options.batch:
+        print(f"found    {len(result.images)} of {options.batch} images")
+    print(f"labels   {result.labels.tolist()} (true: {labels[order].tolist()})")
+    if len(result.images):
+        print(f"PSNR     {', '.join(f'{value:.1f}' for value in quality.tolist())} dB")
+    print(f"attack   {seconds:.2f} s")
+    print(f"written  {folder}")
+    return 0
+
+
+def train(options: argparse.Namespace) -> int:
+    """Trains a network, on two classes where it has one output, and leaves a checkpoint."""
+    if options.epochs < 1:
+        raise ValueError(f"epochs is {options.epochs}; it must be at least 1")
+    model, shape, loss, classes = load_case(options)
+    images, labels = data.load_images(options.data, None, shape, split="train", classes=classes)
+    course = training(model, images, labels, loss, epochs=options.epochs, seed=options.seed)
+    for epoch, (value, trained) in enumerate(course):
+        with torch.no_grad():
+            outputs = torch.cat([trained(x) for x in images.split(256)])
+        found = (outputs[:, 0] > 0).long() if outputs.shape[1] == 1 else outputs.argmax(1)
+        print(f"epoch {epoch}  loss {value:.4f}  right {(found == labels).double().mean():.1%}")
+    name = f"{_file_stem(options.model)}_{_file_stem(options.data)}_{options.epochs}_{options.seed}.safetensors"
+    facts = {key: getattr(options, key) for key in ("model", "seed", "epochs", "data")}
+    print(f"written  {save_weights(trained, options.output / name, facts)}")
+    return 0
+
+
+def audit(options: argparse.Namespace) -> int:
+    """Prints the audit of a network and leaves it as JSON; the status says whether it leaks."""
+    model, shape = load_network(options)
+    result = audited(model, shape, options.batch)
+    text = json.dumps({"model": options.model} | result.to_dict(), indent=2, allow_nan=False) + "\n"
+    if options.json == "-":
+        sys.stdout.write(text)
+    else:
+        path = Path(options.json or artifact.ROOT / "build" / "audit" / f"{_file_stem(options.model)}.json")
+        artifact.write_atomically(path, lambda file: file.write(text.encode()))
+        with pd.option_context("display.width", None, "display.max_rows", None):
+            print(result.table().to_string(index=False, na_rep="?"))
+        print("", *result.sentences, f"written  {path}", sep="\n")
+    return AUDIT_STATUS[result.exposure.outcome]
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Runs samples of random attacks, writes their rows, and fails where one is not in order."""
+    if options.count is not None and options.count < 1:
+        raise ValueError(f"count is {options.count}; it must be at least 1")
+    known = all_samples()
+    if unknown := set(options.only) - set(known):
+        raise ValueError(f"no sample {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    chosen = {name: sample for name, sample in known.items() if not options.only or name in options.only}
+    table = run_samples(chosen, options.count, options.seed)
+    _save_csv(table, options.output)
+    print(sample_summary(table).to_string(index=False))
+    wrong = table[~table["ok"]]
+    if len(wrong):
+        print(f"\nnot in order: {len(wrong)} of {len(table)}")
+        print(wrong[["sample", *SAMPLE_COLUMNS]].to_string(index=False))
+    print(f"\nwritten  {options.output}")
+    return int(len(wrong) > 0)
+
+
+def load_network(options: argparse.Namespace) -> tuple[nn.Module, tuple[int, ...]]:
+    """The network that `model` names, with weights of `seed` (0 if there is none), and the shape of its images.
+
+    Raises:
+        ValueError: As `rgap.models.load_model` does, or if `shape` is malformed, or missing where it is not known.
+    """
+    model, known = models.load_model(options.model, getattr(options, "seed", 0))
+    if options.shape:
+        return model, parse_shape(options.shape)
+    if known is None:
+        raise ValueError(f"shape is missing; give the image shape that {options.model} takes, e.g. 3,224,224")
+    return model, known
+
+
+def load_case(options: argparse.Namespace) -> tuple[nn.Module, tuple[int, ...], str, int | None]:
+    """The network, and what its images and labels must be like.
+
+    Returns:
+        The network in eval mode, the shape of an image, the loss (unless given, logistic for one output and
+        cross-entropy for several), and what `rgap.data.load_images` needs as `classes`: 2 for one output, else None.
+
+    Raises:
+        ValueError: As `load_network` does, or if the loss is unknown or no image of this shape passes the network.
+    """
+    model, shape = load_network(options)
+    model = model.eval()
+    try:
+        with torch.no_grad():
+            outputs = model(torch.zeros(1, *shape)).flatten(1).shape[1]
+    except RuntimeError as error:
+        raise ValueError(f"an image of shape {shape} does not pass {options.model}: RuntimeError: {error}") from error
+    loss = options.loss or ("logistic" if outputs == 1 else "cross_entropy")
+    check_loss(loss)
+    return model, shape, loss, 2 if outputs == 1 else None
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """The shape that "3,224,224" says.
+
+    Raises:
+        ValueError: If it is something else than whole numbers with commas between.
+    """
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
+        raise ValueError(f"shape is {text!r}; give whole numbers with commas between, e.g. 3,224,224")
+    return tuple(int(number) for number in text.split(","))
+
+
+def all_samples() -> dict[str, Callable[..., pd.DataFrame]]:
+    """Name without "sample_" -> function, of every `sample_*` that a module of `rgap.experiments` defines."""
+    found = {}
+    for info in pkgutil.walk_packages(experiments.__path__, f"{experiments.__name__}."):
+        module = import_module(info.name)
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if name.startswith("sample_") and function.__module__ == info.name:
+                found[name.removeprefix("sample_")] = function
+    return dict(sorted(found.items()))
+
+
+def run_samples(samples: dict[str, Callable[..., pd.DataFrame]], count: int | None, seed: int) -> pd.DataFrame:
+    """Runs samples one after the other.
+
+    Args:
+        samples: From `all_samples`.
+        count: Cases of each; None for the default of each.
+        seed: For all of them.
+
+    Returns:
+        All rows, with the sample's name first.
+
+    Raises:
+        ValueError: If a sample lacks one of `SAMPLE_COLUMNS`.
+    """
+    tables = []
+    for name, sample in tqdm(samples.items(), desc="samples", disable=None):
+        default = inspect.signature(sample).parameters["count"].default
+        cases = count or (SAMPLE_CASES if default is inspect.Parameter.empty else default)
+        table = sample(cases, seed)
+        if missing := [column for column in SAMPLE_COLUMNS if column not in table]:
+            raise ValueError(f"sample_{name} has no column {', '.join(missing)}")
+        table.insert(0, "sample", name)
+        tables.append(table.astype({"ok": bool}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def sample_summary(table: pd.DataFrame) -> pd.DataFrame:
+    """How many rows of each sample and verdict there are, how many in order, and their smallest PSNR.
+
+    Args:
+        table: From `run_samples`.
+
+    Returns:
+        sample, verdict, rows, in_order, least_psnr_db (of the rows in order).
+    """
+    groups = table.assign(least=table["psnr_db"].where(table["ok"])).groupby(["sample", "verdict"], sort=True)
+    counted = groups.agg(rows=("ok", "size"), in_order=("ok", "sum"), least_psnr_db=("least", "min"))
+    return counted.round(1).reset_index()
+
+
+def _file_stem(text: str) -> str:
+    """A path or `module:function` as a plain file name: every other character becomes a dash."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")
+
+
+def _stretched(image: Tensor) -> Tensor:
+    """The image's own range stretched to [0, 1], to show the shapes in one that is far off in scale."""
+    low, high = image.min(), image.max()
+    return (image - low) / (high - low) if high > low else image * 0
+
+
+def _save_png(image: Tensor, path: Path) -> None:
+    pixels = np.rint(image.double().clamp(0, 1).cpu().numpy() * 255).astype(np.uint8).transpose(1, 2, 0)
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    artifact.write_atomically(path, lambda file: picture.save(file, format="PNG"))
+
+
+def _save_csv(table: pd.DataFrame, path: Path) -> None:
+    artifact.write_atomically(path, lambda file: table.to_csv(file, index=False, float_format="%.6g"))

@@ -1,0 +1,290 @@
+import json
+import sys
+import textwrap
+from argparse import Namespace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors
+import torch
+from PIL import Image
+
+import rgap
+from rgap import commands
+from rgap.__main__ import main, parser
+
+NETWORKS = """
+    from torch import nn
+    def net(): return nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.Dropout())
+    def attacked(): return nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.LeakyReLU(), nn.Linear(32, 6))
+    def small(classes=2):
+        return nn.Sequential(nn.Conv2d(3, 12, 3, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(192, classes))
+    def narrow():
+        return nn.Sequential(nn.Conv2d(1, 1, 3, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(4, 1))
+    ready = small()
+    class Zoo:
+        made = staticmethod(small)
+    def broken():
+        raise KeyError("weights")
+    def needs(something):
+        return small()
+    number = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of the user's own in the working directory, and outputs beside it."""
+    (tmp_path / "my_networks.py").write_text(textwrap.dedent(NETWORKS))
+    (tmp_path / "my_broken_module.py").write_text("import no_such_package_here")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands.artifact, "ROOT", tmp_path)
+    yield tmp_path
+    sys.modules.pop("my_networks", None)
+
+
+def read(path):
+    return np.asarray(Image.open(path)) / 255
+
+
+def reconstruct(folder, *arguments):
+    return main(["reconstruct", *arguments, "--output", str(folder)])
+
+
+# ---- Networks by name
+
+
+def case(*arguments):
+    return commands.load_case(parser().parse_args(["train", *arguments]))
+
+
+def test_a_seed_tells_the_weights_of_any_network_and_leaves_the_generator_alone(mine):
+    rgap.models.load_model("my_networks:ready")  # what a module draws on import is its own
+    before = torch.get_rng_state()
+    for name in ("cnn6", "my_networks:net"):
+        first, again, other = (next(rgap.models.load_model(name, seed)[0].parameters()) for seed in (3, 3, 4))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["my_networks:small", "my_networks:ready", "my_networks:Zoo.made"])
+def test_networks_are_found_in_the_working_directory(mine, name):
+    model, shape = rgap.models.load_model(name)
+    assert isinstance(model, torch.nn.Sequential) and shape is None
+    assert str(mine) not in sys.path
+
+
+def test_the_loss_and_the_labels_follow_from_the_outputs(mine):
+    model, *rest = case("--model", "my_networks:net", "--shape", "3,4,4")
+    assert rest == [(3, 4, 4), "cross_entropy", None] and not model.training
+    assert case("--model", "fcn3")[1:] == ((1, 28, 28), "logistic", 2)
+    assert case("--model", "fcn3", "--loss", "mse")[2] == "mse"
+
+
+# ---- rgap reconstruct
+
+
+@pytest.mark.parametrize("model", ["cnn6", "fcn3"])
+def test_leaves_three_pictures_and_a_table_and_prints_a_handful_of_lines(tmp_path, capsys, model):
+    assert reconstruct(tmp_path, "--model", model, "--index", "6") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["verdict", "labels", "PSNR", "attack", "written"]
+    assert printed[0].split()[1] == "exact"
+    assert float(printed[2].split()[1]) > 80
+    folder = tmp_path / f"{model}_embedded_6"
+    origin, found, rescaled = (
+        read(folder / f"{n}.png") for n in ("origin", "reconstruction", "reconstruction_rescaled")
+    )
+    shape = rgap.models.IMAGE_SHAPES[model]
+    assert origin.shape == (shape[1:] if shape[0] == 1 else (*shape[1:], 3))
+    assert abs(origin - found).max() < 1.5 / 255
+    assert (rescaled.min(), rescaled.max()) == (0, 1)
+    assert len(pd.read_csv(folder / "layers.csv")) == {"cnn6": 7, "fcn3": 3}[model]
+
+
+def test_a_folder_of_images_with_spaces_gives_a_plain_name(tmp_path):
+    (tmp_path / "my images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "my images" / "0.png")
+    assert reconstruct(tmp_path, "--model", "fcn3", "--data", f"folder:{tmp_path}/my images") == 0
+    (folder,) = tmp_path.glob("fcn3_folder-*-my-images_0")
+    assert abs(read(folder / "reconstruction.png") * 255 - pixels).max() < 1.5
+
+
+def test_images_of_a_batch_are_compared_each_with_its_own(tmp_path, capsys, monkeypatch):
+    images, labels = rgap.data.load_images(index=[5, 6])
+    found = SimpleNamespace(
+        images=images.flip(0).double() + 1e-3, labels=labels.flip(0), verdict="exact", to_frame=pd.DataFrame
+    )
+    monkeypatch.setattr(rgap, "reconstruct", lambda *_, **__: found)
+    assert reconstruct(tmp_path, "--index", "5", "--batch", "2") == 0
+    assert "PSNR     60.0, 60.0 dB" in capsys.readouterr().out
+    for name in ("origin", "reconstruction", "reconstruction_rescaled"):
+        written = {path.name for path in (tmp_path / "cnn6_embedded_5").glob(f"{name}_?.png")}
+        assert written == {f"{name}_5.png", f"{name}_6.png"}
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_images_than_the_batch_are_counted_and_what_is_there_is_written(tmp_path, capsys, monkeypatch, count):
+    images, labels = rgap.data.load_images(index=[5])
+    found = SimpleNamespace(
+        images=images[:count].double(), labels=labels[:count], verdict="rank-deficient", to_frame=pd.DataFrame
+    )
+    monkeypatch.setattr(rgap, "reconstruct", lambda *_, **__: found)
+    assert reconstruct(tmp_path, "--index", "5", "--batch", "2") == 0
+    assert f"found    {count} of 2 images" in capsys.readouterr().out
+    assert len(list((tmp_path / "cnn6_embedded_5").glob("reconstruction_?.png"))) == count
+
+
+def test_a_network_of_ones_own_is_attacked_with_the_loss_that_fits_its_outputs(mine, capsys):
+    assert reconstruct(mine / "out", "--model", "my_networks:attacked", "--shape", "3,8,8", "--index", "4") == 0
+    printed = capsys.readouterr().out
+    assert "verdict  exact" in printed and "labels   [4] (true: [4])" in printed
+    assert (mine / "out" / "my_networks-attacked_embedded_4" / "reconstruction.png").is_file()
+
+
+def test_lenet_with_ten_classes_is_there_to_be_tried(tmp_path, capsys):
+    assert reconstruct(tmp_path, "--model", "lenet", "--index", "2") == 0
+    assert "labels   [2] (true: [2])" in capsys.readouterr().out
+
+
+# ---- rgap train
+
+
+@pytest.mark.slow
+def test_what_was_trained_is_attacked_from_its_checkpoint(tmp_path, capsys):
+    assert main(["train", "--model", "fcn3", "--epochs", "2", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["epoch", "epoch", "epoch", "written"]
+    path = tmp_path / "fcn3_embedded_2_0.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"model": "fcn3", "seed": "0", "epochs": "2", "data": "embedded"}
+    arguments = ["--model", "fcn3", "--weights", str(path)]
+    assert reconstruct(tmp_path / "out", *arguments) == 0
+    assert float(capsys.readouterr().out.split("PSNR")[1].split()[0]) > 4
+    assert reconstruct(tmp_path / "out", *arguments, "--model", "cnn6") == 2
+    assert "another network's weights" in capsys.readouterr().err
+
+
+# ---- rgap audit
+
+
+@pytest.mark.slow
+def test_the_exit_status_says_whether_it_leaks(mine, capsys):
+    assert main(["audit", "--model", "my_networks:small", "--shape", "3,8,8"]) == 1
+    out = capsys.readouterr().out
+    assert "\nleaks: every one of 2 steps" in out and "output channels of '0'" in out
+    assert json.loads((mine / "build/audit/my_networks-small.json").read_text())["model"] == "my_networks:small"
+    assert f"written  {mine}/build/audit/my_networks-small.json" in out
+    assert main(["audit", "--model", "my_networks:narrow", "--shape", "1,4,4"]) == 0
+    assert main(["audit", "--model", "resnet18", "--json", "deep/er.json"]) == 3
+    assert (mine / "deep" / "er.json").is_file()
+
+
+def test_json_alone_on_standard_output(mine, capsys):
+    status = main(["audit", "--model", "my_networks:small", "--shape", "3,8,8", "--batch", "2", "--json", "-"])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["batch_size"] == 2 and printed.err == ""
+    assert status in commands.AUDIT_STATUS.values() and not (mine / "build").exists()
+
+
+# ---- rgap verify
+
+
+def sample_table(count, seed=0, wrong=0):
+    numbers = range(count)
+    columns = {"case": [str(seed + i) for i in numbers], "verdict": "exact", "psnr_db": [70.0 + i for i in numbers]}
+    return pd.DataFrame(columns | {"ok": [i >= wrong for i in numbers], "why": ""})
+
+
+@pytest.fixture
+def samples(monkeypatch):
+    """Two samples in place of those of the experiments."""
+    samples = {
+        "good": lambda count, seed=0: sample_table(count, seed),
+        "bad": lambda count=3, seed=0: sample_table(count, seed, wrong=1),
+    }
+    monkeypatch.setattr(commands, "all_samples", lambda: samples)
+    return samples
+
+
+def test_a_sample_is_run_and_written(samples, tmp_path, capsys):
+    output = tmp_path / "verify.csv"
+    assert main(["verify", "good", "--count", "4", "--seed", "5", "--output", str(output)]) == 0
+    written = pd.read_csv(output)
+    assert written.columns.tolist() == ["sample", *commands.SAMPLE_COLUMNS]
+    assert written["case"].tolist() == [5, 6, 7, 8] and written["ok"].all()
+    out = capsys.readouterr().out
+    assert "good" in out and "70.0" in out and "not in order" not in out
+
+
+def test_a_row_that_is_not_in_order_is_shown_and_fails_the_run(samples, tmp_path, capsys):
+    assert main(["verify", "--output", str(tmp_path / "verify.csv")]) == 1
+    assert len(pd.read_csv(tmp_path / "verify.csv")) == 203
+    assert "not in order: 1 of 203" in capsys.readouterr().out
+    counted = commands.sample_summary(commands.run_samples({"bad": samples["bad"]}, None, 0))
+    assert counted.to_dict("records") == [
+        {"sample": "bad", "verdict": "exact", "rows": 3, "in_order": 2, "least_psnr_db": 71.0}
+    ]
+
+
+def test_a_table_without_its_columns_is_refused():
+    thin = {"thin": lambda count, seed: sample_table(count).drop(columns=["psnr_db", "ok"])}
+    with pytest.raises(ValueError, match="sample_thin has no column psnr_db, ok"):
+        commands.run_samples(thin, 2, 0)
+
+
+def test_every_sample_of_the_experiments_is_found():
+    assert {"batches", "chains", "conv_batches", "noisy_attacks"} <= set(commands.all_samples())
+
+
+# ---- What is wrong with the arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("reconstruct --model resnet", "model is 'resnet'; give cnn6, cnn6_d, cnn6_batch, fcn3, lenet"),
+        ("reconstruct --data folder:/no/such", "there is no folder /no/such"),
+        ("reconstruct --data imagenet", "source is 'imagenet'"),
+        ("reconstruct --loss hinge", "unknown loss 'hinge'"),
+        (
+            "reconstruct --shape 3,20,20",
+            "an image of shape (3, 20, 20) does not pass cnn6: RuntimeError: mat1 and mat2",
+        ),
+        ("reconstruct --index -1", "index -1 is out of range"),
+        ("reconstruct --batch 0", "batch is 0; an empty batch"),
+        ("reconstruct --weights no.pt", "there is no file no.pt"),
+        ("train --model resnet", "model is 'resnet'; give cnn6"),
+        ("train --epochs 0", "epochs is 0; it must be at least 1"),
+        ("train --data folder:/no/such", "there is no folder /no/such"),
+        ("audit --model cnn7", "model is 'cnn7'; give cnn6, cnn6_d, cnn6_batch, fcn3, lenet, resnet18, or m"),
+        ("audit --model my_networks:", "model is 'my_networks:'; give cnn6"),
+        ("audit --model no_such_module_here:net", "module 'no_such_module_here' cannot be imported: ModuleNotFound"),
+        ("audit --model my_broken_module:n", "module 'my_broken_module' cannot be imported: ModuleNotFoundError: No "),
+        ("audit --model my_networks:absent", "model is 'my_networks:absent'; my_networks has no 'absent'"),
+        ("audit --model my_networks:broken", "model is 'my_networks:broken'; calling it without arguments failed: Key"),
+        ("audit --model my_networks:needs", "model is 'my_networks:needs'; calling it without arguments failed: Type"),
+        ("audit --model my_networks:number", "model is 'my_networks:number'; that is a int, and a torch.nn.Module is"),
+        ("audit --model my_networks:small", "shape is missing; give the image shape that my_networks:small takes"),
+        ("audit --shape 3,32,x", "shape is '3,32,x'; give whole numbers with commas between"),
+        ("audit --shape 3,20,20", "image_shape (3, 20, 20) does not fit the network at layer '13'"),
+        ("audit --shape 3,0,3", "image_shape is (3, 0, 3)"),
+        ("audit --batch 0", "batch_size is 0"),
+        ("verify gone", "no sample gone; there are good, bad"),
+        ("verify good --count 0", "count is 0; it must be at least 1"),
+    ],
+)
+def test_wrong_arguments_get_one_line_and_status_two(mine, samples, capsys, arguments, message):
+    command = arguments.split()[0]
+    assert main(arguments.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith(f"rgap {command}: {message}") and printed.err.count("\n") == 1
+    assert not (mine / "build").exists()
+
+
+def test_options_without_a_seed_take_the_first():
+    model, shape = commands.load_network(Namespace(model="fcn3", shape=None))
+    assert shape == (1, 28, 28) and torch.equal(model[1].weight, rgap.models.fcn3()[1].weight)
