@@ -1,1 +1,1 @@
-"""What each notebook measures and how it draws it; only here and in notebooks do attack and truth meet."""
+"""The experiments behind the notebooks: what each one measures, with the true images at hand, and how it draws it."""

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import rgap
 from rgap.attack.batch_recovery import recover_batch
-from rgap.experiments.batch import combination
+from rgap.experiments.batch_fcn import combination
 from rgap.network.chain import Chain
 from rgap.separation.subspaces import find_batch_size
 from rgap.shared_gradient import receive

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import rgap
 from rgap.equations.blocks import weight_matrix
-from rgap.experiments.sweeps import random_chain
+from rgap.experiments.random_networks import random_chain
 from rgap.network.activations import IDENTITY
 
 IMAGE = (3, 8, 8)

@@ -7,8 +7,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.experiments.batch import separate
 from rgap.network.activations import IDENTITY, Activation
+from rgap.separation.search import separate
 
 PRECISION = {torch.float32: 1.2e-7, torch.float64: 2.2e-16}
 

@@ -1,32 +1,34 @@
-"""Twin data: two inputs, one gradient. How many there are, and what the attack says about them."""
+"""Notebook 06: twin data, two inputs with one gradient: how many there are, and which of them the attack returns."""
 
 from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import product
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rgap.attack.reconstruct import reconstruct
 from rgap.baselines import dlg
 from rgap.client import client_gradients
+from rgap.experiments.common import MARKERS, PALETTE, client_steps, finish
 from rgap.head.read import MU_AT_MINIMUM, margins
 from rgap.metrics import psnr_db
-from rgap.network.chain import prepare
 from rgap.results import Reconstruction
 
 PAIR_COLUMNS = ["seed", "image", "mu", "twin_mu", "twin_in_range", "candidates", "truth_error", "gradient_difference"]
 
 
 def margin_curve(start: float = -1.0, stop: float = 8.0, points: int = 181) -> pd.DataFrame:
-    """c(μ) = −μ / (1 + e^μ), what the last layer's gradient says about the margin μ.
+    """c(μ) = −μ / (1 + e^μ), all that the last layer's gradient contains about the margin μ.
 
     Args:
         start: Smallest μ.
@@ -74,7 +76,7 @@ def true_margins(model: nn.Module, images: Tensor, labels: Tensor) -> pd.DataFra
 
 
 def twin_census(networks: Mapping[str, Iterable[nn.Module]], images: Tensor, labels: Tensor) -> pd.DataFrame:
-    """How many images of the data have a twin at all, and how many one inside the pixel range: no attack can choose.
+    """How many images of the data have a twin at all, and how many have one inside the pixel range.
 
     Args:
         networks: Name of a kind of weights -> its networks.
@@ -86,7 +88,7 @@ def twin_census(networks: Mapping[str, Iterable[nn.Module]], images: Tensor, lab
         ambiguous (the twin lies inside the pixel range), share (ambiguous of correct) and median_mu of the correct.
     """
     rows = []
-    for name, models in tqdm(networks.items(), desc="twins", disable=not sys.stderr.isatty()):
+    for name, models in tqdm(networks.items(), desc="twins", disable=None):
         found = pd.concat([true_margins(model, images, labels) for model in models])
         correct = found[found["mu"] > 0]
         ambiguous = int(correct["twin_in_range"].sum())
@@ -113,20 +115,18 @@ def twin_pairs(
         gradient_difference, the largest relative difference in any tensor between the candidates' gradients and the
         shared one; verdict; psnr_db of the image that was chosen.
     """
-    rows, results = [], []
-    for seed, i in tqdm(list(product(seeds, range(len(images)))), desc="attacks", disable=not sys.stderr.isatty()):
-        if i == 0:
-            model = make_model(seed).double()
-            chain = prepare(model, tuple(images.shape[1:]))
-            truth = true_margins(model, images, labels)
-        if truth["mu"][i] <= 0 or len(rows) == most:
+    rows, results, truth = [], [], pd.DataFrame()
+    for step in client_steps(make_model, images.double(), labels, seeds, ["float64"]):
+        if len(rows) == most:
+            break
+        model, image, i = step.chain.model, step.image, step.index
+        truth = true_margins(model, images, labels) if i == 0 else truth
+        if truth["mu"][i] <= 0:
             continue
-        image, label = images[i : i + 1].double(), labels[i : i + 1]
-        gradients = client_gradients(model, image, label)
-        result = reconstruct(chain, gradients)
+        result = reconstruct(step.chain, step.gradients)
         theirs = [client_gradients(model, c.images, c.labels) for c in result.candidates]
         errors = [((c.images - image).norm() / image.norm()).item() for c in result.candidates]
-        values = [seed, i, *truth.loc[i], len(result.candidates), min(errors), _difference(theirs, gradients)]
+        values = [step.seed, i, *truth.loc[i], len(result.candidates), min(errors), _difference(theirs, step.gradients)]
         rows.append(dict(zip(PAIR_COLUMNS, values, strict=True)))
         rows[-1] |= {"verdict": result.verdict, "psnr_db": psnr_db(result.images, image).item()}
         results.append(result)
@@ -136,7 +136,7 @@ def twin_pairs(
 def dlg_on_twins(
     networks: Mapping[str, nn.Module], images: Tensor, labels: Tensor, most: int, steps: int
 ) -> tuple[pd.DataFrame, Tensor]:
-    """Where Deep Leakage from Gradients ends, started from random pixels, on the images that a network is surest of.
+    """Where Deep Leakage from Gradients ends, from random pixels, on the images with the largest margins.
 
     Args:
         networks: Name of a kind of weights -> network, bias-free and with homogeneous activations.
@@ -152,13 +152,13 @@ def dlg_on_twins(
     rows, found = [], []
     for name, model in networks.items():
         truth = true_margins(model, images, labels)
-        for i, margins_of in truth[truth["mu"] > 0].nlargest(most, "mu").iterrows():
+        for i, own in truth[truth["mu"] > 0].nlargest(most, "mu").iterrows():
             image, label = images[i : i + 1], labels[i : i + 1]
             gradients = client_gradients(model, image, label)
             result = dlg(model, gradients, tuple(image.shape[1:]), labels=label, steps=steps)
-            pair = (image.double(), margins_of["twin_mu"] / margins_of["mu"] * image.double())
+            pair = (image.double(), own["twin_mu"] / own["mu"] * image.double())
             away = [((result.images - x).norm() / x.norm()).item() for x in pair]
-            row = {"weights": name, "image": i, "mu": margins_of["mu"], "twin_mu": margins_of["twin_mu"]}
+            row = {"weights": name, "image": i, "mu": own["mu"], "twin_mu": own["twin_mu"]}
             row |= {"from_image": away[0], "from_twin": away[1]}
             rows.append(row | {"gradient_residual": result.candidates[0].gradient_residual})
             found.append(result.images)
@@ -175,3 +175,57 @@ def _other_root(mu: float) -> float:
 def _difference(candidates: list[list[Tensor]], shared: list[Tensor]) -> float:
     """The largest ‖g − g′‖ / ‖g‖ over tensors, of every candidate's gradient from the shared one."""
     return max(((one - g).norm() / g.norm()).item() for mine in candidates for one, g in zip(mine, shared, strict=True))
+
+
+def plot_branches(curve: pd.DataFrame, pairs: Sequence[tuple[float, float]]) -> Figure:
+    """c(μ) with its two branches, and pairs of margins that share one value of c.
+
+    Args:
+        curve: Columns `mu`, `c` and `branch`, from `margin_curve`.
+        pairs: (μ₁, μ₂) of samples and their twins.
+
+    Returns:
+        The figure.
+    """
+    colours = sns.color_palette(PALETTE)
+    figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    labels = {"falling": "first branch", "rising": "second branch"}
+    for (branch, part), colour, style in zip(curve.groupby("branch", sort=False), colours, ("-", "--"), strict=False):
+        axis.plot(part["mu"], part["c"], style, color=colour, lw=1.8, label=labels[branch])
+    lowest = curve.loc[curve["c"].idxmin()]
+    axis.plot(lowest["mu"], lowest["c"], "D", color="black", ms=5, label=f"minimum, μ = {lowest['mu']:.4f}")
+    for i, (first, second) in enumerate(pairs):
+        c = curve["c"].iloc[(curve["mu"] - first).abs().argmin()]
+        marker = MARKERS[i % len(MARKERS)]
+        label = "one image and its twin" if i == 0 else None
+        axis.plot([first, second], [c, c], ":", marker=marker, color=colours[2], ms=6, lw=1.2, label=label, zorder=3)
+    axis.axhline(0, color="0.6", lw=0.8)
+    axis.set(xlabel="margin μ = y f(x)", ylabel="c = −μ / (1 + e^μ)")
+    axis.legend(frameon=False, fontsize=9)
+    return finish(figure, grid=None)
+
+
+def plot_census(census: pd.DataFrame) -> Figure:
+    """Share of images whose twin lies inside the pixel range, against the size of the weights.
+
+    Args:
+        census: Columns `network`, `factor` and `share`; a row without a factor becomes a horizontal line of its own,
+            named by `weights`.
+
+    Returns:
+        The figure.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    curves = census.dropna(subset="factor")
+    names = list(dict.fromkeys(census["network"]))
+    colours = dict(zip(names, sns.color_palette(PALETTE, len(names)), strict=True))
+    sns.lineplot(
+        curves, x="factor", y="share", hue="network", style="network", dashes=False, palette=colours,
+        markers=dict(zip(names, MARKERS, strict=False)), ax=axis,
+    )  # fmt: skip
+    for row in census[census["factor"].isna()].itertuples():
+        axis.axhline(row.share, color=colours[row.network], ls=":", lw=1.5, label=f"{row.network}, {row.weights}")
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.set(xlabel="every weight times", ylabel="correctly classified images\nwith a twin in the pixel range")
+    axis.legend(frameon=False, fontsize=9)
+    return finish(figure)

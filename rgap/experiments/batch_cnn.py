@@ -1,32 +1,33 @@
-"""Mini-batches through convolutions: predicted limits, and random networks within and beyond them."""
+"""Notebook 09: mini-batches through convolutions: predicted limits, and networks within and beyond them."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
+import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import nn
 from tqdm.auto import tqdm
 
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
+from rgap.experiments.common import MARKERS, MIN_CERTIFIED_PSNR_DB, PALETTE, certified, choice, finish, mark
 from rgap.metrics import match, psnr_db
 from rgap.ranks.largest_batch import LargestBatch, largest_batch
-from rgap.results import Reconstruction
 
-SIZE = 8
-"""Side of the images of the sample."""
+SAMPLE_SHAPE = (3, 8, 8)
+"""Shape of the images of the sample."""
 
-BATCHES = 6
-"""Largest predicted limit of a network of the sample that is attacked beyond it."""
-
-CLASSES = 12
+SAMPLE_CLASSES = 12
 """Outputs of the sample's networks under cross-entropy: enough that convolutions set the limit."""
 
-RIGHT = 50.0
-"""PSNR from which on an image is right, dB."""
+MAX_SAMPLE_LIMIT = 6
+"""Networks with a larger predicted limit are left out of the sample."""
 
 
 def batch_limits(networks: Mapping[str, nn.Module], image_shape: tuple[int, int, int]) -> pd.DataFrame:
@@ -60,49 +61,38 @@ def sample_conv_batches(count: int = 100, seed: int = 0) -> pd.DataFrame:
         and why: a false certificate is not ok, nor an image that is certified beyond the limit.
     """
     generator = torch.Generator().manual_seed(seed)
-    numbers = tqdm(range(count), desc="batches through convolutions", disable=not sys.stderr.isatty())
-    return pd.DataFrame([_sample(generator, beyond=number % 2 == 1) for number in numbers])
+    numbers = tqdm(range(count), desc="batches through convolutions", disable=None)
+    return pd.DataFrame([_attack_random_batch(generator, beyond=number % 2 == 1) for number in numbers])
 
 
-def _sample(generator: torch.Generator, *, beyond: bool) -> dict:
-    def pick(*values):
-        return values[int(torch.randint(len(values), (1,), generator=generator))]
-
+def _attack_random_batch(generator: torch.Generator, *, beyond: bool) -> dict:
+    pick = partial(choice, generator)
     while True:
-        network, case, loss = _network(generator, pick)
-        limit = largest_batch(network, (3, SIZE, SIZE), loss)
-        if 0 < limit.batch_size <= BATCHES and (not beyond or _set_by_convolution(limit)):
+        network, case, loss = _random_network(generator, pick)
+        limit = largest_batch(network, SAMPLE_SHAPE, loss)
+        if 0 < limit.batch_size <= MAX_SAMPLE_LIMIT and (not beyond or _set_by_convolution(limit)):
             break
     batch = limit.batch_size + pick(1, 2) if beyond else pick(*range(1, limit.batch_size + 1))
     dtype, trouble = pick("float32", "float64"), pick("", "", "", "equal", "size")
-    images = torch.rand(batch, 3, SIZE, SIZE, generator=generator) ** 2
-    labels = torch.randint(2 if loss == "logistic" else CLASSES, (batch,), generator=generator)
+    images = torch.rand(batch, *SAMPLE_SHAPE, generator=generator) ** 2
+    labels = torch.randint(2 if loss == "logistic" else SAMPLE_CLASSES, (batch,), generator=generator)
     if trouble == "equal" and batch > 1:
         images[1], labels[1] = images[0], labels[0]
     given = max(1, batch + pick(-1, 1)) if trouble == "size" else batch
     network = network.to(getattr(torch, dtype))
     gradients = client_gradients(network, images.to(getattr(torch, dtype)), labels, loss)
-    result = reconstruct(network, gradients, (3, SIZE, SIZE), loss, batch_size=given)
-    quality = psnr_db(result.images, images[match(result.images, images)]).tolist()
-    why = _what_is_wrong(result, quality, batch, limit.batch_size)
+    result = reconstruct(network, gradients, SAMPLE_SHAPE, loss, batch_size=given)
+    quality = psnr_db(result.images, images[match(result.images, images)])
+    wrong, why = int((certified(result) & (quality < MIN_CERTIFIED_PSNR_DB)).sum()), ""
+    if wrong:
+        why = f"{wrong} wrong images are certified"
+    elif result.verdict == "exact" and len(quality) < batch:
+        why = "an incomplete batch is certified"
+    elif result.verdict == "exact" and batch > limit.batch_size:
+        why = f"certified beyond the predicted largest batch of {limit.batch_size}"
     case = f"{case} {dtype} B={batch} given={given} {trouble if trouble == 'equal' else ''}".strip()
     row = {"case": case, "limit": limit.batch_size, "batch": batch, "beyond": beyond, "verdict": result.verdict}
-    return {**row, "psnr_db": min(quality, default=float("nan")), "ok": not why, "why": why}
-
-
-def _what_is_wrong(result: Reconstruction, quality: list[float], batch: int, limit: int) -> str:
-    """What no result may be, in words: what is certified must be right, complete, and within the limit."""
-    verdicts = [verdict for verdict, _ in result.per_image] or [result.verdict] * len(quality)
-    wrong = sum(verdict == "exact" and value < RIGHT for verdict, value in zip(verdicts, quality, strict=True))
-    if wrong:
-        return f"{wrong} wrong images are certified"
-    if result.verdict == "exact" and len(quality) < batch:
-        return "a batch is certified that is not complete"
-    return (
-        f"certified beyond the predicted largest batch of {limit}"
-        if result.verdict == "exact" and batch > limit
-        else ""
-    )
+    return {**row, "psnr_db": min(quality.tolist(), default=float("nan")), "ok": not why, "why": why}
 
 
 def _set_by_convolution(limit: LargestBatch) -> bool:
@@ -111,18 +101,18 @@ def _set_by_convolution(limit: LargestBatch) -> bool:
     return all(one.limit is not None for one in limit.limits) and lowest[1] >= limit.batch_size + 2
 
 
-def _network(generator: torch.Generator, pick) -> tuple[nn.Module, str, str]:
-    """One to three convolutions of random width and stride, 3×3, two or three fully connected layers."""
+def _random_network(generator: torch.Generator, pick: Callable) -> tuple[nn.Module, str, str]:
+    """One to three 3×3 convolutions of random width and stride, two or three fully connected layers; text and loss."""
     bias, loss = pick(True, False), pick("cross_entropy", "cross_entropy", "logistic")
     modules: list[nn.Module] = []
-    channels, size, case = 3, SIZE, []
+    (channels, size, _), case = SAMPLE_SHAPE, []
     for depth in range(pick(1, 2, 2, 3)):
         outputs, stride = pick(*((6, 9, 12, 16) if depth == 0 else (3, 4, 8, 12, 16))), pick(1, 2)
         conv = nn.Conv2d(channels, outputs, 3, stride, 1, bias=bias)
         modules += [conv, nn.LeakyReLU(pick(0.1, 0.3, 0.6))]
         channels, size = outputs, (size - 1) // stride + 1
         case.append(f"{outputs}/{stride}")
-    widths = (48, CLASSES) if loss == "cross_entropy" else (64, 24, 1)
+    widths = (48, SAMPLE_CLASSES) if loss == "cross_entropy" else (64, 24, 1)
     inputs = channels * size * size
     modules.append(nn.Flatten())
     for width in widths:
@@ -134,3 +124,30 @@ def _network(generator: torch.Generator, pick) -> tuple[nn.Module, str, str]:
             p.copy_(torch.randn(p.shape, generator=generator) / fan**0.5)
     case = f"{' '.join(case)} {'-'.join(map(str, widths))} {'bias' if bias else 'no bias'}"
     return nn.Sequential(*modules[:-1]), case, loss
+
+
+def plot_against_batch(runs: pd.DataFrame, value: str, label: str, limits: Mapping[str, int]) -> Figure:
+    """One number of every attack against the batch size, a line for each precision.
+
+    Args:
+        runs: Columns `batch`, `dtype` and `value`.
+        value: Name of the column.
+        label: Of the axis, with its unit.
+        limits: Name of a limit -> largest batch, drawn as a dotted line just beyond.
+
+    Returns:
+        The figure; lines are means over seeds, markers are attacks.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    kinds = sorted(runs["dtype"].unique(), reverse=True)
+    options = {"x": "batch", "y": value, "hue": "dtype", "style": "dtype", "hue_order": kinds, "style_order": kinds}
+    options |= {"palette": PALETTE, "ax": axis}
+    sns.lineplot(runs, dashes=False, errorbar=None, legend=False, **options)
+    sns.scatterplot(runs, markers=MARKERS[: len(kinds)], s=50, **options)
+    for name, limit in limits.items():
+        mark(axis, limit + 0.5, name, height=0.98, ha="right", va="top", rotation=90)
+    axis.set(xlabel="images in the batch, B", ylabel=label, ylim=(0, None))
+    axis.set_xlim(0.5, max([*limits.values(), runs["batch"].max()]) + 0.9)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(title="gradients", frameon=False, loc="center", bbox_to_anchor=(0.72, 0.4))
+    return finish(figure)

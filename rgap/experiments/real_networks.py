@@ -1,21 +1,27 @@
-"""Networks as users have them: ranks at the truth, and how narrow a first layer with ReLU may be."""
+"""Notebook 10: networks as users have them: which layers lack rank at the truth, how narrow a first layer may be."""
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import pandas as pd
-import scipy.sparse as sp
+import seaborn as sns
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rgap.equations.blocks import blocks, gradient_matrix, split_groups, weight_matrix
-from rgap.experiments.sweeps.attacks import attack_each
-from rgap.experiments.sweeps.chains import RCOND, RECOVERED_DB, true_derivatives
-from rgap.network.chain import Layer, prepare
+from rgap.client import loss_value
+from rgap.experiments.common import MARKERS, PALETTE, attack_each, finish
+from rgap.network.chain import Chain, Layer, prepare
+
+RECOVERED_DB = 60.0
+"""PSNR from which an image counts as recovered."""
+
+RCOND = 1e-5
+"""Singular values below this share of the largest count as zero, as the attack has it for float64 gradients."""
 
 
 def attacked_and_ranked(
@@ -36,21 +42,22 @@ def attacked_and_ranked(
     runs, _ = attack_each(make_model, images, labels, seeds, ["float64"], "cross_entropy", virtual_constraints=False)
     missing = []
     for run in runs.itertuples():
-        i, lack = run.image, {}
+        lack = {}
         if run.verdict != "exact":
-            lack = missing_ranks(make_model(run.seed).double(), images[[i]], labels[[i]], "cross_entropy")
+            chain = prepare(make_model(run.seed).double(), tuple(images.shape[1:]))
+            lack = missing_ranks(chain, images[[run.image]], labels[[run.image]], "cross_entropy")
         missing.append(sum(lack.values()))
     return runs.assign(missing=missing)
 
 
-def missing_ranks(model: nn.Module, image: Tensor, label: Tensor, loss: str) -> dict[str, int]:
-    """Rank that each layer's [W; K] lacks for one image, by dense linear algebra at the true z and ∂ℓ/∂z.
+def missing_ranks(chain: Chain, image: Tensor, label: Tensor, loss: str = "logistic") -> dict[str, int]:
+    """Rank that each layer's [W; K] lacks for one image, by dense linear algebra at the true z and ∂ℓ/∂z of autograd.
 
-    Rows of W count where σ tells z. W and K are each scaled to size 1; singular values below `RCOND` of the largest are
-    zero.
+    Rows of W count where σ determines z. W and K are each scaled to norm 1; singular values below `RCOND` times the
+    largest are zero.
 
     Args:
-        model: The network.
+        chain: The prepared network.
         image: (1, C, H, W).
         label: (1,).
         loss: Its name.
@@ -58,28 +65,31 @@ def missing_ranks(model: nn.Module, image: Tensor, label: Tensor, loss: str) -> 
     Returns:
         Layer name -> unknowns less rank, of the layers where that is not 0; the head is left out.
     """
-    every = true_derivatives(prepare(model, tuple(image.shape[1:])), image, label, loss)
-    missing = {}
-    for layer, dz, z in every:
-        told = layer.activation.derivative(z) != 0
-        parts = zip(split_groups(layer), dz[0].chunk(layer.groups), told[0].chunk(layer.groups), strict=True)
-        missing[layer.name] = sum(layer_part.unknowns - _rank(layer_part, *rest) for layer_part, *rest in parts)
+    x, zs = image.to(torch.float64), []
+    for layer in chain.layers:
+        zs.append((layer.apply(x.reshape(1, *layer.input_shape)) + layer.pre_bias()).requires_grad_())
+        x = layer.activation.forward(zs[-1])
+    dzs = torch.autograd.grad(loss_value(loss, x.flatten(1), label), zs)
+    every = list(zip(chain.layers, dzs, zs, strict=True))[:-1]
+    missing = {layer.name: layer.unknowns - _dense_rank(layer, dz, z.detach()) for layer, dz, z in every}
     return {name: lack for name, lack in missing.items() if lack}
 
 
-def _rank(layer: Layer, dz: Tensor, told: Tensor) -> int:
-    """Numerical rank of one group's [W; K] by the eigenvalues of WᵀW + KᵀK."""
-    channels, pixels = layer.input_shape[0], math.prod(layer.input_shape[1:])
-    W = weight_matrix(layer)[told.flatten().numpy()]
-    grams = [torch.from_numpy((W.T @ W).toarray()), torch.zeros(layer.unknowns, layer.unknowns, dtype=dz.dtype)]
+def _dense_rank(layer: Layer, dz: Tensor, z: Tensor) -> int:
+    """Rank of [W; K], where σ tells z; W and K each scaled to size 1."""
+    units = torch.eye(layer.unknowns, dtype=torch.float64).reshape(-1, *layer.input_shape)
+    told = (layer.activation.derivative(z) != 0).flatten()
+    systems = [layer.apply(units).flatten(1).T[told]]
     if not layer.is_fixed:
-        MTM = dz.new_zeros(pixels, pixels)
-        for block in blocks(layer):
-            M = gradient_matrix(layer, block, dz / dz.norm().clamp(min=1e-300))
-            MTM[block.pixels[:, None], block.pixels] += M.T @ M
-        grams[1] = torch.from_numpy(sp.kron(sp.eye_array(channels), sp.csr_array(MTM.numpy())).toarray())
-    values = torch.linalg.eigvalsh(sum(gram / gram.trace().clamp(min=1e-300) for gram in grams)).clamp(min=0)
-    return int((values > RCOND**2 * values.max()).sum())
+
+        def product(weight: Tensor, unit: Tensor) -> Tensor:
+            return (replace(layer, weight=weight, cache={}).apply(unit[None]) * dz).sum()
+
+        by_weight = torch.func.vmap(torch.func.grad(product), in_dims=(None, 0), chunk_size=256)
+        systems.append(by_weight(layer.weight, units).flatten(1).T)
+    A = torch.cat([S / S.norm().clamp(min=1e-300) for S in systems])
+    S = torch.linalg.eigvalsh(A.T @ A).clamp(min=0).sqrt()
+    return int((S > RCOND * S.max()).sum())
 
 
 def least_width(
@@ -151,7 +161,7 @@ def least_widths(
         seed and the columns of `least_width`.
     """
     rows = []
-    for number, seed in enumerate(tqdm(seeds, desc="widths", disable=not sys.stderr.isatty())):
+    for number, seed in enumerate(tqdm(seeds, desc="widths", disable=None)):
         i = number % len(images)
         found = least_width(lambda width, seed=seed: make_model(seed, width), images[[i]], labels[[i]], loss)
         rows.append({"seed": seed} | found)
@@ -167,3 +177,27 @@ def recovered_or_short(runs: pd.DataFrame, limit_db: float) -> float:
     """
     explained = (runs["verdict"] == "rank-deficient") & (runs["missing"] > 0)
     return (explained | (runs["psnr_db"] >= limit_db)).mean()
+
+
+def plot_least_widths(widths: pd.DataFrame, published: int) -> Figure:
+    """Smallest width that gives the image away, for every seed, and where counting active units puts it.
+
+    Args:
+        widths: Columns `seed`, `width` and `bound`.
+        published: Width from which the gradient alone is enough, drawn as a line.
+
+    Returns:
+        The figure.
+    """
+    figure, axis = plt.subplots(figsize=(5.4, 3.4))
+    first, second, third = sns.color_palette(PALETTE, 3)
+    place = range(len(widths))
+    axis.vlines(place, 0, widths["width"], color="0.8", lw=1, zorder=0)
+    axis.scatter(place, widths["bound"], s=70, color=second, marker=MARKERS[1], label="by counting active units")
+    axis.scatter(place, widths["width"], s=34, color=first, marker=MARKERS[0], label="smallest recovered")
+    axis.axhline(published, color=third, ls="--", lw=1.2, label="published, gradient alone")
+    axis.set(xlabel="seed of the weights", ylabel="filters of the first layer", ylim=(0, None))
+    axis.set_xticks(list(place), widths["seed"].astype(str))
+    axis.margins(x=0.1)
+    axis.legend(frameon=False, fontsize=8, loc="center right")
+    return finish(figure, grid=None)

@@ -1,17 +1,26 @@
-"""Random networks over every kind of layer and activation that `rgap.reconstruct` takes."""
+"""Notebook 10: random networks over every kind of layer and activation, attacked and judged by dense ranks."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
-from rgap.client import LOSSES
+from rgap.attack.reconstruct import reconstruct
+from rgap.client import LOSSES, client_gradients
+from rgap.experiments.common import seeded
+from rgap.experiments.real_networks import RECOVERED_DB, missing_ranks
+from rgap.metrics import psnr_db
+from rgap.network.chain import prepare
+from rgap.results import GradientMismatchError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "LeakyReLU": lambda: nn.LeakyReLU(0.2),
@@ -31,8 +40,73 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 """Name -> what makes the activations that are drawn."""
 
-UNKNOWNS = 1500
+MAX_UNKNOWNS = 1500
 """Most unknowns of a layer that is drawn: its dense matrices must be cheap."""
+
+
+def sample_chains(count: int, seed: int = 0, unknowns: int = MAX_UNKNOWNS) -> pd.DataFrame:
+    """Attacks random chains from float64 gradients and judges every verdict by dense ranks.
+
+    A row is in order where the image came back at 60 dB or more (as one of the candidates, if these are ambiguous), or
+    where the verdict is not "exact" and a layer's dense [W; K], at the true input and its true ∂ℓ/∂z, is short of full
+    numerical rank.
+
+    Args:
+        count: Chains.
+        seed: Of the first; the others follow.
+        unknowns: Most entries of any layer's input or output.
+
+    Returns:
+        case, kinds, unknowns (most of a layer), verdict, psnr_db, ok, why.
+    """
+    rows = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using padding='same'")  # of torch, about its own speed
+        for number in tqdm(range(seed, seed + count), desc="chains", disable=None):
+            rows.append(_attack_chain(number, unknowns))
+    return pd.DataFrame(rows)
+
+
+def kind_table(sample: pd.DataFrame) -> pd.DataFrame:
+    """How often each kind of layer and activation was drawn, recovered, and explained by rank.
+
+    Args:
+        sample: From `sample_chains`.
+
+    Returns:
+        kind, chains, recovered, short_of_rank, wrong; sorted by name.
+    """
+    each = sample.assign(kind=sample["kinds"].str.split(", ")).explode("kind").drop_duplicates(["case", "kind"])
+    each["recovered"] = each["psnr_db"] >= RECOVERED_DB
+    each["short_of_rank"] = ~each["recovered"] & each["ok"]
+    each["wrong"] = ~each["ok"]
+    columns = ["recovered", "short_of_rank", "wrong"]
+    table = each.groupby("kind")[columns].sum()
+    table.insert(0, "chains", each.groupby("kind").size())
+    return table.reset_index()
+
+
+def _attack_chain(number: int, unknowns: int) -> dict:
+    network, shape, loss, kinds = random_chain(number, unknowns)
+    generator = torch.Generator().manual_seed(number)
+    image = torch.rand(1, *shape, generator=generator, dtype=torch.float64)
+    label = torch.randint(max(2, network[-1].out_features), (1,), generator=generator)
+    chain = prepare(network, shape)
+    row = {"case": f"chain {number}", "kinds": ", ".join(kinds), "unknowns": max(x.unknowns for x in chain.layers)}
+    gradients = client_gradients(network, image, label, loss)
+    try:
+        result = reconstruct(chain, gradients, loss=loss)
+    except GradientMismatchError as error:
+        nothing = not gradients[-1].any() or not any(g.any() for g in gradients[-2:])
+        return row | {"verdict": "no gradient", "psnr_db": float("nan"), "ok": nothing, "why": str(error)}
+    found = result.candidates if result.verdict == "ambiguous" else result.candidates[:1]
+    quality = max(psnr_db(c.images.reshape(1, 1, 1, -1), image.reshape(1, 1, 1, -1)).item() for c in found)
+    ok, why = quality >= RECOVERED_DB, ""
+    if not ok:
+        short = missing_ranks(chain, image, label, loss)
+        ok = result.verdict != "exact" and bool(short)
+        why = ", ".join(f"{name} lacks {lack}" for name, lack in short.items()) or "every layer has full rank"
+    return row | {"verdict": result.verdict, "psnr_db": quality, "ok": ok, "why": why}
 
 
 @dataclass
@@ -68,7 +142,7 @@ class _Draft:
         return bool(self.rng.random() < share)
 
 
-def random_chain(seed: int, unknowns: int = UNKNOWNS) -> tuple[nn.Sequential, tuple[int, ...], str, list[str]]:
+def random_chain(seed: int, unknowns: int = MAX_UNKNOWNS) -> tuple[nn.Sequential, tuple[int, ...], str, list[str]]:
     """A random network in eval mode, float64, of 1 to 5 layers with weights, on an image of 8 to 24 pixels a side.
 
     Args:
@@ -82,8 +156,7 @@ def random_chain(seed: int, unknowns: int = UNKNOWNS) -> tuple[nn.Sequential, tu
     axes = 1 if rng.random() < 0.2 else 2
     sides = rng.integers(8, min(24, int(unknowns ** (1 / axes))) + 1, axes).tolist()
     shape = (int(rng.choice([1, 3])) if np.prod(sides) <= unknowns // 3 else 1, *sides)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         draft = _Draft(rng, unknowns, shape)
         if draft.chance(0.15):
             draft.add(_batch_norm(draft), "normalisation")

@@ -1,0 +1,201 @@
+"""Notebook 03: mini-batches through fully connected networks: how many images come back, how well, at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from rgap.attack.reconstruct import reconstruct
+from rgap.client import client_gradients
+from rgap.experiments.common import (
+    MARKERS,
+    MIN_CERTIFIED_PSNR_DB,
+    PALETTE,
+    SAME_IMAGE_COSINE,
+    attack_batches,
+    certified,
+    choice,
+    directions,
+    finish,
+    mark,
+)
+from rgap.metrics import psnr_db
+from rgap.models import SLOPE
+from rgap.network.chain import Chain
+from rgap.results import Reconstruction
+
+
+def combination(
+    model: nn.Module | Chain,
+    gradients: Sequence[Tensor] | Mapping[str, Tensor],
+    image_shape: tuple[int, int, int] | None = None,
+    loss: str = "logistic",
+    **options,
+) -> Reconstruction:
+    """Plain R-GAP on a batch's gradient, treated as that of a single image (Zhu & Blaschko 2021).
+
+    Args:
+        model: The network, or a `Chain`.
+        gradients: As for `rgap.reconstruct`.
+        image_shape: (C, H, W) of one image; may be left out with a `Chain`.
+        loss: As for `rgap.reconstruct`.
+        **options: For `rgap.reconstruct`.
+
+    Returns:
+        A `Reconstruction` with one image, a linear combination of the batch's; the verdict is usually "inconsistent".
+    """
+    return reconstruct(model, gradients, image_shape, loss, batch_size=1, virtual_constraints=False, **options)
+
+
+def width_table(
+    make_model: Callable[[int, tuple[int, ...]], nn.Module],
+    images: Tensor,
+    labels: Tensor,
+    widths: Sequence[int],
+    seed: int = 0,
+) -> pd.DataFrame:
+    """One batch against networks with more and more units in the first hidden layer.
+
+    Args:
+        make_model: Seed and hidden widths -> network; the second hidden layer keeps 100 units.
+        images: The batch, (B, C, H, W).
+        labels: (B,).
+        widths: Units of the first hidden layer.
+        seed: Of weights and starts.
+
+    Returns:
+        width, found, false, certified, cosine, mse, psnr_db, label_share, parameters, megabytes (of the float64 arrays
+        that the attack works on at once: weights, gradients and the factors of the first gradient), seconds.
+    """
+    rows = []
+    for width in widths:
+        model = make_model(seed, (width, 100))
+        table, _ = attack_batches(lambda _, m=model: m, images, labels, [len(images)], [seed])
+        count = sum(p.numel() for p in model.parameters())
+        pixels = images[0].numel()
+        factors = min(width, pixels) * (width + pixels)
+        rows.append({"width": width, "parameters": count, "megabytes": 8 * (2 * count + factors) / 1e6})
+        rows[-1] |= table.drop(columns=["batch", "seed"]).iloc[0].to_dict()
+    return pd.DataFrame(rows)
+
+
+def sample_batches(count: int, seed: int = 0) -> pd.DataFrame:
+    """Random fully connected networks and batches, within the limits of the method and beyond them.
+
+    Widths, depth, slopes, biases, classes, precision and batch size are drawn; some batches have equal images, an image
+    of zeros, or a batch size that is given wrongly.
+
+    Args:
+        count: How many.
+        seed: Of all draws.
+
+    Returns:
+        case, verdict, psnr_db (the smallest over the images), ok and why: a false certificate, or an image that is none
+        of the batch, is not ok.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return pd.DataFrame([_attack_random_batch(generator) for _ in range(count)])
+
+
+def _attack_random_batch(generator: torch.Generator) -> dict:
+    pick = partial(choice, generator)
+
+    def between(low, high):
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    widths = (between(24, 160), between(4, 40))
+    bias, dtype, trouble = pick(True, False), pick("float32", "float64"), pick("", "", "", "equal", "zeros", "size")
+    slope, batch = pick(SLOPE, 0.01, 0.6), between(2, min(24, widths[1] + 4))
+    shape = (1, 8, 8)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise((64, *widths, 1)):
+        linear = nn.Linear(inputs, outputs, bias=bias)
+        with torch.no_grad():
+            for p in linear.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) / inputs**0.5)
+        layers += [linear, nn.LeakyReLU(slope)]
+    model = nn.Sequential(*layers[:-1]).to(getattr(torch, dtype))
+    images = torch.rand(batch, *shape, generator=generator)
+    labels = torch.randint(2, (batch,), generator=generator)
+    if trouble == "equal":
+        images[1], labels[1] = images[0], labels[0]
+    elif trouble == "zeros":
+        images[0] = 0
+    given = max(2, batch + pick(-2, -1, 1, 3)) if trouble == "size" else batch
+    case = f"{widths[0]}-{widths[1]} {'bias' if bias else 'no bias'} slope {slope:g} {dtype} B={batch} given={given}"
+    case += f" {trouble}" if trouble in ("equal", "zeros") else ""
+    result = reconstruct(model, client_gradients(model, images, labels), shape, batch_size=given)
+    return {"case": case, "verdict": result.verdict, **_checked(result, images)}
+
+
+def _checked(result: Reconstruction, images: Tensor) -> dict:
+    """Whether everything returned is of the batch, and everything certified is right."""
+    distance = torch.cdist(result.images.flatten(1), images.double().flatten(1))
+    cosine = directions(result.images).flatten(1) @ directions(images).flatten(1).T
+    cosine[distance < 1e-3] = 1.0  # an image of zeros has no direction
+    nearest = cosine.argmax(1)
+    quality = psnr_db(result.images, images[nearest])
+    false = int((cosine < SAME_IMAGE_COSINE).all(1).sum())
+    wrong = int((certified(result) & (quality < MIN_CERTIFIED_PSNR_DB)).sum())
+    complaints = [f"{false} returned images are none of the batch"] if false else []
+    complaints += [f"{wrong} wrong images are certified"] if wrong else []
+    if result.verdict == "exact" and len(set(nearest.tolist())) < len(images):
+        complaints.append("an incomplete batch is certified")
+    why = "; ".join(complaints)
+    return {"psnr_db": min(quality.tolist(), default=float("nan")), "ok": not why, "why": why}
+
+
+def plot_found(runs: pd.DataFrame, limit: int) -> Figure:
+    """Share of each batch that was found and certified, against the batch size.
+
+    Args:
+        runs: Columns `batch`, `seed`, `found`, `false` and `certified`.
+        limit: Outputs of the second layer: the largest batch that its gradient can tell apart.
+
+    Returns:
+        The figure; lines are means over seeds, the dotted line is the limit.
+    """
+    shares = {
+        "found": (runs["found"] - runs["false"]) / runs["batch"],
+        "certified as exact": runs["certified"] / runs["batch"],
+        "false images": runs["false"] / runs["batch"],
+    }
+    data = pd.concat([runs[["batch"]].assign(share=share, what=what) for what, share in shares.items()])
+    figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    sns.lineplot(
+        data, x="batch", y="share", hue="what", style="what", markers=MARKERS[:3], dashes=False, errorbar=None,
+        palette=PALETTE, ax=axis,
+    )  # fmt: skip
+    # Nearly every image found is certified, too: the wider marker shows behind the other.
+    axis.lines[0].set(markersize=11, linewidth=4, alpha=0.5)
+    mark(axis, limit, f"second layer's width, {limit}")
+    axis.set(xlabel="images in the batch, B", ylabel="share of the batch", ylim=(-0.05, 1.08))
+    axis.legend(frameon=False, loc="center left")
+    return finish(figure)
+
+
+def plot_seconds(runs: pd.DataFrame, limit: int) -> Figure:
+    """Seconds of an attack against the batch size.
+
+    Args:
+        runs: Columns `batch`, `seed` and `seconds`.
+        limit: As for `plot_found`.
+
+    Returns:
+        The figure; the line is the median over seeds, points are attacks.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    colour = sns.color_palette(PALETTE)[0]
+    sns.lineplot(runs, x="batch", y="seconds", estimator="median", errorbar=None, color=colour, ax=axis)
+    sns.scatterplot(runs, x="batch", y="seconds", color=colour, marker=MARKERS[0], ax=axis)
+    mark(axis, limit, f"second layer's width, {limit}")
+    axis.set(xlabel="images in the batch, B", ylabel="seconds", ylim=(0, None))
+    return finish(figure)

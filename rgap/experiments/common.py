@@ -1,0 +1,306 @@
+"""What several experiments share: attacks on images and on batches, runs side by side, and the style of the figures."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import product
+from typing import Any, NamedTuple
+
+import joblib
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from rgap.attack.reconstruct import reconstruct
+from rgap.client import client_gradients
+from rgap.metrics import match, mse, psnr_db, ssim
+from rgap.network.chain import Chain, prepare
+from rgap.results import Reconstruction
+
+SAME_IMAGE_COSINE = 1 - 1e-6
+"""Cosine between the directions of two images from which on they count as the same image."""
+
+MIN_CERTIFIED_PSNR_DB = 50.0
+"""An image of a batch that is certified as exact below this PSNR is a false certificate."""
+
+PALETTE = "colorblind"
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+"""Every line of a figure has a marker of its own beside its colour."""
+
+
+class ClientStep(NamedTuple):
+    """One client's gradient of one image, and what it was computed from."""
+
+    seed: int
+    dtype: str
+    index: int
+    chain: Chain
+    image: Tensor
+    label: Tensor
+    gradients: list[Tensor]
+
+
+def client_steps(
+    make_model: Callable[[int], nn.Module],
+    images: Tensor,
+    labels: Tensor,
+    seeds: Sequence[int],
+    dtypes: Sequence[str] = ("float32",),
+    loss: str = "logistic",
+    title: str = "attacks",
+) -> Iterator[ClientStep]:
+    """The gradient of every image alone, for every seed of the weights and every dtype.
+
+    Args:
+        make_model: Seed -> network.
+        images: (N, C, H, W) in [0, 1].
+        labels: (N,).
+        seeds: Seeds of the weights.
+        dtypes: Names of torch dtypes in which the client computes.
+        loss: Name of the client's loss.
+        title: Of the progress bar.
+
+    Yields:
+        Seed, dtype, the image's index, the prepared network, image (1, C, H, W), label (1,) and gradients.
+    """
+    for seed, dtype in tqdm(list(product(seeds, dtypes)), desc=title, disable=None):
+        model = make_model(seed).to(getattr(torch, dtype))
+        chain = prepare(model, tuple(images.shape[1:]))
+        for i, (image, label) in enumerate(zip(images.split(1), labels.split(1), strict=True)):
+            yield ClientStep(seed, dtype, i, chain, image, label, client_gradients(model, image, label, loss))
+
+
+def attack_each(
+    make_model: Callable[[int], nn.Module],
+    images: Tensor,
+    labels: Tensor,
+    seeds: Sequence[int],
+    dtypes: Sequence[str] = ("float32",),
+    loss: str = "logistic",
+    **options,
+) -> tuple[pd.DataFrame, list[Reconstruction]]:
+    """Attacks every image alone, for every seed of the weights and every dtype of the gradients.
+
+    Args:
+        make_model: Seed -> network.
+        images: (N, C, H, W) in [0, 1].
+        labels: (N,), given to the client, never to the attack.
+        seeds: Seeds of the weights.
+        dtypes: Names of torch dtypes in which the client computes.
+        loss: Name of the client's loss.
+        **options: For `rgap.reconstruct`.
+
+    Returns:
+        A table with a row for each attack (seed, dtype, image, verdict, label_found, mse, psnr_db, ssim,
+        gradient_residual, seconds of an attack on a prepared chain) and the results in the same order.
+    """
+    rows, results = [], []
+    for step in client_steps(make_model, images, labels, seeds, dtypes, loss):
+        result, seconds = timed(reconstruct, step.chain, step.gradients, loss=loss, **options)
+        found = result.images.to(torch.float64).reshape(step.image.shape)
+        rows.append({"seed": step.seed, "dtype": step.dtype, "image": step.index, "verdict": result.verdict})
+        rows[-1] |= {"label_found": bool(result.labels[0] == step.label[0])}
+        rows[-1] |= {f.__name__: f(found, step.image).item() for f in (mse, psnr_db, ssim)}
+        rows[-1] |= {"gradient_residual": result.candidates[0].gradient_residual, "seconds": seconds}
+        results.append(result)
+    return pd.DataFrame(rows), results
+
+
+def attack_batches(
+    make_model: Callable[[int], nn.Module],
+    images: Tensor,
+    labels: Tensor,
+    batch_sizes: Sequence[int],
+    seeds: Sequence[int],
+    dtype: str = "float32",
+    loss: str = "logistic",
+) -> tuple[pd.DataFrame, list[Reconstruction]]:
+    """Attacks batches of several sizes, each drawn from the images by its seed.
+
+    Args:
+        make_model: Seed -> network with two or more fully connected layers at its end.
+        images: (N, C, H, W) in [0, 1], N at least the largest batch size.
+        labels: (N,), given to the client, never to the attack.
+        batch_sizes: Images behind one gradient.
+        seeds: Seeds of the weights, of the draw and of the attack's starts.
+        dtype: Name of the torch dtype in which the client computes.
+        loss: Name of the client's loss.
+
+    Returns:
+        A row for each batch (batch, seed, verdict, the columns of `batch_outcome`, seconds) and the results in the
+        same order.
+    """
+    rows, results = [], []
+    for batch, seed in tqdm(list(product(batch_sizes, seeds)), desc="batches", disable=None):
+        model = make_model(seed).to(getattr(torch, dtype))
+        chain = prepare(model, tuple(images.shape[1:]))
+        drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:batch]
+        gradients = client_gradients(model, images[drawn], labels[drawn], loss)
+        result, seconds = timed(reconstruct, chain, gradients, loss=loss, batch_size=batch, seed=seed)
+        outcome = batch_outcome(result, images[drawn], labels[drawn])
+        rows.append({"batch": batch, "seed": seed, "verdict": result.verdict, **outcome, "seconds": seconds})
+        results.append(result)
+    return pd.DataFrame(rows), results
+
+
+def batch_outcome(result: Reconstruction, images: Tensor, labels: Tensor) -> dict:
+    """How far a batch's result is from the truth.
+
+    Args:
+        result: What the attack returned.
+        images: The true images, (B, C, H, W).
+        labels: The true labels, (B,).
+
+    Returns:
+        found (images returned), false (returned images whose direction is that of no image of the batch), certified
+        (images with the verdict "exact"), cosine (smallest cosine to the direction of the matched true image), mse
+        (largest over certified images; NaN without any), psnr_db (smallest over all) and label_share (share of correct
+        labels).
+    """
+    order = match(directions(result.images), directions(images))
+    truth = images[order]
+    cosine = (directions(result.images) * directions(truth)).flatten(1).sum(1)
+    errors, quality = mse(result.images, truth), psnr_db(result.images, truth)
+    exact = certified(result)
+    return {
+        "found": len(result.images),
+        "false": int((cosine < SAME_IMAGE_COSINE).sum()),
+        "certified": int(exact.sum()),
+        "cosine": min(cosine.tolist(), default=float("nan")),
+        "mse": max(errors[exact].tolist(), default=float("nan")),
+        "psnr_db": min(quality.tolist(), default=float("nan")),
+        "label_share": (result.labels.cpu() == labels[order]).double().mean().item(),
+    }
+
+
+def certified(result: Reconstruction) -> Tensor:
+    """Which of the F images found have the verdict "exact", (F,); a single image has the verdict of the result."""
+    verdicts = [verdict for verdict, _ in result.per_image] or [result.verdict] * len(result.images)
+    return torch.tensor([verdict == "exact" for verdict in verdicts], dtype=torch.bool)
+
+
+def directions(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) scaled to norm 1, float64; an image of zeros stays zero."""
+    flat = images.detach().double().flatten(1)
+    return (flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-300)).reshape(images.shape)
+
+
+def timed(function: Callable, *arguments, **options) -> tuple[Any, float]:
+    """What a call returns, and the seconds that it took."""
+    start = time.perf_counter()
+    result = function(*arguments, **options)
+    return result, time.perf_counter() - start
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Puts torch's generator at a seed, and back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def choice(generator: torch.Generator, *values: Any) -> Any:
+    """One of the values, drawn by the generator."""
+    return values[int(torch.randint(len(values), (1,), generator=generator))]
+
+
+def run_each(
+    function: Callable, arguments: Iterable[tuple], jobs: int = 1, scheduler: str | None = None, title: str = "runs"
+) -> list[Any]:
+    """Calls a function with each tuple of arguments, in this process, in several, or on a Dask cluster.
+
+    Args:
+        function: A function of a module, so that other processes can import it.
+        arguments: One tuple for each call.
+        jobs: Processes on this machine; 1 stays in this one, as timings need it.
+        scheduler: Address of a Dask scheduler that runs the calls instead, as `tcp://host:8786`; by default
+            RGAP_SCHEDULER, which the Makefile sets from SCHEDULER=.
+        title: Of the progress bar.
+
+    Returns:
+        What each call returned, in the order of the arguments.
+
+    Raises:
+        ModuleNotFoundError: If a scheduler is named and Dask is not installed.
+        OSError: If no scheduler answers there.
+    """
+    calls = [joblib.delayed(function)(*each) for each in arguments]
+    address = scheduler or os.environ.get("RGAP_SCHEDULER")
+    with ExitStack() as stack:
+        pool = joblib.Parallel(n_jobs=jobs, return_as="generator")
+        if address:
+            stack.enter_context(_dask_client(address))
+            stack.enter_context(joblib.parallel_config("dask"))
+            pool = joblib.Parallel(return_as="list")
+        return list(tqdm(pool(calls), total=len(calls), desc=title, disable=None))
+
+
+def _dask_client(address: str):
+    try:
+        from distributed import Client
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the scheduler {address} was named, and Dask is not installed; install it by pip install -e '.[dask]' "
+            "(in .venv: .venv/bin/uv pip install -e '.[dask]'), or leave SCHEDULER out"
+        ) from error
+    return Client(address, timeout="10s", set_as_default=True)
+
+
+def gallery(
+    rows: Mapping[str, Tensor | Sequence[Tensor]], titles: Sequence[str] | None = None, size: float = 1.25
+) -> Figure:
+    """Images in a grid, one row for each entry.
+
+    Args:
+        rows: Row label -> images (N, C, H, W), or a list of images (C, H, W), with values in [0, 1];
+            others are clipped.
+        titles: A line above each column, (N,).
+        size: Side of one picture, inches.
+
+    Returns:
+        The figure.
+    """
+    count = max(len(images) for images in rows.values())
+    figure, axes = plt.subplots(len(rows), count, figsize=(size * count, size * len(rows)), squeeze=False)
+    for row, (label, images) in zip(axes, rows.items(), strict=True):
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+            sns.despine(ax=axis, left=True, bottom=True)
+        for axis, image in zip(row, images, strict=False):
+            pixels = image.detach().clamp(0, 1).permute(1, 2, 0)
+            axis.imshow(pixels.squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    for axis, title in zip(axes[0], titles or [], strict=False):
+        axis.set_title(title, fontsize=9)
+    figure.tight_layout(pad=0.4)
+    return figure
+
+
+def rescale(image: Tensor) -> Tensor:
+    """Stretches an image's own range to [0, 1], to show the shapes in one that is far off in scale."""
+    low, high = image.min(), image.max()
+    return (image - low) / (high - low) if high > low else image * 0
+
+
+def mark(axis, place: float, text: str, height: float = 1.01, line: str = ":", **style) -> None:
+    """Draws a vertical line at a value of x, with a text at that height of the axis."""
+    axis.axvline(place, color="0.4", ls=line, lw=1)
+    style = {"xycoords": ("data", "axes fraction"), "fontsize": 8, "ha": "center"} | style
+    axis.annotate(text, (place, height), **style)
+
+
+def finish(figure: Figure, grid: str | None = "y", **layout) -> Figure:
+    """Gives every axis of a figure its grid ("x", "y", "both" or None) and takes off the upper and right edges."""
+    for axis in figure.axes if grid else ():
+        axis.grid(axis=grid, alpha=0.3)
+    sns.despine(figure)
+    figure.tight_layout(**layout)
+    return figure

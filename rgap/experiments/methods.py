@@ -1,0 +1,406 @@
+"""Notebook 04: the closed form and optimisers on the same gradients: quality, time, and cost as sizes grow."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from rgap import models
+from rgap.attack.reconstruct import reconstruct
+from rgap.baselines import Optimised, dlg, hybrid, inverting_gradients
+from rgap.client import client_gradients
+from rgap.experiments.common import MARKERS, PALETTE, finish, run_each, seeded, timed
+from rgap.metrics import mse, psnr_db
+from rgap.network.chain import prepare
+from rgap.ranks.analysis import rank_analysis
+from rgap.results import Reconstruction
+
+CLOSED_FORMS = ("plain R-GAP", "virtual constraints")
+OPTIMISERS = {"DLG": dlg, "Inverting Gradients": inverting_gradients}
+METHODS = (*CLOSED_FORMS, *OPTIMISERS, "hybrid")
+"""The attacks that are compared: our closed form without and with virtual constraints, the optimisers, the hybrid."""
+
+WITHIN_DB = 0.5
+"""An optimiser has arrived when its PSNR is this close to the best of its own trajectory."""
+
+MAX_REPEATED_SECONDS = 2.0
+"""A call that takes longer is not timed again."""
+
+
+def attack_by(method: str, model: nn.Module, gradients: Sequence[Tensor], image_shape, label: Tensor, steps, seed):
+    """One attack from network and gradient alone.
+
+    Optimisers are told the label, to their advantage; the closed form and the hybrid find it.
+
+    Args:
+        method: A name in `METHODS`.
+        model: The network, or a `Chain`.
+        gradients: What the client shared.
+        image_shape: (C, H, W).
+        label: (1,).
+        steps: Method -> steps, of the optimisers and the hybrid.
+        seed: Of their starts.
+
+    Returns:
+        A `Reconstruction`.
+    """
+    if method in CLOSED_FORMS:
+        return reconstruct(model, gradients, image_shape, virtual_constraints=method == CLOSED_FORMS[1])
+    if method == "hybrid":
+        return hybrid(model, gradients, image_shape, steps=steps[method], seed=seed)
+    return OPTIMISERS[method](model, gradients, image_shape, labels=label, steps=steps[method], seed=seed)
+
+
+def compare_methods(
+    images: Mapping[str, tuple[Tensor, Tensor]],
+    seeds: Sequence[int],
+    steps: Mapping[str, int],
+    methods: Sequence[str] = METHODS,
+    jobs: int = 1,
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[tuple[str, str], Tensor]]:
+    """Every method on every image, network and seed, each with one thread and from the same gradient.
+
+    Args:
+        images: Name of a network in `rgap.models` -> images (N, C, H, W) and labels (N,).
+        seeds: Of the networks and of the optimisers' starts.
+        steps: Method -> steps, of the optimisers and the hybrid.
+        methods: Names in `METHODS`.
+        jobs: Processes on this machine; with more than one, runs share it while they are timed.
+
+    Returns:
+        One row a run: network, seed, image, method, mse, psnr_db, verdict, seconds (from network and gradient to the
+        image), seconds_prepared (the same on a prepared chain; of the closed form only) and seconds_to_best (until the
+        PSNR is within 0.5 dB of the best of the trajectory). The trajectories: network, seed, image, method, restart,
+        step, seconds, psnr_db. And (network, method) -> the images of the first seed.
+    """
+    keys, calls = [], []
+    for (network, (pictures, labels)), seed in product(images.items(), seeds):
+        for i, method in product(range(len(pictures)), methods):
+            keys.append({"network": network, "seed": seed, "image": i, "method": method})
+            calls.append((network, method, pictures[i : i + 1], labels[i : i + 1], seed, dict(steps)))
+    done = run_each(_compared, calls, jobs, title="attacks")
+    runs = pd.DataFrame([key | row for key, (row, _, _) in zip(keys, done, strict=True)])
+    tables = [table.assign(**key) for key, (_, table, _) in zip(keys, done, strict=True)]
+    found: dict[tuple[str, str], list[Tensor]] = {}
+    for key, (_, _, picture) in zip(keys, done, strict=True):
+        if key["seed"] == seeds[0]:
+            found.setdefault((key["network"], key["method"]), []).append(picture)
+    return runs, pd.concat(tables, ignore_index=True), {key: torch.cat(each) for key, each in found.items()}
+
+
+def _compared(network: str, method: str, image: Tensor, label: Tensor, seed: int, steps: dict[str, int]):
+    """One run: its row, its trajectory and its image."""
+    shape, prepared = tuple(image.shape[1:]), np.nan
+    with one_thread():
+        model = getattr(models, network)(seed)
+        gradients = client_gradients(model, image, label)
+        start = time.perf_counter()
+        chain = model if method in OPTIMISERS else prepare(model, shape)
+        result = attack_by(method, chain, gradients, shape, label, steps, seed)
+        seconds = time.perf_counter() - start
+        if method in CLOSED_FORMS:
+            _, prepared = timed(attack_by, method, chain, gradients, shape, label, steps, seed)
+    table = _trajectory(result, image, seconds)
+    row = _quality(result.images, image) | {"verdict": result.verdict, "seconds": seconds}
+    arrived = table["psnr_db"] >= table["psnr_db"].max() - WITHIN_DB
+    row |= {"seconds_prepared": prepared, "seconds_to_best": table.loc[arrived, "seconds"].min()}
+    return row, table, result.images
+
+
+def _trajectory(result: Reconstruction, image: Tensor, seconds: float) -> pd.DataFrame:
+    """PSNR of every snapshot and of the result, measured after the attack, which never gets the true image."""
+    shots = result.snapshots if isinstance(result, Optimised) else ()
+    rows = [(s.restart, s.step, s.seconds, _quality(s.images, image)["psnr_db"]) for s in shots]
+    last = (shots[-1].restart, shots[-1].step) if shots else (0, 0)
+    rows.append((*last, seconds, _quality(result.images, image)["psnr_db"]))
+    return pd.DataFrame(rows, columns=["restart", "step", "seconds", "psnr_db"])
+
+
+def _quality(found: Tensor, image: Tensor) -> dict[str, float]:
+    found = found.to(torch.float64).reshape(image.shape)
+    return {"mse": mse(found, image).item(), "psnr_db": psnr_db(found, image).item()}
+
+
+def quality_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation of MSE and PSNR, the counterpart of the paper's Table 1.
+
+    Args:
+        runs: As from `compare_methods`.
+
+    Returns:
+        One row for each network and method: runs, mse, mse_std, psnr_db, psnr_db_std; numbers rounded to what repeats.
+    """
+    groups = runs.groupby(["network", "method"], sort=False)
+    table = groups.agg(runs=("mse", "size"), mse=("mse", "mean"), mse_std=("mse", "std"),
+                       psnr_db=("psnr_db", "mean"), psnr_db_std=("psnr_db", "std")).reset_index()  # fmt: skip
+    for name in ("mse", "mse_std"):
+        table[name] = [float(f"{value:.2g}") for value in table[name]]
+    return table.round({"psnr_db": 1, "psnr_db_std": 1})
+
+
+def time_table(runs: pd.DataFrame, dtype: str = "float32") -> pd.DataFrame:
+    """Medians of the seconds, and the machine that they were measured on.
+
+    Args:
+        runs: As from `compare_methods`.
+        dtype: Of the networks and of DLG and Inverting Gradients.
+
+    Returns:
+        One row for each network and method: seconds, seconds_prepared, seconds_to_best, cores, threads, torch, dtype.
+    """
+    names = ["seconds", "seconds_prepared", "seconds_to_best"]
+    table = runs.groupby(["network", "method"], sort=False)[names].median().reset_index()
+    return table.assign(cores=os.cpu_count(), threads=1, torch=torch.__version__, dtype=dtype)
+
+
+def time_ratios(runs: pd.DataFrame, of: str = "DLG", to: str = CLOSED_FORMS[1], column: str = "seconds") -> pd.Series:
+    """An optimiser's time to within 0.5 dB of its own best over the closed form's time, run by run."""
+    keys = ["network", "seed", "image"]
+    slow = runs[runs["method"] == of].set_index(keys)["seconds_to_best"]
+    return slow / runs[runs["method"] == to].set_index(keys)[column]
+
+
+def networks_won(runs: pd.DataFrame, by: str = CLOSED_FORMS[1], rivals: Sequence[str] = (*OPTIMISERS,)) -> pd.DataFrame:
+    """Mean PSNR of a method and of the best of its rivals, network by network, and whether it is ahead."""
+    means = runs.pivot_table(index="network", columns="method", values="psnr_db", sort=False)
+    best = means[list(rivals)].max(axis=1)
+    return pd.DataFrame({"ours": means[by], "best_rival": best, "ahead": means[by] > best}).reset_index()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch's operations: the time of a run then depends least on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def wide_lenet(seed: int = 0) -> nn.Module:
+    """LeNet with sigmoids and weights uniform in ±0.5, as Deep Leakage from Gradients was shown on, ten classes."""
+    model = models.lenet(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.rand(weight.shape, generator=generator) - 0.5)
+    return model
+
+
+def small_convnet(seed: int = 0) -> nn.Module:
+    """Three 3×3 convolutions of 16 channels with biases and ELU (strides 1, 2, 2) and a linear layer, ten classes."""
+    with seeded(seed):
+        modules: list[nn.Module] = []
+        for inputs, stride in ((3, 1), (16, 2), (16, 2)):
+            modules += [nn.Conv2d(inputs, 16, 3, stride, 1), nn.ELU()]
+        return nn.Sequential(*modules, nn.Flatten(), nn.Linear(1024, 10)).eval()
+
+
+SOUND_ON = {"DLG": wide_lenet, "Inverting Gradients": small_convnet}
+"""Optimiser -> the network on which it is known to work."""
+
+
+def soundness(
+    images: Tensor, labels: Tensor, steps: Mapping[str, int], jobs: int = 1
+) -> tuple[pd.DataFrame, dict[str, Tensor]]:
+    """Each optimiser on the network on which it is known to work, a new seed for every image; the label is inferred.
+
+    Args:
+        images: (N, 3, 32, 32).
+        labels: (N,), of ten classes.
+        steps: Method -> steps; the methods that are tried.
+        jobs: Processes on this machine.
+
+    Returns:
+        One row a run (method, image, psnr_db, label_found, verdict), and method -> the images found.
+    """
+    keys = [(method, i) for method in steps for i in range(len(images))]
+    calls = [(method, images[i : i + 1], labels[i : i + 1], i, steps[method]) for method, i in keys]
+    done = run_each(_sound, calls, jobs, title="soundness")
+    rows = [{"method": method, "image": i} | row for (method, i), (row, _) in zip(keys, done, strict=True)]
+    found = {m: torch.cat([x for (method, _), (_, x) in zip(keys, done, strict=True) if method == m]) for m in steps}
+    return pd.DataFrame(rows), found
+
+
+def _sound(method: str, image: Tensor, label: Tensor, seed: int, steps: int):
+    with one_thread():
+        model = SOUND_ON[method](seed)
+        gradients = client_gradients(model, image, label, loss="cross_entropy")
+        shape = tuple(image.shape[1:])
+        result = OPTIMISERS[method](model, gradients, shape, "cross_entropy", steps=steps, seed=seed)
+    row = {"psnr_db": psnr_db(result.images, image).item(), "label_found": bool(result.labels[0] == label[0])}
+    return row | {"verdict": result.verdict}, result.images
+
+
+def cnn6_for(side: int) -> nn.Module:
+    """CNN6 with a last layer that fits square images of another side."""
+    model = models.cnn6()
+    with seeded(0), torch.no_grad():
+        features = model[:-1](torch.zeros(1, 3, side, side)).shape[1]
+        model[-1] = nn.Linear(features, 1, bias=False)
+    return model
+
+
+def expanding_for(side: int) -> nn.Module:
+    """Two strided convolutions, 3→16 4×4 and 16→72 3×3, and a linear layer, for square images of this side.
+
+    The convolutions' outputs outnumber their inputs, so that W alone determines every input, however large the image:
+    the cost on this network shows how the attack scales.
+    """
+    with seeded(0), torch.no_grad():
+        body = [
+            nn.Conv2d(3, 16, 4, 2, 2, bias=False), nn.LeakyReLU(models.SLOPE),
+            nn.Conv2d(16, 72, 3, 2, 1, bias=False), nn.LeakyReLU(models.SLOPE), nn.Flatten(),
+        ]  # fmt: skip
+        features = nn.Sequential(*body)(torch.zeros(1, 3, side, side)).shape[1]
+        return nn.Sequential(*body, nn.Linear(features, 1, bias=False)).eval()
+
+
+def deficits(sides: Sequence[int]) -> pd.DataFrame:
+    """How far CNN6's equations fall short of its unknowns as the image grows, by the rank laws; no attack.
+
+    Args:
+        sides: Of square images.
+
+    Returns:
+        Columns side, layer (the one that lacks most), unknowns, rank, deficit (before virtual constraints).
+    """
+    rows = []
+    for side in sides:
+        layers = rank_analysis(cnn6_for(side), (3, side, side), limit=0).layers
+        worst = max((layer for layer in layers if layer.deficit is not None), key=lambda layer: layer.deficit)
+        rows.append((side, worst.name, worst.unknowns, worst.unknowns - worst.deficit, worst.deficit))
+    return pd.DataFrame(rows, columns=["side", "layer", "unknowns", "rank", "deficit"])
+
+
+def costs(sides: Sequence[int], expanding_sides: Sequence[int], widths: Sequence[int]) -> pd.DataFrame:
+    """Seconds of one attack, one pass and one step of DLG, each with one thread.
+
+    Args:
+        sides: Sides of square images through CNN6.
+        expanding_sides: The same through the network of `expanding_for`.
+        widths: Widths of the first hidden layer of FCN3.
+
+    Returns:
+        Columns network, against ("side" or "width"), value, method, seconds (the fastest of several runs; the only
+        run where it takes more than two seconds), psnr_db (of the closed form, NaN elsewhere).
+    """
+    cases = [("cnn6", "side", side, partial(cnn6_for, side), (3, side, side)) for side in sides]
+    cases += [("expanding", "side", side, partial(expanding_for, side), (3, side, side)) for side in expanding_sides]
+    cases += [("fcn3", "width", w, partial(models.fcn3, widths=(w, 100)), (1, 28, 28)) for w in widths]
+    rows = []
+    for network, against, value, make, shape in cases:
+        with one_thread():
+            measured = _measured(make(), shape)
+        key = {"network": network, "against": against, "value": value}
+        rows += [key | {"method": m, "seconds": s, "psnr_db": psnr} for m, (s, psnr) in measured.items()]
+    return pd.DataFrame(rows)
+
+
+def _measured(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, tuple[float, float]]:
+    """Method -> its seconds and the PSNR of its image."""
+    image = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    label, chain = torch.tensor([0]), prepare(model, shape)
+    gradients = client_gradients(model, image, label)
+    found, first = timed(reconstruct, chain, gradients)
+    quality = psnr_db(found.images, image).item()
+    return {
+        "forward and backward": (_fastest(lambda: client_gradients(model, image, label), 5), np.nan),
+        "R-GAP, first attack": (first, quality),
+        "R-GAP, prepared": (_fastest(lambda: reconstruct(chain, gradients), 3), quality),
+        "one step of DLG": (
+            dlg(model, gradients, shape, labels=label, steps=8).history["seconds"].diff().min(),
+            np.nan,
+        ),
+    }
+
+
+def _fastest(call: Callable[[], object], times: int) -> float:
+    spans = []
+    while len(spans) < times and max(spans, default=0.0) <= MAX_REPEATED_SECONDS:
+        spans.append(timed(call)[1])
+    return min(spans)
+
+
+def exponents(table: pd.DataFrame) -> pd.DataFrame:
+    """Slopes of log seconds against log value, for each network and method.
+
+    Args:
+        table: As from `costs`, with at least two values of each.
+
+    Returns:
+        Columns network, against, method, exponent.
+    """
+    rows = [
+        (*key, np.polyfit(np.log(group["value"]), np.log(group["seconds"]), 1)[0])
+        for key, group in table.groupby(["network", "against", "method"], sort=False)
+    ]
+    return pd.DataFrame(rows, columns=["network", "against", "method", "exponent"])
+
+
+def plot_quality_against_time(trajectories: pd.DataFrame, methods: Sequence[str]) -> Figure:
+    """PSNR against seconds since network and gradient were given, one panel a network.
+
+    Args:
+        trajectories: Columns `network`, `seed`, `image`, `method`, `restart`, `step`, `seconds`, `psnr_db`.
+        methods: The order of the legend.
+
+    Returns:
+        The figure; a line is an optimiser's trajectory on one image, a large marker its end, or the one point of a
+        method without steps.
+    """
+    networks = list(dict.fromkeys(trajectories["network"]))
+    figure, axes = plt.subplots(1, len(networks), figsize=(3.6 * len(networks), 3.6), squeeze=False)
+    colours = sns.color_palette(PALETTE)
+    for axis, network in zip(axes[0], networks, strict=True):
+        data = trajectories[trajectories["network"] == network]
+        for method, colour, marker in zip(methods, colours, MARKERS, strict=False):
+            for _, run in data[data["method"] == method].groupby(["seed", "image"]):
+                axis.plot(run["seconds"], run["psnr_db"], color=colour, lw=1, alpha=0.7, zorder=2)
+                last = run.iloc[-1]
+                axis.scatter(last["seconds"], last["psnr_db"], color=colour, marker=marker, s=46, zorder=3, lw=0)
+            axis.scatter([], [], color=colour, marker=marker, s=46, lw=0, label=method)
+        axis.set(xscale="log", xlabel="seconds", title=network)
+    axes[0, 0].set_ylabel("PSNR (dB)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return finish(figure, grid="both")
+
+
+def plot_cost(table: pd.DataFrame, exponents: pd.DataFrame) -> Figure:
+    """Seconds against the size of images or networks, log-log, with the fitted exponents in the legends.
+
+    Args:
+        table: Columns `network`, `against`, `value`, `method`, `seconds`.
+        exponents: Columns `network`, `against`, `method`, `exponent`.
+
+    Returns:
+        The figure, one panel for each network.
+    """
+    panels = list(table.groupby(["network", "against"], sort=False))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
+    for axis, ((network, against), data) in zip(axes[0], panels, strict=True):
+        fitted = exponents[(exponents["network"] == network) & (exponents["against"] == against)]
+        slopes = fitted.set_index("method")["exponent"]
+        named = data.assign(method=[f"{m} (exponent {slopes[m]:.1f})" for m in data["method"]])
+        style = {"markers": MARKERS[: named["method"].nunique()], "dashes": False, "palette": PALETTE}
+        sns.lineplot(named, x="value", y="seconds", hue="method", style="method", ax=axis, **style)
+        axis.set(xscale="log", yscale="log", title=network, ylabel="seconds")
+        axis.set_xlabel("side of the image, pixels" if against == "side" else "width of the first layer")
+        axis.set_xticks(sorted(data["value"].unique()), [str(v) for v in sorted(data["value"].unique())])
+        axis.set_xticks([], minor=True)
+        axis.legend(title=None, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    return finish(figure, grid="both")

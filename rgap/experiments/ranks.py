@@ -1,0 +1,194 @@
+"""Notebook 02: rank analysis of networks, beside measured ranks and beside attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from rgap.experiments.common import MARKERS, PALETTE, attack_each, finish, mark, seeded
+from rgap.ranks.analysis import rank_analysis
+
+
+def rank_table(
+    networks: Mapping[str, tuple[nn.Module, tuple[int, ...]]], batch_sizes: Sequence[int]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rank analysis of several networks, from shapes alone.
+
+    Args:
+        networks: Name -> the network and the image shape that it takes.
+        batch_sizes: Images behind one gradient.
+
+    Returns:
+        A row for each network and batch size: counted steps, max_ra_index, by_count (steps with RA > 0), by_rank (steps
+        that lack rank), unknown (steps without a known rank), deficit (the sum over the steps), copa_index. And the
+        counted steps themselves, columns as in `LayerRank`, with network, batch and step (0 at the image).
+    """
+    rows, steps = [], []
+    for (name, (model, shape)), batch in product(networks.items(), batch_sizes):
+        analysis = rank_analysis(model, shape, batch, limit=0)
+        counted = analysis.to_frame(counted=True)
+        steps.append(counted.assign(network=name, batch=batch, step=range(len(counted))))
+        rows.append({"network": name, "batch": batch, "steps": len(counted), "max_ra_index": analysis.max_ra_index})
+        rows[-1] |= {"by_count": (counted["ra_index"] > 0).sum(), "by_rank": (counted["deficit"] > 0).sum()}
+        rows[-1] |= {"unknown": counted["deficit"].isna().sum(), "deficit": counted["deficit"].sum()}
+        rows[-1] |= {"copa_index": analysis.copa_index}
+    return pd.DataFrame(rows).astype({"copa_index": "Int64"}), pd.concat(steps, ignore_index=True)
+
+
+def predicted_and_measured(
+    family: Mapping[int, Callable[[int], nn.Module]],
+    images: Tensor,
+    labels: Tensor,
+    seeds: Sequence[int],
+    **options,
+) -> pd.DataFrame:
+    """Attacks a family of networks, with what the rank analysis predicts for each beside it.
+
+    Args:
+        family: Width, or another number that tells the networks apart -> seed of the weights -> network.
+        images: (N, C, H, W) in [0, 1].
+        labels: (N,).
+        seeds: Seeds of the weights.
+        **options: For `rgap.reconstruct`.
+
+    Returns:
+        The rows of `attack_each`, with width, deficit (by law, the sum over the steps) and ra_index (the network's).
+    """
+    tables = []
+    for width, make_model in family.items():
+        analysis = rank_analysis(make_model(seeds[0]), tuple(images.shape[1:]), limit=0)
+        deficit = analysis.to_frame(counted=True)["deficit"].sum(skipna=False)
+        runs, _ = attack_each(make_model, images, labels, seeds, **options)
+        tables.append(runs.assign(width=width, deficit=deficit, ra_index=analysis.max_ra_index))
+    return pd.concat(tables, ignore_index=True)
+
+
+def rank_law_sample(count: int, seed: int = 0, unknowns: int = 600) -> pd.DataFrame:
+    """The rank laws beside measured ranks, on random convolutions in one and two dimensions.
+
+    Args:
+        count: Layers.
+        seed: Of their shapes and weights.
+        unknowns: Most unknowns of a layer.
+
+    Returns:
+        Three rows a layer, for W, K and [W; K]: layer, system, law (missing where there is none), counted (smaller of
+        equations and unknowns), measured.
+    """
+    rng, rows = np.random.default_rng(seed), []
+    with seeded(seed):
+        for number in range(count):
+            module, shape = _random_convolution(rng, unknowns)
+            rank = rank_analysis(module, shape, dtype=torch.float64, seed=number).layers[0]
+            both = rank.weight_rows + rank.gradient_rows
+            for system, law, equations, measured in (
+                ("W", rank.law_weights, rank.weight_rows, rank.rank_weights),
+                ("K", rank.law_gradients, rank.gradient_rows, rank.rank_gradients),
+                ("[W; K]", rank.law_rank, both, rank.rank),
+            ):
+                counted = min(equations, rank.unknowns)
+                rows.append({"layer": number, "system": system, "law": law, "counted": counted, "measured": measured})
+    return pd.DataFrame(rows).astype({"law": "Int64"})
+
+
+def _random_convolution(rng: np.random.Generator, unknowns: int) -> tuple[nn.Module, tuple[int, ...]]:
+    """A convolution with random strides, paddings, dilations and groups, and the shape of its input."""
+    while True:
+        axes, groups = int(rng.choice([1, 2, 2])), int(rng.choice([1, 1, 1, 2, 3]))
+        kernel, stride, dilation = (rng.integers(1, top, axes).tolist() for top in (6, 4, 3))
+        padding = [int(rng.integers(0, k * d // 2 + 1)) for k, d in zip(kernel, dilation, strict=True)]
+        image = rng.integers(4, 16, axes).tolist()
+        channels, filters = groups * int(rng.integers(1, 9)), groups * int(rng.integers(1, 25))
+        fits = all(n + 2 * p > d * (k - 1) for n, p, d, k in zip(image, padding, dilation, kernel, strict=True))
+        if fits and channels * np.prod(image) <= unknowns:
+            kind = nn.Conv1d if axes == 1 else nn.Conv2d
+            module = kind(channels, filters, kernel, stride, padding, dilation, groups, bias=False)
+            return module.double(), (channels, *image)
+
+
+def plot_ra_along_depth(layers: pd.DataFrame) -> Figure:
+    """Counting index of each counted step, from the image to the output, one panel a batch size.
+
+    Args:
+        layers: Columns `network`, `batch`, `step` (0 at the image) and `ra_index`.
+
+    Returns:
+        The figure; above zero, counting predicts that a step cannot be recovered.
+    """
+    batches = sorted(layers["batch"].unique())
+    figure, axes = plt.subplots(1, len(batches), figsize=(4.2 * len(batches), 3.4), sharey=True, squeeze=False)
+    style = {"markers": MARKERS[: layers["network"].nunique()], "dashes": False, "palette": PALETTE}
+    style |= {"markersize": 6, "markeredgewidth": 0.3}
+    for axis, batch in zip(axes[0], batches, strict=True):
+        shown = layers[layers["batch"] == batch]
+        sns.lineplot(shown, x="step", y="ra_index", hue="network", style="network", ax=axis, **style)
+        axis.set_yscale("symlog", linthresh=100)
+        axis.axhline(0, color="0.3", lw=1)
+        axis.set(title=f"{batch} image{'s' if batch > 1 else ''}", xlabel="step from the image on")
+        axis.set_ylabel("counting index RA")
+        axis.get_legend().remove()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return finish(figure)
+
+
+def plot_laws(sample: pd.DataFrame) -> Figure:
+    """Rank by law against measured rank, one panel a system, one point a layer.
+
+    Args:
+        sample: Columns `system`, `law`, `counted` and `measured`; rows without a law are left out.
+
+    Returns:
+        The figure; on the line both are equal. Grey crosses stand where counting rows and columns puts the rank.
+    """
+    data = sample.dropna(subset="law").astype({"law": float})
+    largest = data[["law", "counted"]].to_numpy().max()
+    systems = list(dict.fromkeys(data["system"]))
+    figure, axes = plt.subplots(1, len(systems), figsize=(3.0 * len(systems), 3.1), sharex=True, sharey=True)
+    for axis, system, color in zip(axes, systems, sns.color_palette(PALETTE), strict=False):
+        shown = data[data["system"] == system]
+        axis.plot([0, largest], [0, largest], color="0.6", lw=1, zorder=0)
+        axis.scatter(shown["counted"], shown["measured"], s=14, color="0.75", marker="x", lw=0.8, label="by counting")
+        axis.scatter(shown["law"], shown["measured"], s=14, alpha=0.6, color=color, linewidth=0, label="by law")
+        axis.set(title=f"rank {system}, {len(shown)} layers", xlabel="predicted", ylabel="measured", aspect="equal")
+        axis.legend(frameon=False, fontsize=8, loc="upper left")
+    return finish(figure, grid=None)
+
+
+def plot_deficits(runs: pd.DataFrame, limit: float, counted: float) -> Figure:
+    """Quality of the attack against the predicted deficit of the deficient layer.
+
+    Args:
+        runs: Columns `width`, `deficit` (predicted) and `psnr_db`, one row an attack.
+        limit: PSNR from which an attack counts as a success, dB.
+        counted: Deficit from which on the counting index is positive, too.
+
+    Returns:
+        The figure, with the threshold of the ranks and that of counting.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3.6))
+    data = runs.assign(channels=runs["width"].astype(str))
+    style = {"palette": "viridis", "s": 42, "linewidth": 0, "legend": False}
+    sns.scatterplot(data, x="deficit", y="psnr_db", hue="width", ax=axis, **style)
+    axis.set_xscale("symlog", linthresh=10, linscale=0.6)
+    axis.axhline(limit, color="0.4", ls=":", lw=1)
+    least = runs.loc[runs["deficit"] > 0, "deficit"].min()
+    for place, text in ((least**0.5, "full rank | short of rank"), (0.93 * counted, "counting: RA > 0")):
+        mark(axis, place, text, height=1.02, line="--")
+    for deficit, group in data[data["deficit"] > 0].groupby("deficit"):
+        place = (deficit, group["psnr_db"].max() + 4)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axis.annotate(group["channels"].iloc[0], place, fontsize=8, ha="center", bbox=box)
+    full = sorted(runs.loc[runs["deficit"] == 0, "width"].unique())
+    axis.annotate(f"{full[0]} to {full[-1]}", (0, runs["psnr_db"].max() + 4), fontsize=8, ha="center")
+    axis.set(xlabel="predicted deficit of the second layer (labels: its channels)", ylabel="PSNR (dB)")
+    axis.set(xlim=(-3, 2 * runs["deficit"].max()), ylim=(None, runs["psnr_db"].max() + 14))
+    return finish(figure)

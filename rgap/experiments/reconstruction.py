@@ -1,0 +1,144 @@
+"""Notebook 01: single images from their gradients, layer by layer, before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from rgap.attack.reconstruct import reconstruct
+from rgap.client import client_gradients
+from rgap.client.training import training
+from rgap.experiments.common import MARKERS, PALETTE, finish
+from rgap.metrics import psnr_db
+from rgap.network.chain import Chain, prepare
+from rgap.results import Reconstruction
+
+
+def layer_errors(chain: Chain, image: Tensor, result: Reconstruction) -> pd.DataFrame:
+    """The layer reports of a result with the true error of each layer's recovered input.
+
+    Args:
+        chain: The prepared network.
+        image: The true image, (1, C, H, W).
+        result: What the attack returned for its gradient.
+
+    Returns:
+        `result.to_frame()` with `error`, ‖x̂ − x‖ / ‖x‖, as another column.
+    """
+    truth = chain.layer_inputs(image)
+    found = result.candidates[0].layer_inputs
+    frame = result.to_frame()
+    frame["error"] = [((found[name] - truth[name]).norm() / truth[name].norm()).item() for name in frame["name"]]
+    return frame
+
+
+def trained_attacks(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    victims: Tensor,
+    victim_labels: Tensor,
+    loss: str = "logistic",
+    *,
+    epochs: int = 3,
+    seed: int = 0,
+    dtype: str = "float32",
+    **options,
+) -> pd.DataFrame:
+    """Trains a network, and attacks every victim after each epoch.
+
+    Args:
+        model: Where training starts.
+        images: What it is trained on, (N, C, H, W) in [0, 1].
+        labels: (N,).
+        victims: What is attacked, each alone, (M, C, H, W).
+        victim_labels: (M,), given to the client, never to the attack.
+        loss: A name in `rgap.client.LOSSES`.
+        epochs: Passes over the images.
+        seed: Of their order.
+        dtype: Name of the torch dtype in which the client computes the gradient.
+        **options: For `rgap.client.training.training`.
+
+    Returns:
+        A row for each epoch (0 is before training) and victim: epoch, loss (mean over the images), image,
+        gradient_norm (over all parameters), condition (largest of a layer's system), verdict, label_found, twins
+        (consistent candidates inside the pixel range), psnr_db, psnr_best_db (of the candidate closest to the truth).
+    """
+    rows = []
+    states = training(model, images, labels, loss, epochs=epochs, seed=seed, **options)
+    for epoch, (mean_loss, trained) in enumerate(states):
+        client = trained.to(getattr(torch, dtype))
+        chain = prepare(client, tuple(victims.shape[1:]))
+        for i, (victim, label) in enumerate(zip(victims.split(1), victim_labels.split(1), strict=True)):
+            gradients = client_gradients(client, victim, label, loss)
+            result = reconstruct(chain, gradients, loss=loss)
+            quality = [psnr_db(c.images, victim.to(c.images)).item() for c in result.candidates]
+            rows.append({"epoch": epoch, "loss": mean_loss, "image": i})
+            rows[-1] |= {"gradient_norm": sum(g.double().square().sum().item() for g in gradients) ** 0.5}
+            rows[-1] |= {"condition": max(r.condition for r in result.layers if r.condition is not None)}
+            rows[-1] |= {"verdict": result.verdict, "label_found": bool(result.labels[0] == label)}
+            rows[-1] |= {"twins": sum(c.in_pixel_range for c in result.candidates)}
+            rows[-1] |= {"psnr_db": quality[0], "psnr_best_db": max(quality)}
+    return pd.DataFrame(rows)
+
+
+def plot_error_growth(errors: pd.DataFrame, order: Sequence[str]) -> Figure:
+    """Relative error of each layer's recovered input, from the head down to the image.
+
+    Args:
+        errors: Columns `layer`, `dtype` and `error` (‖x̂ − x‖ / ‖x‖), several rows for each pair.
+        order: Layer labels in the order of the attack.
+
+    Returns:
+        The figure; lines are medians, bands reach from the smallest to the largest.
+    """
+    layers = pd.Categorical(errors["layer"], order, ordered=True)
+    data = errors.assign(layer=layers, error=errors["error"].clip(lower=1e-16))  # 0 has no place on the axis
+    figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    sns.lineplot(
+        data, x="layer", y="error", hue="dtype", style="dtype", markers=MARKERS[: data["dtype"].nunique()],
+        dashes=False, estimator="median", errorbar=("pi", 100), palette=PALETTE, ax=axis,
+    )  # fmt: skip
+    axis.set(yscale="log", ylim=(data["error"].min() / 3, data["error"].max() * 3))
+    axis.set(xlabel="layer whose input is recovered, from the head to the image", ylabel="relative error ‖x̂ − x‖ / ‖x‖")
+    axis.legend(title="gradients", frameon=False)
+    return finish(figure)
+
+
+def plot_training(runs: pd.DataFrame) -> Figure:
+    """Quality, size of the gradient, condition and verdicts of the attack against epochs of training.
+
+    Args:
+        runs: From `trained_attacks`.
+
+    Returns:
+        The figure; lines are medians over the images, bands reach from the smallest to the largest.
+    """
+    panels = [
+        ("psnr_best_db", "PSNR of the closer candidate / dB", "linear"),
+        ("gradient_norm", "size of the gradient ‖G‖", "log"),
+        ("condition", "worst condition number of a layer", "linear"),
+    ]
+    figure, axes = plt.subplots(1, 4, figsize=(14.0, 3.2))
+    colours = sns.color_palette(PALETTE)
+    for axis, (column, label, scale), marker, colour in zip(axes, panels, MARKERS, colours, strict=False):
+        sns.lineplot(
+            runs, x="epoch", y=column, estimator="median", errorbar=("pi", 100), marker=marker, color=colour, ax=axis
+        )
+        axis.set(yscale=scale, ylabel=label)
+    share = runs.groupby("epoch")["verdict"].value_counts(normalize=True).unstack(fill_value=0.0)
+    verdicts = [v for v in ("exact", "ambiguous", "inconsistent", "rank-deficient") if v in share]
+    for verdict, marker, colour in zip(verdicts, MARKERS, colours, strict=False):
+        axes[3].plot(share.index, share[verdict], marker=marker, color=colour, label=verdict)
+    axes[3].set(ylabel="share of the attacks", ylim=(-0.05, 1.05))
+    axes[3].legend(title="verdict", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for axis in axes:
+        axis.set_xlabel("epochs of training")
+        axis.set_xticks(sorted(runs["epoch"].unique()))
+    return finish(figure)
