@@ -203,3 +203,9 @@ def dense_system(layer, dz):
             z = nn.functional.conv2d(padded, weight, None, layer.stride, 0, layer.dilation)
             columns.append(torch.autograd.grad((z[0] * image).sum(), weight)[0].flatten())
     return W, torch.stack(columns, 1)
+
+
+def rendered(figure):
+    """A figure's axes, once everything in it has been drawn."""
+    figure.canvas.draw()
+    return figure.axes

@@ -66,3 +66,12 @@ def test_a_package_imports_only_from_below(path):
     for other in imports(path):
         allowed = other == here or LEVELS[other] < LEVELS[here] or (here, other) in WITHIN_A_LEVEL
         assert allowed, f"{here} imports {other}, which is not below it"
+
+
+BELOW_BASELINES = [path for path in MODULES if 0 < LEVELS.get(room(path), 0) < LEVELS["baselines"]]
+
+
+@pytest.mark.parametrize("path", BELOW_BASELINES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_an_attack_sees_no_original_image(path):
+    """Data and metrics know the true images; only baselines, experiments and the command line may import them."""
+    assert not {"data", "metrics"} & set(imports(path))

@@ -25,7 +25,8 @@ from rgap.attack.reconstruct import reconstruct
 from rgap.data import load_images
 from rgap.experiments.common import PALETTE, timed
 from rgap.metrics import psnr_db
-from rgap.network.chain import Chain, prepare
+from rgap.network.chain import prepare
+from rgap.network.layer import Chain
 from rgap.ranks.analysis import rank_analysis
 from rgap.ranks.exposure import exposure
 from rgap.results import Reconstruction

@@ -29,7 +29,7 @@ from rgap.experiments.common import (
 )
 from rgap.metrics import psnr_db
 from rgap.models import SLOPE
-from rgap.network.chain import Chain
+from rgap.network.layer import Chain
 from rgap.results import Reconstruction
 
 

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
 from rgap.metrics import match, mse, psnr_db, ssim
-from rgap.network.chain import Chain, prepare
+from rgap.network.chain import prepare
+from rgap.network.layer import Chain
 from rgap.results import Reconstruction
 
 SAME_IMAGE_COSINE = 1 - 1e-6

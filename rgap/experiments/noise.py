@@ -21,7 +21,8 @@ from rgap.client import client_gradients
 from rgap.experiments.common import MARKERS, PALETTE, client_steps, finish, seeded
 from rgap.head.read import read_head
 from rgap.metrics import mse, psnr_db, ssim
-from rgap.network.chain import Chain, prepare
+from rgap.network.chain import prepare
+from rgap.network.layer import Chain
 from rgap.results import Reconstruction
 from rgap.shared_gradient import receive
 

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from rgap.client import loss_value
 from rgap.experiments.common import MARKERS, PALETTE, attack_each, finish
-from rgap.network.chain import Chain, Layer, prepare
+from rgap.network.chain import prepare
+from rgap.network.layer import Chain, Layer
 
 RECOVERED_DB = 60.0
 """PSNR from which an image counts as recovered."""

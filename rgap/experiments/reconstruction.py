@@ -16,7 +16,8 @@ from rgap.client import client_gradients
 from rgap.client.training import training
 from rgap.experiments.common import MARKERS, PALETTE, finish
 from rgap.metrics import psnr_db
-from rgap.network.chain import Chain, prepare
+from rgap.network.chain import prepare
+from rgap.network.layer import Chain
 from rgap.results import Reconstruction
 
 

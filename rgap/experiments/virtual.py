@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from rgap.experiments.common import MARKERS, PALETTE, finish, mark
-from rgap.network.chain import Chain
+from rgap.network.layer import Chain
 from rgap.results import Reconstruction
 
 

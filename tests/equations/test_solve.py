@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from cases import conv_layer, conv_layers, dense_system, drawn, layer_sample, randn
+from cases import conv_layer, conv_layers, dense_system, drawn, layer_sample, randn, sequential
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -338,3 +338,15 @@ def test_shapes_are_checked_and_a_mask_is_for_a_single_image():
         solve_layer(layer, G, dz[0], z, rcond=1e-6)
     with pytest.raises(ValueError, match="needs a single image, not 2"):
         solve_layer(layer, G, dz, z, rcond=1e-6, known=z > 0)
+
+
+def test_a_weight_system_that_only_repeats_the_gradients_adds_no_rank():
+    """Pooling of z over all windows leaves W in the span of K: rounding must not pass for rank."""
+    network = sequential(nn.Conv1d(1, 3, 3, 2), nn.AvgPool1d(3, 1), nn.Tanh(), nn.Flatten(), nn.Linear(24, 1))
+    layer = rgap.prepare(network, (1, 21)).layers[0]
+    x, dz = randn(*layer.input_shape), randn(*layer.output_shape)
+    weight = layer.weight.clone().requires_grad_()
+    z = layer.after.apply(nn.functional.conv2d(x[None], weight, layer.bias, layer.stride))[0]
+    (G,) = torch.autograd.grad((z * dz).sum(), weight)
+    report = solve_layer(layer, G, dz[None], z.detach()[None], rcond=1e-5).report
+    assert report.rank == 17 and report.deficit == 4

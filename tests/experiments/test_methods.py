@@ -1,21 +1,15 @@
-"""Sweeps over methods: who gets what, what is measured, and who does the work."""
-
-import builtins
 import os
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cases import rand, small_cnn
+from cases import rand, rendered, small_cnn
 
 import rgap
 from rgap import models
-from rgap.experiments import sweeps
-from rgap.experiments.sweeps import cost as costs_module
-from rgap.experiments.sweeps import methods as methods_module
-from rgap.experiments.sweeps.parallel import run_each
-from rgap.experiments.sweeps.soundness import small_convnet, wide_lenet
+from rgap.experiments import methods as experiment
+from rgap.experiments.common import run_each
 
 IMAGES, LABELS = rand(2, 3, 8, 8, seed=21).float(), torch.tensor([0, 1])
 STEPS = {"DLG": 4, "Inverting Gradients": 4, "hybrid": 4}
@@ -29,11 +23,11 @@ def small(monkeypatch):
 
 
 def test_every_run_has_its_row_its_trajectory_and_its_image(small):
-    runs, trajectories, found = sweeps.compare_methods(small, [0, 1], STEPS)
-    assert len(runs) == 2 * 2 * 5 and list(runs["method"][:5]) == list(sweeps.METHODS)
-    assert set(found) == {("cnn6", method) for method in sweeps.METHODS}
+    runs, trajectories, found = experiment.compare_methods(small, [0, 1], STEPS)
+    assert len(runs) == 2 * 2 * 5 and list(runs["method"][:5]) == list(experiment.METHODS)
+    assert set(found) == {("cnn6", method) for method in experiment.METHODS}
     assert all(images.shape == (2, 3, 8, 8) for images in found.values())
-    closed = runs[runs["method"].isin(sweeps.METHODS[:2])]
+    closed = runs[runs["method"].isin(experiment.METHODS[:2])]
     assert (closed["psnr_db"] > 80).all() and (closed["seconds_prepared"] > 0).all()
     assert runs[~runs.index.isin(closed.index)]["seconds_prepared"].isna().all()
     one = trajectories.query("method == 'DLG' and seed == 1 and image == 0")
@@ -57,11 +51,12 @@ def test_attacks_get_the_gradient_and_no_image(small, monkeypatch):
         calls.append(("closed", [g.clone() for g in gradients], options))
         return rgap.reconstruct(model, gradients, shape, **options)
 
-    for name in ("dlg", "inverting_gradients", "hybrid"):
-        monkeypatch.setattr(methods_module, name, spy(name, getattr(methods_module, name)))
-    monkeypatch.setattr(methods_module, "reconstruct", closed)
-    sweeps.compare_methods({"cnn6": (IMAGES[:1], LABELS[:1])}, [0], STEPS)
-    assert {name for name, _, _ in calls} == {"closed", "dlg", "inverting_gradients", "hybrid"}
+    for name, attack in experiment.OPTIMISERS.items():
+        monkeypatch.setitem(experiment.OPTIMISERS, name, spy(name, attack))
+    monkeypatch.setattr(experiment, "hybrid", spy("hybrid", experiment.hybrid))
+    monkeypatch.setattr(experiment, "reconstruct", closed)
+    experiment.compare_methods({"cnn6": (IMAGES[:1], LABELS[:1])}, [0], STEPS)
+    assert {name for name, _, _ in calls} == {"closed", "DLG", "Inverting Gradients", "hybrid"}
     for _, gradients, options in calls:
         assert all(torch.equal(a, b) for a, b in zip(gradients, calls[0][1], strict=True))
         assert set(options) <= {"labels", "steps", "seed", "virtual_constraints"}
@@ -75,99 +70,96 @@ def table(**columns):
 def test_tables_are_means_deviations_and_ratios():
     runs = table(mse=[1e-9, 0.1, 1e-9, 1e-12], psnr_db=[90.0, 10.0, 90.0, 120.0], seconds=[1.0, 50.0, 2.0, 9.0])
     runs = runs.assign(seconds_prepared=[0.5, np.nan, 1.0, np.nan], seconds_to_best=[1.0, 40.0, 2.0, 6.0])
-    quality = sweeps.quality_table(pd.concat([runs, runs.assign(psnr_db=runs["psnr_db"] + 2)]))
+    quality = experiment.quality_table(pd.concat([runs, runs.assign(psnr_db=runs["psnr_db"] + 2)]))
     assert quality["psnr_db"].tolist() == [91, 11, 91, 121] and quality["runs"].tolist() == [2] * 4
     assert quality["psnr_db_std"].tolist() == [1.4] * 4
-    assert sweeps.time_ratios(runs).tolist() == [40, 3]
-    assert sweeps.time_ratios(runs, column="seconds_prepared").tolist() == [80, 6]
-    won = sweeps.networks_won(runs, rivals=["DLG"]).set_index("network")
+    assert experiment.time_ratios(runs).tolist() == [40, 3]
+    assert experiment.time_ratios(runs, column="seconds_prepared").tolist() == [80, 6]
+    won = experiment.networks_won(runs, rivals=["DLG"]).set_index("network")
     assert won["ahead"].to_dict() == {"a": True, "b": False} and won.loc["a", "best_rival"] == 10
-    times = sweeps.time_table(runs)
+    times = experiment.time_table(runs)
     assert times["cores"].tolist() == [os.cpu_count()] * 4 and set(times["torch"]) == {torch.__version__}
     assert set(times["dtype"]) == {"float32"} and times["seconds"].tolist() == [1, 50, 2, 9]
 
 
 def test_one_thread_is_given_back():
     before = torch.get_num_threads()
-    with methods_module.one_thread():
+    with experiment.one_thread():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
 
 
 def test_soundness_runs_each_optimiser_on_its_own_network_and_infers_the_label():
     images, labels = rand(2, 3, 32, 32, seed=5).float(), torch.tensor([3, 7])
-    runs, found = sweeps.soundness(images, labels, {"DLG": 3, "Inverting Gradients": 2})
+    runs, found = experiment.soundness(images, labels, {"DLG": 3, "Inverting Gradients": 2})
     assert runs["method"].tolist() == ["DLG"] * 2 + ["Inverting Gradients"] * 2 and runs["label_found"].all()
     assert {name: tuple(x.shape) for name, x in found.items()} == dict.fromkeys(found, (2, 3, 32, 32))
-    assert wide_lenet(3)[0].weight.abs().max() <= 0.5 and not wide_lenet(3)[0].weight.equal(wide_lenet(4)[0].weight)
+    first, other = (experiment.wide_lenet(seed)[0].weight for seed in (3, 4))
+    assert first.abs().max() <= 0.5 and not first.equal(other)
     state = torch.get_rng_state()
-    assert small_convnet()(images).shape == (2, 10) and torch.get_rng_state().equal(state)
+    assert experiment.small_convnet()(images).shape == (2, 10) and torch.get_rng_state().equal(state)
 
 
 @pytest.mark.slow
 def test_the_optimisers_are_sound():
     images, labels = rgap.data.load_images("embedded", count=5)
-    runs, _ = sweeps.soundness(images, labels, {"DLG": 800, "Inverting Gradients": 400})
+    runs, _ = experiment.soundness(images, labels, {"DLG": 800, "Inverting Gradients": 400})
     assert ((runs["psnr_db"] >= 25).groupby(runs["method"]).sum() >= 4).all(), runs
 
 
 def test_costs_are_measured_and_their_exponents_fitted(monkeypatch):
-    monkeypatch.setattr(costs_module, "cnn6_for", lambda side: small_cnn().float())
-    measured = sweeps.costs([8], [8], [4, 8])
+    monkeypatch.setattr(experiment, "cnn6_for", lambda side: small_cnn().float())
+    measured = experiment.costs([8], [8], [4, 8])
     assert len(measured) == 16 and (measured["seconds"] > 0).all()
     found = measured.dropna().groupby("network")["psnr_db"].min()
     assert set(found.index) == {"cnn6", "expanding", "fcn3"} and (found > 60).all()
     table = pd.DataFrame({"network": "n", "against": "side", "value": [1, 2, 4], "method": "m", "seconds": [3, 12, 48]})
-    assert sweeps.exponents(table)["exponent"].tolist() == [pytest.approx(2)]
+    assert experiment.exponents(table)["exponent"].tolist() == [pytest.approx(2)]
     monkeypatch.undo()
-    assert costs_module.cnn6_for(16)(torch.zeros(1, 3, 16, 16)).shape == (1, 1)
+    assert experiment.cnn6_for(16)(torch.zeros(1, 3, 16, 16)).shape == (1, 1)
 
 
 def test_the_deficit_of_cnn6_grows_with_the_image():
-    table = sweeps.deficits([32, 57, 58, 64])
+    table = experiment.deficits([32, 57, 58, 64])
     assert table["deficit"].tolist() == [0, 0, 108, 72]
     assert table["layer"].tolist()[2:] == ["2", "2"] and table["rank"].tolist()[3] == 12996
-
-
-def double(x):
-    return 2 * x
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_calls_come_back_in_their_order(jobs, monkeypatch):
-    monkeypatch.delenv("RGAP_SCHEDULER", raising=False)
-    assert run_each(abs, [(-3,), (2,), (-1,)], jobs=jobs) == [3, 2, 1]
-
-
-@pytest.mark.parametrize("by", ["argument", "environment"])
-def test_a_scheduler_without_dask_says_what_to_install(monkeypatch, by):
-    original = builtins.__import__
-
-    def without(name, *args, **options):
-        if name.startswith(("distributed", "dask")):
-            raise ModuleNotFoundError(f"No module named {name!r}")
-        return original(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.delenv("RGAP_SCHEDULER", raising=False)
-    if by == "environment":
-        monkeypatch.setenv("RGAP_SCHEDULER", "tcp://127.0.0.1:1")
-    with pytest.raises(ModuleNotFoundError, match=r"tcp://127.0.0.1:1 was named, and Dask is not installed.*\[dask\]"):
-        run_each(double, [(1,)], scheduler="tcp://127.0.0.1:1" if by == "argument" else None)
 
 
 def test_a_dask_cluster_of_two_workers_does_the_same_work(monkeypatch):
     distributed = pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
     images = {"fcn3": (rand(2, 1, 28, 28, seed=2).float(), LABELS)}
     options = {"seeds": [0], "steps": STEPS, "methods": ["virtual constraints", "DLG"]}
-    here, _, _ = sweeps.compare_methods(images, **options)
+    here, _, _ = experiment.compare_methods(images, **options)
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
     ) as cluster:
         pids = run_each(os.getpid, [()] * 8, scheduler=cluster.scheduler_address)
         monkeypatch.setenv("RGAP_SCHEDULER", cluster.scheduler_address)
-        there, _, _ = sweeps.compare_methods(images, **options)
+        there, _, _ = experiment.compare_methods(images, **options)
     assert os.getpid() not in pids
     columns = ["network", "seed", "image", "method", "verdict"]
     pd.testing.assert_frame_equal(here[columns], there[columns])
     np.testing.assert_allclose(here["psnr_db"], there["psnr_db"], atol=1.0)
+
+
+def test_quality_against_time_has_a_line_an_image_and_a_marker_a_method():
+    rows = [
+        ("cnn6", 0, image, method, 0, step, 0.1 * step, 10.0 * step)
+        for image in (0, 1)
+        for method, steps in (("R-GAP", [1]), ("DLG", [1, 2, 3]))
+        for step in steps
+    ]
+    names = ["network", "seed", "image", "method", "restart", "step", "seconds", "psnr_db"]
+    figure = experiment.plot_quality_against_time(pd.DataFrame(rows, columns=names), ["R-GAP", "DLG"])
+    (axis,) = rendered(figure)
+    assert axis.get_xscale() == "log" and axis.get_ylabel() == "PSNR (dB)" and len(axis.lines) == 4
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["R-GAP", "DLG"]
+
+
+def test_cost_has_a_panel_a_network_and_names_the_exponents():
+    rows = [("n", "side", v, m, k * v) for v in (1, 2) for m, k in (("a", 1.0), ("b", 5.0))]
+    table = pd.DataFrame(rows, columns=["network", "against", "value", "method", "seconds"])
+    slopes = pd.DataFrame({"network": "n", "against": "side", "method": ["a", "b"], "exponent": [1.0, 1.0]})
+    (axis,) = rendered(experiment.plot_cost(table, slopes))
+    assert axis.get_xscale() == axis.get_yscale() == "log" and "pixels" in axis.get_xlabel()
+    assert [t.get_text() for t in axis.get_legend().get_texts()] == ["a (exponent 1.0)", "b (exponent 1.0)"]

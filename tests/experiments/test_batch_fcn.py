@@ -1,0 +1,42 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from cases import batch, fcn, rendered
+
+from rgap.experiments import batch_fcn as experiment
+
+
+def test_widths_have_a_row_each():
+    images, labels = batch(4)
+    table = experiment.width_table(lambda seed, widths: fcn((*widths[:1], 30), seed=seed), images, labels, [40, 80])
+    assert table["width"].tolist() == [40, 80] and (table["found"] == 4).all()
+    assert table["parameters"].tolist() == [36 * w + 30 * w + 30 for w in (40, 80)]
+    assert table["megabytes"].is_monotonic_increasing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_false_certificate_in_a_sample_of_batches(seed):
+    table = experiment.sample_batches(15, seed)
+    assert table["ok"].all(), table[~table["ok"]].to_string()
+    assert {"case", "verdict", "psnr_db", "ok", "why"} <= set(table) and {"exact", "rank-deficient"} <= set(
+        table["verdict"]
+    )
+    assert torch.tensor(table[table["verdict"] == "exact"]["psnr_db"].to_numpy()).min() > 50
+
+
+def test_batches_have_their_shares_their_seconds_and_the_limit():
+    table = pd.DataFrame({"batch": [1, 8, 8], "seed": [0, 0, 1], "found": [1, 8, 6], "false": [0, 0, 2],
+                          "certified": [1, 8, 4], "seconds": [0.1, 0.5, 0.7]})  # fmt: skip
+    (axis,) = rendered(experiment.plot_found(table, limit=9))
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "found",
+        "certified as exact",
+        "false images",
+    ]
+    np.testing.assert_allclose([line.get_ydata() for line in axis.lines[:3]], [[1, 0.75], [1, 0.75], [0, 0.125]])
+    assert axis.texts[0].get_text() == "second layer's width, 9"
+    (axis,) = rendered(experiment.plot_seconds(table, limit=9))
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), [0.1, 0.6])
+    assert axis.get_ylabel() == "seconds" and len(axis.collections[0].get_offsets()) == 3
