@@ -15,6 +15,7 @@ LEVELS = {
     "equations": 2,
     **dict.fromkeys(("head", "virtual", "ranks"), 3),
     "separation": 4,
+    "tokens": 4,
     "attack": 5,
     "baselines": 6,
     **dict.fromkeys(("experiments", "commands", "__main__"), 7),

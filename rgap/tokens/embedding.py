@@ -1,0 +1,280 @@
+"""Which layer embeds the patches of an image, and which learned parameter is added to each of its tokens.
+
+The network runs once, only as far as that addition, and is recognised by what it computes, not by its class: the first
+convolution or linear layer that reads the image is the patch embedding, and the adjoint of the addition, applied to
+numbered entries, tells which entry of the position embedding each output is added to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from rgap.results import UnsupportedLayerError
+
+ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+"""Names of the functions that add a position embedding."""
+
+ATTENTIONS = {"scaled_dot_product_attention", "multi_head_attention_forward", "softmax"}
+"""Names of the functions that mark a transformer."""
+
+MAX_ADDITIONS = 8
+"""Additions after the patch embedding among which the position embedding is looked for."""
+
+MAX_NORMALISATION = 10_000
+"""Entries of a tensor up to which it may belong to the input's normalisation, which is computed in float64."""
+
+
+@dataclass(frozen=True)
+class PatchEmbedding:
+    """A patch embedding z_t = E p_t + b with a learned position embedding q_t added to every token.
+
+    Attributes:
+        name: Path of the layer that embeds the patches.
+        weight_name: Parameter name of E.
+        bias_name: Parameter name of b, None without bias.
+        position_name: Parameter name of the position embedding.
+        position_entries: (T, D), for every feature of every patch its place in the flattened position embedding.
+        patch_size: Entries of a patch, n.
+        image_shape: (C, H, W).
+        patches: The affine map from images (1, C, H, W) to patches (T, n), float64.
+    """
+
+    name: str
+    weight_name: str
+    bias_name: str | None
+    position_name: str
+    position_entries: Tensor
+    patch_size: int
+    image_shape: tuple[int, ...]
+    patches: Callable[[Tensor], Tensor]
+
+    def image(self, patches: Tensor) -> Tensor:
+        """The image (1, C, H, W) whose patches are nearest to those given, (T, n), by least squares.
+
+        Every entry of a patch reads one pixel, so that AᵀA of the map's linear part A is diagonal.
+        """
+        shift, scale = self.affine()
+        return self._adjoint(patches - shift) / self._adjoint(scale)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Shift and scale of every entry of the patches, (T, n) each: entry = shift + scale · pixel."""
+        zeros = torch.zeros(1, *self.image_shape, dtype=torch.float64)
+        shift = self.patches(zeros)
+        return shift, self.patches(zeros + 1) - shift
+
+    def entry_coordinates(self) -> tuple[Tensor, ...]:
+        """Channel, row and column of the pixel that every entry of the patches reads, (T, n) each."""
+        shift, scale = self.affine()
+        axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in self.image_shape), indexing="ij")
+        return tuple((self.patches(axis[None]) - shift) / torch.where(scale == 0, 1.0, scale) for axis in axes)
+
+    def _adjoint(self, patches: Tensor) -> Tensor:
+        image = torch.zeros(1, *self.image_shape, dtype=torch.float64, requires_grad=True)
+        with torch.enable_grad():
+            return torch.autograd.grad(self.patches(image), image, patches)[0]
+
+
+def recognise(model: nn.Module, image_shape: tuple[int, int, int]) -> PatchEmbedding | None:
+    """Finds a network's patch embedding and the learned position embedding that is added to its output.
+
+    Args:
+        model: Any module; one forward pass on an image of zeros runs as far as the addition.
+        image_shape: (C, H, W) of one image.
+
+    Returns:
+        The `PatchEmbedding`; None where the network is no transformer on patches.
+
+    Raises:
+        UnsupportedLayerError: If it is a transformer whose position gradients do not give the tokens' gradients; the
+            message names the parameter and the reason.
+    """
+    watch = _run(model, image_shape, torch.zeros(1, *image_shape))
+    if watch.embedding is None or not (watch.attention or watch.position):
+        return None
+    names = {id(value): name for name, value in watch.values.items()}
+    weight_name, bias_name = names[id(watch.embedding.weight)], names.get(id(watch.embedding.bias))
+    name = weight_name.rpartition(".")[0]
+    if reason := _why_not(name, weight_name, watch):
+        raise UnsupportedLayerError(reason)
+    found = PatchEmbedding(
+        name, weight_name, bias_name, watch.position[0], watch.position[1], watch.embedding.weight[0].numel(),
+        tuple(image_shape), _patch_map(model, tuple(image_shape)),
+    )  # fmt: skip
+    _check_pixels(found)
+    return found
+
+
+@dataclass(frozen=True)
+class _Embedding:
+    """The first call that applies a weight to the image."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    unfold: Callable[[Tensor], Tensor] | None  # input -> (T, n); None where the call is of a kind without patches
+    tokens: Callable[[Tensor], Tensor]  # output -> (T, D)
+
+
+class _Done(Exception):
+    """Ends the forward pass."""
+
+
+class _Watch(TorchFunctionMode):
+    """Watches a forward pass for the patch embedding and for the addition of a parameter to its output."""
+
+    def __init__(self, values: dict[str, Tensor], trainable: set[str], only_patches: bool):
+        """Watches a network with those parameters and buffers."""
+        super().__init__()
+        self.values, self.trainable, self.only_patches = values, trainable, only_patches
+        self.embedding: _Embedding | None = None
+        self.output: Tensor | None = None
+        self.position: tuple[str, Tensor] | None = None
+        self.frozen: str | None = None
+        self.attention = False
+        self.additions = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Runs the function as it is; of the patch embedding's output the graph begins anew."""
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if self.embedding is None:
+            self.embedding = _embedding(func, args, kwargs, self.values)
+            if self.embedding is None:
+                return func(*args, **kwargs)
+            if self.only_patches:
+                raise _Done
+            self.output = func(*args, **kwargs).detach().requires_grad_()
+            return self.output.clone()
+        result = func(*args, **kwargs)
+        self.attention |= name in ATTENTIONS and result[0].ndim > 1
+        if name in ADDITIONS and result.requires_grad:
+            self.additions += 1
+            self.position = self._position(result) if self.additions <= MAX_ADDITIONS else None
+            if self.position or (self.attention and self.additions > MAX_ADDITIONS):
+                raise _Done
+        return result
+
+    def _position(self, total: Tensor) -> tuple[str, Tensor] | None:
+        """The parameter that is added to all tokens, and its place at each; None where the sum is another one."""
+        numbers = torch.arange(1, total.numel() + 1, dtype=total.dtype).reshape(total.shape)
+        leaves = [self.output, *self.values.values()]
+        places, counts = (
+            torch.autograd.grad(total, leaves, cotangent, retain_graph=True, allow_unused=True)
+            for cotangent in (numbers, torch.ones_like(total))
+        )
+        if places[0] is None or not (counts[0] == 1).all() or len(places[0].unique()) < places[0].numel():
+            return None
+        token_places = self.embedding.tokens(places[0]).long()
+        for name, place, count in zip(self.values, places[1:], counts[1:], strict=True):
+            if place is None or not ((count == 0) | (count == 1)).all():
+                continue
+            entry_at = torch.full((total.numel() + 1,), -1)
+            entry_at[place.flatten().long()] = torch.arange(place.numel())
+            entry_at[0] = -1
+            if (entries := entry_at[token_places]).min() < 0:
+                continue
+            if name in self.trainable:
+                return name, entries
+            self.frozen = name
+        return None
+
+
+def _run(model: nn.Module, image_shape: tuple[int, ...], image: Tensor, only_patches: bool = False) -> _Watch:
+    """One forward pass under a `_Watch`, with every parameter and buffer a leaf of its own."""
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else torch.float32
+    values = {}
+    for name, t in tensors.items():
+        dtype = torch.float64 if only_patches and t.numel() <= MAX_NORMALISATION else wide
+        values[name] = t.detach().to("cpu", dtype).requires_grad_() if t.is_floating_point() else t.detach().cpu()
+    leaves = {name: value for name, value in values.items() if value.requires_grad}
+    watch = _Watch(leaves, _trainable(model), only_patches)
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]), watch:
+            torch.func.functional_call(model, values, image if only_patches else image.to(wide))
+    except _Done:
+        pass
+    except Exception as error:
+        raise ValueError(
+            f"image_shape {tuple(image_shape)} does not fit {type(model).__name__}: {str(error).partition(chr(10))[0]}"
+        ) from error
+    return watch
+
+
+def _trainable(model: nn.Module) -> set[str]:
+    """Parameters whose gradients are shared: all of them where the whole network was frozen for the attack."""
+    parameters = dict(model.named_parameters())
+    return {name for name, p in parameters.items() if p.requires_grad} or set(parameters)
+
+
+def _embedding(func, args, kwargs, values: dict[str, Tensor]) -> _Embedding | None:
+    """What a call embeds, where it is a convolution or linear map by a parameter; None for any other call."""
+    if func not in (F.linear, torch.conv1d, torch.conv2d, torch.conv3d):
+        return None
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    call = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1, **kwargs}
+    call.update(zip(names, args, strict=False))
+    weight, x = call["weight"], call["input"]
+    if not any(weight is value for value in values.values()):
+        return None
+    if func is F.linear:
+        return _Embedding(x, weight, call["bias"], lambda u: u.reshape(-1, u.shape[-1]), lambda o: o.flatten(0, -2))
+    plain = func is torch.conv2d and call["groups"] == 1 and not isinstance(call["padding"], str)
+    options = {key: call[key] for key in ("stride", "padding", "dilation")}
+    kernel = tuple(weight.shape[2:])
+    return _Embedding(
+        x, weight, call["bias"],
+        (lambda u: F.unfold(u.reshape(1, *u.shape[-3:]), kernel, **options)[0].T) if plain else None,
+        lambda o: o.reshape(weight.shape[0], -1).T,
+    )  # fmt: skip
+
+
+def _patch_map(model: nn.Module, image_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """Images (1, C, H, W) -> patches (T, n), differentiable by the image."""
+
+    def patches(image: Tensor) -> Tensor:
+        found = _run(model, image_shape, image, only_patches=True).embedding
+        return found.unfold(found.input).double()
+
+    return patches
+
+
+def _check_pixels(found: PatchEmbedding) -> None:
+    """Refuses patches that are not affine in single pixels, or that leave pixels out."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, *found.image_shape, generator=generator, dtype=torch.float64)
+    shift, scale = found.affine()
+    squares, back = found._adjoint(scale), found._adjoint(found.patches(image) - shift)
+    if not torch.allclose(back, squares * image, rtol=1e-4, atol=1e-5 * squares.abs().max().item()):
+        raise UnsupportedLayerError(
+            f"{found.name!r} embeds no patches of the image: what stands before it mixes pixels or is not affine"
+        )
+    if unread := int((squares == 0).sum()):
+        raise UnsupportedLayerError(
+            f"{found.name!r} reads no patch with {unread} of {squares.numel()} pixels of {found.image_shape}; give an "
+            "image_shape that its patches cover"
+        )
+
+
+def _why_not(name: str, weight_name: str, watch: _Watch) -> str:
+    """The reason for which the tokens' gradients are not shared; empty where they are."""
+    if watch.embedding.unfold is None:
+        return f"{name!r} embeds patches by a convolution that is grouped, padded by name, or not two-dimensional"
+    if watch.position is None and watch.frozen:
+        return (
+            f"the position embedding {watch.frozen!r} is not trained (a buffer, or frozen): its gradient, which is that "
+            "of every token, is not shared"
+        )
+    if watch.position is None:
+        return (
+            f"to the patches that {name!r} embeds no learned position embedding is added, one entry to each: sin-cos, "
+            "rotary, relative or resized positions share no gradient of single tokens"
+        )
+    if weight_name not in watch.trainable:
+        return f"the patch embedding {weight_name!r} is not trained: its gradient is not shared"
+    return ""

@@ -1,0 +1,212 @@
+"""The patches from the gradients of patch and position embedding: ∂ℓ/∂E = Δᵀ P with ∂ℓ/∂q_t = δ_t, the rows of Δ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rgap.linalg import svd
+from rgap.tokens.embedding import PatchEmbedding
+
+MIN_SURPLUS_EQUATIONS = 30
+"""Surplus equations from which the noise is measured by what they miss."""
+
+RCOND_ROUNDINGS = 2.0
+"""Roundings of the gradient below which, times √(T + D), a singular value of Δ counts as zero."""
+
+PIXEL_STD_SHARE = 0.25
+"""Standard deviation of a pixel, as a share of the pixel range, before anything is known of the image."""
+
+CHANNEL_CORRELATION = 0.9
+"""Correlation of the channels of one pixel in photographs."""
+
+CORRELATION_LENGTH_SHARE = 0.5
+"""Distance, as a share of the image's side, over which pixels' correlation falls to 1 / e."""
+
+
+@dataclass(frozen=True)
+class PatchSystem:
+    """ΔᵀP = G, with the errors of both sides.
+
+    Attributes:
+        delta: Gradients of the tokens, (T, D).
+        G: Gradient of the patch embedding's weight, (D, n).
+        delta_std: Standard deviation of the error of every entry of `delta`.
+        G_std: The same for `G`.
+    """
+
+    delta: Tensor
+    G: Tensor
+    delta_std: Tensor
+    G_std: Tensor
+
+    def equation_variance(self, patches: Tensor) -> Tensor:
+        """Variance of the error of every equation, (D, n), with the errors of Δ as the patches magnify them."""
+        return self.G_std.square() + self.delta_std.square().T @ patches.square()
+
+
+@dataclass(frozen=True)
+class PatchSolution:
+    """The patches and how well they are determined.
+
+    Attributes:
+        patches: (T, n).
+        rank: Singular values of Δ kept, at most min(T, D − 1) behind layer norms.
+        null: Orthonormal basis of the combinations of tokens that the equations leave open, (T, T − rank).
+        condition: Largest over smallest singular value kept.
+        above: Smallest singular value kept, relative to the largest.
+        below: Largest dropped, relative to the largest; None where none was.
+        residual: ‖ΔᵀP − G‖ / ‖G‖.
+        std: Predicted standard deviation of every entry of `patches`.
+        excess: Times the known noise that the surplus equations show; None where there are too few.
+    """
+
+    patches: Tensor
+    rank: int
+    null: Tensor
+    condition: float
+    above: float
+    below: float | None
+    residual: float
+    std: Tensor
+    excess: float | None
+
+
+def patch_system(embedding: PatchEmbedding, gradients: dict[str, Tensor], stds: dict[str, Tensor]) -> PatchSystem:
+    """Gathers the equations from named gradients and the standard deviations of their entries."""
+
+    def rows(tensors: dict[str, Tensor]) -> Tensor:
+        return tensors[embedding.position_name].flatten()[embedding.position_entries]
+
+    G, G_std = (tensors[embedding.weight_name].flatten(1) for tensors in (gradients, stds))
+    return PatchSystem(rows(gradients), G, rows(stds), G_std)
+
+
+def solve_patches(system: PatchSystem, precision: float, rcond: float | None = None) -> PatchSolution:
+    """Solves ΔᵀP = G by least squares, with the tokens' gradients scaled to unit norm (ours).
+
+    Every path from a token to the loss passes a layer norm, whose adjoint is orthogonal to the ones: Δ has rank
+    min(T, D − 1) at most, and the patches are determined where the width exceeds their number.
+
+    Args:
+        system: The equations.
+        precision: Relative error of the gradients' entries, for the default cutoff.
+        rcond: Singular values below rcond times the largest count as zero.
+    """
+    norms = system.delta.norm(dim=1, keepdim=True)
+    scales = torch.where(norms > 0, norms, 1.0)
+    U, S, Vh = svd((system.delta / scales).T)
+    count, width = system.delta.shape
+    if rcond is None:
+        rcond = min(max(RCOND_ROUNDINGS * precision * (count + width) ** 0.5, 1e-12), 0.1)
+    rank = int((S > rcond * S[0]).sum())
+    pseudo_inverse = (Vh[:rank].T / S[:rank]) @ U[:, :rank].T / scales
+    patches = pseudo_inverse @ system.G
+    patches = patches + pseudo_inverse @ (system.G - system.delta.T @ patches)
+    miss = system.delta.T @ patches - system.G
+    variance = system.equation_variance(patches)
+    surplus = (min(width, system.G.shape[0]) - rank) * system.G.shape[1]
+    expected = variance.sum().item() * (1 - rank / width)
+    measured = surplus >= MIN_SURPLUS_EQUATIONS and rank < width and expected > 0
+    excess = (miss.square().sum().item() / expected) ** 0.5 if measured else None
+    ratios = (S / S[0]).tolist()
+    null = torch.linalg.qr(torch.cat([Vh[:rank].T * scales, torch.eye(count, dtype=S.dtype)], 1))[0][:, rank:count]
+    return PatchSolution(
+        patches,
+        rank,
+        null,
+        1 / ratios[rank - 1],
+        ratios[rank - 1],
+        ratios[rank] if rank < len(ratios) else (0.0 if rank < count else None),
+        (miss.norm() / system.G.norm()).item(),
+        (pseudo_inverse.square() @ variance).sqrt() * (1.0 if excess is None else excess),
+        excess,
+    )
+
+
+@dataclass(frozen=True)
+class PatchPrior:
+    """What is known of patches beforehand: P = mean + scale ∘ Q with Q normal of mean 0 and variance 1.
+
+    The means of patches are correlated from patch to patch, what is left of them within a patch alone.
+
+    Attributes:
+        mean: (T, n), the patches of a grey image.
+        scale: (T, n), the standard deviation of their entries.
+        tokens: Correlation of the patches' means, (T, T).
+        entries: Correlation of the entries of one patch, (n, n).
+        channels: Orthonormal indicators of the entries of each channel, (n, C).
+    """
+
+    mean: Tensor
+    scale: Tensor
+    tokens: Tensor
+    entries: Tensor
+    channels: Tensor
+
+
+def ridge_prior(embedding: PatchEmbedding, pixel_range: tuple[float, float]) -> PatchPrior:
+    """Pixels that are independent of each other: ridge regression."""
+    shift, scale = embedding.affine()
+    low, high = pixel_range if all(map(_is_finite, pixel_range)) else (0.0, 1.0)
+    (T, n), eye = shift.shape, torch.eye
+    channel = embedding.entry_coordinates()[0][0].round().long()
+    channels = torch.nn.functional.one_hot(channel).to(shift.dtype)
+    channels = channels / channels.norm(dim=0).clamp(min=1.0)
+    mean, std = shift + scale * (low + high) / 2, PIXEL_STD_SHARE * (high - low) * scale.abs()
+    return PatchPrior(mean, std, eye(T, dtype=shift.dtype), eye(n, dtype=shift.dtype), channels)
+
+
+def smooth_prior(embedding: PatchEmbedding, pixel_range: tuple[float, float]) -> PatchPrior:
+    """Pixels whose correlation falls exponentially with their distance, within a patch and from patch to patch."""
+    prior = ridge_prior(embedding, pixel_range)
+    _, y, x = embedding.entry_coordinates()
+    places = torch.stack([y, x], -1)  # (T, n, 2)
+    length = CORRELATION_LENGTH_SHARE * max(embedding.image_shape[1:])
+    tokens, entries = (torch.exp(-torch.cdist(points, points) / length) for points in (places.mean(1), places[0]))
+    same = prior.channels @ prior.channels.T > 0
+    return replace(prior, tokens=tokens, entries=entries * torch.where(same, 1.0, CHANNEL_CORRELATION))
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+def regularised_patches(system: PatchSystem, prior: PatchPrior, excess: float = 1.0) -> tuple[Tensor, float]:
+    """The patches' posterior mean under a prior, and the root mean square of its standard deviation.
+
+    Noise in Δ makes least squares shrink what it multiplies (errors in variables); each token's gradient is therefore
+    shrunk beforehand by the share of it that is no noise (regression calibration). In the eigenvectors of the entries'
+    correlation the columns then decouple: each is a ridge regression with the tokens' correlation.
+
+    Args:
+        system: The equations.
+        prior: What is known of the patches beforehand.
+        excess: Times the known noise that is to be reckoned with.
+    """
+    delta_variance = excess**2 * system.delta_std.square().mean(1, keepdim=True)  # (T, 1)
+    power = system.delta.square().mean(1, keepdim=True).clamp(min=1e-300)
+    kept = (1 - delta_variance / power).clamp(min=0)
+    delta = kept * system.delta
+    size = prior.scale.mean()
+    unit = prior.scale.mean(0) / size  # (n,)
+    kappa, basis = torch.linalg.eigh(prior.entries)
+    kappa = kappa.clamp(min=1e-12)
+    Y = ((system.G - delta.T @ prior.mean) / unit) @ basis
+    squares = ((prior.mean / unit) @ basis).square() + size**2 * kappa
+    noise = (excess**2 * (system.G_std / unit).square().mean() + (kept * delta_variance * squares).sum(0)).clamp(
+        min=1e-300
+    )
+    Q, variance = torch.empty_like(prior.mean), 0.0
+    means = (basis.T @ prior.channels).square().sum(1) > 0.5  # columns that are a patch's mean in its channels
+    for columns, correlation in ((means, prior.tokens), (~means, torch.eye(len(delta), dtype=kappa.dtype))):
+        root = torch.linalg.cholesky(correlation + 1e-10 * torch.eye(len(delta), dtype=kappa.dtype)) * size
+        W, s, Vh = svd(delta.T @ root)
+        gain = kappa[columns] / (s.square()[:, None] * kappa[columns] + noise[columns])  # (k, columns)
+        right = root @ Vh.T
+        Q[:, columns] = right @ (s[:, None] * gain * (W.T @ Y[:, columns]))
+        unseen = (root.square().sum() - right.square().sum()).clamp(min=0)
+        variance += (right.square().sum(0)[:, None] * gain * noise[columns]).sum() + unseen * kappa[columns].sum()
+    return prior.mean + Q @ basis.T * unit, (variance / Q.numel()).sqrt().item()
