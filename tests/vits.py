@@ -30,9 +30,9 @@ class Small(nn.Module):
 
     Args:
         layout: "timm" (class token joined before the positions are added), "registers" (class and register tokens
-            joined after), "mean" (linear embedding of patches cut out by hand, mean pooled), "lookup" (positions from an
-            `nn.Embedding`), "map" (positions added to the map of features), "overlap" (patches that overlap), "affine"
-            (the input normalised first), "sincos" (a buffer), "frozen", "none" (no positions), "rank" (linear, no norm).
+            joined after), "mean" (linear embedding of patches cut out by hand, mean pooled), "lookup" (positions from
+            an `nn.Embedding`), "map" (positions added to the map of features), "overlap" (patches that overlap),
+            "affine" (the input normalised first), "sincos" (a buffer), "frozen", or "none" (no positions).
     """
 
     def __init__(self, layout="timm", width=48, depth=2, patch=4, classes=5, bias=True):

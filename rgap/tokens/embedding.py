@@ -121,8 +121,8 @@ class _Embedding:
     tokens: Callable[[Tensor], Tensor]  # output -> (T, D)
 
 
-class _Done(Exception):
-    """Ends the forward pass."""
+class _FoundError(Exception):
+    """Ends a forward pass that has shown what was looked for."""
 
 
 class _Watch(TorchFunctionMode):
@@ -147,7 +147,7 @@ class _Watch(TorchFunctionMode):
             if self.embedding is None:
                 return func(*args, **kwargs)
             if self.only_patches:
-                raise _Done
+                raise _FoundError
             self.output = func(*args, **kwargs).detach().requires_grad_()
             return self.output.clone()
         result = func(*args, **kwargs)
@@ -156,7 +156,7 @@ class _Watch(TorchFunctionMode):
             self.additions += 1
             self.position = self._position(result) if self.additions <= MAX_ADDITIONS else None
             if self.position or (self.attention and self.additions > MAX_ADDITIONS):
-                raise _Done
+                raise _FoundError
         return result
 
     def _position(self, total: Tensor) -> tuple[str, Tensor] | None:
@@ -197,7 +197,7 @@ def _run(model: nn.Module, image_shape: tuple[int, ...], image: Tensor, only_pat
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=[]), watch:
             torch.func.functional_call(model, values, image if only_patches else image.to(wide))
-    except _Done:
+    except _FoundError:
         pass
     except Exception as error:
         raise ValueError(
@@ -267,8 +267,8 @@ def _why_not(name: str, weight_name: str, watch: _Watch) -> str:
         return f"{name!r} embeds patches by a convolution that is grouped, padded by name, or not two-dimensional"
     if watch.position is None and watch.frozen:
         return (
-            f"the position embedding {watch.frozen!r} is not trained (a buffer, or frozen): its gradient, which is that "
-            "of every token, is not shared"
+            f"the position embedding {watch.frozen!r} is not trained (a buffer, or frozen): its gradient, which is "
+            "that of every token, is not shared"
         )
     if watch.position is None:
         return (
