@@ -14,10 +14,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Photographs that scikit-image carries inside its wheel; a label is the place in this tuple.
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")
-CROPS = 1000  # embedded colour images per split
+SPLIT_SIZE = 1000  # embedded colour images
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_MACHINES = {"airplane", "automobile", "ship", "truck"}
-LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, what "greyscale" means to Pillow and OpenCV
+LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, what "greyscale" means to Pillow and OpenCV
 # What torchvision's download unpacks; a user without a network puts these files in place by hand.
 DOWNLOADS = {
     "cifar10": "cifar-10-python.tar.gz",
@@ -128,7 +128,7 @@ def _open_source(source, *, grey, split):
 
 def _crops(split):
     # One draw for the whole split, so that place k is the same crop whatever else is asked for.
-    draws = torch.rand(CROPS, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(SPLITS.index(split)))
+    draws = torch.rand(SPLIT_SIZE, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(SPLITS.index(split)))
     photographs = {}
 
     def pixels(i):
@@ -142,7 +142,7 @@ def _crops(split):
         top, left = round(down * (height - side)), round(right * (width - side))
         return photograph[top : top + side, left : left + side] / 255
 
-    return _Source([i % len(PHOTOGRAPHS) for i in range(CROPS)], pixels, PHOTOGRAPHS)
+    return _Source([i % len(PHOTOGRAPHS) for i in range(SPLIT_SIZE)], pixels, PHOTOGRAPHS)
 
 
 def _faces(split):
@@ -207,7 +207,7 @@ def _fit(pixels, image_shape):
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], channels, axis=2)
     elif channels == 1:
-        pixels = pixels @ LUMA[:, None]
+        pixels = pixels @ LUMA_WEIGHTS[:, None]
     have_height, have_width = pixels.shape[:2]
     crop_height = min(have_height, max(1, round(have_width * height / width)))
     crop_width = min(have_width, max(1, round(have_height * width / height)))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-SLOPE = 0.2
+LEAKY_SLOPE = 0.2
 """Negative slope of every LeakyReLU here."""
 
 IMAGE_SHAPES = {
@@ -68,7 +68,7 @@ def cnn6_batch(
         modules = _cnn6_layers(width, bias)
         sizes = (3200, *hidden, classes)
         for inputs, outputs in itertools.pairwise(sizes):
-            modules += [nn.Linear(inputs, outputs, bias=bias), nn.LeakyReLU(SLOPE)]
+            modules += [nn.Linear(inputs, outputs, bias=bias), nn.LeakyReLU(LEAKY_SLOPE)]
         return nn.Sequential(*modules[:-1])
 
     return _seeded(layers, seed)
@@ -86,7 +86,7 @@ def fcn3(seed: int = 0, widths: tuple[int, ...] = (1000, 100)) -> nn.Sequential:
         sizes = (784, *widths, 1)
         modules: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in itertools.pairwise(sizes):
-            modules += [nn.Linear(inputs, outputs, bias=False), nn.LeakyReLU(SLOPE)]
+            modules += [nn.Linear(inputs, outputs, bias=False), nn.LeakyReLU(LEAKY_SLOPE)]
         return nn.Sequential(*modules[:-1])
 
     return _seeded(layers, seed)
@@ -181,7 +181,7 @@ def _cnn6_layers(width: int, bias: bool = False) -> list[nn.Module]:
     shapes += [(36, 36, 3, 1, 1), (36, 64, 3, 2, 1), (64, 128, 3, 1, 1)]
     modules: list[nn.Module] = []
     for inputs, outputs, kernel, stride, padding in shapes:
-        modules += [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=bias), nn.LeakyReLU(SLOPE)]
+        modules += [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=bias), nn.LeakyReLU(LEAKY_SLOPE)]
     return [*modules, nn.Flatten()]
 
 

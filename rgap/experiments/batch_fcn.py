@@ -28,7 +28,7 @@ from rgap.experiments.common import (
     mark,
 )
 from rgap.metrics import psnr_db
-from rgap.models import SLOPE
+from rgap.models import LEAKY_SLOPE
 from rgap.network.layer import Chain
 from rgap.results import Reconstruction
 
@@ -113,7 +113,7 @@ def _attack_random_batch(generator: torch.Generator) -> dict:
 
     widths = (between(24, 160), between(4, 40))
     bias, dtype, trouble = pick(True, False), pick("float32", "float64"), pick("", "", "", "equal", "zeros", "size")
-    slope, batch = pick(SLOPE, 0.01, 0.6), between(2, min(24, widths[1] + 4))
+    slope, batch = pick(LEAKY_SLOPE, 0.01, 0.6), between(2, min(24, widths[1] + 4))
     shape = (1, 8, 8)
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise((64, *widths, 1)):

@@ -262,8 +262,8 @@ def expanding_for(side: int) -> nn.Module:
     """
     with seeded(0), torch.no_grad():
         body = [
-            nn.Conv2d(3, 16, 4, 2, 2, bias=False), nn.LeakyReLU(models.SLOPE),
-            nn.Conv2d(16, 72, 3, 2, 1, bias=False), nn.LeakyReLU(models.SLOPE), nn.Flatten(),
+            nn.Conv2d(3, 16, 4, 2, 2, bias=False), nn.LeakyReLU(models.LEAKY_SLOPE),
+            nn.Conv2d(16, 72, 3, 2, 1, bias=False), nn.LeakyReLU(models.LEAKY_SLOPE), nn.Flatten(),
         ]  # fmt: skip
         features = nn.Sequential(*body)(torch.zeros(1, 3, side, side)).shape[1]
         return nn.Sequential(*body, nn.Linear(features, 1, bias=False)).eval()

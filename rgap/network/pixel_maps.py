@@ -15,8 +15,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-EQUAL = 1e-10
-"""Relative difference below which two ways to compute the same count as equal."""
+EQUALITY_RTOL = 1e-10
+"""Relative difference below which two computations of the same quantity count as equal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class PixelMap:
     @cached_property
     def _inverses(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """R⁺, C⁺ and the projectors on what R and C see."""
-        R, C = torch.linalg.pinv(self.rows, rtol=EQUAL), torch.linalg.pinv(self.columns, rtol=EQUAL)
+        R, C = torch.linalg.pinv(self.rows, rtol=EQUALITY_RTOL), torch.linalg.pinv(self.columns, rtol=EQUALITY_RTOL)
         return R, C, R @ self.rows, C @ self.columns
 
     @cached_property
@@ -120,7 +120,7 @@ def pixel_map(function: Callable[[Tensor], Tensor], channels: int, pixels: tuple
         difference = run(probe) - found.apply(probe)
     except (ValueError, RuntimeError):
         return None
-    return found if difference.abs().max() <= EQUAL * (1 + whole.abs().max()) else None
+    return found if difference.abs().max() <= EQUALITY_RTOL * (1 + whole.abs().max()) else None
 
 
 def _split(projector: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def _zeros_around(A: Tensor) -> tuple[int, int] | None:
         return None
     expected = torch.zeros_like(A)
     expected[first : first + A.shape[1]] = torch.eye(A.shape[1], dtype=A.dtype)
-    return (first, more - first) if torch.allclose(A, expected, rtol=0, atol=EQUAL) else None
+    return (first, more - first) if torch.allclose(A, expected, rtol=0, atol=EQUALITY_RTOL) else None
 
 
 def image_shape_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
