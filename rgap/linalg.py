@@ -1,26 +1,31 @@
-"""Dense least squares with its rank: the cutoff is an argument, the singular values around it are in the result."""
+"""Least squares with its rank, and extreme singular values, of matrices that need not be formed; knows no network."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import scipy.linalg
 import torch
 from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
-SAFE_RATIO = 1e-4
+CHOLESKY_MIN_RATIO = 1e-4
 """Smallest σ_min / σ_max for which the normal equations, refined once, are as good as a singular decomposition."""
 
-RESOLUTION = 1e-6
+GRAM_RESOLUTION = 1e-6
 """Smallest cutoff at which singular values are told apart by their squares."""
 
-SETTLED = 0.01
+PIVOTED_GAP = 10.0
+"""Smallest singular value kept, in units of the cutoff, from which a pivoted Cholesky factor tells the rank."""
+
+LANCZOS_RTOL = 0.01
 """Relative gain of a Lanczos step below which the largest eigenvalue counts as found."""
 
-WEAK_RATIO = 1e-1
-"""Directions with σ / σ_max below this are named weak where the rank is not full: they are worth other equations."""
+ILL_CONDITIONED_RATIO = 1e-1
+"""Directions with σ / σ_max below this are named ill-conditioned where the rank is not full: they are worth other
+equations."""
 
 
 @dataclass(frozen=True)
@@ -44,31 +49,37 @@ class Operator:
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """The minimum-norm minimiser of ‖A y − b‖ and the directions that A does not see.
+    """The minimum-norm minimiser of ‖A y − b‖ and the null space of A.
 
     Attributes:
         y: (k,).
         null: Orthonormal basis of the numerical null space, (k, k − rank), or None where it is empty.
-        weak: Where rank is not full, orthonormal basis of the directions kept that are below WEAK_RATIO, (k, w).
-        weak_sigmas: Their singular values, (w,).
+        ill_conditioned: Where the rank is not full, orthonormal basis of the directions kept whose singular value is
+            below ILL_CONDITIONED_RATIO of the largest, (k, w).
+        ill_conditioned_sigmas: Their singular values, (w,).
         rank: Number of singular values kept.
-        above: Smallest singular value kept, relative to the largest; an estimate where rank is full.
-        below: Largest singular value dropped, relative to the largest; None where none was.
+        sigma_min_kept: Relative to the largest; an estimate unless a decomposition was made.
+        sigma_max_dropped: Relative to the largest; None where none was dropped.
         invert: The pseudo-inverse of AᵀA, damping included, (k, p) -> (k, p): y = invert(Aᵀ b).
     """
 
     y: Tensor
     null: Tensor | None
-    weak: Tensor
-    weak_sigmas: Tensor
+    ill_conditioned: Tensor
+    ill_conditioned_sigmas: Tensor
     rank: int
-    above: float
-    below: float | None
+    sigma_min_kept: float
+    sigma_max_dropped: float | None
     invert: Callable[[Tensor], Tensor]
+
+    @property
+    def condition(self) -> float:
+        """Largest over smallest singular value kept; infinite where none is."""
+        return 1 / self.sigma_min_kept if self.sigma_min_kept else float("inf")
 
 
 def svd(A: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular decomposition A = U diag(S) Vh; falls back to another LAPACK where the first fails to converge.
+    """Singular decomposition A = U diag(S) Vh; falls back to another LAPACK driver where the first does not converge.
 
     MKL's divide-and-conquer driver gives up on some of the well-conditioned matrices that arise here.
     """
@@ -80,7 +91,7 @@ def svd(A: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]
 
 
 def gram_matrix(A: Tensor) -> Tensor:
-    """AᵀA by half the multiplications, for it is symmetric: (m, k) -> (k, k)."""
+    """AᵀA at half the multiplications of a product, for it is symmetric: (m, k) -> (k, k)."""
     if not A.numel():
         return A.new_zeros(A.shape[1], A.shape[1])
     upper = torch.from_numpy(scipy.linalg.blas.dsyrk(1.0, A.T.numpy())).triu()
@@ -92,7 +103,9 @@ def dense_operator(A: Tensor) -> Operator:
     return Operator(gram_matrix(A), lambda Y: A @ Y, lambda R: A.T @ R)
 
 
-def least_squares(A: Operator, b: Tensor, rcond: float, damping: Tensor | None = None) -> LeastSquares:
+def least_squares(
+    A: Operator, b: Tensor, rcond: float, damping: Tensor | None = None, *, gram_only: bool = False
+) -> LeastSquares:
     """Solves min ‖A y − b‖² + ‖damping ∘ y‖².
 
     Args:
@@ -100,6 +113,9 @@ def least_squares(A: Operator, b: Tensor, rcond: float, damping: Tensor | None =
         b: (m,).
         rcond: Singular values below rcond times the largest count as zero.
         damping: One more equation, damping_j y_j = 0, for each entry where it is not zero, (k,).
+        gram_only: For systems of which many columns cannot be formed: all but the residuals is taken from AᵀA, so that
+            the cutoff is `GRAM_RESOLUTION` at least; the normal equations are refined twice in place of being given
+            up below `CHOLESKY_MIN_RATIO`, and no directions are named ill-conditioned.
 
     Returns:
         A `LeastSquares` of the whole system.
@@ -108,8 +124,8 @@ def least_squares(A: Operator, b: Tensor, rcond: float, damping: Tensor | None =
         damping = A.gram.new_zeros(len(A.gram))
     gram = A.gram.clone()
     gram.diagonal().add_(damping.square())
-    normal = _Normal(A, b[:, None], damping, gram)
-    return _of_full_rank(normal, rcond) or _by_pivots(normal, rcond) or _by_directions(normal, rcond)
+    normal = _Normal(A, b[:, None], damping, gram, max(rcond, GRAM_RESOLUTION) if gram_only else rcond, gram_only)
+    return _by_cholesky(normal) or _by_pivoted_cholesky(normal) or _by_decomposition(normal)
 
 
 @dataclass(frozen=True)
@@ -120,14 +136,31 @@ class _Normal:
     b: Tensor  # (m, 1)
     damping: Tensor
     gram: Tensor  # AᵀA + diag(damping²)
+    rcond: float
+    gram_only: bool
 
     def solve(self, invert: Callable[[Tensor], Tensor]) -> Tensor:
-        """By the pseudo-inverse of the Gram matrix; a second pass refines."""
+        """By the pseudo-inverse of the Gram matrix, refined with the residual of the matrix itself."""
         y = invert(self.A.adjoint(self.b))
-        return (y + invert(self.A.adjoint(self.b - self.A.apply(y)) - self.damping.square()[:, None] * y))[:, 0]
+        for _ in range(2 if self.gram_only else 1):
+            rest = self.A.adjoint(self.b - self.A.apply(y)) - self.damping.square()[:, None] * y
+            y = y + invert(rest)
+        return y[:, 0]
+
+    def extremes(self, invert: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        """σ_max and the smallest σ above zero relative to it, by Lanczos on the Gram matrix and on its inverse."""
+        largest = largest_eigenvalue(lambda v: self.gram @ v, len(self.gram))
+        inverse = largest_eigenvalue(invert, len(self.gram))
+        return largest**0.5, (largest * inverse) ** -0.5 if largest * inverse > 0 else 0.0
+
+    def largest_dropped(self, null: Tensor) -> float:
+        """The largest ‖A v‖ of a null space's basis vectors v, damping included."""
+        if self.gram_only:
+            return (self.gram @ null).norm(dim=0).max().item() ** 0.5
+        return torch.cat([self.A.apply(null), self.damping[:, None] * null]).norm(dim=0).max().item()
 
 
-def _of_full_rank(normal: _Normal, rcond: float) -> LeastSquares | None:
+def _by_cholesky(normal: _Normal) -> LeastSquares | None:
     """By Cholesky factors of the normal equations; None where the rank is not full, or the condition not safe."""
     factor, failed = scipy.linalg.lapack.dpotrf(normal.gram.numpy(), lower=1)
     if failed or not len(factor):
@@ -136,27 +169,27 @@ def _of_full_rank(normal: _Normal, rcond: float) -> LeastSquares | None:
     def invert(v: Tensor) -> Tensor:
         return torch.from_numpy(scipy.linalg.lapack.dpotrs(factor, v.numpy(), lower=1)[0])
 
-    _, ratio = _singular_values(normal.gram, invert)
-    if not ratio >= max(SAFE_RATIO, 2 * rcond):
+    _, ratio = normal.extremes(invert)
+    if not ratio >= max(0.0 if normal.gram_only else CHOLESKY_MIN_RATIO, 2 * normal.rcond):
         return None
     none = normal.gram[:, :0]
     return LeastSquares(normal.solve(invert), None, none, none[0], len(none), ratio, None, invert)
 
 
-def _by_pivots(normal: _Normal, rcond: float) -> LeastSquares | None:
+def _by_pivoted_cholesky(normal: _Normal) -> LeastSquares | None:
     """By pivoted Cholesky of the normal equations, or None where singular values show no wide gap at the cutoff.
 
-    The constraint systems here either determine a direction or do not see it at all (the rank laws say which), so that
+    The systems of layers either determine a direction or do not see it at all (the rank laws say which), so that
     squaring the singular values loses nothing, at a tenth of the cost of a singular decomposition.
     """
-    gram, A, damping = normal.gram, normal.A, normal.damping
+    gram, safe = normal.gram, 0.0 if normal.gram_only else ILL_CONDITIONED_RATIO
     factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(gram.numpy(), lower=0)
     if rank in (0, len(gram)):
         return None
     order = torch.from_numpy(pivots.astype("int64") - 1)
     kept, left = order[:rank], order[rank:]
     R = torch.from_numpy(factor).T.tril().T[:rank]  # columns first, as LAPACK wants it: no copy at every solve
-    if R[-1].norm() < WEAK_RATIO * R[0].norm():  # bounds of the smallest and the largest singular value
+    if R[-1].norm() < safe * R[0].norm():  # bounds of the smallest and the largest singular value
         return None
     null = torch.zeros(len(order), len(left), dtype=gram.dtype)
     null[kept] = torch.linalg.solve_triangular(R[:, :rank], -R[:, rank:], upper=True)
@@ -168,20 +201,20 @@ def _by_pivots(normal: _Normal, rcond: float) -> LeastSquares | None:
         y[kept] = torch.cholesky_solve(v[kept], R[:, :rank], upper=True)
         return y - null @ (null.T @ y)
 
-    largest, ratio = _singular_values(gram, invert)
-    if not ratio >= max(WEAK_RATIO, 2 * rcond):
+    largest, ratio = normal.extremes(invert)
+    if not ratio >= max(safe, PIVOTED_GAP * normal.rcond):
         return None
-    unseen = torch.cat([A.apply(null), damping[:, None] * null]).norm(dim=0).max().item() / largest
-    if unseen > rcond:
+    dropped = normal.largest_dropped(null) / largest
+    if dropped > normal.rcond:
         return None
     none = gram[:, :0]
-    return LeastSquares(normal.solve(invert), null, none, none[0], rank, ratio, unseen, invert)
+    return LeastSquares(normal.solve(invert), null, none, none[0], rank, ratio, dropped, invert)
 
 
-def _by_directions(normal: _Normal, rcond: float) -> LeastSquares:
-    """Through every singular direction: from AᵀA, which holds σ down to 1e-8 of the largest, or from A below that."""
+def _by_decomposition(normal: _Normal) -> LeastSquares:
+    """By every singular direction: from AᵀA, which holds σ down to 1e-8 of the largest, or from A below that."""
     count = len(normal.gram)
-    if rcond >= RESOLUTION:
+    if normal.rcond >= GRAM_RESOLUTION:
         values, V = torch.linalg.eigh(normal.gram)
         S, V = values.clamp(min=0).sqrt().flip(0), V.flip(1)
     else:
@@ -189,13 +222,13 @@ def _by_directions(normal: _Normal, rcond: float) -> LeastSquares:
         _, S, Vh = svd(A, full_matrices=A.shape[0] < A.shape[1])
         S, V = torch.cat([S, S.new_zeros(count - len(S))]), Vh.T
     largest = S[0].item()
-    rank = int((S > rcond * largest).sum()) if largest > 0 else 0
+    rank = int((S > normal.rcond * largest).sum()) if largest > 0 else 0
     seen, full = V[:, :rank], rank == count
 
     def invert(v: Tensor) -> Tensor:
         return seen @ ((seen.T @ v) / S[:rank, None].square())
 
-    weak = 0 if full else int((S[:rank] <= WEAK_RATIO * largest).sum())
+    weak = 0 if full or normal.gram_only else int((S[:rank] <= ILL_CONDITIONED_RATIO * largest).sum())
     return LeastSquares(
         normal.solve(invert),
         None if full else V[:, rank:],
@@ -208,17 +241,15 @@ def _by_directions(normal: _Normal, rcond: float) -> LeastSquares:
     )
 
 
-def _singular_values(gram: Tensor, invert: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """σ_max of A and its smallest σ above zero relative to it, by Lanczos on AᵀA and on its inverse."""
-    largest = _largest_eigenvalue(lambda v: gram @ v, len(gram), gram.dtype)
-    inverse = _largest_eigenvalue(invert, len(gram), gram.dtype)
-    return largest**0.5, (largest * inverse) ** -0.5 if largest * inverse > 0 else 0.0
+def largest_eigenvalue(multiply: Callable[[Tensor], Tensor], size: int, steps: int = 30) -> float:
+    """Of a positive semidefinite matrix, from below: Lanczos until a step gains less than `LANCZOS_RTOL`.
 
-
-def _largest_eigenvalue(multiply: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype, steps: int = 30) -> float:
-    """Of a symmetric matrix that is not negative, from below: Lanczos until a step gains less than `SETTLED`."""
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(size, 1, generator=generator, dtype=dtype)
+    Args:
+        multiply: v -> A v, (size, 1) -> (size, 1), float64.
+        size: Of the matrix.
+        steps: Most products.
+    """
+    v = torch.randn(size, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     basis, diagonal, beside, found = v / v.norm(), [], [], 0.0
     for _ in range(min(steps, size)):
         w = multiply(basis[:, -1:])
@@ -227,10 +258,85 @@ def _largest_eigenvalue(multiply: Callable[[Tensor], Tensor], size: int, dtype: 
         w = w - basis @ (basis.T @ w)
         w = w - basis @ (basis.T @ w)
         beside.append(w.norm().item())
-        if not found * (1 - SETTLED) > last or not beside[-1] > 1e-12 * found:
+        if not found * (1 - LANCZOS_RTOL) > last or not beside[-1] > 1e-12 * found:
             break
         basis = torch.cat([basis, w / beside[-1]], 1)
     return float(found)
+
+
+@dataclass(frozen=True)
+class Iterated:
+    """What conjugate gradients found.
+
+    Attributes:
+        x: The solution, in the shape of Aᵀ b.
+        residual: ‖A x − b‖ / ‖b‖, 0 for b = 0.
+        iterations: How many were made.
+        condition: Of A, as the iterations saw it (Ritz values); NaN where there were none.
+    """
+
+    x: Tensor
+    residual: float
+    iterations: int
+    condition: float
+
+
+def conjugate_gradients(
+    apply: Callable[[Tensor], list[Tensor]],
+    adjoint: Callable[[list[Tensor]], Tensor],
+    b: list[Tensor],
+    *,
+    tolerance: float,
+    max_iterations: int,
+    done: Callable[[Tensor], bool] = lambda x: False,
+) -> Iterated:
+    """The minimum-norm least-squares solution of A x = b by conjugate gradients on the normal equations (CGLS).
+
+    Args:
+        apply: x -> A x, as a list of tensors.
+        adjoint: The same list -> Aᵀ of it.
+        b: The right-hand side.
+        tolerance: Largest norm of the normal equations' residual at the end, relative to the start.
+        max_iterations: Most iterations.
+        done: Ends the iterations at an x for which it is true.
+
+    Returns:
+        What they found.
+    """
+    rest = [v.clone() for v in b]
+    s = adjoint(rest)
+    x, p = torch.zeros_like(s), s.clone()
+    size = first = s.square().sum()
+    alphas, betas = [], []
+    while len(alphas) < max_iterations and size > tolerance**2 * first:
+        q = apply(p)
+        alpha = size / _square(q)
+        x += alpha * p
+        for r, change in zip(rest, q, strict=True):
+            r -= alpha * change
+        if done(x):
+            break
+        s = adjoint(rest)
+        size, previous = s.square().sum(), size
+        p = s + (size / previous) * p
+        alphas.append(alpha.item())
+        betas.append((size / previous).item())
+    total = _square(b)
+    residual = (_square(rest) / total).sqrt().item() if total > 0 else 0.0
+    return Iterated(x, residual, len(alphas), _ritz_condition(np.array(alphas), np.array(betas)))
+
+
+def _square(vectors: list[Tensor]) -> Tensor:
+    return sum(v.square().sum() for v in vectors)
+
+
+def _ritz_condition(a: np.ndarray, b: np.ndarray) -> float:
+    """Condition number that the Lanczos matrix of a CG run shows, from its step lengths."""
+    if not len(a):
+        return float("nan")
+    diagonal = 1 / a + np.concatenate([[0.0], b[:-1] / a[:-1]])
+    values = eigvalsh_tridiagonal(diagonal, np.sqrt(b[:-1]) / a[:-1]) if len(a) > 1 else diagonal
+    return float(np.sqrt(values.max() / max(values.min(), np.finfo(float).tiny)))
 
 
 def rms(g: Tensor) -> Tensor:

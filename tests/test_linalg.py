@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from rgap import linalg as dense
-from rgap.linalg import dense_operator, gram_matrix, least_squares, svd
+from rgap.linalg import conjugate_gradients, dense_operator, gram_matrix, largest_eigenvalue, least_squares, svd
 
 
 def matrix(rows, columns, singular_values, seed=0):
@@ -37,12 +39,12 @@ def test_solution_and_rank_are_those_of_the_pseudoinverse(rows, columns, lost, d
     assert found.rank == torch.linalg.matrix_rank(stacked, rtol=1e-8)
     assert_close(found.y, expected, rtol=1e-7, atol=1e-7)
     if found.rank == columns:
-        assert found.null is None and found.below is None
+        assert found.null is None and found.sigma_max_dropped is None
     else:
         assert found.null.shape == (columns, columns - found.rank)
         assert_close(stacked @ found.null, torch.zeros(len(stacked), columns - found.rank).double(), rtol=0, atol=1e-9)
         assert_close(found.null.T @ found.null, torch.eye(columns - found.rank).double())
-        assert found.below <= 1e-8 < found.above
+        assert found.sigma_max_dropped <= 1e-8 < found.sigma_min_kept
 
 
 @pytest.mark.parametrize("smallest", [1e-2, 1e-3, 1e-6])
@@ -50,19 +52,50 @@ def test_the_smallest_singular_value_is_told_by_either_way(smallest):
     A = matrix(40, 20, np.geomspace(1, smallest, 20))
     y = randn(20)
     found = least_squares(dense_operator(A), A @ y, 1e-8)
-    assert found.above == pytest.approx(smallest, rel=0.05)
+    assert found.sigma_min_kept == pytest.approx(smallest, rel=0.05)
     assert_close(found.y, y, rtol=1e-8, atol=1e-8)
 
 
 def test_values_on_each_side_of_the_cut_are_reported():
     found = least_squares(dense_operator(matrix(10, 4, [2.0, 1.0, 2e-4, 2e-6])), randn(10), 1e-5)
-    assert (found.rank, found.above, found.below) == (3, pytest.approx(1e-4, rel=0.05), pytest.approx(1e-6, rel=0.05))
+    assert (found.rank, found.sigma_min_kept, found.sigma_max_dropped) == (
+        3,
+        pytest.approx(1e-4, rel=0.05),
+        pytest.approx(1e-6, rel=0.05),
+    )
+
+
+@pytest.mark.parametrize("rank", [12, 7])
+@pytest.mark.parametrize("gap", [1.0, 1e-3])
+def test_the_gram_matrix_alone_tells_the_rank_with_and_without_a_gap(rank, gap):
+    A = randn(20, 12) @ torch.diag(torch.logspace(0, math.log10(gap), 12, dtype=torch.float64))
+    A = A[:, :rank] @ randn(rank, 12, seed=1) if rank < 12 else A
+    b = A @ randn(12, seed=2)
+    found = least_squares(dense_operator(A), b, 1e-5, gram_only=True)
+    assert found.rank == rank and (found.null is None) == (rank == 12)
+    expected = torch.linalg.lstsq(A, b[:, None], driver="gelsd", rcond=1e-9).solution[:, 0]
+    assert_close(found.y, expected, rtol=0, atol=1e-5)
+    if found.null is not None:
+        assert (A @ found.null).abs().max() < 1e-7 and found.sigma_min_kept > 1e-5 > found.sigma_max_dropped
+
+
+def test_the_largest_eigenvalue_is_found_from_below():
+    A = matrix(30, 30, np.geomspace(1, 1e-3, 30))
+    assert 0.98 < largest_eigenvalue(lambda v: A.T @ (A @ v), 30) <= 1 + 1e-12
+
+
+def test_conjugate_gradients_give_the_minimum_norm_solution_and_the_condition():
+    A, b = matrix(9, 12, np.geomspace(1, 0.1, 9)), randn(9)
+    options = {"tolerance": 1e-12, "max_iterations": 100}
+    found = conjugate_gradients(lambda x: [A @ x], lambda r: A.T @ r[0], [b], **options)
+    assert_close(found.x, torch.linalg.pinv(A) @ b, rtol=0, atol=1e-9)
+    assert found.residual < 1e-10 and found.condition == pytest.approx(10, rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
 def test_a_matrix_of_zeros_has_rank_zero(shape):
     found = least_squares(dense_operator(torch.zeros(shape).double()), randn(shape[0]), 1e-5)
-    assert (found.rank, found.above, found.below) == (0, 0.0, 0.0)
+    assert (found.rank, found.sigma_min_kept, found.sigma_max_dropped) == (0, 0.0, 0.0)
     assert found.y.equal(torch.zeros(shape[1]).double())
     assert found.null.shape == (shape[1], shape[1])
 

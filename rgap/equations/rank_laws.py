@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rgap.equations.axes import Axis, AxisBlock, axis_parts, matching
+from rgap.network.layer import Layer
 
 SPARE_UNITS = 4
 """Units that the first fully connected layer must have beyond the ranks of its gradient and of the next one for a batch
@@ -87,6 +88,22 @@ def rank_laws(
     geometry = tuple(zip(image, axes[0], axes[1], pads, axes[3], strict=True))
     laws = _group(out_channels // groups, in_channels // groups, batch, geometry)
     return RankLaws(*(None if rank is None else groups * rank for rank in laws))
+
+
+def layer_laws(layer: Layer, batch: int = 1) -> RankLaws:
+    """The rank laws of a prepared layer; none where maps of pixels stand before or behind its convolution.
+
+    Args:
+        layer: The layer.
+        batch: Number of images.
+    """
+    if layer.before is not None or layer.after is not None:
+        return RankLaws(None, None, None)
+    left, right, top, bottom = layer.padding
+    channels, kernel = (layer.input_shape[0], layer.output_shape[0]), tuple(layer.weight.shape[2:])
+    padding = ((top, bottom), (left, right))
+    geometry = (kernel, layer.stride, padding, layer.dilation)
+    return rank_laws(*channels, *geometry, layer.groups, layer.input_shape[1:], batch)
 
 
 @functools.cache

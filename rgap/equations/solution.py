@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from rgap.network.layer import Layer
+from rgap.equations.systems import ReducedSystem
 from rgap.results import LayerReport
 
 
@@ -16,9 +17,8 @@ from rgap.results import LayerReport
 class SolverLimits:
     """Sizes and ratios that decide which way a layer is solved; counts are of unknowns of one group of channels.
 
-    Some limits have another value for the images of a batch: their dense system is made from WᵀW at a higher cost an
-    unknown, is worth more memory because no iterative solver stands behind it, and comes with gradients that are
-    precise to float32 at best.
+    Some limits have another value for the images of a batch, whose dense system costs more an unknown and is worth more
+    memory, for no iterations stand behind it; and how precise their gradient is, is not taken into account.
 
     Attributes:
         dense_unknowns: Unknowns that the gradients may leave open before W alone is preferred to a dense system.
@@ -66,64 +66,71 @@ class LayerSolution:
     Attributes:
         x: The inputs, (B, C, H, W); of all solutions the one of minimum norm.
         report: The layer's report; counts are over all images.
-        null_basis: Orthonormal basis of the directions left open, (B·C·H·W, deficit), or None where nothing is, or it
-            would be too large.
-        weak_basis: Where something is open: directions that are determined, but badly, (B·C·H·W, w); w = 0 for batches.
-        weak_gain: How many times the pre-activation's error is their error, (w,).
-        sensitivity: How x changes, to first order, with G and z: (O, C, kh, kw) and (B, O, H′, W′) -> (B, C, H, W).
+        sensitivity: How x changes, to first order, with G and z: shaped as the weight and (B, O, H′, W′) ->
+            (B, C, H, W).
+        nulls: For each group of channels what makes an orthonormal basis of the directions left open,
+            (B·C·H·W / groups, deficit), None where nothing is open, or the basis would be too large.
+        weak: For each group what makes the basis of its directions that are determined, but badly, and how many times
+            the pre-activation's error is their error; only of a single image of which something is open.
         noise_std: Standard deviation of noise on G's entries, by the misfit of surplus equations where the gradient
             alone determines x; None elsewhere.
-        systems: For each group of channels the reduced system that was solved, None where W or the gradients alone
-            were enough.
+        systems: For each group the reduced system that was solved, None where W or the gradients alone were enough.
     """
 
     x: Tensor
     report: LayerReport
-    null_basis: Tensor | None
-    weak_basis: Tensor
-    weak_gain: Tensor
     sensitivity: Callable[[Tensor, Tensor], Tensor]
+    nulls: tuple[Callable[[], Tensor] | None, ...] = (None,)
+    weak: tuple[tuple[Callable[[], Tensor], Tensor] | None, ...] = (None,)
     noise_std: float | None = None
-    systems: tuple[Any, ...] = (None,)
+    systems: tuple[ReducedSystem | None, ...] = (None,)
+
+    @cached_property
+    def null_basis(self) -> Tensor | None:
+        """Orthonormal basis of the directions left open, (B·C·H·W, deficit); None where nothing is."""
+        basis = self._placed(self.nulls)
+        return basis if basis.shape[1] else None
+
+    @cached_property
+    def weak_basis(self) -> Tensor:
+        """Where something is open: directions that are determined, but badly, (B·C·H·W, w)."""
+        return self._placed([None if weak is None else weak[0] for weak in self.weak])
+
+    @property
+    def weak_gain(self) -> Tensor:
+        """How many times the pre-activation's error is their error, (w,)."""
+        return torch.cat([self.x.new_zeros(0), *(weak[1] for weak in self.weak if weak is not None)])
+
+    def _placed(self, groups: Sequence[Callable[[], Tensor] | None]) -> Tensor:
+        """The groups' bases as one, each on its own channels."""
+        count, size = len(self.x), self.x[0].numel() // len(groups)
+        bases = [self.x.new_zeros(count * size, 0) if make is None else make() for make in groups]
+        if len(bases) == 1:
+            return bases[0]
+        by_image = zip(*(basis.reshape(count, size, basis.shape[1]) for basis in bases), strict=True)
+        return torch.cat([torch.block_diag(*groups) for groups in by_image])
 
 
-@dataclass(frozen=True)
-class ImageSolution:
-    """A layer's input and what is left open.
-
-    Attributes:
-        x: The input, (C, H, W); of all solutions the one of minimum norm.
-        null_basis: Orthonormal basis of the directions left open, (C·H·W, deficit), or None where nothing is.
-        weak_basis: Where something is: directions that are determined, but badly, (C·H·W, w).
-        weak_gain: How many times the pre-activation's error is their error, (w,).
-        report: The layer's report.
-        sensitivity: How x changes, to first order, with G and z: (O, C, kh, kw) and (O, H′, W′) -> (C, H, W).
-        noise_std: Standard deviation of noise on G's entries, by the misfit of surplus equations where M alone
-            determines x; None elsewhere.
-    """
-
-    x: Tensor
-    null_basis: Tensor | None
-    weak_basis: Tensor
-    weak_gain: Tensor
-    report: LayerReport
-    sensitivity: Callable[[Tensor, Tensor], Tensor]
-    noise_std: float | None = None
-
-
-def determined(x: Tensor, layer: Layer, report: LayerReport, sensitivity: Callable) -> ImageSolution:
-    """A solution that leaves nothing open.
+def merged(name: str, parts: Sequence[LayerSolution], seconds: float) -> LayerSolution:
+    """The solution of a layer from those of its groups of channels.
 
     Args:
-        x: The input, any shape of C·H·W entries.
-        layer: The layer, without groups.
-        report: Its report.
-        sensitivity: As in `ImageSolution`, with x's own shape.
+        name: The layer's name.
+        parts: One for each group.
+        seconds: That the whole layer took.
     """
-    none = x.new_zeros(layer.unknowns, 0)
-    shape = layer.input_shape
-    return ImageSolution(
-        x.reshape(shape), None, none, none[0], report, lambda dG, change: sensitivity(dG, change).reshape(shape)
+
+    def sensitivity(dG: Tensor, z_change: Tensor) -> Tensor:
+        changes = zip(parts, dG.chunk(len(parts)), z_change.chunk(len(parts), 1), strict=True)
+        return torch.cat([part.sensitivity(*change) for part, *change in changes], 1)
+
+    return LayerSolution(
+        torch.cat([part.x for part in parts], 1),
+        merged_report(name, [part.report for part in parts], seconds),
+        sensitivity if len(parts) > 1 else parts[0].sensitivity,
+        *(sum((getattr(part, field) for part in parts), ()) for field in ("nulls", "weak")),
+        max((part.noise_std for part in parts if part.noise_std is not None), default=None),
+        sum((part.systems for part in parts), ()),
     )
 
 

@@ -1,16 +1,42 @@
-"""One layer's input, for all images at once, from its weight equations and its gradient equations."""
+"""One layer's inputs for all images at once, from W x_b = z_b − b and the shared gradient equations.
+
+The two kinds of equations are the paper's (Zhu & Blaschko 2021, section 3), the order of steps is ours. Where the
+gradients determine every channel nothing else is needed. Where they leave many unknowns open W alone may determine x:
+its factorisation, which no gradient changes, is kept between attacks. Else one kind goes first and the other decides
+what it leaves open, by a dense least-squares problem, or conjugate gradients take both where that would be too large.
+"""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from rgap.equations.joint import solve_joint
-from rgap.equations.single import solve_image
-from rgap.equations.solution import DEFAULT_LIMITS, LayerSolution, SolverLimits, merged_report
+from rgap.equations.blocks import blocks, split_groups
+from rgap.equations.complement import weak_subspace
+from rgap.equations.gradient import solve_gradients
+from rgap.equations.rank_laws import layer_laws
+from rgap.equations.solution import DEFAULT_LIMITS, LayerSolution, SolverLimits, merged
+from rgap.equations.systems import ReducedSystem, gradients_first, rows_known, weights_first
+from rgap.equations.weights import ConjugateGradients, SparseFactor, weight_factor
+from rgap.linalg import least_squares, rms
 from rgap.network.layer import Layer
+from rgap.results import LayerReport
+
+MAX_WEIGHTS_ONLY_ERROR = 1e-4
+"""Largest relative error of x with which W alone is trusted where it is ill-conditioned."""
+
+FLOAT64_FLOOR = 1e-14
+"""Relative error that z has at least."""
+
+MAX_RCOND_WEIGHTS_FIRST = 3e-5
+"""Cutoff, which follows the gradient's precision, up to which W may go first in directions that it sees badly."""
+
+ROUGH = {"tolerance": 1e-3, "max_iterations": 300}
+"""How far a system is solved that leaves something open."""
 
 
 def solve_layer(
@@ -44,30 +70,233 @@ def solve_layer(
         ValueError: If shapes do not fit the layer, or a mask is given for more than one image.
     """
     start = time.perf_counter()
-    for name, value in (("dz", dz), ("z", z)) if known is None else (("dz", dz), ("z", z), ("known", known)):
-        if value.shape != (len(z), *layer.output_shape):
-            raise ValueError(
-                f"layer {layer.name!r}: {name} is {tuple(value.shape)}, but must be {(len(z), *layer.output_shape)}"
-            )
+    shape = (len(z), *layer.output_shape)
+    for name, value in {"dz": dz, "z": z, "known": z if known is None else known}.items():
+        if value.shape != shape:
+            raise ValueError(f"layer {layer.name!r}: {name} is {tuple(value.shape)}, but must be {shape}")
     if known is not None and len(z) > 1:
         raise ValueError(f"layer {layer.name!r}: a mask of known outputs needs a single image, not {len(z)}")
-    images = {"rcond": rcond, "precision": precision, "limits": limits}
-    if len(z) == 1:
-        s = solve_image(layer, G, dz[0], z[0], known=None if known is None else known[0], **images)
-        return LayerSolution(
-            s.x[None], s.report, s.null_basis, s.weak_basis, s.weak_gain,
-            lambda dG, change: s.sensitivity(dG, change[0])[None], s.noise_std, (None,) * layer.groups,
-        )  # fmt: skip
-    if layer.is_fixed:
-        solved = [solve_image(layer, G, *one, **images) for one in zip(dz, z, strict=True)]
-        report = merged_report(layer.name, [s.report for s in solved], time.perf_counter() - start)
-        null = None if solved[0].null_basis is None else torch.block_diag(*(s.null_basis for s in solved))
-        none = z.new_zeros(len(z) * layer.unknowns, 0)
+    if layer.is_fixed and known is None:
+        solutions = [_fixed(layer, z, limits)]
+    else:
+        parts = split_groups(layer)
+        masks = [None] * len(parts) if known is None else known.chunk(len(parts), 1)
+        split = (G.chunk(len(parts)), dz.chunk(len(parts), 1), z.chunk(len(parts), 1), masks)
+        options = (rcond, precision, limits)
+        solutions = [_solve(_Problem(*part, *options)) for part in zip(parts, *split, strict=True)]
+    return merged(layer.name, solutions, time.perf_counter() - start)
 
-        def sensitivity(dG: Tensor, change: Tensor) -> Tensor:
-            return torch.stack([s.sensitivity(dG, one) for s, one in zip(solved, change, strict=True)])
 
-        return LayerSolution(torch.stack([s.x for s in solved]), report, null, none, none[0], sensitivity)
-    s = solve_joint(layer, G, dz, z, rcond=rcond, limits=limits)
-    none = z.new_zeros(len(z) * layer.unknowns, 0)
-    return LayerSolution(s.x, s.report, s.null_basis(), none, none[0], s.sensitivity, None, s.systems)
+@dataclass(frozen=True)
+class _Problem:
+    """The equations of one group of channels."""
+
+    layer: Layer
+    G: Tensor
+    dz: Tensor
+    outputs: Tensor  # (B, O, H′, W′), with the bias
+    known: Tensor | None
+    rcond: float
+    precision: float
+    limits: SolverLimits
+
+    @cached_property
+    def z(self) -> Tensor:
+        """Pre-activations less the bias, (B, O, H′, W′)."""
+        return self.outputs - self.layer.pre_bias()
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether there is more than one image."""
+        return len(self.outputs) > 1
+
+    @property
+    def unknowns(self) -> int:
+        """Over all images."""
+        return len(self.outputs) * self.layer.unknowns
+
+    @cached_property
+    def rows(self) -> int:
+        """Weight equations of an image."""
+        return self.outputs[0].numel() if self.known is None else int(self.known.sum())
+
+    @cached_property
+    def left_open(self) -> int:
+        """Unknowns that the gradients leave open at least, by their number."""
+        sizes = ((len(self.G) * len(b.taps), len(self.outputs) * len(b.pixels)) for b in blocks(self.layer))
+        return self.unknowns - self.layer.input_shape[0] * sum(min(size) for size in sizes)
+
+    @property
+    def max_dense(self) -> int:
+        """Open unknowns up to which a dense system is solved."""
+        return self.limits.max_dense_unknowns_batch if self.is_batch else self.limits.max_dense_unknowns
+
+    def image_rows(self, z: Tensor) -> list[Tensor]:
+        """The rows of W x = z that are used, for each image."""
+        return [rows_known(image[None], self.known) for image in z]
+
+    def report(self, rank: int, **fields) -> LayerReport:
+        """A report on all images."""
+        return LayerReport(self.layer.name, self.unknowns, rank=rank, deficit=self.unknowns - rank, **fields)
+
+
+def _solve(problem: _Problem) -> LayerSolution:
+    """The first way that is open to a problem."""
+    ways = (
+        (_weights_alone, _weights_before_gradients, _minimum_norm) if problem.is_batch else (_weights_alone, _iterate)
+    )
+    for way in ways:
+        if (solution := way(problem)) is not None:
+            return solution
+    return _gradients_before_weights(problem)
+
+
+def _fixed(layer: Layer, z: Tensor, limits: SolverLimits) -> LayerSolution:
+    """By the pseudo-inverse of the map of pixels, which acts on every channel alike."""
+
+    def solve(y: Tensor) -> Tensor:
+        return y if layer.after is None else layer.after.solve(y)
+
+    count, channels, missing, null = len(z), layer.input_shape[0], 0, None
+    if layer.after is not None and not layer.after.injective:
+        missing = layer.unknowns - channels * layer.after.rank
+        if missing * layer.unknowns <= limits.max_null_entries:
+
+            def null() -> Tensor:
+                return torch.kron(torch.eye(count * channels, dtype=z.dtype), layer.after.null_basis())
+
+    rank = count * (layer.unknowns - missing)
+    report = LayerReport(layer.name, count * layer.unknowns, rank, 0, rank, count * missing)
+    return LayerSolution(solve(z - layer.pre_bias()), report, lambda _, z_change: solve(z_change), (null,))
+
+
+def _weights_alone(problem: _Problem) -> LayerSolution | None:
+    """W alone, where it determines x well and the gradients leave much open."""
+    layer, limits = problem.layer, problem.limits
+    many = limits.dense_unknowns_batch if problem.is_batch else limits.dense_unknowns
+    if problem.left_open <= many or problem.rows < layer.unknowns:
+        return None
+    known = None if problem.known is None else problem.known.flatten()
+    factor = weight_factor(layer, known, limits.max_factor_unknowns)
+    allowed = max(limits.well_conditioned, MAX_WEIGHTS_ONLY_ERROR / max(problem.precision, FLOAT64_FLOOR))
+    allowed = limits.well_conditioned_batch if problem.is_batch else allowed
+    if not factor.full_rank or (factor.condition > allowed and problem.left_open <= problem.max_dense):
+        return None
+    return _by_weights(problem, factor)
+
+
+def _by_weights(problem: _Problem, factor: SparseFactor | ConjugateGradients, missing: int = 0) -> LayerSolution:
+    """Each image by W alone, which leaves so many of its unknowns open."""
+    solved = [factor.solve(rows) for rows in problem.image_rows(problem.z)]
+    x = torch.stack([x for x, _, _ in solved]).reshape(-1, *problem.layer.input_shape)
+    rank = problem.unknowns - len(x) * missing
+    worst = {"residual": max(s[1] for s in solved)}
+    if not missing:
+        worst |= {"condition": factor.condition, "iterations": max(s[2] for s in solved)}
+
+    def sensitivity(_: Tensor, z_change: Tensor) -> Tensor:
+        return torch.stack([factor.sensitivity(rows) for rows in problem.image_rows(z_change)]).reshape(x.shape)
+
+    return LayerSolution(x, problem.report(rank, rank_weights=rank, **worst), sensitivity)
+
+
+def _weights_before_gradients(problem: _Problem) -> LayerSolution | None:
+    """W first, where it leaves much less open than the gradients do."""
+    layer, limits, count = problem.layer, problem.limits, len(problem.outputs)
+    few = limits.weights_first_ratio * problem.left_open
+    precise = problem.rcond <= MAX_RCOND_WEIGHTS_FIRST or problem.left_open > problem.max_dense
+    if count * max(layer.unknowns - problem.rows, 1) >= few or not (precise or problem.rows < layer.unknowns):
+        return None
+    weak = weak_subspace(layer, limits.weak_ratio if precise else 0)
+    if weak is None or count * len(weak.sigmas) >= min(few, problem.max_dense):
+        return None
+    if not len(weak.sigmas):
+        return _by_weights(problem, weight_factor(layer, None, limits.max_factor_unknowns))
+    return _reduced(problem, weights_first(layer, problem.G, problem.dz, problem.z, weak))
+
+
+def _minimum_norm(problem: _Problem) -> LayerSolution | None:
+    """W's minimum-norm solutions alone, where no dense system can hold the open unknowns of a batch."""
+    if problem.left_open <= problem.max_dense:
+        return None
+    solver = ConjugateGradients(problem.layer)
+    return _by_weights(problem, solver, solver.missing)
+
+
+def _iterate(problem: _Problem) -> LayerSolution | None:
+    """Both kinds of one image's equations together by conjugate gradients; None where a dense system says more.
+
+    Where the rank law leaves something open, and no dense system can hold it, the iterations stop early: what they
+    find is the solution of minimum norm, roughly, and the report has the law's rank. Without a law the rank is that by
+    which a random vector comes back.
+    """
+    layer, G = problem.layer, problem.G
+    if problem.left_open <= problem.limits.iterative_unknowns:
+        return None
+    law = layer_laws(layer).both
+    missing = 0 if law is None else layer.unknowns - law
+    if missing and problem.left_open <= problem.max_dense:
+        return None
+    (right,) = problem.image_rows(problem.z)
+    scale = (rms(right) / rms(G)).item() if G.any() and len(right) else 0.0
+    known = None if problem.known is None else problem.known.flatten()
+    solver = ConjugateGradients(layer, known, scale * problem.dz[0])
+    x, residual, iterations = solver.solve(right, scale * G, **(ROUGH if missing else {}))
+    condition = solver.condition
+    missing = missing or solver.missing
+    if missing and problem.left_open <= problem.max_dense:
+        return None
+    fields = {"condition": condition, "residual": residual, "iterations": iterations}
+
+    def sensitivity(dG: Tensor, z_change: Tensor) -> Tensor:
+        (rows,) = problem.image_rows(z_change)
+        return solver.sensitivity(rows, scale * dG).reshape(1, *layer.input_shape)
+
+    x = x.reshape(1, *layer.input_shape)
+    return LayerSolution(x, problem.report(layer.unknowns - missing, **fields), sensitivity)
+
+
+def _gradients_before_weights(problem: _Problem) -> LayerSolution:
+    """The gradients first; W decides what they leave open, if anything."""
+    layer, G, rcond = problem.layer, problem.G, problem.rcond
+    found = solve_gradients(layer, G, problem.dz, rcond, problem.limits.trusted_ratio)
+    if found.V.shape[2]:
+        return _reduced(problem, gradients_first(layer, G, problem.z, problem.known, found, rcond))
+    report = problem.report(
+        problem.unknowns,
+        rank_gradients=problem.unknowns,
+        condition=1 / found.sigma_min_kept,
+        sigma_above_cut=found.sigma_min_kept,
+        sigma_below_cut=found.sigma_max_dropped,
+        residual=found.residual,
+    )
+    return LayerSolution(found.x0, report, lambda dG, _: found.sensitivity(dG), noise_std=found.noise_std)
+
+
+def _reduced(problem: _Problem, system: ReducedSystem) -> LayerSolution:
+    """Solves for what one kind of equations leaves open."""
+    found = least_squares(system.A, system.b, problem.rcond, system.damping, gram_only=problem.is_batch)
+    y = found.y[:, None]
+    x = (system.x0 + system.spread(y)[:, :, 0]).reshape(-1, *problem.layer.input_shape)
+    report = problem.report(
+        problem.unknowns - (0 if found.null is None else found.null.shape[1]),
+        rank_weights=system.rank_weights,
+        rank_gradients=system.rank_gradients,
+        condition=found.condition,
+        sigma_above_cut=found.sigma_min_kept,
+        sigma_below_cut=found.sigma_max_dropped,
+        residual=(system.b - system.A.apply(y)[:, 0]).norm().item() / system.size,
+    )
+
+    def sensitivity(dG: Tensor, z_change: Tensor) -> Tensor:
+        x0, b = system.change(dG, z_change)
+        return (x0 + system.spread(found.invert(system.A.adjoint(b[:, None])))[:, :, 0]).reshape(x.shape)
+
+    def null() -> Tensor:
+        return system.spread(found.null).flatten(0, 1)
+
+    def weak() -> Tensor:
+        return system.spread(found.ill_conditioned).flatten(0, 1)
+
+    nulls = (None if found.null is None else null,)
+    return LayerSolution(x, report, sensitivity, nulls, ((weak, 1 / found.ill_conditioned_sigmas),), systems=(system,))

@@ -1,7 +1,8 @@
-"""A layer's weight matrix W, factored once for all images: x from W x = b where W has full column rank."""
+"""W x = b where W has full column rank: by a sparse factorisation that is kept between attacks, or by iterations."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,28 +10,36 @@ from typing import Any
 import numpy as np
 import scipy.sparse.linalg as sla
 import torch
-from scipy.linalg import eigvalsh_tridiagonal
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rgap.equations.blocks import weight_matrix
+from rgap.linalg import conjugate_gradients
 from rgap.network.layer import Layer
 
 MAX_FACTOR_UNKNOWNS = 40_000
-"""Unknowns up to which a sparse factorisation is made; beyond, conjugate gradients need less time and memory."""
+"""Unknowns up to which W is factored sparsely; beyond, conjugate gradients need less time and memory."""
 
-CLOSE = 1e-4
-"""How well a vector must come back through W for W to count as of full column rank."""
+FULL_RANK_RTOL = 1e-4
+"""How well a random vector must come back through a system for that to count as of full column rank."""
 
-RANK_TOLERANCE = 1e-7
+MIN_RATIO = 1e-7
 """Smallest σ_min / σ_max at which W still counts as of full column rank where WᵀW is factored."""
 
-SQUARE_TOLERANCE = 1e-11
+MIN_RATIO_SQUARE = 1e-11
 """The same where W itself is."""
 
 
 @dataclass(frozen=True)
 class SparseFactor:
-    """LU factors of WᵀW, or of W itself where it is square."""
+    """LU factors of WᵀW, or of W itself where it is square.
+
+    Attributes:
+        W: Sparse, (rows, columns).
+        lu: Its factors, None where they do not exist.
+        condition: σ_max / σ_min of W, a lower bound, close.
+        full_rank: Whether W is of full column rank.
+    """
 
     W: Any
     lu: Any
@@ -39,10 +48,8 @@ class SparseFactor:
 
     def solve(self, b: Tensor) -> tuple[Tensor, float, int]:
         """Least-squares solution of W x = b with refinement: (x, ‖W x − b‖ / ‖b‖, refinement steps)."""
-        right = b.numpy()
+        right, last, steps = b.numpy(), np.inf, 0
         x = _normal_solve(self.W, self.lu, right)
-        last = np.inf
-        steps = 0
         while steps < 5:
             r = right - self.W @ x
             size = np.linalg.norm(self.W.T @ r)
@@ -51,7 +58,9 @@ class SparseFactor:
             last = size
             x = x + _normal_solve(self.W, self.lu, r)
             steps += 1
-        return torch.from_numpy(x), _relative(right - self.W @ x, right), steps
+        size = np.linalg.norm(right)
+        residual = float(np.linalg.norm(right - self.W @ x) / size) if size > 0 else 0.0
+        return torch.from_numpy(x), residual, steps
 
     def sensitivity(self, b: Tensor) -> Tensor:
         """The solution without refinement: enough for the effect of an error."""
@@ -60,11 +69,14 @@ class SparseFactor:
 
 @dataclass
 class ConjugateGradients:
-    """Solves W x = b, or [W; K] x = [b; vec(G)], by conjugate gradients on the normal equations (CGLS); no matrix.
+    """Solves W x = b, or [W; K] x = [b; vec(G)] of one image, by conjugate gradients; no matrix is held.
+
+    Each kind of equations costs a convolution, whatever the size of the image; the condition number of the system
+    decides how many iterations are needed, and grows as the equations become scarce.
 
     Attributes:
         layer: The layer, without groups.
-        known: Mask of the rows of W that are used, None for all; b is then as long as it has ones.
+        known: Mask of the rows of W that are used, (O·H′·W′,), None for all; b is then as long as it has ones.
         dz: δz, (O, H′, W′), where K belongs to the system; scaled, and G with it, so that its rows are as large as W's.
         condition: Of the system, as the last solve saw it.
     """
@@ -85,7 +97,7 @@ class ConjugateGradients:
         z, G = self.layer.apply(x), None if self.dz is None else self.layer.weight_gradient(x, self.dz)
         found = self.solve(self._rows(z), G, tolerance=1e-10, truth=x)[0]
         share = ((found - x.flatten()).norm() / x.norm()).item() ** 2
-        return max(1, round(share * self.layer.unknowns)) if share > CLOSE**2 else 0
+        return max(1, round(share * self.layer.unknowns)) if share > FULL_RANK_RTOL**2 else 0
 
     @property
     def full_rank(self) -> bool:
@@ -97,7 +109,7 @@ class ConjugateGradients:
         b: Tensor,
         G: Tensor | None = None,
         tolerance: float = 1e-12,
-        most: int = 20_000,
+        max_iterations: int = 20_000,
         truth: Tensor | None = None,
     ) -> tuple[Tensor, float, int]:
         """Least-squares solution of minimum norm: (x, ‖residual‖ / ‖right-hand side‖, iterations).
@@ -106,31 +118,19 @@ class ConjugateGradients:
             b: (rows,).
             G: Gradient by the weight, shaped as it, where K belongs to the system.
             tolerance: Largest norm of the normal equations' residual at the end, relative to the start.
-            most: Most iterations.
-            truth: Ends the iterations as soon as x is this close to it, relative `CLOSE`.
+            max_iterations: Most iterations.
+            truth: Ends the iterations as soon as x is this close to it, relative `FULL_RANK_RTOL`.
         """
+
+        def done(x: Tensor) -> bool:
+            return truth is not None and bool((x - truth).norm() < FULL_RANK_RTOL * truth.norm())
+
         right = [self._image(b)] if self.dz is None else [self._image(b), G]
-        x, rest = b.new_zeros(self.layer.input_shape), [v.clone() for v in right]
-        s = self._adjoint(rest)
-        p = s.clone()
-        size = first = s.square().sum()
-        alphas, betas = [], []
-        while len(alphas) < most and size > tolerance**2 * first:
-            q = self._apply(p)
-            alpha = size / _square(q)
-            x += alpha * p
-            for r, change in zip(rest, q, strict=True):
-                r -= alpha * change
-            if truth is not None and (x - truth).norm() < CLOSE * truth.norm():
-                break
-            s = self._adjoint(rest)
-            size, previous = s.square().sum(), size
-            p = s + (size / previous) * p
-            alphas.append(alpha.item())
-            betas.append((size / previous).item())
-        self.condition = _ritz_condition(alphas, betas)
-        total = _square(right)
-        return x.flatten(), (_square(rest) / total).sqrt().item() if total > 0 else 0.0, len(alphas)
+        found = conjugate_gradients(
+            self._apply, self._adjoint, right, tolerance=tolerance, max_iterations=max_iterations, done=done
+        )
+        self.condition = found.condition
+        return found.x.flatten(), found.residual, found.iterations
 
     def sensitivity(self, b: Tensor, G: Tensor | None = None) -> Tensor:
         """The solution to a few digits: enough for the effect of an error."""
@@ -157,39 +157,36 @@ class ConjugateGradients:
         return rows.new_zeros(self.known.shape).masked_scatter(self.known, rows).reshape(self.layer.output_shape)
 
 
-def _square(vectors: list[Tensor]) -> Tensor:
-    return sum(v.square().sum() for v in vectors)
-
-
 def weight_factor(
     layer: Layer, known: Tensor | None = None, max_unknowns: int = MAX_FACTOR_UNKNOWNS
 ) -> SparseFactor | ConjugateGradients:
-    """The solver for W x = b of a layer without groups; made once, unless only some rows of W are known."""
-    if known is not None:
-        if layer.unknowns > max_unknowns:
-            return ConjugateGradients(layer, known)
-        return _factor(weight_matrix(layer)[known.numpy()])
+    """The solver for W x = b of a layer without groups; made once, unless only some rows of W are known.
+
+    Args:
+        layer: The layer.
+        known: Mask of the rows that are used, (O·H′·W′,), None for all.
+        max_unknowns: Unknowns beyond which W is not factored.
+    """
     if layer.unknowns > max_unknowns:
-        return layer.cached("weight_solver", lambda: ConjugateGradients(layer))
-    return layer.cached("weight_factor", lambda: _factor(weight_matrix(layer)))
+        solver = ConjugateGradients(layer, known)
+        return solver if known is not None else layer.cached("weight_solver", lambda: solver)
+    if known is not None:
+        return _sparse_factor(weight_matrix(layer)[known.numpy()])
+    return layer.cached("weight_factor", lambda: _sparse_factor(weight_matrix(layer)))
 
 
-def _factor(W: Any) -> SparseFactor:
+def _sparse_factor(W: Any) -> SparseFactor:
+    square = W.shape[0] == W.shape[1]
+    options = {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0.0, "options": {"SymmetricMode": True}}
     try:
-        if W.shape[0] == W.shape[1]:
-            lu = sla.splu(W.tocsc())
-        else:
-            lu = sla.splu(
-                (W.T @ W).tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
-            )
+        lu = sla.splu(W.tocsc()) if square else sla.splu((W.T @ W).tocsc(), **options)
     except RuntimeError:  # SuperLU met an exactly singular matrix
-        return SparseFactor(W, None, float("inf"), False)
+        return SparseFactor(W, None, math.inf, False)
     condition = _condition(W, lu)
-    tolerance = SQUARE_TOLERANCE if W.shape[0] == W.shape[1] else RANK_TOLERANCE
-    return SparseFactor(W, lu, condition, condition < 1 / tolerance)
+    return SparseFactor(W, lu, condition, condition < 1 / (MIN_RATIO_SQUARE if square else MIN_RATIO))
 
 
-def _normal_solve(W: Any, lu: Any, b: np.ndarray) -> np.ndarray:
+def _normal_solve(W: Any, lu: Any, b: NDArray) -> NDArray:
     return lu.solve(b) if W.shape[0] == W.shape[1] else lu.solve(W.T @ b)
 
 
@@ -204,21 +201,6 @@ def _condition(W: Any, lu: Any, steps: int = 12) -> float:
         small = lu.solve(lu.solve(small, "T")) if square else lu.solve(small)
         largest, smallest = np.linalg.norm(large), np.linalg.norm(small)
         if not np.isfinite(smallest):
-            return float("inf")
+            return math.inf
         large, small = large / largest, small / smallest
     return float(np.sqrt(largest * smallest))
-
-
-def _ritz_condition(alphas: list[float], betas: list[float]) -> float:
-    """Condition number that the Lanczos matrix of a CG run shows, from its step lengths."""
-    if not alphas:
-        return float("nan")
-    a, b = np.array(alphas), np.array(betas)
-    diagonal = 1 / a + np.concatenate([[0.0], b[:-1] / a[:-1]])
-    values = eigvalsh_tridiagonal(diagonal, np.sqrt(b[:-1]) / a[:-1]) if len(a) > 1 else diagonal
-    return float(np.sqrt(values.max() / max(values.min(), np.finfo(float).tiny)))
-
-
-def _relative(r: np.ndarray, b: np.ndarray) -> float:
-    size = np.linalg.norm(b)
-    return float(np.linalg.norm(r) / size) if size > 0 else 0.0

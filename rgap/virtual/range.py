@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rgap.equations.joint_dense import Normal, solve_normal
-from rgap.equations.joint_system import ReducedSystem
-from rgap.equations.joint_weights import RangeComplement, complement
+from rgap.equations.complement import RangeComplement, complement
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
-from rgap.linalg import LeastSquares
+from rgap.equations.systems import ReducedSystem
+from rgap.linalg import LeastSquares, Operator, least_squares
 from rgap.network.layer import Layer
 
 STEPS = 30
@@ -104,7 +103,7 @@ def close_by_range(
             return RangeSolution(first, False, left.shape[1] * len(x), len(changes), math.inf, math.inf)
         unit = noise * z.square().mean().sqrt().item()
         dense = _solve(system, left, z - bias, slope, x, (own, unit), rcond)
-        moved = system.x0 + system.spread(dense.y)
+        moved = system.x0 + system.spread(dense.y[:, None])[:, :, 0]
         changes.append(_change(before, x, moved, slope, NEXT_TO_ZERO * unit))
         kept = changes[-1] <= STILL
         x = moved
@@ -118,8 +117,7 @@ def close_by_range(
         kept and dense.null is None and equations - deficit >= CERTIFICATE_SURPLUS and residual <= RESIDUAL * unit
     )
     size = z.square().mean().sqrt().item()
-    condition = 1 / dense.above if dense.above else math.inf
-    return RangeSolution(x, certified, equations, len(changes), residual / size, condition)
+    return RangeSolution(x, certified, equations, len(changes), residual / size, dense.condition)
 
 
 def _solve(
@@ -127,7 +125,7 @@ def _solve(
 ) -> LeastSquares:
     """The system's rows and the range constraints, linearised at x, each in units of its noise."""
     own, unit = units
-    gram = system.normal.gram / own**2
+    gram = system.A.gram / own**2
     rows, right = [], []
     for image in range(len(x)):
         columns, R = system.seen_by(image, left.T / slope[image])
@@ -137,16 +135,17 @@ def _solve(
     count = system.b.numel()
 
     def apply(y: Tensor) -> Tensor:
-        return torch.cat([system.normal.apply(y).flatten() / own, *(R @ y[columns] for columns, R in rows)])
+        return torch.cat([system.A.apply(y) / own, *(R @ y[columns] for columns, R in rows)])
 
     def adjoint(r: Tensor) -> Tensor:
-        y = system.normal.adjoint(r[:count].reshape(system.b.shape) / own)
+        y = system.A.adjoint(r[:count] / own)
         for (columns, R), part in zip(rows, r[count:].split(left.shape[1]), strict=True):
             y[columns] += R.T @ part
         return y
 
-    b = torch.cat([system.b.flatten() / own, *right])
-    return solve_normal(Normal(gram, apply, adjoint, system.normal.damping / own), b, min(rcond, 1e-5))
+    b = torch.cat([system.b / own, *right])
+    A, damping = Operator(gram, apply, adjoint), system.damping / own
+    return least_squares(A, b, min(rcond, 1e-5), damping, gram_only=True)
 
 
 def _linearised(before: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,4 +169,4 @@ def _change(before: Layer, x: Tensor, moved: Tensor, slope: Tensor, least: float
 def _misfit(system: ReducedSystem, x: Tensor) -> float:
     """Root-mean-square residual of the system's own solution."""
     y = system.project(x - system.x0)
-    return (system.b - system.normal.apply(y)).square().mean().sqrt().item()
+    return (system.b - system.A.apply(y[:, None])[:, 0]).square().mean().sqrt().item()

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 import rgap
 from rgap.attack import joint_descent
 from rgap.attack.joint_descent import descend_jointly
-from rgap.equations.joint_dense import Normal
-from rgap.equations.joint_system import ReducedSystem
+from rgap.equations.systems import ReducedSystem
+from rgap.linalg import Operator
 from rgap.shared_gradient import receive
 from rgap.virtual.range import _change, close_by_range, range_factor
 
@@ -82,9 +82,8 @@ def test_smooth_activations_have_range_constraints_too(monkeypatch, channels):
 def test_a_belief_outside_the_range_of_an_activation_certifies_nothing():
     layer = replace(rgap.prepare(deficient(), (3, 12, 12)).layers[0], activation=TANH)
     x = torch.full((2, *layer.output_shape), 2.0, dtype=torch.float64)
-    system = ReducedSystem(
-        x.flatten(1), None, lambda v: v, None, Normal(None, lambda v: v, None, None), 0 * x.flatten(1), None, 1.0, None
-    )
+    same = Operator(None, lambda v: v, None)
+    system = ReducedSystem(x.flatten(1), None, lambda v: v.flatten(), None, same, 0 * x.flatten(), None, 1.0, None)
     found = close_by_range(layer, range_factor(layer), system, x, deficit=1, precision=1e-7, rcond=1e-4)
     assert not found.certified and torch.equal(found.x, x.flatten(1)) and found.iterations == 0
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from rgap.equations import weights as sparse
 from rgap.equations.blocks import weight_matrix
-from rgap.equations.joint_weights import weak_subspace
+from rgap.equations.complement import complement, weak_subspace
 from rgap.equations.weights import ConjugateGradients, SparseFactor, weight_factor
 
 
@@ -81,11 +81,33 @@ def test_the_weak_directions_of_a_square_w_are_those_of_its_smallest_singular_va
     assert_close(weak.basis.T @ weak.basis, torch.eye(len(weak.sigmas)).double(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("conv", [(3, 12, 4, 2, 2), (4, 3, 3, 2, 1), (3, 3, 3, 1, 1)])
+def test_the_complement_has_the_pseudo_inverse_and_what_the_range_leaves(conv):
+    layer = conv_layer(nn.Conv2d(*conv, bias=False), 6, 6)
+    W, found = torch.from_numpy(weight_matrix(layer).toarray()), complement(layer)
+    assert_close(torch.from_numpy(found.pseudo_inverse()), torch.linalg.pinv(W), rtol=0, atol=1e-9)
+    A = W.T if found.is_wide else W
+    assert found.basis.shape == (len(A), len(A) - A.shape[1])
+    assert_close(found.basis.T @ found.basis, torch.eye(found.basis.shape[1]).double(), rtol=0, atol=1e-12)
+    assert_close(A.T @ found.basis, torch.zeros(A.shape[1], found.basis.shape[1]).double(), rtol=0, atol=1e-12)
+    if found.is_wide:
+        z = randn(2, *layer.output_shape)
+        assert_close(found.minimum_norm(z).flatten(1), z.flatten(1) @ torch.linalg.pinv(W).T, rtol=0, atol=1e-9)
+
+
+def test_a_w_short_of_full_rank_or_too_large_has_no_complement(monkeypatch):
+    layer = conv_layer(nn.Conv2d(4, 3, 3, 2, 1, bias=False), 6, 6)
+    layer.weight[1] = layer.weight[0]
+    assert complement(layer) is None and weak_subspace(layer, 0.03) is None
+    monkeypatch.setattr("rgap.equations.complement.MAX_DENSE_SIDE", 10)
+    assert complement(square()) is None
+
+
 @pytest.mark.parametrize("rows", [4, 6])
 def test_a_singular_matrix_is_not_of_full_rank(rows):
     W = np.eye(rows, 4)
     W[:, 3] = 0.0
-    factor = sparse._factor(sp.csr_array(W))
+    factor = sparse._sparse_factor(sp.csr_array(W))
     assert isinstance(factor, SparseFactor) and not factor.full_rank and factor.condition == math.inf
 
 
@@ -93,7 +115,7 @@ def test_a_singular_matrix_is_not_of_full_rank(rows):
 def test_a_nearly_singular_matrix_is_not_of_full_rank(rows, angle):
     W = np.eye(rows, 4)
     W[:, 3] = W[:, 2] + angle * W[:, 3]
-    assert not sparse._factor(sp.csr_array(W)).full_rank
+    assert not sparse._sparse_factor(sp.csr_array(W)).full_rank
 
 
 def test_a_vanishing_right_side_has_residual_zero():

@@ -1,0 +1,231 @@
+"""A layer of B images as a least-squares problem in what one kind of equations leaves open; the other kind decides it.
+
+Weight equations hold for each image alone, W x_b = z_b − b; gradient equations are shared by all images, and the same
+for every channel. Where the gradients go first they leave x = x0 + (I ⊗ V) y, with the same V_b for every channel of an
+image, and W (I ⊗ V) is never formed: tap t of a convolution reads S_t V_b, whatever the channel, so that
+
+    Σ_b (I ⊗ V_b)ᵀ WᵀW (I ⊗ V_b) = Σ_{s,t} R_st ⊗ Σ_b (S_s V_b)ᵀ (S_t V_b),   R_st[c, c′] = Σ_o W[o, c, s] W[o, c′, t]
+
+costs a few products of the taps' small Gram matrices, in place of one of B·O·H′·W′ rows and C·k columns (ours).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rgap.equations.blocks import blocks, gradient_matrix, gradient_values, tap_pixels, weight_columns
+from rgap.equations.complement import WeakSubspace
+from rgap.equations.gradient import GradientSolution
+from rgap.linalg import GRAM_RESOLUTION, Operator, dense_operator, gram_matrix, rms
+from rgap.network.layer import Layer
+
+
+@dataclass(frozen=True)
+class ReducedSystem:
+    """x = x0 + N y over all images, and the least-squares problem min ‖A y − b‖² + ‖damping ∘ y‖² for y.
+
+    Attributes:
+        x0: (B, n).
+        spread: Y -> N Y, (k, p) -> (B, n, p).
+        project: Nᵀ of vectors (B, n), (k,).
+        seen_by: (image, L) with L (q, n) -> the columns of y that this image depends on, and L N of them.
+        A: From (k,) to the equations of the other kind.
+        b: Their right-hand side.
+        damping: Singular values, scaled as A is, with which the first kind sees N's columns, (k,).
+        size: What the residual of the equations is relative to.
+        change: How x0 and b change with G and z, (O, C, kh, kw) and (B, O, H′, W′) -> (B, n) and as b.
+        rank_weights, rank_gradients: Of the first kind of equations over all images, None for the other kind.
+    """
+
+    x0: Tensor
+    spread: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor], Tensor]
+    seen_by: Callable[[int, Tensor], tuple[slice, Tensor]]
+    A: Operator
+    b: Tensor
+    damping: Tensor
+    size: float
+    change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    rank_weights: int | None = None
+    rank_gradients: int | None = None
+
+
+def gradients_first(
+    layer: Layer, G: Tensor, z: Tensor, known: Tensor | None, found: GradientSolution, rcond: float
+) -> ReducedSystem:
+    """W's equations for what the gradients leave open.
+
+    Both kinds of rows are scaled by the size of their right-hand side: K's entries carry δz, which is tiny.
+
+    Args:
+        layer: The layer, without groups.
+        G: (O, C, kh, kw).
+        z: Pre-activations less the bias, (B, O, H′, W′).
+        known: Mask of their entries that are known, of one image, None for all.
+        found: From `solve_gradients`.
+        rcond: Relative cutoff of singular values.
+    """
+    V, channels = found.V, layer.input_shape[0]
+    whole = known is None
+    A = weights_on(layer, V) if whole else dense_operator(weight_columns(layer, V[0])[known.flatten()])
+    A = _without_rounding(A, layer, rcond)
+    right = rows_known(z, known)
+    scale = (rms(right) / rms(G)).item() if G.any() and len(right) else 0.0
+
+    def project(x: Tensor) -> Tensor:
+        return torch.einsum("bpk,bcp->ck", V, x.reshape(len(x), channels, -1)).flatten()
+
+    def seen_by(image: int, L: Tensor) -> tuple[slice, Tensor]:
+        return slice(None), torch.einsum("qcp,pk->qck", L.reshape(len(L), channels, -1), V[image]).flatten(1)
+
+    def change(dG: Tensor, z_change: Tensor) -> tuple[Tensor, Tensor]:
+        moved = found.sensitivity(dG)
+        return moved.flatten(1), rows_known(z_change, known) - rows_known(layer.apply(moved), known)
+
+    return ReducedSystem(
+        found.x0.flatten(1),
+        lambda Y: spread(V, Y, channels),
+        project,
+        seen_by,
+        A,
+        right - rows_known(layer.apply(found.x0), known),
+        (scale * found.sigmas).repeat(channels),
+        max(right.norm().item(), torch.finfo(z.dtype).tiny),
+        change,
+        rank_gradients=channels * found.rank,
+    )
+
+
+def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, weak: WeakSubspace) -> ReducedSystem:
+    """The gradients' equations for what W leaves open of each image, or sees badly: x_b = W⁺ z_b + N u_b.
+
+    Args:
+        layer: The layer, without groups, with no more outputs than inputs.
+        G: (O, C, kh, kw).
+        dz: (B, O, H′, W′).
+        z: Pre-activations less the bias, (B, O, H′, W′).
+        weak: The directions N.
+    """
+    count, channels, N = len(z), layer.input_shape[0], weak.basis
+    x0, q = weak.factor.minimum_norm(z).flatten(1), N.shape[1]
+    parts = [(block, [gradient_matrix(layer, block, image) for image in dz]) for block in blocks(layer)]
+
+    def missing(G: Tensor, x: Tensor) -> Tensor:  # vec(G) − K x
+        rest = []
+        for block, matrices in parts:
+            by_pixel = x.reshape(count, channels, -1)[:, :, block.pixels]
+            seen = sum(one @ M.T for M, one in zip(matrices, by_pixel, strict=True))
+            rest.append((gradient_values(layer, block, G).T - seen).flatten())
+        return torch.cat(rest)
+
+    by_pixel = N.reshape(channels, -1, q)
+    rows = [torch.cat([M @ by_pixel[:, block.pixels] for M in matrices], 2).flatten(0, 1) for block, matrices in parts]
+
+    def spread(Y: Tensor) -> Tensor:
+        return torch.einsum("nq,bqp->bnp", N, Y.reshape(count, q, -1))
+
+    def seen_by(image: int, L: Tensor) -> tuple[slice, Tensor]:
+        return slice(image * q, (image + 1) * q), L @ N
+
+    def change(dG: Tensor, z_change: Tensor) -> tuple[Tensor, Tensor]:
+        moved = weak.factor.minimum_norm(z_change).flatten(1)
+        return moved, missing(dG, moved)
+
+    scale = (rms(G) / rms(z)).item() if z.any() else 0.0
+    return ReducedSystem(
+        x0,
+        spread,
+        lambda x: (x @ N).flatten(),
+        seen_by,
+        dense_operator(torch.cat(rows)),
+        missing(G, x0),
+        (scale * weak.sigmas).repeat(count),
+        max(G.norm().item(), torch.finfo(z.dtype).tiny),
+        change,
+        rank_weights=count * math.prod(layer.output_shape),
+    )
+
+
+def weights_on(layer: Layer, V: Tensor) -> Operator:
+    """W (I ⊗ V_b) of all images, one below the other, as an operator.
+
+    Args:
+        layer: The layer, without groups.
+        V: (B, H·W, k).
+
+    Returns:
+        From (C·k,), in the order (channel, vector), to (B·O·H′·W′,).
+    """
+    count, channels = len(V), layer.input_shape[0]
+
+    def apply(Y: Tensor) -> Tensor:
+        images = spread(V, Y, channels).permute(2, 0, 1).reshape(-1, count, *layer.input_shape)
+        return layer.apply(images).flatten(1).T
+
+    def adjoint(R: Tensor) -> Tensor:
+        images = layer.adjoint(R.T.reshape(-1, count, *layer.output_shape))
+        return (images.flatten(3) @ V[None]).sum(1).flatten(1).T
+
+    return Operator(weight_gram(layer, V), apply, adjoint)
+
+
+def spread(V: Tensor, Y: Tensor, channels: int) -> Tensor:
+    """(I ⊗ V_b) Y of every image: (B, H·W, k) and (C·k, p) -> (B, C·H·W, p)."""
+    return torch.einsum("bnk,ckp->bcnp", V, Y.reshape(channels, V.shape[2], -1)).flatten(1, 2)
+
+
+def weight_gram(layer: Layer, V: Tensor) -> Tensor:
+    """Σ_b (I ⊗ V_b)ᵀ WᵀW (I ⊗ V_b).
+
+    Args:
+        layer: The layer, without groups.
+        V: (B, H·W, k).
+
+    Returns:
+        (C·k, C·k), rows and columns in the order (channel, vector).
+    """
+    channels, count, (outputs, taps) = layer.input_shape[0], V.shape[2], (len(layer.weight), layer.weight[0, 0].numel())
+    positions = math.prod(layer.output_shape[1:])
+    if taps**2 * (len(V) * positions + channels**2) > len(V) * channels**2 * outputs * positions:  # few channels
+        return sum(gram_matrix(weight_columns(layer, image)) for image in V)
+    read = torch.cat([_read_by_taps(layer, image) for image in V], 1)
+    inner = gram_matrix(read.permute(1, 0, 2).reshape(read.shape[1], taps * count))
+    inner = inner.reshape(taps, count, taps, count).permute(0, 2, 1, 3).reshape(taps * taps, count * count)
+    outer = gram_matrix(layer.weight.reshape(-1, channels * taps))
+    outer = outer.reshape(channels, taps, channels, taps).transpose(1, 2)
+    first, second = torch.triu_indices(channels, channels)
+    upper = (outer[first, second].flatten(1) @ inner).reshape(-1, count, count)
+    result = V.new_empty(channels, channels, count, count)
+    result[second, first] = upper.mT
+    result[first, second] = upper
+    return result.transpose(1, 2).reshape(channels * count, channels * count)
+
+
+def _read_by_taps(layer: Layer, V: Tensor) -> Tensor:
+    """What each tap reads of each vector (H·W, k) at each position of the output, (taps, positions, k)."""
+    if layer.before is not None:
+        V = layer.before.apply(V.T.reshape(-1, *layer.before.inputs)).flatten(1).T
+    read = F.pad(V, (0, 0, 0, 1))[tap_pixels(layer)]  # −1, the row of zeros, stands for padding
+    if layer.after is None:
+        return read
+    return layer.after.apply(read.mT.reshape(*read.mT.shape[:2], *layer.after.inputs)).flatten(2).mT
+
+
+def rows_known(z: Tensor, known: Tensor | None) -> Tensor:
+    """The entries of z that are known, flat."""
+    return z.flatten() if known is None else z[known]
+
+
+def _without_rounding(A: Operator, layer: Layer, rcond: float) -> Operator:
+    """A, or zeros in place of an A that is but rounding: W repeats K there."""
+    unit = layer.weight.flatten(1).norm(dim=1).max()
+    if A.gram.trace() > (max(rcond, GRAM_RESOLUTION) * unit) ** 2 or A.matrix().norm() > rcond * unit:
+        return A
+    nothing = torch.zeros_like
+    return Operator(nothing(A.gram), lambda Y: A.apply(nothing(Y)), lambda R: A.adjoint(nothing(R)))

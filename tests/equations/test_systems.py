@@ -1,0 +1,48 @@
+import pytest
+import torch
+from cases import conv_layers, drawn, randn, sequential
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+import rgap
+from rgap.equations.blocks import split_groups, weight_matrix
+from rgap.equations.systems import spread, weight_gram, weights_on
+
+
+def dense(layer, V):
+    """W (I ⊗ V_b) of all images by the sparse W."""
+    W = torch.from_numpy(weight_matrix(layer).toarray())
+    return torch.cat([W @ torch.kron(torch.eye(layer.input_shape[0]).double(), image) for image in V])
+
+
+@settings(drawn, max_examples=40)
+@given(conv_layers(), st.integers(1, 2), st.integers(1, 4), st.integers(0, 1000))
+def test_the_operator_is_that_of_the_dense_matrix(layer, images, count, seed):
+    for part in split_groups(layer):
+        V = randn(images, part.input_shape[1] * part.input_shape[2], count, seed=seed)
+        A, operator = dense(part, V), weights_on(part, V)
+        Y, R = randn(A.shape[1], 3, seed=seed + 1), randn(len(A), 2, seed=seed + 2)
+        assert_close(operator.gram, A.T @ A, rtol=0, atol=1e-11)
+        assert_close(operator.apply(Y), A @ Y, rtol=0, atol=1e-11)
+        assert_close(operator.adjoint(R), A.T @ R, rtol=0, atol=1e-11)
+        assert_close(operator.matrix(), A, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("channels", [2, 12])
+@pytest.mark.parametrize("behind", [False, True])
+def test_maps_of_pixels_before_and_behind_are_part_of_it(behind, channels):
+    conv = nn.Conv2d(channels, 3, 3)
+    body = [conv, nn.AvgPool2d(2)] if behind else [nn.ReflectionPad2d(1), conv]
+    outputs = nn.Sequential(*body, nn.LeakyReLU(0.2), nn.Flatten())(torch.zeros(1, channels, 8, 8)).shape[1]
+    network = sequential(*body, nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(outputs, 1))
+    layer, V = rgap.prepare(network, (channels, 8, 8)).layers[0], randn(1, 64, 5)
+    A = dense(layer, V)
+    assert_close(weight_gram(layer, V), A.T @ A, rtol=0, atol=1e-11)
+
+
+def test_spread_is_the_kronecker_product():
+    V, Y = randn(2, 16, 5), randn(15, 2)
+    expected = torch.stack([torch.kron(torch.eye(3).double(), image) @ Y for image in V])
+    assert_close(spread(V, Y, 3), expected)
