@@ -63,7 +63,7 @@ help: ## list these targets
 
 env: $(ENV) ## .venv with every pinned package and this one; PIP_ARGS=… goes to the installer
 
-figures: $(EXECUTED) | $(ENV) ## run the notebooks, write figures/, print the claims; PROFILE=paper | COLOR=folder:PATH GRAY=folder:PATH; SCHEDULER=tcp://… hands sweeps to Dask
+figures: $(EXECUTED) | $(ENV) ## run the notebooks, write figures/, print the claims; PROFILE=paper | COLOR=folder:PATH GRAY=folder:PATH; SCHEDULER=tcp://… runs attacks on Dask
 	@$(call run,$(PROFILE),$(FIGURES)) -m rgap report --claims
 
 build/$(PROFILE)/%.ipynb: notebooks/%.ipynb notebooks/claims.yml $(wildcard rgap/*.py rgap/*/*.py rgap/*/*/*.py) $(PARAMETERS) | $(ENV)

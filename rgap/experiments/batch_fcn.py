@@ -98,8 +98,8 @@ def sample_batches(count: int, seed: int = 0) -> pd.DataFrame:
         seed: Of all draws.
 
     Returns:
-        case, verdict, psnr_db (the smallest over the images), ok and why: a false certificate, or an image that is none
-        of the batch, is not ok.
+        case, verdict, psnr_db (the smallest over the images), ok and why: a false certificate, or a returned image that
+        is not in the batch, is not ok.
     """
     generator = torch.Generator().manual_seed(seed)
     return pd.DataFrame([_attack_random_batch(generator) for _ in range(count)])
@@ -145,7 +145,7 @@ def _checked(result: Reconstruction, images: Tensor) -> dict:
     quality = psnr_db(result.images, images[nearest])
     false = int((cosine < SAME_IMAGE_COSINE).all(1).sum())
     wrong = int((certified(result) & (quality < MIN_CERTIFIED_PSNR_DB)).sum())
-    complaints = [f"{false} returned images are none of the batch"] if false else []
+    complaints = [f"{false} returned images are not in the batch"] if false else []
     complaints += [f"{wrong} wrong images are certified"] if wrong else []
     if result.verdict == "exact" and len(set(nearest.tolist())) < len(images):
         complaints.append("an incomplete batch is certified")
@@ -158,7 +158,7 @@ def plot_found(runs: pd.DataFrame, limit: int) -> Figure:
 
     Args:
         runs: Columns `batch`, `seed`, `found`, `false` and `certified`.
-        limit: Outputs of the second layer: the largest batch that its gradient can tell apart.
+        limit: Outputs of the second layer: the largest batch that its gradient can separate.
 
     Returns:
         The figure; lines are means over seeds, the dotted line is the limit.

@@ -201,6 +201,17 @@ def timed(function: Callable, *arguments, **options) -> tuple[Any, float]:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch's operations: the time of a run then depends least on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Puts torch's generator at a seed, and back afterwards."""
     with torch.random.fork_rng(devices=[]):

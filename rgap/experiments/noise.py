@@ -27,10 +27,10 @@ from rgap.results import Reconstruction
 from rgap.shared_gradient import receive
 
 FALSE_CERTIFICATE_RATIO = 10.0
-"""An image certified as exact is a false certificate where its error is more than this many times the predicted one."""
+"""A certificate is false where the image's error is more than this many times the predicted one."""
 
 NEGLIGIBLE_ERROR = 1e-4
-"""Error of an image, pixel units, below which no certificate is false, whatever error was predicted."""
+"""Error of an image, pixel units, up to which no certificate is false, whatever error was predicted."""
 
 STAGES = ("plain R-GAP", "+ signs", "+ noise found", "+ matching", "Inverting Gradients")
 """The recursion with every sign as it comes; with signs decided by identities, for the errors that single values show;
@@ -135,7 +135,7 @@ def reference(chain: Chain, defence: str, image: Tensor, result: Reconstruction)
 
 
 def plain_attack(chain: Chain, gradients: Sequence[Tensor], label: int, loss: str = "logistic") -> Tensor:
-    """The image of the recursion that takes every sign as it comes and knows of no noise, for comparison.
+    """The image of the recursion without sign decisions and without knowledge of the noise, for comparison.
 
     Args:
         chain: The prepared network.

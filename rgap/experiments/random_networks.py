@@ -38,37 +38,36 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "Hardtanh": nn.Hardtanh,
     "Identity": nn.Identity,
 }
-"""Name -> what makes the activations that are drawn."""
+"""Name -> constructor of the activations that are drawn."""
 
 MAX_UNKNOWNS = 1500
-"""Most unknowns of a layer that is drawn: its dense matrices must be cheap."""
+"""Largest number of unknowns of a layer: its dense matrices must be cheap."""
 
 
-def sample_chains(count: int, seed: int = 0, unknowns: int = MAX_UNKNOWNS) -> pd.DataFrame:
+def sample_chains(count: int, seed: int = 0, max_unknowns: int = MAX_UNKNOWNS) -> pd.DataFrame:
     """Attacks random chains from float64 gradients and judges every verdict by dense ranks.
 
-    A row is in order where the image came back at 60 dB or more (as one of the candidates, if these are ambiguous), or
-    where the verdict is not "exact" and a layer's dense [W; K], at the true input and its true ∂ℓ/∂z, is short of full
-    numerical rank.
+    A row is ok where the image is recovered at 60 dB or more (as one of the candidates, if these are ambiguous), or
+    where the verdict is not "exact" and the dense [W; K] of a layer, at its true z and ∂ℓ/∂z, lacks rank.
 
     Args:
         count: Chains.
-        seed: Of the first; the others follow.
-        unknowns: Most entries of any layer's input or output.
+        seed: Of the first chain; the next ones have the next numbers.
+        max_unknowns: Largest number of entries of a layer's input or output.
 
     Returns:
-        case, kinds, unknowns (most of a layer), verdict, psnr_db, ok, why.
+        case, kinds, unknowns (of the largest layer), verdict, psnr_db, ok, why.
     """
     rows = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using padding='same'")  # of torch, about its own speed
         for number in tqdm(range(seed, seed + count), desc="chains", disable=None):
-            rows.append(_attack_chain(number, unknowns))
+            rows.append(_attack_chain(number, max_unknowns))
     return pd.DataFrame(rows)
 
 
 def kind_table(sample: pd.DataFrame) -> pd.DataFrame:
-    """How often each kind of layer and activation was drawn, recovered, and explained by rank.
+    """How many of the chains with each kind of layer or activation were recovered, or lacked rank.
 
     Args:
         sample: From `sample_chains`.
@@ -86,8 +85,8 @@ def kind_table(sample: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
-def _attack_chain(number: int, unknowns: int) -> dict:
-    network, shape, loss, kinds = random_chain(number, unknowns)
+def _attack_chain(number: int, max_unknowns: int) -> dict:
+    network, shape, loss, kinds = random_chain(number, max_unknowns)
     generator = torch.Generator().manual_seed(number)
     image = torch.rand(1, *shape, generator=generator, dtype=torch.float64)
     label = torch.randint(max(2, network[-1].out_features), (1,), generator=generator)
@@ -114,7 +113,7 @@ class _Draft:
     """A chain under construction."""
 
     rng: np.random.Generator
-    unknowns: int
+    max_unknowns: int
     shape: tuple[int, ...]
     modules: list[nn.Module] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
@@ -126,7 +125,7 @@ class _Draft:
                 shape = tuple(module.double().eval()(torch.zeros(1, *self.shape, dtype=torch.float64)).shape[1:])
         except RuntimeError:
             return False
-        if min(shape) < 1 or np.prod(shape) > self.unknowns:
+        if min(shape) < 1 or np.prod(shape) > self.max_unknowns:
             return False
         self.shape = shape
         self.modules.append(module)
@@ -142,22 +141,22 @@ class _Draft:
         return bool(self.rng.random() < share)
 
 
-def random_chain(seed: int, unknowns: int = MAX_UNKNOWNS) -> tuple[nn.Sequential, tuple[int, ...], str, list[str]]:
+def random_chain(seed: int, max_unknowns: int = MAX_UNKNOWNS) -> tuple[nn.Sequential, tuple[int, ...], str, list[str]]:
     """A random network in eval mode, float64, of 1 to 5 layers with weights, on an image of 8 to 24 pixels a side.
 
     Args:
         seed: Decides everything.
-        unknowns: Most entries of any layer's input or output.
+        max_unknowns: Largest number of entries of a layer's input or output.
 
     Returns:
-        The network, the image shape, the loss, and the kinds of what they are made of, activations among them.
+        The network, the image shape, the loss, and the kinds of its layers, options and activations.
     """
     rng = np.random.default_rng([seed, 7])
     axes = 1 if rng.random() < 0.2 else 2
-    sides = rng.integers(8, min(24, int(unknowns ** (1 / axes))) + 1, axes).tolist()
-    shape = (int(rng.choice([1, 3])) if np.prod(sides) <= unknowns // 3 else 1, *sides)
+    sides = rng.integers(8, min(24, int(max_unknowns ** (1 / axes))) + 1, axes).tolist()
+    shape = (int(rng.choice([1, 3])) if np.prod(sides) <= max_unknowns // 3 else 1, *sides)
     with seeded(seed):
-        draft = _Draft(rng, unknowns, shape)
+        draft = _Draft(rng, max_unknowns, shape)
         if draft.chance(0.15):
             draft.add(_batch_norm(draft), "normalisation")
         for _ in range(int(rng.integers(0, 4))):
@@ -187,8 +186,8 @@ def _add_convolution(draft: _Draft, axes: int) -> None:
     dilation = draft.pick((1,) * axes, (1,) * axes, (1,) * axes, several(1, 3))
     padding = draft.pick(several(0, 3), tuple(k // 2 for k in kernel), "same" if set(stride) == {1} else 0)
     mode = draft.pick("zeros", "zeros", "zeros", "reflect", "circular", "replicate") if padding != 0 else "zeros"
-    enough = math.ceil(1.2 * channels / groups * np.prod(stride))  # as many outputs as inputs, and some to spare
-    filters = groups * (enough + int(rng.integers(0, 3)) if draft.chance(0.8) else int(rng.integers(1, 7)))
+    sufficient = math.ceil(1.2 * channels / groups * np.prod(stride))  # more outputs than inputs
+    filters = groups * (sufficient + int(rng.integers(0, 3)) if draft.chance(0.8) else int(rng.integers(1, 7)))
     if axes == 2 and draft.chance(0.1):
         ends = rng.integers(0, 3, 4).tolist()
         draft.add(draft.pick(nn.ZeroPad2d, nn.ReflectionPad2d)(ends), "padding layer")

@@ -53,7 +53,7 @@ def predicted_and_measured(
     """Attacks a family of networks, with what the rank analysis predicts for each beside it.
 
     Args:
-        family: Width, or another number that tells the networks apart -> seed of the weights -> network.
+        family: Width, or another number that distinguishes the networks -> seed of the weights -> network.
         images: (N, C, H, W) in [0, 1].
         labels: (N,).
         seeds: Seeds of the weights.
@@ -71,13 +71,13 @@ def predicted_and_measured(
     return pd.concat(tables, ignore_index=True)
 
 
-def rank_law_sample(count: int, seed: int = 0, unknowns: int = 600) -> pd.DataFrame:
+def rank_law_sample(count: int, seed: int = 0, max_unknowns: int = 600) -> pd.DataFrame:
     """The rank laws beside measured ranks, on random convolutions in one and two dimensions.
 
     Args:
         count: Layers.
         seed: Of their shapes and weights.
-        unknowns: Most unknowns of a layer.
+        max_unknowns: Layers with more unknowns are drawn again.
 
     Returns:
         Three rows a layer, for W, K and [W; K]: layer, system, law (missing where there is none), counted (smaller of
@@ -86,7 +86,7 @@ def rank_law_sample(count: int, seed: int = 0, unknowns: int = 600) -> pd.DataFr
     rng, rows = np.random.default_rng(seed), []
     with seeded(seed):
         for number in range(count):
-            module, shape = _random_convolution(rng, unknowns)
+            module, shape = _random_convolution(rng, max_unknowns)
             rank = rank_analysis(module, shape, dtype=torch.float64, seed=number).layers[0]
             both = rank.weight_rows + rank.gradient_rows
             for system, law, equations, measured in (
@@ -99,7 +99,7 @@ def rank_law_sample(count: int, seed: int = 0, unknowns: int = 600) -> pd.DataFr
     return pd.DataFrame(rows).astype({"law": "Int64"})
 
 
-def _random_convolution(rng: np.random.Generator, unknowns: int) -> tuple[nn.Module, tuple[int, ...]]:
+def _random_convolution(rng: np.random.Generator, max_unknowns: int) -> tuple[nn.Module, tuple[int, ...]]:
     """A convolution with random strides, paddings, dilations and groups, and the shape of its input."""
     while True:
         axes, groups = int(rng.choice([1, 2, 2])), int(rng.choice([1, 1, 1, 2, 3]))
@@ -108,7 +108,7 @@ def _random_convolution(rng: np.random.Generator, unknowns: int) -> tuple[nn.Mod
         image = rng.integers(4, 16, axes).tolist()
         channels, filters = groups * int(rng.integers(1, 9)), groups * int(rng.integers(1, 25))
         fits = all(n + 2 * p > d * (k - 1) for n, p, d, k in zip(image, padding, dilation, kernel, strict=True))
-        if fits and channels * np.prod(image) <= unknowns:
+        if fits and channels * np.prod(image) <= max_unknowns:
             kind = nn.Conv1d if axes == 1 else nn.Conv2d
             module = kind(channels, filters, kernel, stride, padding, dilation, groups, bias=False)
             return module.double(), (channels, *image)

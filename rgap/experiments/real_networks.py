@@ -28,7 +28,7 @@ RCOND = 1e-5
 def attacked_and_ranked(
     make_model: Callable[[int], nn.Module], images: Tensor, labels: Tensor, seeds: Sequence[int]
 ) -> pd.DataFrame:
-    """Attacks on float64 gradients of the cross-entropy, without virtual constraints, and why those fail that do.
+    """Attacks on float64 gradients of the cross-entropy, without virtual constraints; the rank that failures lack.
 
     Args:
         make_model: Seed -> network.
@@ -37,7 +37,7 @@ def attacked_and_ranked(
         seeds: Of the weights.
 
     Returns:
-        The rows of `attack_each`, with missing: rank that the layers lack at the truth, 0 without looking where the
+        The rows of `attack_each`, with missing: rank that the layers lack at the truth, 0 (not computed) where the
         attack certified its result.
     """
     runs, _ = attack_each(make_model, images, labels, seeds, ["float64"], "cross_entropy", virtual_constraints=False)
@@ -77,10 +77,10 @@ def missing_ranks(chain: Chain, image: Tensor, label: Tensor, loss: str = "logis
 
 
 def _dense_rank(layer: Layer, dz: Tensor, z: Tensor) -> int:
-    """Rank of [W; K], where σ tells z; W and K each scaled to size 1."""
+    """Rank of [W; K], with the rows of W where σ determines z; W and K each scaled to norm 1."""
     units = torch.eye(layer.unknowns, dtype=torch.float64).reshape(-1, *layer.input_shape)
-    told = (layer.activation.derivative(z) != 0).flatten()
-    systems = [layer.apply(units).flatten(1).T[told]]
+    determined = (layer.activation.derivative(z) != 0).flatten()
+    systems = [layer.apply(units).flatten(1).T[determined]]
     if not layer.is_fixed:
 
         def product(weight: Tensor, unit: Tensor) -> Tensor:
@@ -96,11 +96,11 @@ def _dense_rank(layer: Layer, dz: Tensor, z: Tensor) -> int:
 def least_width(
     make_model: Callable[[int], nn.Module], image: Tensor, label: Tensor, loss: str, dtype: str = "float64"
 ) -> dict:
-    """The smallest width of a first layer with ReLU at which the image comes back at `RECOVERED_DB` or more.
+    """The smallest width of a first layer with ReLU at which the image is recovered.
 
-    The search starts where units that are active, and 74 equations of the gradient a filter (75 weights, one of which
-    the filter's own identity ⟨G[o], W[o]⟩ = ⟨δz[o], z[o] − b[o]⟩ makes redundant), first outnumber the pixels; it goes
-    down while the image is recovered, or up until it is.
+    The search starts where active units and the gradient's 74 equations a filter (75 weights, one of them redundant by
+    the filter's identity ⟨G[o], W[o]⟩ = ⟨δz[o], z[o] − b[o]⟩) first outnumber the pixels. It goes down while the image
+    is recovered, or up until it is.
 
     Args:
         make_model: Width -> network.
@@ -111,7 +111,7 @@ def least_width(
 
     Returns:
         bound (the start), width, active (units of the first layer there), psnr_db and verdict there, and below_db and
-        below_verdict for a filter less.
+        below_verdict for one filter fewer.
     """
 
     def attack(width: int) -> dict:
@@ -170,7 +170,7 @@ def least_widths(
 
 
 def recovered_or_short(runs: pd.DataFrame, limit_db: float) -> float:
-    """Share of attacks that reached the limit, or ended as rank-deficient on an image for which rank is missing.
+    """Share of attacks that reached the limit, or ended as rank-deficient where rank is missing at the truth.
 
     Args:
         runs: Columns psnr_db, verdict and missing, the rank that is missing at the truth.
@@ -181,7 +181,7 @@ def recovered_or_short(runs: pd.DataFrame, limit_db: float) -> float:
 
 
 def plot_least_widths(widths: pd.DataFrame, published: int) -> Figure:
-    """Smallest width that gives the image away, for every seed, and where counting active units puts it.
+    """Smallest width at which the image is recovered, for every seed, beside the prediction by counting.
 
     Args:
         widths: Columns `seed`, `width` and `bound`.

@@ -98,7 +98,7 @@ def twin_census(networks: Mapping[str, Iterable[nn.Module]], images: Tensor, lab
 
 
 def twin_pairs(
-    make_model: Callable[[int], nn.Module], images: Tensor, labels: Tensor, seeds: Sequence[int], most: int
+    make_model: Callable[[int], nn.Module], images: Tensor, labels: Tensor, seeds: Sequence[int], max_attacks: int
 ) -> tuple[pd.DataFrame, list[Reconstruction]]:
     """Attacks correctly classified samples by their float64 gradients and compares the candidates with the truth.
 
@@ -107,7 +107,7 @@ def twin_pairs(
         images: (N, C, H, W) in [0, 1].
         labels: (N,), 0 or 1.
         seeds: Seeds of the weights.
-        most: Attacks; further samples are left out.
+        max_attacks: Samples after that many attacks are left out.
 
     Returns:
         A row for each attack and the results in the same order: seed, image; mu, twin_mu, twin_in_range of
@@ -117,7 +117,7 @@ def twin_pairs(
     """
     rows, results, truth = [], [], pd.DataFrame()
     for step in client_steps(make_model, images.double(), labels, seeds, ["float64"]):
-        if len(rows) == most:
+        if len(rows) == max_attacks:
             break
         model, image, i = step.chain.model, step.image, step.index
         truth = true_margins(model, images, labels) if i == 0 else truth
@@ -134,7 +134,7 @@ def twin_pairs(
 
 
 def dlg_on_twins(
-    networks: Mapping[str, nn.Module], images: Tensor, labels: Tensor, most: int, steps: int
+    networks: Mapping[str, nn.Module], images: Tensor, labels: Tensor, max_images: int, steps: int
 ) -> tuple[pd.DataFrame, Tensor]:
     """Where Deep Leakage from Gradients ends, from random pixels, on the images with the largest margins.
 
@@ -142,7 +142,7 @@ def dlg_on_twins(
         networks: Name of a kind of weights -> network, bias-free and with homogeneous activations.
         images: (N, C, H, W) in [0, 1].
         labels: (N,), 0 or 1; DLG is told them.
-        most: Correctly classified images for each network.
+        max_images: Correctly classified images attacked on each network.
         steps: Evaluations in each run.
 
     Returns:
@@ -152,7 +152,7 @@ def dlg_on_twins(
     rows, found = [], []
     for name, model in networks.items():
         truth = true_margins(model, images, labels)
-        for i, own in truth[truth["mu"] > 0].nlargest(most, "mu").iterrows():
+        for i, own in truth[truth["mu"] > 0].nlargest(max_images, "mu").iterrows():
             image, label = images[i : i + 1], labels[i : i + 1]
             gradients = client_gradients(model, image, label)
             result = dlg(model, gradients, tuple(image.shape[1:]), labels=label, steps=steps)

@@ -8,7 +8,7 @@ from rgap.experiments import random_networks as experiment
 
 @pytest.fixture(scope="module")
 def sample():
-    return experiment.sample_chains(30, seed=0, unknowns=400)
+    return experiment.sample_chains(30, seed=0, max_unknowns=400)
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_a_false_certificate_is_not_in_order(monkeypatch, sample):
         return type(result)(images, result.labels, "exact", (candidate,), result.layers)
 
     monkeypatch.setattr(experiment, "reconstruct", wrong)
-    row = experiment.sample_chains(1, seed=number, unknowns=400).iloc[0]
+    row = experiment.sample_chains(1, seed=number, max_unknowns=400).iloc[0]
     assert not row["ok"] and row["verdict"] == "exact"
 
 

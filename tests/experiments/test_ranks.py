@@ -22,12 +22,12 @@ def test_the_rank_table_has_a_row_for_each_network_and_batch():
 
 def test_laws_of_a_sample_are_the_measured_ranks_and_repeat():
     state = torch.get_rng_state()
-    sample = experiment.rank_law_sample(40, seed=3, unknowns=120)
+    sample = experiment.rank_law_sample(40, seed=3, max_unknowns=120)
     assert torch.get_rng_state().equal(state)
     assert len(sample) == 120 and sample["law"].notna().mean() > 0.9
     known = sample.dropna(subset="law")
     assert known["law"].eq(known["measured"]).all() and (known["counted"] >= known["measured"]).all()
-    pd.testing.assert_frame_equal(sample, experiment.rank_law_sample(40, seed=3, unknowns=120))
+    pd.testing.assert_frame_equal(sample, experiment.rank_law_sample(40, seed=3, max_unknowns=120))
 
 
 def test_predictions_stand_beside_what_was_measured():

@@ -69,7 +69,7 @@ def test_the_census_counts_over_all_networks_of_a_kind():
 
 
 def test_pairs_have_both_candidates_and_a_verdict_that_knows_when_the_range_cannot_choose():
-    table, results = experiment.twin_pairs(lambda seed: NETWORK, IMAGES, LABELS, [0], most=4)
+    table, results = experiment.twin_pairs(lambda seed: NETWORK, IMAGES, LABELS, [0], max_attacks=4)
     assert len(table) == len(results) == 4 and table["image"].tolist() == [1, 2, 3, 4]
     assert (table["candidates"] == 2).all() and (table["truth_error"] < 1e-9).all()
     assert (table["gradient_difference"] < 1e-12).all() and (table["mu"] > 0).all()
@@ -81,7 +81,7 @@ def test_pairs_have_both_candidates_and_a_verdict_that_knows_when_the_range_cann
 
 def test_dlg_is_run_on_the_surest_images_and_measured_against_image_and_twin():
     networks = {"one": experiment.enlarged(NETWORK, 0.8), "two": NETWORK}
-    table, found = experiment.dlg_on_twins(networks, IMAGES, LABELS, most=2, steps=3)
+    table, found = experiment.dlg_on_twins(networks, IMAGES, LABELS, max_images=2, steps=3)
     assert table["weights"].tolist() == ["one", "one", "two", "two"] and found.shape == (4, 3, 8, 8)
     truth = experiment.true_margins(NETWORK, IMAGES, LABELS)
     assert table["mu"].tolist()[2:] == truth["mu"].nlargest(2).tolist()
@@ -92,7 +92,7 @@ def test_dlg_is_run_on_the_surest_images_and_measured_against_image_and_twin():
 
 
 def test_without_a_correctly_classified_sample_there_is_no_pair():
-    table, results = experiment.twin_pairs(lambda seed: NETWORK, IMAGES[:1], LABELS[:1], [0], most=4)
+    table, results = experiment.twin_pairs(lambda seed: NETWORK, IMAGES[:1], LABELS[:1], [0], max_attacks=4)
     assert table.empty and "verdict" in table and results == []
 
 

@@ -1,0 +1,158 @@
+"""Notebook 04: what an attack costs as images and networks grow, beside one pass and one step of an optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from rgap import models
+from rgap.attack.reconstruct import reconstruct
+from rgap.baselines import dlg
+from rgap.client import client_gradients
+from rgap.experiments.common import MARKERS, PALETTE, finish, one_thread, seeded, timed
+from rgap.metrics import psnr_db
+from rgap.network.chain import prepare
+from rgap.ranks.analysis import rank_analysis
+
+MAX_REPEATED_SECONDS = 2.0
+"""A call that takes longer is not timed again."""
+
+
+def cnn6_for(side: int) -> nn.Module:
+    """CNN6 with a last layer that fits square images of another side."""
+    model = models.cnn6()
+    with seeded(0), torch.no_grad():
+        features = model[:-1](torch.zeros(1, 3, side, side)).shape[1]
+        model[-1] = nn.Linear(features, 1, bias=False)
+    return model
+
+
+def expanding_for(side: int) -> nn.Module:
+    """Two strided convolutions, 3→16 4×4 and 16→72 3×3, and a linear layer, for square images of this side.
+
+    The convolutions' outputs outnumber their inputs, so that W alone determines every input, however large the image:
+    the cost on this network shows how the attack scales.
+    """
+    with seeded(0), torch.no_grad():
+        body = [
+            nn.Conv2d(3, 16, 4, 2, 2, bias=False), nn.LeakyReLU(models.LEAKY_SLOPE),
+            nn.Conv2d(16, 72, 3, 2, 1, bias=False), nn.LeakyReLU(models.LEAKY_SLOPE), nn.Flatten(),
+        ]  # fmt: skip
+        features = nn.Sequential(*body)(torch.zeros(1, 3, side, side)).shape[1]
+        return nn.Sequential(*body, nn.Linear(features, 1, bias=False)).eval()
+
+
+def deficits(sides: Sequence[int]) -> pd.DataFrame:
+    """How far CNN6's equations fall short of its unknowns as the image grows, by the rank laws; no attack.
+
+    Args:
+        sides: Of square images.
+
+    Returns:
+        Columns side, layer (the one that lacks most), unknowns, rank, deficit (before virtual constraints).
+    """
+    rows = []
+    for side in sides:
+        layers = rank_analysis(cnn6_for(side), (3, side, side), limit=0).layers
+        worst = max((layer for layer in layers if layer.deficit is not None), key=lambda layer: layer.deficit)
+        rows.append((side, worst.name, worst.unknowns, worst.unknowns - worst.deficit, worst.deficit))
+    return pd.DataFrame(rows, columns=["side", "layer", "unknowns", "rank", "deficit"])
+
+
+def costs(sides: Sequence[int], expanding_sides: Sequence[int], widths: Sequence[int]) -> pd.DataFrame:
+    """Seconds of one attack, one pass and one step of DLG, each with one thread.
+
+    Args:
+        sides: Sides of square images through CNN6.
+        expanding_sides: The same through the network of `expanding_for`.
+        widths: Widths of the first hidden layer of FCN3.
+
+    Returns:
+        Columns network, against ("side" or "width"), value, method, seconds (the fastest of several runs; the only
+        run where it takes more than two seconds), psnr_db (of the closed form, NaN elsewhere).
+    """
+    cases = [("cnn6", "side", side, partial(cnn6_for, side), (3, side, side)) for side in sides]
+    cases += [("expanding", "side", side, partial(expanding_for, side), (3, side, side)) for side in expanding_sides]
+    cases += [("fcn3", "width", w, partial(models.fcn3, widths=(w, 100)), (1, 28, 28)) for w in widths]
+    rows = []
+    for network, against, value, make, shape in cases:
+        with one_thread():
+            measured = _measured(make(), shape)
+        key = {"network": network, "against": against, "value": value}
+        rows += [key | {"method": m, "seconds": s, "psnr_db": psnr} for m, (s, psnr) in measured.items()]
+    return pd.DataFrame(rows)
+
+
+def _measured(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, tuple[float, float]]:
+    """Method -> its seconds and the PSNR of its image."""
+    image = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    label, chain = torch.tensor([0]), prepare(model, shape)
+    gradients = client_gradients(model, image, label)
+    found, first = timed(reconstruct, chain, gradients)
+    quality = psnr_db(found.images, image).item()
+    return {
+        "forward and backward": (_fastest(lambda: client_gradients(model, image, label), 5), np.nan),
+        "R-GAP, first attack": (first, quality),
+        "R-GAP, prepared": (_fastest(lambda: reconstruct(chain, gradients), 3), quality),
+        "one step of DLG": (
+            dlg(model, gradients, shape, labels=label, steps=8).history["seconds"].diff().min(),
+            np.nan,
+        ),
+    }
+
+
+def _fastest(call: Callable[[], object], times: int) -> float:
+    spans = []
+    while len(spans) < times and max(spans, default=0.0) <= MAX_REPEATED_SECONDS:
+        spans.append(timed(call)[1])
+    return min(spans)
+
+
+def exponents(table: pd.DataFrame) -> pd.DataFrame:
+    """Slopes of log seconds against log value, for each network and method.
+
+    Args:
+        table: As from `costs`, with at least two values of each.
+
+    Returns:
+        Columns network, against, method, exponent.
+    """
+    rows = [
+        (*key, np.polyfit(np.log(group["value"]), np.log(group["seconds"]), 1)[0])
+        for key, group in table.groupby(["network", "against", "method"], sort=False)
+    ]
+    return pd.DataFrame(rows, columns=["network", "against", "method", "exponent"])
+
+
+def plot_cost(table: pd.DataFrame, exponents: pd.DataFrame) -> Figure:
+    """Seconds against the size of images or networks, log-log, with the fitted exponents in the legends.
+
+    Args:
+        table: Columns `network`, `against`, `value`, `method`, `seconds`.
+        exponents: Columns `network`, `against`, `method`, `exponent`.
+
+    Returns:
+        The figure, one panel for each network.
+    """
+    panels = list(table.groupby(["network", "against"], sort=False))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
+    for axis, ((network, against), data) in zip(axes[0], panels, strict=True):
+        fitted = exponents[(exponents["network"] == network) & (exponents["against"] == against)]
+        slopes = fitted.set_index("method")["exponent"]
+        named = data.assign(method=[f"{m} (exponent {slopes[m]:.1f})" for m in data["method"]])
+        style = {"markers": MARKERS[: named["method"].nunique()], "dashes": False, "palette": PALETTE}
+        sns.lineplot(named, x="value", y="seconds", hue="method", style="method", ax=axis, **style)
+        axis.set(xscale="log", yscale="log", title=network, ylabel="seconds")
+        axis.set_xlabel("side of the image, pixels" if against == "side" else "width of the first layer")
+        axis.set_xticks(sorted(data["value"].unique()), [str(v) for v in sorted(data["value"].unique())])
+        axis.set_xticks([], minor=True)
+        axis.legend(title=None, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    return finish(figure, grid="both")
