@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 import rgap
 from rgap import artifact, data, experiments, metrics, models
+from rgap.artifact.outputs import save_csv
 from rgap.client import check_loss
 from rgap.client.files import load_weights, save_weights
 from rgap.client.training import training
@@ -59,7 +60,7 @@ def reconstruct(options: argparse.Namespace) -> int:
         _save_png(images[place], folder / f"origin{suffix}.png")
         _save_png(found, folder / f"reconstruction{suffix}.png")
         _save_png(_stretched(found), folder / f"reconstruction_rescaled{suffix}.png")
-    _save_csv(result.to_frame(), folder / "layers.csv")
+    save_csv(result.to_frame(), folder / "layers.csv")
 
     print(f"verdict  {result.verdict}")
     if len(result.images) != options.batch:
@@ -115,7 +116,7 @@ def verify(options: argparse.Namespace) -> int:
         raise ValueError(f"no sample {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     chosen = {name: sample for name, sample in known.items() if not options.only or name in options.only}
     table = run_samples(chosen, options.count, options.seed)
-    _save_csv(table, options.output)
+    save_csv(table, options.output)
     print(sample_summary(table).to_string(index=False))
     wrong = table[~table["ok"]]
     if len(wrong):
@@ -238,7 +239,3 @@ def _save_png(image: Tensor, path: Path) -> None:
     pixels = np.rint(image.double().clamp(0, 1).cpu().numpy() * 255).astype(np.uint8).transpose(1, 2, 0)
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     artifact.write_atomically(path, lambda file: picture.save(file, format="PNG"))
-
-
-def _save_csv(table: pd.DataFrame, path: Path) -> None:
-    artifact.write_atomically(path, lambda file: table.to_csv(file, index=False, float_format="%.6g"))

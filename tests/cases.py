@@ -1,5 +1,6 @@
 """What several tests draw: random layers and chains, batches through fully connected networks, layers short of rank."""
 
+import copy
 from itertools import pairwise
 
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 
 import rgap
 from rgap.equations.blocks import weight_matrix
+from rgap.head import read_head
 from rgap.network.activations import Activation, leaky_relu
+from rgap.shared_gradient import receive
 from rgap.virtual.inference import DeficientLayer
 from rgap.virtual.previous import previous_factors
 
@@ -209,3 +212,24 @@ def rendered(figure):
     """A figure's axes, once everything in it has been drawn."""
     figure.canvas.draw()
     return figure.axes
+
+
+# Networks that are their last layer, and what its gradient allows.
+
+
+def last_layer(classes, inputs, bias, seed, size=1.0):
+    """A float64 network that is one linear layer, with logits of about that size."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(inputs, classes, bias=bias)).double()
+    with torch.no_grad():
+        model[1].weight.copy_(randn(classes, inputs, seed=seed) * size * (3 / inputs) ** 0.5)
+        if bias:
+            model[1].bias.copy_(randn(classes, seed=seed + 1) * size)
+    return model
+
+
+def read_sample(model, image, label, loss, dtype=torch.float64, known=None):
+    """The head's reading of one sample's gradient, computed and shared in that format, and the gradient."""
+    client = copy.deepcopy(model).to(dtype)
+    gradients = rgap.client_gradients(client, image, torch.tensor([label]), loss)
+    chain = rgap.prepare(client, image.shape[1:])
+    return read_head(loss, chain.layers[-1], receive(chain, gradients), known), gradients

@@ -12,7 +12,8 @@ import yaml
 from nbclient.exceptions import CellExecutionError
 from nbconvert.preprocessors import ExecutePreprocessor
 
-from rgap.artifact.outputs import expected_outputs, figures_dir, forget_claims, write_atomically
+from rgap.artifact.claims import expected_outputs, forget_claims
+from rgap.artifact.outputs import figures_dir, write_atomically
 
 KERNEL = "python3"  # jupyter runs the interpreter that started it under this name, so no kernel needs to be registered
 # Instead of what the kernel writes: a version of Python and a display name that differ from machine to machine.

@@ -1,41 +1,24 @@
-"""What a run leaves behind: figures, tables, and claims checked against notebooks/claims.yml.
+"""What a run leaves behind: figures and tables, each written whole or not at all.
 
 Paths are anchored on this package, never on the working directory. Two environment variables steer a run, and the
 Makefile sets both: RGAP_FIGURES is the folder to write to (figures/ unless given), RGAP_PROFILE is `default`, `paper`
-or `custom` (claims print there, but do not assert).
+or `custom`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-import pandas as pd
-import yaml
-from filelock import FileLock
-
-if TYPE_CHECKING:  # it takes as long to import as everything else here
+if TYPE_CHECKING:  # matplotlib takes as long to import as everything else here
+    import pandas as pd
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
-CLAIMS = ROOT / "notebooks" / "claims.yml"
-CLAIM_TABLES = ("claims.csv", "claims_times.csv")
-COLUMNS = ["id", "notebook", "statement", "source", "expected", "measured", "unit", "holds"]
-COMPARISONS = {"at_least": "≥", "at_most": "≤", "equals": "="}
-REQUIRED = {"notebook", "statement", "source"}
-DEFAULTS = {
-    "tolerance": 0,
-    "unit": "",
-    "times": False,
-    "profiles": ["default", "paper"],
-    "minutes": 1,
-    "command": "make figures",
-}
 
 
 def figures_dir() -> Path:
@@ -49,7 +32,7 @@ def profile() -> str:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
-    """Writes a file so that a reader sees the old one or the whole new one, never a part.
+    """Writes a file so that a reader sees the old one or the new one, never a part.
 
     Args:
         path: The file to write; its folder is made if need be.
@@ -105,141 +88,16 @@ def save_table(frame: pd.DataFrame, name: str, *, times: bool = False) -> Path:
     Raises:
         ValueError: If the name does not begin with the notebook's number.
     """
-    return _write_csv(frame, _output(name, ".csv", times))
+    return save_csv(frame, _output(name, ".csv", times))
 
 
-def read_claims() -> dict[str, dict]:
-    """The claims of notebooks/claims.yml by id.
-
-    Fields of a claim: `notebook`, `statement`, `source` (paper or ours), exactly one of `at_least`, `at_most`, `equals`
-    (a number or a text); and, where needed, `tolerance` of an `equals` (0), `unit` (none), `times` (false: it is no
-    measured time), `profiles` in which it is asserted (default and paper), `minutes` (1), `command` (make figures).
-
-    Returns:
-        The claims with every field filled in, and `expected`, a text such as "≥ 90".
-
-    Raises:
-        ValueError: If a claim lacks a field, has an unknown one, or not exactly one comparison.
-    """
-    claims = _read_yaml()["claims"]
-    for claim_id, claim in claims.items():
-        comparisons = sorted(COMPARISONS.keys() & claim.keys())
-        missing, unknown = REQUIRED - claim.keys(), claim.keys() - REQUIRED - COMPARISONS.keys() - DEFAULTS.keys()
-        if missing or unknown or len(comparisons) != 1:
-            raise ValueError(
-                f"claim {claim_id} in {CLAIMS.name} lacks {sorted(missing)}, has unknown {sorted(unknown)} and "
-                f"compares by {comparisons}; it needs {sorted(REQUIRED)} and exactly one of {sorted(COMPARISONS)}"
-            )
-        margin = f" ± {claim['tolerance']}" if "tolerance" in claim else ""
-        claims[claim_id] = DEFAULTS | claim
-        claims[claim_id]["expected"] = f"{COMPARISONS[comparisons[0]]} {claim[comparisons[0]]}{margin}"
-    return claims
+def save_csv(frame: pd.DataFrame, path: Path) -> Path:
+    """Writes a table as CSV, numbers with six significant digits, without the index; returns the path."""
+    options = {"index": False, "float_format": "%.6g", "lineterminator": "\n"}
+    return write_atomically(path, lambda file: frame.to_csv(file, **options))
 
 
-def expected_outputs() -> dict[str, list[str]]:
-    """The figures and tables that each notebook must write, by its name: `outputs` in notebooks/claims.yml."""
-    return _read_yaml()["outputs"]
-
-
-def check_claim(claim_id: str, measured: float | str) -> None:
-    """Compares a measured value with a claim of notebooks/claims.yml, prints one line and records it in claims.csv.
-
-    The line holds no measured number, so that it reads the same on every machine. A claim about measured times
-    (`times: true`) is recorded in claims_times.csv.
-
-    Args:
-        claim_id: The claim's id.
-        measured: The value, in the claim's unit; anything `float()` takes, or a text where the claim equals a text.
-
-    Raises:
-        ValueError: If claims.yml has no such claim.
-        AssertionError: If the claim does not hold and the profile is one in which it is asserted.
-    """
-    claims = read_claims()
-    if claim_id not in claims:
-        raise ValueError(f"claim {claim_id!r} is not in {CLAIMS.name}; it has {', '.join(claims) or 'none'}")
-    claim = claims[claim_id]
-    measured = measured if isinstance(measured, str) else float(measured)
-    holds = _holds(claim, measured)
-    # Four digits are all that a claim needs, and they repeat from run to run.
-    shown = measured if isinstance(measured, str) else f"{measured:.4g}"
-    row = pd.DataFrame([{**claim, "id": claim_id, "measured": shown, "holds": str(holds)}])
-    _update(CLAIM_TABLES[claim["times"]], lambda rows: pd.concat([rows[rows["id"] != claim_id], row]))
-    expected = f"{claim['expected']} {claim['unit']}".rstrip()
-    print(f"{claim_id} {claim['statement']}: {expected}: {holds}")
-    if not holds and profile() in claim["profiles"]:
-        raise AssertionError(f"claim {claim_id} fails: measured {shown}, expected {expected}")
-
-
-def forget_claims(notebook: str) -> None:
-    """Takes a notebook's rows out of the claims tables, so that only what its next run measures stands there."""
-    for name in CLAIM_TABLES:
-        if (figures_dir() / name).exists():
-            _update(name, lambda rows: rows[rows["notebook"] != notebook])
-
-
-def report() -> tuple[pd.DataFrame, list[str]]:
-    """The claims table of this run, and what is wrong with it.
-
-    Returns:
-        The rows of claims.csv and claims_times.csv; and one line for each claim that fails or was not measured, and
-        for each expected figure or table that is absent.
-    """
-    rows = pd.concat([_read_csv(figures_dir() / name) for name in CLAIM_TABLES]).sort_values("id")
-    holds = dict(zip(rows["id"], rows["holds"], strict=True))
-    outputs = [figures_dir() / name for names in expected_outputs().values() for name in names]
-    problems = [f"{path} is missing; `make clean figures` writes it again" for path in outputs if not path.is_file()]
-    for claim_id, claim in read_claims().items():
-        if claim_id not in holds:
-            problems.append(f"claim {claim_id} was not measured by {claim['notebook']}")
-        elif holds[claim_id] != "True" and profile() in claim["profiles"]:
-            problems.append(f"claim {claim_id} fails")
-    return rows, problems
-
-
-def _read_yaml():
-    return yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))
-
-
-def _output(name, suffix, times):
+def _output(name: str, suffix: str, times: bool) -> Path:
     if not re.fullmatch(r"\d\d_\w+", name):
         raise ValueError(f"name is {name!r}; it must begin with the notebook's number, as in '01_layers'")
     return figures_dir() / f"{name}{'_times' if times else ''}{suffix}"
-
-
-def _holds(claim, measured):
-    if "at_least" in claim:
-        return measured >= claim["at_least"]
-    if "at_most" in claim:
-        return measured <= claim["at_most"]
-    if isinstance(measured, str) or isinstance(claim["equals"], str):
-        return measured == claim["equals"]
-    return abs(measured - claim["equals"]) <= claim["tolerance"]
-
-
-def _read_csv(path):
-    return pd.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pd.DataFrame(columns=COLUMNS)
-
-
-def _write_csv(frame, path):
-    return write_atomically(
-        path, lambda file: frame.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
-    )
-
-
-def _update(name, change):
-    """Replaces a claims table in one step; notebooks may run at the same time."""
-    (ROOT / "build").mkdir(exist_ok=True)
-    with FileLock(ROOT / "build" / ".claims.lock"):
-        rows = change(_read_csv(figures_dir() / name))
-        _write_csv(rows.sort_values("id")[COLUMNS], figures_dir() / name)
-
-
-def print_report() -> int:
-    """Prints the claims table, and what is wrong with the run; returns 1 if something is, else 0."""
-    rows, problems = report()
-    with pd.option_context("display.width", None, "display.max_colwidth", None):
-        print(rows[["id", "statement", "expected", "measured", "unit", "holds"]].to_string(index=False))
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    return 1 if problems else 0

@@ -1,7 +1,7 @@
-"""All executed notebooks as one static report, with an index of every figure, table and claim.
+"""All executed notebooks as static web pages, with an index of every figure, table and claim.
 
 The pages need no network: styles and pictures are in them, no script is loaded, and formulas are drawn by matplotlib's
-mathtext; the few that it does not know stay TeX, readable as source.
+mathtext; the few that it does not know stay TeX.
 """
 
 from __future__ import annotations
@@ -13,58 +13,36 @@ import re
 import shutil
 from pathlib import Path
 
-import jinja2
 import nbformat
 import pandas as pd
 from matplotlib.font_manager import FontProperties
 from matplotlib.mathtext import math_to_image
 from nbconvert import HTMLExporter
 
-from rgap.artifact import outputs as artifact
+from rgap.artifact import outputs
+from rgap.artifact.claims import claims_table, expected_outputs
 
-ROWS = 60  # of a table that the index shows; the file has all
+TABLE_ROWS = 60  # shown of a table; the file has all
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$(?!\s)([^$\n]+?)(?<!\s)\$(?!\d)", re.DOTALL)
+# What mathtext calls otherwise than TeX does.
 SPELLINGS = {r"\lVert": r"\Vert ", r"\rVert": r"\Vert ", r"\tfrac": r"\frac", r"\dfrac": r"\frac", r"\text": r"\mathrm"}
-STYLE = """
+HEAD = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>rgap: report</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-img { max-width: 100% } figure { margin: 1.5rem 0 } figcaption { color: #555; font-size: .9rem }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
+img { max-width: 100% } div { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
-nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem }
-.scroll { overflow-x: auto } .fails { background: #fdd } code { font-size: .9em }
-"""
-# nbconvert's page without what it would load from elsewhere: MathJax, require.js, mermaid.
-PAGE = """{%- extends 'lab/index.html.j2' -%}
-{%- block html_head_js -%}{%- endblock -%}
-{%- block jupyter_widgets -%}{%- endblock -%}
-{%- block html_head_js_mathjax -%}{%- endblock -%}
-{%- block html_head_js_mermaidjs -%}{%- endblock -%}
-{%- block html_head_css -%}<style>main { max-width: 68rem; margin: 0 auto } img.formula { display: inline }</style>
-{%- endblock -%}
-{%- block body_header -%}
-{{ super() }}<p style="padding: 0 1rem"><a href="index.html"><u>All figures, tables and claims</u></a></p>
-{%- endblock -%}"""
-INDEX = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>rgap: report</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{{ style }}</style></head><body>
-<h1>rgap: what a shared gradient gives away</h1>
-<p>Profile <b>{{ profile }}</b>. Every figure, table and claim of the notebooks; each heading leads to the notebook.</p>
-<nav>{% for page in pages %}<a href="#{{ page.stem }}">{{ page.stem }}</a>{% endfor %}</nav>
-<h2 id="claims">Claims</h2><div class="scroll"><table><thead><tr>
-{% for name in claims.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in claims.itertuples(index=False) %}<tr{% if row.holds != "True" %} class="fails"{% endif %}>
-{% for value in row %}<td>{% if loop.index0 == 1 and value in stems %}<a href="{{ value }}.html">{{ value }}</a>
-{% else %}{{ value }}{% endif %}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
-{% if problems %}<h2>Not in order</h2><ul>{% for line in problems %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
-{% for page in pages %}<h2 id="{{ page.stem }}"><a href="{{ page.stem }}.html">{{ page.title }}</a></h2>
-{% if not page.executed %}<p>As committed: this profile has not run it.</p>{% endif %}
-{% for name in page.figures %}<figure><a href="{{ page.stem }}.html"><img src="figures/{{ name }}" alt="{{ name }}"></a>
-<figcaption>{{ name }}</figcaption></figure>{% endfor %}
-{% for name, table, more in page.tables %}
-<details open><summary><a href="figures/{{ name }}">{{ name }}</a>{% if more %}
-(first rows; {{ more }} more in the file){% endif %}</summary><div class="scroll">{{ table | safe }}</div></details>
-{% endfor %}{% endfor %}</body></html>
-"""
+</style></head><body><h1>rgap: what a shared gradient gives away</h1>"""
+# nbconvert's page without the scripts that it would load from elsewhere: MathJax, require.js, mermaid.
+PAGE = "{%- extends 'lab/index.html.j2' -%}" + "".join(
+    f"{{%- block {block} -%}}{content}{{%- endblock -%}}"
+    for block, content in {
+        "html_head_js": "",
+        "jupyter_widgets": "",
+        "html_head_js_mathjax": "",
+        "html_head_js_mermaidjs": "",
+        "html_head_css": "<style>main { max-width: 68rem; margin: 0 auto } img.formula { display: inline }</style>",
+        "body_header": '{{ super() }}<p><a href="index.html"><u>All figures, tables and claims</u></a></p>',
+    }.items()
+)
 
 
 def build(target: Path | None = None) -> Path:
@@ -79,77 +57,80 @@ def build(target: Path | None = None) -> Path:
     Returns:
         The index page.
     """
-    target = target or artifact.ROOT / "build" / "report"
+    target = target or outputs.ROOT / "build" / "report"
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "figures").mkdir(parents=True)
-    pages = [_page(path, partial) for path in sorted((artifact.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
-    claims, problems = artifact.report()
-    for path in artifact.figures_dir().glob("*"):
+    for path in outputs.figures_dir().glob("*"):
         if path.suffix in (".png", ".csv"):
             shutil.copy(path, partial / "figures")
-    template = jinja2.Environment(autoescape=True).from_string(INDEX)
-    stems = [page["stem"] for page in pages]
-    text = template.render(
-        style=STYLE, profile=artifact.profile(), pages=pages, stems=stems, claims=claims, problems=problems
-    )
-    (partial / "index.html").write_text(text, encoding="utf-8")
+    sections = [_section(path, partial) for path in sorted((outputs.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
+    index = [HEAD, f"<p>Profile <b>{outputs.profile()}</b>; every heading leads to its notebook.</p>", *_claims()]
+    (partial / "index.html").write_text("\n".join([*index, *sections, "</body></html>"]), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     return target / "index.html"
 
 
-def with_formulas(text: str) -> str:
-    """Markdown with its formulas drawn as pictures; what cannot be drawn stays TeX, set as code.
+def _claims() -> list[str]:
+    rows, problems = claims_table()
+    rows["notebook"] = [f'<a href="{name}.html">{name}</a>' for name in rows["notebook"]]
+    for column in set(rows) - {"notebook"}:
+        rows[column] = rows[column].map(html.escape)
+    rows["holds"] = rows["holds"].where(rows["holds"] == "True", "<mark>" + rows["holds"] + "</mark>")
+    table = rows.to_html(index=False, border=0, escape=False)
+    return [
+        "<h2>Claims</h2>",
+        f"<div>{table}</div>",
+        *(f"<p><mark>{html.escape(line)}</mark></p>" for line in problems),
+    ]
 
-    Args:
-        text: Markdown with formulas between dollars.
-    """
+
+def _section(path: Path, folder: Path) -> str:
+    """Converts one notebook; returns its section of the index."""
+    executed = outputs.ROOT / "build" / outputs.profile() / path.name
+    notebook = nbformat.read(executed if executed.is_file() else path, as_version=4)
+    title = next((line[2:] for c in notebook.cells for line in c.source.splitlines() if line[:2] == "# "), path.stem)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_formulas(cell.source)
+    notebook.metadata["title"] = title
+    page, _ = HTMLExporter(raw_template=PAGE, template_name="lab").from_notebook_node(notebook)
+    (folder / f"{path.stem}.html").write_text(page, encoding="utf-8")
+    parts = [f'<h2><a href="{path.stem}.html">{html.escape(title)}</a></h2>']
+    if not executed.is_file():
+        parts.append("<p>As committed: this profile has not run it.</p>")
+    for name in expected_outputs().get(path.stem, []):
+        file = outputs.figures_dir() / name
+        if file.is_file():
+            shown = f'<img src="figures/{name}" alt="{name}">' if file.suffix == ".png" else _first_rows(file)
+            parts.append(f'<div><a href="figures/{name}">{name}</a><br>{shown}</div>')
+    return "\n".join(parts)
+
+
+def _first_rows(file: Path) -> str:
+    frame = pd.read_csv(file, dtype=str, keep_default_na=False)
+    more = f"<p>{len(frame) - TABLE_ROWS} more in the file</p>" if len(frame) > TABLE_ROWS else ""
+    return frame.head(TABLE_ROWS).to_html(index=False, border=0) + more
+
+
+def with_formulas(text: str) -> str:
+    """Markdown with its formulas, between dollars, drawn as pictures; what cannot be drawn stays TeX, set as code."""
     parts = re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.DOTALL)  # dollars in code are dollars
     parts[::2] = [FORMULA.sub(_drawn, part) for part in parts[::2]]
     return "".join(parts)
 
 
 def _drawn(found: re.Match) -> str:
-    tex = (found[1] or found[2]).strip()
-    shown = tex
-    for spelling, known in SPELLINGS.items():
-        shown = re.sub(re.escape(spelling) + r"(?![A-Za-z])", lambda _, known=known: known, shown)
-    buffer = io.BytesIO()
+    tex = known = (found[1] or found[2]).strip()
+    for spelling, other in SPELLINGS.items():
+        known = re.sub(re.escape(spelling) + r"(?![A-Za-z])", lambda _, other=other: other, known)
+    picture = io.BytesIO()
     try:
-        depth = math_to_image(f"${shown}$", buffer, prop=FontProperties(size=11, math_fontfamily="cm"), format="svg")
+        depth = math_to_image(f"${known}$", picture, prop=FontProperties(size=11, math_fontfamily="cm"), format="svg")
     except ValueError:
         return f"<code>{html.escape(tex)}</code>"
-    picture = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(picture.getvalue()).decode()
     style = f"vertical-align: -{depth:.1f}px" if found[2] else "display: block; margin: 1em auto"
     alt = html.escape(tex, quote=True)
-    return f'<img class="formula" alt="{alt}" title="{alt}" style="{style}" src="data:image/svg+xml;base64,{picture}">'
-
-
-def _page(path: Path, folder: Path) -> dict:
-    """Converts one notebook; returns what the index says of it."""
-    executed = artifact.ROOT / "build" / artifact.profile() / path.name
-    notebook = nbformat.read(executed if executed.is_file() else path, as_version=4)
-    title = next((line.lstrip("# ") for c in notebook.cells for line in c.source.splitlines() if line[:2] == "# "), "")
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell.source = with_formulas(cell.source)
-    notebook.metadata["title"] = title or path.stem
-    exporter = HTMLExporter(raw_template=PAGE, template_name="lab")
-    body, _ = exporter.from_notebook_node(notebook)
-    (folder / f"{path.stem}.html").write_text(body, encoding="utf-8")
-    names = artifact.expected_outputs().get(path.stem, [])
-    files = [name for name in names if (artifact.figures_dir() / name).is_file()]
-    return {
-        "stem": path.stem,
-        "title": title or path.stem,
-        "executed": executed.is_file(),
-        "figures": [name for name in files if name.endswith(".png")],
-        "tables": [_table(name) for name in files if name.endswith(".csv")],
-    }
-
-
-def _table(name: str) -> tuple[str, str, int]:
-    """Name, the first rows as HTML, and how many more there are."""
-    frame = pd.read_csv(artifact.figures_dir() / name, dtype=str, keep_default_na=False)
-    return name, frame.head(ROWS).to_html(index=False, border=0), max(0, len(frame) - ROWS)
+    return f'<img class="formula" alt="{alt}" title="{alt}" style="{style}" src="data:image/svg+xml;base64,{data}">'

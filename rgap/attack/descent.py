@@ -14,7 +14,7 @@ from torch import Tensor
 from rgap.attack.propagation import NoiseProbe, propagate
 from rgap.attack.signs import Slopes, decide_activation_pattern
 from rgap.equations import LayerSolution, bias_residual, identity_residual, solve_layer
-from rgap.head.read import Hypothesis
+from rgap.head import Hypothesis
 from rgap.linalg import rms
 from rgap.network.layer import Chain, Layer
 from rgap.results import LayerReport

@@ -16,7 +16,7 @@ from rgap.attack.batch_recovery import recover_batch
 from rgap.attack.descent import REFUTED, Descent, descend
 from rgap.attack.propagation import draw_noise, start_probe
 from rgap.attack.verdict import judge, make_candidate
-from rgap.head.read import Hypothesis, read_head
+from rgap.head import Hypothesis, read_head
 from rgap.network.layer import Chain
 from rgap.noise import entry_noise
 from rgap.results import GradientMismatchError, Reconstruction

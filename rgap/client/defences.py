@@ -1,7 +1,7 @@
 """Defences: what a client may do to its gradient before it shares it.
 
-Each is one function of the gradients (and a seed where it is random); it takes a list or a mapping and gives back the
-same kind, with the dtypes that came in. Nothing that is passed in changes.
+Each takes a list or a mapping of gradients and returns the same kind, in the dtypes that came in; its arguments stay as
+they are. All raise `GradientMismatchError` where the gradients are not finite floating-point tensors.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from rgap.client.gradients import named_tensors
 from rgap.results import GradientMismatchError
 
 Gradients = TypeVar("Gradients", Sequence[Tensor], Mapping[str, Tensor])
@@ -21,7 +22,7 @@ Gradients = TypeVar("Gradients", Sequence[Tensor], Mapping[str, Tensor])
 FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 """The floating-point formats of `quantise`."""
 
-LEVELS = 127
+INT8_LEVELS = 127
 """Steps of int8 on either side of zero; −128 stays unused, so that the grid is symmetric."""
 
 
@@ -33,14 +34,10 @@ def gaussian_noise(gradients: Gradients, std: float, seed: int = 0) -> Gradients
         std: Standard deviation, in the gradient's own units.
         seed: Of the noise, which is the same for every dtype.
 
-    Returns:
-        The noisy gradients.
-
     Raises:
         ValueError: If `std` is negative or not finite, or the noise overflows a gradient's dtype.
-        GradientMismatchError: If the gradients are no finite floating-point tensors.
     """
-    _check(0 <= std < math.inf, f"std is {std}; it must be at least 0 and finite")
+    _check_at_least_0("std", std)
     return _each(gradients, _noise(std, seed))
 
 
@@ -56,20 +53,14 @@ def clip_and_noise(gradients: Gradients, clip_norm: float, noise_multiplier: flo
         noise_multiplier: Standard deviation of the noise in units of `clip_norm`.
         seed: Of the noise.
 
-    Returns:
-        The clipped and noisy gradients.
-
     Raises:
         ValueError: If `clip_norm` is not positive or `noise_multiplier` is negative, one of them is not finite, or the
             noise overflows a gradient's dtype.
-        GradientMismatchError: If the gradients are no finite floating-point tensors.
     """
     _check(0 < clip_norm < math.inf, f"clip_norm is {clip_norm}; it must be above 0 and finite")
-    _check(
-        0 <= noise_multiplier < math.inf, f"noise_multiplier is {noise_multiplier}; it must be at least 0 and finite"
-    )
+    _check_at_least_0("noise_multiplier", noise_multiplier)
     add_noise = _noise(noise_multiplier * clip_norm, seed)
-    norms = [g.detach().double().norm().item() for _, g in _checked(gradients)]
+    norms = [g.detach().double().norm().item() for g in _checked(gradients).values()]
     scale = min(1.0, clip_norm / max(math.hypot(*norms), math.ulp(0.0)))
     return _each(gradients, lambda g: add_noise(scale * g))
 
@@ -79,17 +70,12 @@ def prune(gradients: Gradients, share: float) -> Gradients:
 
     Args:
         gradients: One tensor for each parameter, or a mapping from name.
-        share: Share of each tensor's entries that goes, rounded down, in [0, 1); of entries of one magnitude the first
-            go first.
-
-    Returns:
-        The pruned gradients.
+        share: Share of each tensor's entries to set to zero, rounded down, in [0, 1); of equal magnitudes the first go.
 
     Raises:
         ValueError: If `share` is out of range.
-        GradientMismatchError: If the gradients are no finite floating-point tensors.
     """
-    _check(0 <= share < 1, f"share is {share}; it must be at least 0 and below 1: what is left is shared")
+    _check(0 <= share < 1, f"share is {share}; it must be at least 0 and below 1, so that something is shared")
 
     def without_smallest(g: Tensor) -> Tensor:
         flat = g.flatten().clone()
@@ -107,12 +93,8 @@ def quantise(gradients: Gradients, dtype: str) -> Gradients:
         dtype: "float16", "bfloat16", or "int8": integers from −127 to 127 times one scale for each tensor, its largest
             magnitude over 127.
 
-    Returns:
-        The rounded gradients.
-
     Raises:
         ValueError: If `dtype` is another, or an entry overflows the format.
-        GradientMismatchError: If the gradients are no finite floating-point tensors.
     """
     known = ", ".join((*FORMATS, "int8"))
     _check(dtype in FORMATS or dtype == "int8", f"dtype is {dtype!r}; it must be one of {known}")
@@ -122,10 +104,10 @@ def quantise(gradients: Gradients, dtype: str) -> Gradients:
 
 
 def epsilon(noise_multiplier: float, sample_rate: float = 1.0, steps: int = 1, delta: float = 1e-5) -> float:
-    """The ε of (ε, δ)-differential privacy that steps of `clip_and_noise` give, by the accountant of dp-accounting.
+    """The ε of the (ε, δ)-differential privacy of `clip_and_noise`, by the accountant of dp-accounting.
 
-    Rényi accounting of the Gaussian mechanism on Poisson-sampled batches, for neighbours that differ by one record: an
-    upper bound.
+    An upper bound, by Rényi accounting of the Gaussian mechanism on Poisson-sampled batches, for data sets that differ
+    by one record.
 
     Args:
         noise_multiplier: As in `clip_and_noise`.
@@ -141,9 +123,7 @@ def epsilon(noise_multiplier: float, sample_rate: float = 1.0, steps: int = 1, d
     """
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, rdp  # takes seconds to import
 
-    _check(
-        0 <= noise_multiplier < math.inf, f"noise_multiplier is {noise_multiplier}; it must be at least 0 and finite"
-    )
+    _check_at_least_0("noise_multiplier", noise_multiplier)
     _check(0 < sample_rate <= 1, f"sample_rate is {sample_rate}; it must be above 0 and at most 1")
     _check(isinstance(steps, Integral) and steps >= 1, f"steps is {steps}; it must be an integer of at least 1")
     _check(0 < delta < 1, f"delta is {delta}; it must be between 0 and 1")
@@ -160,8 +140,12 @@ def _check(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _check_at_least_0(name: str, value: float) -> None:
+    _check(0 <= value < math.inf, f"{name} is {value}; it must be at least 0 and finite")
+
+
 def _noise(std: float, seed: int) -> Callable[[Tensor], Tensor]:
-    """Adds noise to a tensor; called for one tensor after the other, with one stream of random numbers."""
+    """What adds noise to a tensor; its calls draw from one stream of random numbers."""
     _check(isinstance(seed, Integral), f"seed is {seed!r}; it must be an integer")
     generator = torch.Generator().manual_seed(int(seed))
 
@@ -172,29 +156,23 @@ def _noise(std: float, seed: int) -> Callable[[Tensor], Tensor]:
 
 
 def _on_grid(g: Tensor) -> Tensor:
-    scale = g.abs().max() / LEVELS if g.numel() else g.new_zeros(())
+    scale = g.abs().max() / INT8_LEVELS if g.numel() else g.new_zeros(())
     return scale * (g / scale).round() if scale > 0 else torch.zeros_like(g)
 
 
 def _each(gradients: Gradients, change: Callable[[Tensor], Tensor]) -> Gradients:
     """Applies a change, computed in float64, to every tensor, and puts them together as they came."""
-    changed = {name: _to(change(g.detach().double()), g.dtype, name) for name, g in _checked(gradients)}
+    changed = {name: _to(change(g.detach().double()), g.dtype, name) for name, g in _checked(gradients).items()}
     return changed if isinstance(gradients, Mapping) else list(changed.values())
 
 
-def _checked(gradients: Gradients) -> list[tuple[str | int, Tensor]]:
-    """Name or place of every tensor, and the tensor; or a refusal."""
-    if isinstance(gradients, Tensor) or not isinstance(gradients, Mapping | Sequence):
-        raise GradientMismatchError(
-            f"gradients are a {type(gradients).__name__}; give a list or a mapping of tensors, one for each parameter"
-        )
-    named = list(gradients.items() if isinstance(gradients, Mapping) else enumerate(gradients))
-    for name, g in named:
-        if not isinstance(g, Tensor) or not g.is_floating_point():
-            kind = g.dtype if isinstance(g, Tensor) else type(g).__name__
-            raise GradientMismatchError(f"gradient {name!r} is {kind}; it must be a floating-point tensor")
+def _checked(gradients: Gradients) -> dict[str | int, Tensor]:
+    named = named_tensors(gradients, "gradients")
+    for name, g in named.items():
+        if not g.is_floating_point():
+            raise GradientMismatchError(f"gradient {name!r} is {g.dtype}; it must be a floating-point tensor")
         if not torch.isfinite(g).all():
-            raise GradientMismatchError(f"gradient {name!r} holds NaN or infinity; no defence makes that good")
+            raise GradientMismatchError(f"gradient {name!r} holds NaN or infinity; no defence repairs that")
     return named
 
 

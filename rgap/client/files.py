@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.artifact.outputs import write_atomically
+from rgap.client.gradients import named_tensors
 from rgap.results import GradientMismatchError
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -135,16 +136,8 @@ def _known_path(path: str | Path) -> Path:
     return path
 
 
-def _checked(gradients, what: str) -> Gradients:
-    """A list or a dictionary of tensors, or a refusal by name."""
-    if isinstance(gradients, Tensor) or not isinstance(gradients, Mapping | Sequence):
-        raise GradientMismatchError(
-            f"{what}: a {type(gradients).__name__}, and a list or a mapping with a tensor for each parameter is needed"
-        )
-    if not gradients:
-        raise GradientMismatchError(f"{what}: no tensor; one for each parameter is needed")
-    named = gradients if isinstance(gradients, Mapping) else dict(enumerate(gradients))
-    for name, g in named.items():
-        if not isinstance(g, Tensor):
-            raise GradientMismatchError(f"{what}: {name!r} is a {type(g).__name__}; it must be a tensor")
-    return dict(gradients) if isinstance(gradients, Mapping) else list(gradients)
+def _checked(given, what: str) -> Gradients:
+    tensors = named_tensors(given, what)
+    if not tensors:
+        raise GradientMismatchError(f"{what}: no tensor; give one for each parameter")
+    return tensors if isinstance(given, Mapping) else list(tensors.values())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rgap.results import GradientMismatchError
 
 LOSSES = ("logistic", "cross_entropy", "mse")
 """Names of the losses."""
@@ -105,3 +107,19 @@ def gradients_of(
         outputs = torch.func.functional_call(model, {**buffers, **values}, images.to(some))
         value = loss_value(loss, outputs, labels.to(some.device))
     return dict(zip(values, torch.autograd.grad(value, list(values.values()), materialize_grads=True), strict=True))
+
+
+def named_tensors(given: Mapping | Iterable, what: str) -> dict[str | int, Tensor]:
+    """Name, or place in a list, of every tensor.
+
+    Raises:
+        GradientMismatchError: If it is neither a mapping nor a list, or holds anything but tensors.
+    """
+    if isinstance(given, Tensor | str) or not isinstance(given, Iterable):
+        kind = type(given).__name__
+        raise GradientMismatchError(f"{what}: a {kind}; give a list or a mapping with a tensor for each parameter")
+    named = dict(given) if isinstance(given, Mapping) else dict(enumerate(given))
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise GradientMismatchError(f"{what}: {name!r} is a {type(tensor).__name__}; it must be a tensor")
+    return named

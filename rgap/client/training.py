@@ -15,20 +15,6 @@ from rgap.client.gradients import loss_value
 OPTIMISERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, loss: str = "logistic", **options) -> nn.Module:
-    """The trained copy of a model, in eval mode.
-
-    Args:
-        model: Where training starts; it stays as it is.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,), int64.
-        loss: A name in `rgap.client.LOSSES`.
-        **options: As `training` takes them.
-    """
-    *_, (_, trained) = training(model, images, labels, loss, **options)
-    return trained
-
-
 def training(
     model: nn.Module,
     images: Tensor,
@@ -41,31 +27,31 @@ def training(
     learning_rate: float = 1e-3,
     batch_size: int = 32,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """Trains a copy of a model and yields it before the first epoch and after each.
+    """Trains a copy of a model and yields its state before the first epoch and after each.
 
     Args:
-        model: Where training starts; it stays as it is.
+        model: The network at the start; it stays as it is.
         images: (N, C, H, W) in [0, 1].
         labels: (N,), int64.
-        loss: A name in `rgap.client.LOSSES`.
+        loss: A name in `LOSSES`.
         epochs: Passes over the images.
-        seed: Of their order.
+        seed: Of the order of the images.
         optimiser: "adam" or "sgd".
         learning_rate: Of the optimiser.
         batch_size: Images a step.
 
     Yields:
-        The mean loss over the images, in eval mode, and a copy of the network as it then is, in eval mode.
+        The mean loss over the images, and a copy of the network as it then is; both in eval mode.
 
     Raises:
-        ValueError: If an argument is out of range, or the loss is no longer finite.
+        ValueError: If an argument is out of range, or the loss stops being finite.
     """
     if optimiser not in OPTIMISERS:
         raise ValueError(f"optimiser is {optimiser!r}; it must be one of {', '.join(OPTIMISERS)}")
     if epochs < 0 or batch_size < 1 or not 0 < learning_rate < math.inf:
         raise ValueError(
-            f"epochs {epochs}, batch_size {batch_size}, learning_rate {learning_rate}: epochs must be at least 0, a "
-            "batch hold an image, and the rate be positive"
+            f"epochs {epochs}, batch_size {batch_size}, learning_rate {learning_rate}: epochs must be at least 0, "
+            "batch_size at least 1, and learning_rate positive and finite"
         )
     if len(images) == 0 or len(images) != len(labels):
         raise ValueError(f"there are {len(images)} images and {len(labels)} labels; give as many of each, at least one")

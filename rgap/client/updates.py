@@ -1,4 +1,4 @@
-"""The gradient behind a model update: what one local step of SGD says."""
+"""The gradient behind a model update: one local step of SGD is the gradient times the rate."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from rgap.client.gradients import named_tensors
 from rgap.results import GradientMismatchError
 
+State = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
+"""A module, its state dict, or its parameters in their order."""
+
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-"""Last parts of the names of batch normalisation's buffers; a step does not move them by a gradient."""
+"""Last parts of the names of batch normalisation's buffers, which no gradient moves."""
 
 
 class UpdateGradients(dict[str | int, Tensor]):
-    """Gradients that were read off an update, with how well they are known.
+    """Gradients read off an update, with the precision to which it determines them.
 
     A mapping from parameter name (or place, for lists) to a float64 gradient, as `rgap.reconstruct` takes it.
 
@@ -30,8 +34,8 @@ class UpdateGradients(dict[str | int, Tensor]):
 
 
 def gradients_from_update(
-    before: nn.Module | Mapping[str, Tensor] | Iterable[Tensor],
-    after: nn.Module | Mapping[str, Tensor] | Iterable[Tensor],
+    before: State,
+    after: State,
     learning_rate: float,
     *,
     steps: int = 1,
@@ -40,11 +44,11 @@ def gradients_from_update(
 ) -> UpdateGradients:
     """The gradient of the one SGD step that leads from one state of a model to another: (before − after) / rate.
 
-    Two states alone do not tell an SGD step from several, from momentum or from another optimiser. Of such an update
-    no image has the gradient, and `rgap.reconstruct` calls it inconsistent. Nor is it to be used at full precision:
-    weights are rounded to their format, so that an entry is known to about 1e-8 of the weight over the rate. The result
-    carries that as `noise_std`, cutoffs and tolerances follow it, and parameters that moved by less than their rounding
-    are set aside by name.
+    Two states alone do not tell one SGD step from several, from momentum, or from another optimiser; no image has the
+    gradient of such an update, and `rgap.reconstruct` calls it inconsistent. The gradient is not exact: weights are
+    rounded to their format, which leaves an error of about 1e-8 of the weight over the rate in float32. The result
+    carries it as `noise_std`, from which `rgap.reconstruct` takes its cutoffs and tolerances; parameters that moved by
+    less than their rounding are set aside by name.
 
     Args:
         before: The model that was sent out, its state, or its parameters in their order. Give the network itself (not
@@ -64,7 +68,7 @@ def gradients_from_update(
         ValueError: If the rate is not positive, there are several steps, or momentum.
     """
     _check_step(learning_rate, steps, momentum, weight_decay)
-    old, new = _tensors(before, "before"), _tensors(after, "after")
+    old, new = _parameters(before, "before"), _parameters(after, "after")
     for model in (before, after):  # a state does not tell other buffers from parameters; a module does
         if isinstance(model, nn.Module):
             buffers = dict(model.named_buffers())
@@ -100,18 +104,11 @@ def _check_step(learning_rate, steps, momentum, weight_decay) -> None:
         raise ValueError(f"weight_decay is {weight_decay}; it must be at least 0 and finite")
 
 
-def _tensors(state, which: str) -> dict[str | int, Tensor]:
-    """Name or place -> parameter."""
+def _parameters(state: State, which: str) -> dict[str | int, Tensor]:
+    """Name or place -> floating-point parameter."""
     if isinstance(state, nn.Module):
         return dict(state.named_parameters())
-    if isinstance(state, Tensor) or not isinstance(state, Iterable):
-        raise GradientMismatchError(
-            f"{which} is a {type(state).__name__}; give a module, a state dict or a list of tensors"
-        )
-    named = dict(state) if isinstance(state, Mapping) else dict(enumerate(state))
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise GradientMismatchError(f"{which} holds a {type(tensor).__name__} at {name!r}; it must hold tensors")
+    named = named_tensors(state, f"{which} (a module, its state dict or its parameters)")
     kept = {n: t for n, t in named.items() if t.is_floating_point() and str(n).split(".")[-1] not in STATISTICS}
     if not kept:
         raise GradientMismatchError(f"{which} holds no floating-point parameter")
@@ -119,7 +116,10 @@ def _tensors(state, which: str) -> dict[str | int, Tensor]:
 
 
 def _rounding_std(*weights: Tensor) -> float:
-    """Root mean square, over the entries, of the rounding error of the weights, each uniform in its last place."""
+    """Root mean square of the rounding errors of a parameter's entries, each uniform within its last place.
+
+    Of two states the one that is rounded more counts.
+    """
     squares = 0.0
     for w in weights:
         exponent = torch.frexp(w.detach().to("cpu", torch.float64))[1].double() - 1

@@ -19,7 +19,7 @@ from rgap.attack.reconstruct import reconstruct
 from rgap.baselines import hybrid, inverting_gradients
 from rgap.client import client_gradients
 from rgap.experiments.common import MARKERS, PALETTE, client_steps, finish, seeded
-from rgap.head.read import read_head
+from rgap.head import read_head
 from rgap.metrics import mse, psnr_db, ssim
 from rgap.network.chain import prepare
 from rgap.network.layer import Chain

@@ -20,7 +20,7 @@ from rgap.attack.reconstruct import reconstruct
 from rgap.baselines import dlg
 from rgap.client import client_gradients
 from rgap.experiments.common import MARKERS, PALETTE, client_steps, finish
-from rgap.head.read import MU_AT_MINIMUM, margins
+from rgap.head.logistic import MU_AT_MINIMUM, margins
 from rgap.metrics import psnr_db
 from rgap.results import Reconstruction
 

@@ -1,17 +1,44 @@
-"""What the head's readings have in common: hypotheses, the rank-one factors of a gradient, and what is said of them."""
+"""What the readings of all losses share: hypotheses, the rank-one factors of a gradient, the evidence for a label."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
 
+from rgap.network.layer import Layer
 from rgap.results import GradientMismatchError, LayerReport
 
-CONTRADICTED = 0.3
-"""Relative misfit from which a label that was given is refused, if another one fits ten times better."""
+WRONG_LABEL_RESIDUAL = 0.3
+"""Relative residual from which a label that was given is refused, if another one fits ten times better."""
+
+
+@dataclass(frozen=True)
+class HeadGradient:
+    """The last layer and what is known of its gradient.
+
+    Attributes:
+        layer: The last layer, with C outputs.
+        G: Gradient of its weight, (C, n), not zero.
+        bias: Gradient of its bias, (C,), or None without bias.
+        precision: Relative error of the gradients' entries.
+        tolerance: Residual up to which the head's equations count as fulfilled.
+        known: The label where it was given.
+    """
+
+    layer: Layer
+    G: Tensor
+    bias: Tensor | None
+    precision: float
+    tolerance: float
+    known: int | None
+
+    @property
+    def W(self) -> Tensor:
+        """The layer's weight, (C, n)."""
+        return self.layer.weight.reshape(self.G.shape)
 
 
 @dataclass(frozen=True)
@@ -38,12 +65,12 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class HeadReading:
-    """What the head says.
+    """What the last layer's gradient allows.
 
     Attributes:
-        hypotheses: Every one that the last layer's gradient allows; never empty.
+        hypotheses: Every one that it allows; never empty.
         misfits: Label -> the smallest residual of the head's equations with it, as far as it was looked for.
-        notes: Sentences: what was out of range, and on what received the label was decided.
+        notes: Sentences: what was out of range, and on what evidence the label was decided.
     """
 
     hypotheses: tuple[Hypothesis, ...]
@@ -112,13 +139,10 @@ class RankOne:
 
 
 def rank_one(G: Tensor) -> RankOne:
-    """The leading factors of a gradient that is not zero, by power iteration from its largest row.
+    """The leading factors of a gradient (C, n) that is not zero, by power iteration from its largest row.
 
     For a single sample the first step has them to rounding, and, unlike a singular value decomposition's, small entries
     of u have the relative precision of their rows.
-
-    Args:
-        G: (C, n).
     """
     unit = G.abs().max()
     rows = G / unit  # the squares of the smallest gradients underflow
@@ -138,36 +162,46 @@ def least_squares_input(G: Tensor, dz: Tensor) -> Tensor:
     return (dz / unit) @ G / (dz / unit).square().sum() / unit
 
 
+def relative(model: Tensor, dz: Tensor) -> float:
+    """‖model − δz‖ / ‖δz‖, without overflow of squares."""
+    unit = dz.abs().max()
+    return (((model - dz) / unit).norm() / (dz / unit).norm()).item()
+
+
 def reading(
-    found: list[Hypothesis], misfits: Mapping[int, float], known: int | None, tolerance: float, notes: list[str]
+    head: HeadGradient,
+    found: list[Hypothesis],
+    misfits: Mapping[int, float],
+    notes: list[str],
+    tolerance: float | None = None,
 ) -> HeadReading:
-    """Puts a reading together: checks a known label, and says on what received the label was decided.
+    """Puts a reading together: checks a known label, and notes on what evidence the label was decided.
 
     Args:
+        head: What was read.
         found: The hypotheses, of the known label too where one is given.
         misfits: Label -> smallest residual of the head's equations.
-        known: The label that was given, or None.
-        tolerance: Residual up to which the equations count as fulfilled.
         notes: What was out of range so far.
+        tolerance: Residual up to which the equations count as fulfilled, where it is not the head's.
 
     Raises:
         GradientMismatchError: If the gradient is plainly that of another label than the one given.
     """
-    ranked = sorted(misfits, key=misfits.__getitem__)
-    best, second = ranked[0], ranked[1]
+    known, tolerance = head.known, head.tolerance if tolerance is None else tolerance
+    best, second = sorted(misfits, key=misfits.__getitem__)[:2]
     decided = misfits[second] > 10 * misfits[best] and misfits[second] > tolerance
-    received = []
+    evidence = []
     if known is not None:
-        if known != best and decided and misfits[known] > CONTRADICTED > 10 * misfits[best]:
+        if known != best and decided and misfits[known] > WRONG_LABEL_RESIDUAL > 10 * misfits[best]:
             raise GradientMismatchError(f"label {known} was given; the last layer's gradient is that of {best}")
         if known != best and decided:
-            received = [
+            evidence = [
                 f"label {known} was given, and the head's equations are missed by {misfits[known]:.2g} with it; with "
                 f"label {best} by {misfits[best]:.2g}"
             ]
         found = [h for h in found if h.label == known]
     elif decided:
-        received = [
+        evidence = [
             f"label {best} by the head's equations, missed by {misfits[best]:.2g}; with label {second}, the next best, "
             f"by {misfits[second]:.2g}"
         ]
@@ -176,17 +210,33 @@ def reading(
             f"the last layer's gradient is that of no single sample: its equations are missed by {least:.2g}; it was "
             "altered or belongs to a batch, and the nearest possible scale was used"
         ]
-    return HeadReading(tuple(found), misfits, (*notes, *received))
+    return HeadReading(tuple(found), misfits, (*notes, *evidence))
 
 
-def relabelled(found: list[Hypothesis], label: int | None, residual: float) -> list[Hypothesis]:
-    """The hypotheses, and the first one again under another label where that was given and is not among them."""
-    if label is None or any(h.label == label for h in found):
-        return found
-    return [*found, replace(found[0], label=label, residual=residual)]
+def reading_with_bias(
+    head: HeadGradient,
+    dz: Tensor,
+    output_gradient: Callable[[Tensor, int], Tensor],
+    notes: list[str],
+    *,
+    label: int | None = None,
+    rounding: float = 0.0,
+) -> HeadReading:
+    """The reading of a layer with a bias, whose gradient is δz: x and z follow from it, and z must explain δz.
 
-
-def relative(model: Tensor, dz: Tensor) -> float:
-    """‖model − δz‖ / ‖δz‖, without overflow of squares."""
-    unit = dz.abs().max()
-    return (((model - dz) / unit).norm() / (dz / unit).norm()).item()
+    Args:
+        head: What is read.
+        dz: Gradient of the loss by the outputs, (C,), not zero.
+        output_gradient: (z, label) -> the loss's gradient by outputs z, (C,).
+        notes: What was out of range.
+        label: Where δz alone tells it; by default the one whose gradient is nearest to δz.
+        rounding: Relative error of δz from the client's own arithmetic.
+    """
+    x = least_squares_input(head.G, dz)
+    z = head.W @ x + head.layer.bias
+    residuals = {k: relative(output_gradient(z, k), dz) for k in range(max(len(dz), 2))}
+    label = min(residuals, key=residuals.__getitem__) if label is None else label
+    found = [Hypothesis(label, 2 / dz.abs().sum().item(), dz, x, residuals[label], rounding)]
+    if head.known not in (None, label):  # another label was given: it has to stand on the same numbers
+        found.append(replace(found[0], label=head.known, residual=residuals[head.known]))
+    return reading(head, found, residuals, notes, max(head.tolerance, 10 * rounding))

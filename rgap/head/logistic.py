@@ -9,46 +9,16 @@ import torch
 from scipy.special import lambertw
 from torch import Tensor
 
-from rgap.head.hypothesis import HeadReading, Hypothesis, reading, relabelled
-from rgap.network.layer import Layer
+from rgap.head.hypothesis import HeadGradient, HeadReading, Hypothesis, reading, reading_with_bias
 
 MU_AT_MINIMUM = 1.0 + float(lambertw(math.exp(-1.0)).real)
 """μ = 1.2784645… at which c(μ) = −μ / (1 + e^μ) is smallest; its two branches meet there."""
 
 C_MINIMUM = 1.0 - MU_AT_MINIMUM
-"""The smallest c, −0.2784645…; no sample has a gradient with a smaller one."""
+"""The smallest c, −0.2784645…; no sample's gradient has a smaller one."""
 
 
-def read_logistic(
-    layer: Layer, G: Tensor, bias_gradient: Tensor | None, precision: float, tolerance: float, known: int | None
-) -> HeadReading:
-    """What `logistic_hypotheses` finds, as a `HeadReading`.
-
-    Args:
-        layer: The last layer, with one output.
-        G: Gradient of its weight, (1, n).
-        bias_gradient: Gradient of its bias, (1,), or None without bias.
-        precision: Relative error of the gradients' entries; not used.
-        tolerance: Residual up to which the head's equations count as fulfilled.
-        known: The label where it was given.
-    """
-    found, notes = logistic_hypotheses(layer, G, bias_gradient)
-    misfits = {k: min((h.residual for h in found if h.label == k), default=math.inf) for k in (0, 1)}
-    if bias_gradient is not None:
-        (h,) = found
-        z = (layer.weight.flatten() @ h.x + layer.bias).item()
-        misfits = {k: abs(_output_gradient(k, z) / h.dz.item() - 1) for k in (0, 1)}
-        found = relabelled(found, known, misfits.get(known, 0.0))
-    return reading(found, misfits, known, tolerance, notes)
-
-
-def _output_gradient(label: int, z: float) -> float:
-    """∂ℓ/∂z of the output z."""
-    y = 2 * label - 1
-    return -y / (1.0 + math.exp(min(y * z, 700.0)))
-
-
-def logistic_hypotheses(layer: Layer, G: Tensor, bias_gradient: Tensor | None) -> tuple[list[Hypothesis], list[str]]:
+def read_logistic(head: HeadGradient) -> HeadReading:
     """Every (label, μ) with which a logistic loss log(1 + e^{−μ}), μ = y f(x), explains the last layer's gradient.
 
     Without a bias c = ⟨G, W⟩ = −μ / (1 + e^μ) is inverted by Lambert W: one root for c ≥ 0, two for c < 0 (Zhu &
@@ -56,16 +26,11 @@ def logistic_hypotheses(layer: Layer, G: Tensor, bias_gradient: Tensor | None) -
     label and μ follow from it.
 
     Args:
-        layer: The last layer, with one output.
-        G: Gradient of its weight, (1, n).
-        bias_gradient: Gradient of its bias, (1,), or None without bias.
-
-    Returns:
-        The hypotheses, and notes on what was out of range.
+        head: The last layer, with one output, and its gradient.
     """
-    if bias_gradient is not None:
-        return _with_bias(layer, G, bias_gradient)
-    c = (G * layer.weight.reshape(G.shape)).sum().item()
+    if head.bias is not None:
+        return _with_bias(head, head.bias.item())
+    G, c = head.G, (head.G * head.W).sum().item()
     roots, notes = margins(c)
     found = []
     for mu in roots:
@@ -74,7 +39,8 @@ def logistic_hypotheses(layer: Layer, G: Tensor, bias_gradient: Tensor | None) -
             if dz.item() != 0.0:
                 miss = abs(-mu / (1.0 + math.exp(mu)) / c - 1) if notes else 0.0
                 found.append(Hypothesis(label, 1 / dz.item(), dz, G[0] / dz, miss))
-    return found, notes
+    misfits = {k: min((h.residual for h in found if h.label == k), default=math.inf) for k in (0, 1)}
+    return reading(head, found, misfits, notes)
 
 
 def margins(c: float) -> tuple[list[float], list[str]]:
@@ -96,7 +62,7 @@ def margins(c: float) -> tuple[list[float], list[str]]:
 
 
 def _root(c: float, branch: int) -> float:
-    """One branch, polished by Newton's method: next to the minimum Lambert W is good to half the digits only."""
+    """One branch, refined by Newton's method: next to the minimum Lambert W has half the digits only."""
     if branch == -1 and c > -np.finfo(float).tiny:  # Lambert W of so small a number is NaN
         return math.inf
     mu = float(-c - np.real(lambertw(c * math.exp(-c) if c < 700 else 0.0, branch)))
@@ -113,17 +79,19 @@ def _root(c: float, branch: int) -> float:
     return mu
 
 
-def _with_bias(layer: Layer, G: Tensor, bias_gradient: Tensor) -> tuple[list[Hypothesis], list[str]]:
-    size = abs(bias_gradient.item())
-    notes = []
+def _with_bias(head: HeadGradient, bias_gradient: float) -> HeadReading:
+    size, notes = abs(bias_gradient), []
     if not 0.0 < size < 1.0:
         notes = [
-            f"the last bias's gradient is {bias_gradient.item():.4g}, outside (−1, 1): no single sample has it; "
-            "the nearest possible value was used"
+            f"the last bias's gradient is {bias_gradient:.4g}, outside (−1, 1): no single sample has it; the nearest "
+            "possible value was used"
         ]
         size = min(max(size, 1e-12), 1.0 - 1e-12)
-    label = int(bias_gradient.item() < 0)
-    dz = torch.tensor([(1 - 2 * label) * size], dtype=G.dtype)
-    x = G[0] / dz
-    z = (layer.weight.flatten() @ x + layer.bias).item()
-    return [Hypothesis(label, 1 / dz.item(), dz, x, abs(_output_gradient(label, z) / dz.item() - 1))], notes
+    label = int(bias_gradient < 0)
+    return reading_with_bias(head, head.G.new_tensor([(1 - 2 * label) * size]), _output_gradient, notes, label=label)
+
+
+def _output_gradient(z: Tensor, label: int) -> Tensor:
+    """∂ℓ/∂z at the output z, (1,)."""
+    y = 2 * label - 1
+    return -y / (1.0 + (y * z).clamp(max=700.0).exp())

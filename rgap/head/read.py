@@ -1,19 +1,20 @@
-"""The head: from the last layer's gradient to hypotheses on label, output gradient and input.
+"""From the last layer's gradient to hypotheses on label, output gradient and input, by the loss.
 
 For one sample the gradient of a linear layer is the rank-one G = δz xᵀ. The loss ties δz to z = W x + b, so that the
-length of x, too, follows from G. One module a loss.
+length of x, too, follows from G.
 """
 
 from __future__ import annotations
 
-from rgap.head.hypothesis import HeadReading, Hypothesis
-from rgap.head.logistic import C_MINIMUM, MU_AT_MINIMUM, logistic_hypotheses, margins, read_logistic
+from rgap.head.hypothesis import HeadGradient, HeadReading
+from rgap.head.logistic import read_logistic
 from rgap.head.softmax import read_softmax
 from rgap.head.squared import read_squared
 from rgap.network.layer import Layer
 from rgap.shared_gradient import SharedGradient
 
-__all__ = ["C_MINIMUM", "MU_AT_MINIMUM", "HeadReading", "Hypothesis", "logistic_hypotheses", "margins", "read_head"]
+READERS = {"logistic": read_logistic, "cross_entropy": read_softmax, "mse": read_squared}
+"""Loss -> what reads its head."""
 
 
 def read_head(loss: str, layer: Layer, received: SharedGradient, known: int | None = None) -> HeadReading:
@@ -34,6 +35,5 @@ def read_head(loss: str, layer: Layer, received: SharedGradient, known: int | No
         GradientMismatchError: If the gradient is plainly that of another label than the one given.
     """
     G = received.gradients[layer.weight_name].flatten(1)
-    bias_gradient = received.gradients[layer.bias_name] if layer.bias_name else None
-    read = {"logistic": read_logistic, "cross_entropy": read_softmax, "mse": read_squared}[loss]
-    return read(layer, G, bias_gradient, received.precision, received.tolerance, known)
+    bias = received.gradients[layer.bias_name] if layer.bias_name else None
+    return READERS[loss](HeadGradient(layer, G, bias, received.precision, received.tolerance, known))

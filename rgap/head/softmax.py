@@ -15,25 +15,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgap.head.hypothesis import HeadReading, Hypothesis, least_squares_input, rank_one, reading, relabelled, relative
-from rgap.network.layer import Layer
+from rgap.head.hypothesis import HeadGradient, HeadReading, Hypothesis, rank_one, reading, reading_with_bias, relative
 
-SIGNS = 0.1
-"""Share of u with the wrong sign up to which a label is looked at."""
+MAX_LABELS_TRIED = 3
+"""Labels whose equations are solved, those with the fewest wrong signs."""
 
-LARGEST = 700.0
+MAX_WRONG_SIGN_SHARE = 0.1
+"""Share of u with the wrong sign up to which a label is tried."""
+
+MAX_LOG_SCALE = 700.0
 """Largest log s: of gradients smaller than e^−700 nothing is left."""
 
-LOG_SCALES = torch.cat([torch.linspace(0, 40, 401), torch.linspace(40, LARGEST, 661)[1:]]).double()
+LOG_SCALES = torch.cat([torch.linspace(0, 40, 401), torch.linspace(40, MAX_LOG_SCALE, 661)[1:]]).double()
 """Where the label's own equation is searched for roots in log s; 1 / s is 1 − p of the label, at most 1."""
 
-TOO_FAR = 10.0
+MAX_MISFIT_STDS = 10.0
 """Misfit in standard deviations up to which a second root counts."""
 
 
 @dataclass(frozen=True)
 class LabelEquations:
-    """One label's equations: u with the label's entry first negative, and logits s a + b."""
+    """What log u_j − log s = log softmax(s a + b)_j says in the one unknown s, for one label.
+
+    Attributes:
+        label: The label; u is negative there.
+        u: ∂ℓ/∂z times s, with Σ |u| = 2, (C,).
+        a, b: Of the logits s a + b, (C,) each.
+        noise: Standard deviation of u's entries.
+        precision: Relative error of u's entries.
+    """
 
     label: int
     u: Tensor
@@ -47,50 +57,37 @@ class LabelEquations:
         """Which classes are not the label's, (C,)."""
         return torch.arange(len(self.u)) != self.label
 
-    def dz(self, logits: Tensor) -> Tensor:
-        """∂ℓ/∂z: the label's entry as minus the sum of the others, which keeps its digits where p is close to 1."""
-        p = logits.softmax(-1)
-        p[self.label] = -p[self.others].sum()
-        return p
 
-
-def read_softmax(
-    layer: Layer, G: Tensor, bias_gradient: Tensor | None, precision: float, tolerance: float, known: int | None
-) -> HeadReading:
+def read_softmax(head: HeadGradient) -> HeadReading:
     """Every (label, scale) with which softmax cross-entropy explains the last layer's gradient.
 
     With a bias δz is the bias's gradient; its one negative entry is the label's.
 
     Args:
-        layer: The last layer, with C ≥ 2 outputs.
-        G: Gradient of its weight, (C, n).
-        bias_gradient: Gradient of its bias, (C,), or None without bias.
-        precision: Relative error of the gradients' entries.
-        tolerance: Residual up to which the head's equations count as fulfilled.
-        known: The label where it was given.
+        head: The last layer, with C ≥ 2 outputs, and its gradient.
     """
-    if bias_gradient is not None and bias_gradient.any():
-        return _with_bias(layer, G, bias_gradient, precision, tolerance, known)
-    notes = [] if bias_gradient is None else ["the last bias's gradient is zero, and its weight's is not: altered"]
-    factors = rank_one(G)
+    if head.bias is not None and head.bias.any():
+        return _with_bias(head, head.bias)
+    notes = [] if head.bias is None else ["the last bias's gradient is zero, and its weight's is not: altered"]
+    factors, known = rank_one(head.G), head.known
     misfits = sign_misfits(factors.u)
-    looked_at = {int(k) for k in misfits.argsort()[:3] if misfits[k] <= max(SIGNS, misfits.min())}
-    b = G.new_zeros(len(G)) if layer.bias is None else layer.bias
+    likely = misfits.argsort()[:MAX_LABELS_TRIED]
+    looked_at = {int(k) for k in likely if misfits[k] <= max(MAX_WRONG_SIGN_SHARE, misfits.min())}
+    b = head.G.new_zeros(len(head.G)) if head.layer.bias is None else head.layer.bias
     solved = []
     for label in sorted(looked_at | ({known} - {None})):
         sign = -1.0 if factors.u[label] > 0 else 1.0
         if factors.u[label] == 0:
             sign = 1.0 if factors.u.sum() >= 0 else -1.0
         v = sign * factors.v
-        a = layer.weight.reshape(G.shape) @ v
-        rows = LabelEquations(label, sign * factors.u, a, b, factors.noise, max(precision, 1e-15))
+        rows = LabelEquations(label, sign * factors.u, head.W @ v, b, factors.noise, max(head.precision, 1e-15))
         solved += [(chi, _hypothesis(rows, q, sign, v)) for chi, q in log_scales(rows)]
     residuals = {k: max(m, 2 * factors.u[k].abs().item() * (m > 0)) for k, m in enumerate(misfits.tolist())}
     for label in {h.label for _, h in solved}:
         residuals[label] = min(h.residual for _, h in solved if h.label == label)
-    allowed = max(TOO_FAR, 3 * min(chi for chi, h in solved if known in (None, h.label)))
+    allowed = max(MAX_MISFIT_STDS, 3 * min(chi for chi, h in solved if known in (None, h.label)))
     found = [h for chi, h in solved if chi <= allowed]
-    return reading(found, residuals, known, max(tolerance, 10 * max(h.rounding for h in found)), notes)
+    return reading(head, found, residuals, notes, max(head.tolerance, 10 * max(h.rounding for h in found)))
 
 
 def sign_misfits(u: Tensor) -> Tensor:
@@ -112,12 +109,12 @@ def log_scales(rows: LabelEquations) -> list[tuple[float, float]]:
         cost = residuals @ residuals
         for _ in range(40):
             step = float(np.clip(slopes @ residuals / max(slopes @ slopes, 1e-300), -1.0, 1.0))
-            trial = float(np.clip(q - step, -1.0, LARGEST))
-            there, steeper = _equations(rows, trial)
-            while there @ there >= cost and abs(step) > 1e-15:
-                step /= 4
-                trial = float(np.clip(q - step, -1.0, LARGEST))
+            while True:
+                trial = float(np.clip(q - step, -1.0, MAX_LOG_SCALE))
                 there, steeper = _equations(rows, trial)
+                if there @ there < cost or abs(step) <= 1e-15:
+                    break
+                step /= 4
             if there @ there >= cost:
                 break
             q, residuals, slopes, cost = trial, there, steeper, there @ there
@@ -142,7 +139,7 @@ def _starts(rows: LabelEquations) -> list[float]:
         mean = (weights @ a) / weights.sum()
         slope = (weights * (a - mean)) @ logs / ((weights * (a - mean)) @ (a - mean))
         if 0 < slope < math.inf:
-            starts.append(min(max(math.log(slope), 0.0), LARGEST))
+            starts.append(min(max(math.log(slope), 0.0), MAX_LOG_SCALE))
     logits = LOG_SCALES.exp()[:, None] * rows.a + rows.b
     margin = logits[:, rows.label] - logits[:, rows.others].logsumexp(1)
     level = torch.nn.functional.logsigmoid(-margin) + LOG_SCALES
@@ -193,24 +190,22 @@ def _hypothesis(rows: LabelEquations, q: float, sign: float, v: Tensor) -> Hypot
     dz = rows.u / s
     logits = s * rows.a + rows.b
     rounding = rows.precision * min(s, 1e300)
-    return Hypothesis(rows.label, sign * s, dz, s * v, relative(rows.dz(logits), dz), rounding)
+    return Hypothesis(rows.label, sign * s, dz, s * v, relative(output_gradient(logits, rows.label), dz), rounding)
 
 
-def _with_bias(
-    layer: Layer, G: Tensor, dz: Tensor, precision: float, tolerance: float, known: int | None
-) -> HeadReading:
-    x = least_squares_input(G, dz)
-    logits = layer.weight.reshape(G.shape) @ x + layer.bias
-    zeros = torch.zeros_like(dz)
-    residuals = {k: relative(LabelEquations(k, dz, zeros, zeros, 0, 0).dz(logits), dz) for k in range(len(dz))}
-    label = min(residuals, key=residuals.__getitem__)
-    rounding = precision * 2 / dz.abs().sum().item()
-    notes = []
-    if int((dz < 0).sum()) != 1 or dz.abs().max() > 1 + precision:
+def _with_bias(head: HeadGradient, dz: Tensor) -> HeadReading:
+    notes, negative = [], int((dz < 0).sum())
+    if negative != 1 or dz.abs().max() > 1 + head.precision:
         notes = [
-            f"the last bias's gradient has {int((dz < 0).sum())} negative entries and reaches {dz.abs().max():.3g}; a "
-            "single sample's has one and does not exceed 1: it was altered or belongs to a batch"
+            f"the last bias's gradient has {negative} negative entries and reaches {dz.abs().max():.3g}; a single "
+            "sample's has one and does not exceed 1: it was altered or belongs to a batch"
         ]
-    scale = 2 / dz.abs().sum().item()
-    found = relabelled([Hypothesis(label, scale, dz, x, residuals[label], rounding)], known, residuals.get(known, 0.0))
-    return reading(found, residuals, known, max(tolerance, 10 * rounding), notes)
+    rounding = head.precision * 2 / dz.abs().sum().item()
+    return reading_with_bias(head, dz, output_gradient, notes, rounding=rounding)
+
+
+def output_gradient(logits: Tensor, label: int) -> Tensor:
+    """∂ℓ/∂z: the label's entry as minus the sum of the others, which keeps its digits where p is close to 1, (C,)."""
+    p = logits.softmax(-1)
+    p[label] = -p[torch.arange(len(p)) != label].sum()
+    return p

@@ -12,36 +12,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgap.head.hypothesis import HeadReading, Hypothesis, least_squares_input, rank_one, reading, relabelled, relative
-from rgap.network.layer import Layer
+from rgap.head.hypothesis import HeadGradient, HeadReading, Hypothesis, rank_one, reading, reading_with_bias, relative
 
-CANDIDATES = 3
-"""Labels looked at in the end: the best by a bound on the residual."""
+MAX_LABELS_TRIED = 3
+"""Labels whose equations are solved, the best by a bound on the residual, and hypotheses that are kept."""
 
 
-def read_squared(
-    layer: Layer, G: Tensor, bias_gradient: Tensor | None, precision: float, tolerance: float, known: int | None
-) -> HeadReading:
+def read_squared(head: HeadGradient) -> HeadReading:
     """Every (label, scale) with which a squared error explains the last layer's gradient.
 
     With a bias δz is the bias's gradient, and the target is z − (C / 2) δz.
 
     Args:
-        layer: The last layer, with C ≥ 1 outputs.
-        G: Gradient of its weight, (C, n).
-        bias_gradient: Gradient of its bias, (C,), or None without bias.
-        precision: Relative error of the gradients' entries; not used.
-        tolerance: Residual up to which the head's equations count as fulfilled.
-        known: The label where it was given.
+        head: The last layer, with C ≥ 1 outputs, and its gradient.
     """
-    if bias_gradient is not None:
-        return _with_bias(layer, G, bias_gradient, tolerance, known)
-    if len(G) == 1:
-        return _one_output(layer, G, tolerance, known)
-    factors = rank_one(G)
-    a = layer.weight.reshape(G.shape) @ factors.v
+    if head.bias is not None:
+        return _with_bias(head)
+    if len(head.G) == 1:
+        return _one_output(head)
+    factors, known = rank_one(head.G), head.known
+    a = head.W @ factors.v
     bounds = _bounds(a, factors.u)
-    looked_at = {*bounds.argsort()[:CANDIDATES].tolist(), *([] if known is None else [known])}
+    looked_at = {*bounds.argsort()[:MAX_LABELS_TRIED].tolist(), *([] if known is None else [known])}
     found = [
         Hypothesis(label, s, factors.u / s, s * factors.v, residual)
         for label in sorted(looked_at)
@@ -50,10 +42,10 @@ def read_squared(
     residuals = dict(enumerate(bounds.tolist()))
     for label in looked_at:
         residuals[label] = min((h.residual for h in found if h.label == label), default=math.inf)
-    best = min(h.residual for h in found if known in (None, h.label))
-    found = [h for h in found if h.residual <= max(min(tolerance, 0.03), 3 * best) and known in (None, h.label)]
-    found = sorted(found, key=lambda h: h.residual)[:CANDIDATES]
-    return reading(found, residuals, known, tolerance, [])
+    found = [h for h in found if known in (None, h.label)]
+    allowed = max(min(head.tolerance, 0.03), 3 * min(h.residual for h in found))
+    found = sorted((h for h in found if h.residual <= allowed), key=lambda h: h.residual)
+    return reading(head, found[:MAX_LABELS_TRIED], residuals, [])
 
 
 def _bounds(a: Tensor, u: Tensor) -> Tensor:
@@ -82,7 +74,7 @@ def _scales(a: Tensor, u: Tensor, label: int) -> list[tuple[float, float]]:
     target[label] = 1.0
     found = []
     for s in scales:
-        for _ in range(3):  # the minimum of the residual, polished on the equations themselves
+        for _ in range(3):  # Gauss–Newton on the equations themselves
             rest, slopes = s * s * a - s * target - half * u, 2 * s * a - target
             if (curvature := (slopes @ slopes).item()) > 0:
                 s = s - (slopes @ rest).item() / curvature or s
@@ -90,13 +82,13 @@ def _scales(a: Tensor, u: Tensor, label: int) -> list[tuple[float, float]]:
     return found
 
 
-def _one_output(layer: Layer, G: Tensor, tolerance: float, known: int | None) -> HeadReading:
+def _one_output(head: HeadGradient) -> HeadReading:
     """μ² − μ − c / 2 = 0 for μ = y f(x) and c = ⟨G, W⟩: two roots, μ and 1 − μ, for either label.
 
     Both roots of one label are twins when 0 < μ < 1. Otherwise μ and, with the *other* label, 1 − μ are: then not even
     the label follows from the gradient of a bias-free homogeneous network.
     """
-    c = (G * layer.weight.reshape(G.shape)).sum().item()
+    G, c = head.G, (head.G * head.W).sum().item()
     notes = []
     if c < -0.5 - 1e-6:
         notes = [
@@ -114,20 +106,13 @@ def _one_output(layer: Layer, G: Tensor, tolerance: float, known: int | None) ->
                 miss = abs(2 * mu * gap - c) / max(abs(c), 1e-300) if notes else 0.0
                 found.append(Hypothesis(label, 1 / dz, G.new_tensor([dz]), G[0] / dz, miss))
     misfits = {k: min(h.residual for h in found if h.label == k) for k in (0, 1)}
-    return reading(found, misfits, known, tolerance, notes)
+    return reading(head, found, misfits, notes)
 
 
-def _with_bias(layer: Layer, G: Tensor, bias_gradient: Tensor, tolerance: float, known: int | None) -> HeadReading:
-    notes = []
-    dz = bias_gradient
+def _with_bias(head: HeadGradient) -> HeadReading:
+    dz, notes = head.bias, []
     if not dz.any():
         notes = ["the last bias's gradient is zero, and its weight's is not: it was altered, or lost to rounding"]
-        dz = 1e-12 * rank_one(G).u
-    x = least_squares_input(G, dz)
-    z, half = layer.weight.reshape(G.shape) @ x + layer.bias, len(dz) / 2
-    targets = torch.eye(len(dz), dtype=G.dtype) if len(dz) > 1 else G.new_tensor([[-1.0], [1.0]])
-    residuals = {k: relative((z - t) / half, dz) for k, t in enumerate(targets)}
-    label = min(residuals, key=residuals.__getitem__)
-    scale = 2 / dz.abs().sum().item()
-    found = relabelled([Hypothesis(label, scale, dz, x, residuals[label])], known, residuals.get(known, 0.0))
-    return reading(found, residuals, known, tolerance, notes)
+        dz = 1e-12 * rank_one(head.G).u
+    targets = torch.eye(len(dz), dtype=dz.dtype) if len(dz) > 1 else dz.new_tensor([[-1.0], [1.0]])
+    return reading_with_bias(head, dz, lambda z, label: (z - targets[label]) / (len(dz) / 2), notes)

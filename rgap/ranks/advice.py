@@ -1,7 +1,7 @@
-"""Which change of a network would keep a gradient from giving its image away: found by analysing changed copies.
+"""Which change of a network would keep the image from following from the gradient, by analysing changed copies.
 
-Nothing here is canned: every sentence is the outcome of the rank analysis of a network that was built. What it says is
-what the linear equations say, layer by layer. It is no guarantee: what natural images look like helps an attacker, too.
+Every sentence is the outcome of the rank analysis of a network that was built. It concerns the linear equations, layer
+by layer, and is no guarantee: a prior on natural images helps an attacker as well.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from rgap.ranks.rebuild import chain_steps, with_convolution
 from rgap.ranks.steps import is_layer
 from rgap.results import UnsupportedLayerError, reports_frame
 
-LAYERS = 3
-"""Convolutions, from the image on, that are changed."""
+CONVOLUTIONS_CHANGED = 3
+"""Convolutions that are changed, counted from the image."""
 
-STRIDES = 3
+STRIDES_TRIED = 3
 """Strides beyond its own that a convolution is tried with."""
 
-LARGEST_BATCH = 1024
-"""Images behind one gradient up to which is searched."""
-
+MAX_BATCH_ADVISED = 1024
+"""Largest batch size tried."""
 
 ARGUMENTS = {"output channels": "out_channels", "stride": "stride"}
 """Kind of a change of a convolution -> the argument of `with_convolution`."""
@@ -35,17 +34,15 @@ ARGUMENTS = {"output channels": "out_channels", "stride": "stride"}
 
 @dataclass(frozen=True)
 class Change:
-    """One change of a network after which the linear equations no longer lead to the image.
+    """A change of a network after which the image no longer follows from the linear equations.
 
     Attributes:
         what: "output channels", "stride" or "batch size".
         layer: Path of the layer, empty for the batch size.
-        before: Its value as it is.
-        after: The nearest value, from there, at which the analysis says that the gradient's equations stop.
-        stops_at: Name of the step, from the output down the first, that then stays open.
-        unknowns: Entries of this step's input, over the batch.
-        deficit: Equations that it then lacks.
-        supply: The most equations that the step before it could add.
+        before: The present value.
+        after: The nearest value at which the analysis says "stops".
+        stops_at: The step that then stays open, the first from the output down.
+        unknowns, deficit, supply: Of this step, as in `StepExposure`.
     """
 
     what: str
@@ -70,9 +67,8 @@ class Change:
 def advise(model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1) -> list[Change]:
     """Finds the smallest changes after which the rank analysis no longer says that a network leaks.
 
-    Tried are fewer output channels and larger strides of the convolutions nearest to the image, one at a time, where
-    the network is a chain of layers; and larger batches for every network. Ranks are those by law, so that neither
-    weights nor data matter.
+    Tried are larger batches and, if the network is a chain of layers, fewer output channels and larger strides of the
+    convolutions nearest to the image, one change at a time. Ranks are those by law, so that weights do not matter.
 
     Args:
         model: The network; it is left as it is.
@@ -80,8 +76,8 @@ def advise(model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1) 
         batch_size: Images behind one gradient.
 
     Returns:
-        At most one change for each layer and kind, widths first, from the image on; empty where the analysis does not
-        say that the network leaks, or where no change that was tried closes the leak.
+        At most one change for each layer and kind, widths first, from the image on; none if the analysis does not say
+        that the network leaks, or if no change that was tried closes the leak.
 
     Raises:
         TypeError, UnsupportedLayerError, ValueError: As `rgap.rank_analysis` does.
@@ -90,21 +86,21 @@ def advise(model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1) 
         return []
     found = []
     convolutions = [s for s in chain_steps(model, image_shape) if is_layer(s) and not isinstance(s.module, nn.Linear)]
-    for step in convolutions[:LAYERS]:
+    for step in convolutions[:CONVOLUTIONS_CHANGED]:
         width = step.module.out_channels
         built = partial(_changed, model, image_shape, batch_size, step.path, "output channels")
         found.append(_change("output channels", step.path, width, _bisect(width, 0, built)))
-    for step in convolutions[:LAYERS]:
+    for step in convolutions[:CONVOLUTIONS_CHANGED]:
         stride = max(step.module.stride)
         built = partial(_changed, model, image_shape, batch_size, step.path, "stride")
-        found.append(_change("stride", step.path, stride, _first(range(stride + 1, stride + 1 + STRIDES), built)))
+        found.append(_change("stride", step.path, stride, _first(range(stride + 1, stride + 1 + STRIDES_TRIED), built)))
     judged = partial(_judge, model, image_shape)
     found.append(_change("batch size", "", batch_size, _first_batch(batch_size, judged)))
     return [change for change in found if change is not None]
 
 
 def changed(model: nn.Module, image_shape: tuple[int, ...], change: Change, seed: int = 0) -> nn.Module:
-    """A copy of a network with a change of width or stride made; the network itself for another batch size.
+    """A copy of a network with a new width or stride; the network itself where the change is a batch size.
 
     Args:
         model: The network that was advised on; it is left as it is.
@@ -141,7 +137,7 @@ def _stops(found: Exposure | None) -> bool:
 
 
 def _bisect(start: int, end: int, judge: Callable[[int], Exposure | None]) -> tuple[int, Exposure] | None:
-    """The value nearest to `start` that stops, between it and `end` (both excluded), if stopping starts there once."""
+    """The value nearest to `start` that stops, between it and `end` (both excluded), by bisection."""
     step = 1 if end > start else -1
     near, far = start, end - step  # near leaks, far is to stop
     if far == start or not _stops(best := judge(far)):
@@ -160,9 +156,9 @@ def _first(values: Iterable[int], judge: Callable[[int], Exposure | None]) -> tu
 
 
 def _first_batch(batch_size: int, judge: Callable[[int], Exposure | None]) -> tuple[int, Exposure] | None:
-    """Doubles until it stops, then looks between the last two."""
+    """Doubles until it stops, then bisects between the last two."""
     size = batch_size
-    while size < LARGEST_BATCH:
+    while size < MAX_BATCH_ADVISED:
         if _stops(judge(2 * size)):
             return _bisect(size, 2 * size + 1, judge)
         size *= 2

@@ -1,7 +1,7 @@
-"""Rank analysis: what the layers of any network give away, predicted before any attack.
+"""Rank analysis: which layers of a network determine their input, predicted before any attack.
 
-Three answers beside each other: the counting index, exact ranks by law (`rgap.equations.rank_laws`), and numerical
-ranks (`rgap.ranks.numbers`) where a layer is small enough.
+Each layer gets the counting index, exact ranks by law (`rgap.equations.rank_laws`) and, where it is small enough,
+numerical ranks (`rgap.ranks.numbers`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from rgap.equations.rank_laws import RankLaws, rank_laws
 from rgap.network.folding import linear_layer
 from rgap.network.layer import Chain
 from rgap.network.tracing import Step, trace
-from rgap.ranks.numbers import UNKNOWNS, numerical_ranks, pooling_rank, too_large
+from rgap.ranks.exposure import verdict
+from rgap.ranks.numbers import MAX_UNKNOWNS, numerical_ranks, pooling_rank, too_large
 from rgap.ranks.steps import SHARED, CountedStep, counted_steps, is_layer, kind_of, pooling_of
 from rgap.results import LayerRank, RankAnalysis, UnsupportedLayerError
 
@@ -30,13 +31,13 @@ def rank_analysis(
     batch_size: int = 1,
     dtype: torch.dtype = torch.float64,
     *,
-    limit: int = UNKNOWNS,
+    limit: int = MAX_UNKNOWNS,
     seed: int = 0,
 ) -> RankAnalysis:
-    """Says for every layer whether its input follows from what is known of its output; needs no data and no attack.
+    """Finds for every layer whether its input follows from what is known of its output; needs no data and no attack.
 
-    The network is analysed in eval mode. Ranks assume that z and ∂ℓ/∂z are known at the layer's output and, unless they
-    are numbers, generic weights. Under activations that are not invertible they are upper bounds.
+    The network is analysed in eval mode. Ranks assume that z and ∂ℓ/∂z are known at the layer's output; those by law
+    also assume generic weights. Under activations that are not invertible they are upper bounds.
 
     Args:
         model: Any module that `torch.fx` can trace.
@@ -66,7 +67,7 @@ def rank_analysis(
         max_ra_index=max((layer.ra_index for layer in counted), default=None),
         copa_index=copa_index([layer.deficit for layer in layers if layer.kind == "convolution"]),
         leaking=tuple(layer.name for layer in counted if layer.deficit == 0),
-        verdict=_verdict(layers),
+        verdict=verdict(layers),
     )
 
 
@@ -87,19 +88,18 @@ def _checked_steps(model: nn.Module | Chain, image_shape: tuple[int, ...], batch
 def counting_index(unknowns: int, outputs: int, weights: int, virtual: int) -> tuple[int, int]:
     """RA_i = |x| − |W| − |z| − v_i, and v_{i+1} for the next layer.
 
-    This is the counting form as later implementations of the paper's index state it; the paper's own text was not
-    consulted. It counts equations, not ranks: it is no proof in either direction (CNN6-d's second layer has more
-    equations than unknowns and lacks 280 of rank), for linear layers only its sign means anything, and for mini-batches
-    it is no limit either.
+    This is the counting form of later implementations of the paper's index; the paper's own text was not consulted. It
+    counts equations, not ranks, and proves nothing in either direction: CNN6-d's second layer has more equations than
+    unknowns and lacks 280 of rank. For linear layers only its sign has a meaning; for mini-batches it is no limit.
 
     Args:
         unknowns: |x|, entries of the layer's input, over the batch.
         outputs: |z|, over the batch.
         weights: |W|; a batch shares one gradient.
-        virtual: v_i, virtual constraints that the layers before leave; 0 for the first.
+        virtual: v_i, virtual constraints left by the layers before; 0 for the first.
 
     Returns:
-        RA_i, which is > 0 where the layer cannot be recovered by counting, and v_{i+1}.
+        RA_i, which is > 0 where equations are fewer than unknowns, and v_{i+1}.
     """
     lacking = unknowns - weights - outputs
     return lacking - virtual, virtual + max(max(outputs - unknowns, 0) - max(lacking, 0), 0)
@@ -108,7 +108,7 @@ def counting_index(unknowns: int, outputs: int, weights: int, virtual: int) -> t
 def copa_index(deficits: list[int | None]) -> int | None:
     """COPA's index of the convolutions, from the image on: Σ_i round(−deficit_i (L − i − 1) / (L − 1)), L − 1 of them.
 
-    A deficit near the image weighs most. None where a deficit is unknown, 0 without convolutions.
+    Deficits near the image weigh most. None where a deficit is unknown, 0 without convolutions.
     """
     if None in deficits:
         return None
@@ -181,7 +181,7 @@ def _laws(module: nn.Module, input_shape: tuple[int, ...], batch: int) -> tuple[
 
 
 def _pooling(rank: LayerRank, step: Step, batch: int) -> LayerRank:
-    """A layer without weights: average pooling is a known matrix, one factor an axis; max pooling has a bound."""
+    """A layer without weights: average pooling is a known matrix, max pooling has a bound."""
     if pooling_of(step) == "max":
         lacking = rank.unknowns - rank.weight_rows
         note = "at most one equation an output, for positions that are known; the deficit is a lower bound"
@@ -193,7 +193,7 @@ def _pooling(rank: LayerRank, step: Step, batch: int) -> LayerRank:
 
 
 def _residual(rank: LayerRank, step: CountedStep, ranks: dict[str, LayerRank]) -> LayerRank:
-    """A sum hides each path's z, so that gradients alone must do, down the main path."""
+    """Only the sum of both paths' z is known, so that gradients alone must determine the main path."""
     layers = [ranks[s.name] for s in step.path if is_layer(s)]
     clear = all(len(s.sources) == 1 and kind_of(s)[0] in KNOWN_BELOW for s in step.path)
     if clear and all(layer.unknowns in (layer.rank_gradients, layer.law_gradients) for layer in layers):
@@ -204,7 +204,7 @@ def _residual(rank: LayerRank, step: CountedStep, ranks: dict[str, LayerRank]) -
 
 
 def _with_index(layers: list[LayerRank], counted: list[bool]) -> list[LayerRank]:
-    """The counting index, and the virtual constraints that each counted step takes over from the one before."""
+    """Adds the counting index, and the virtual constraints that each counted step gets from the one before."""
     virtual, before = 0, None
     result = []
     for layer, counts in zip(layers, counted, strict=True):
@@ -216,33 +216,8 @@ def _with_index(layers: list[LayerRank], counted: list[bool]) -> list[LayerRank]
 
 
 def _range_constraints(before: LayerRank | None) -> int | None:
-    """|z| − rank W of the step before: combinations of its outputs that vanish whatever its input."""
+    """|z| − rank W of the step before: combinations of its outputs that vanish for every input."""
     if before is None:
         return 0
     rank = before.law_weights if before.rank_weights is None else before.rank_weights
     return None if rank is None else before.weight_rows - rank
-
-
-def _verdict(layers: list[LayerRank]) -> str:
-    counted = [layer for layer in layers if layer.ra_index is not None]
-    closed = [layer for layer in reversed(counted) if layer.deficit != 0]
-    unknown = [layer.name for layer in layers if layer.kind == "not analysed" and not layer.note.startswith("inside")]
-    lossy = [layer for layer in layers if layer.kind == "activation" and "not invertible" in layer.note]
-    if not counted:
-        text = "unknown: no step stands alone on the way from the image to the output"
-    elif not closed:
-        text = f"leaks: all {len(counted)} steps determine their input, so that the image follows from the gradient"
-    else:
-        first = closed[0]
-        lack = "has no known rank" if first.deficit is None else f"lacks {first.deficit} of {first.unknowns} equations"
-        text = (
-            f"stops: {len(closed)} of {len(counted)} steps do not determine their input by themselves; from the output "
-            f"down the first is {first.name!r}, which {lack}"
-        )
-        if first.deficit and first.virtual_constraints:
-            text += f" before {first.virtual_constraints} virtual constraints"
-    if lossy:
-        text += f"; {len(lossy)} activations are not invertible, so that this is the most that can leak layer by layer"
-    if unknown:
-        text += f"; not analysed: {', '.join(unknown)}"
-    return text

@@ -11,7 +11,7 @@ from torch import nn
 from rgap.ranks.advice import Change, advise
 from rgap.ranks.analysis import rank_analysis
 from rgap.ranks.exposure import Exposure, exposure
-from rgap.ranks.numbers import UNKNOWNS
+from rgap.ranks.numbers import MAX_UNKNOWNS
 from rgap.results import LayerRank, RankAnalysis
 
 COLUMNS = ["name", "kind", "unknowns", "weight_rows", "gradient_rows", "ra_index", "deficit", "supply", "status"]
@@ -24,8 +24,8 @@ class Audit:
     Attributes:
         image_shape: Shape of one image, without the batch dimension.
         analysis: The rank analysis.
-        exposure: What follows from it for the whole network.
-        advice: Changes that would close the leak, computed on changed copies.
+        exposure: What it means for the whole network.
+        advice: Changes that would close the leak.
     """
 
     image_shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class Audit:
         return self.analysis.to_frame(counted=True).assign(supply=steps["supply"], status=steps["status"])
 
     def table(self) -> pd.DataFrame:
-        """The columns of `to_frame` that decide: counts, counting index, deficit, supply and status."""
+        """The columns of `to_frame` in `COLUMNS`."""
         return self.to_frame()[COLUMNS]
 
     @property
@@ -54,8 +54,8 @@ class Audit:
         )
 
     def to_dict(self) -> dict:
-        """Everything as plain numbers, texts, lists and dictionaries, None where something is not known."""
-        judged = iter(self.exposure.steps)  # by order: a name may come twice where a module does
+        """Everything in JSON's types, None where something is not known."""
+        judged = iter(self.exposure.steps)  # by order: a module used twice has one name
         layers = []
         for layer in self.analysis.layers:
             step = None if layer.ra_index is None else next(judged)
@@ -73,7 +73,7 @@ class Audit:
         }
 
 
-def audit(model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1, *, limit: int = UNKNOWNS) -> Audit:
+def audit(model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1, *, limit: int = MAX_UNKNOWNS) -> Audit:
     """Analyses a network, judges it, and looks for changes that would close the leak.
 
     Args:

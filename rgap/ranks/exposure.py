@@ -1,8 +1,8 @@
-"""What a rank analysis says about a network as a whole: does the image follow from the gradient, layer by layer?
+"""What a rank analysis means for the whole network: does the image follow from the gradient, layer by layer?
 
-A step that lacks equations may get them from the step before it. Its input x_i is the output of that step, so that
-|z| − rank W combinations of σ⁻¹(x_i) vanish, and the combinations of x_{i−1} that W and K both see hold for it, too.
-Together that is at most |z_{i−1}| + rank K_{i−1} − rank [W_{i−1}; K_{i−1}] equations, the step's *supply* (ours).
+A step that lacks equations may get them from the step before it. Its input x_i is that step's output, so |z| − rank W
+combinations of σ⁻¹(x_i) vanish; and what W and K both determine of x_{i−1} is one more equation each for x_i. Together
+these are at most |z_{i−1}| + rank K_{i−1} − rank [W_{i−1}; K_{i−1}] virtual constraints, the *supply* of x_i (ours).
 """
 
 from __future__ import annotations
@@ -14,14 +14,8 @@ import pandas as pd
 
 from rgap.results import LayerRank, RankAnalysis, reports_frame
 
-STATUSES = ("determined", "closable", "open", "unknown")
-"""Of a step; see `StepExposure`."""
-
-OUTCOMES = ("stops", "leaks", "unknown")
-"""Of a network; see `Exposure`."""
-
-SOLVABLE = {"convolution", "linear"}
-NAMED = 3  # reasons that a sentence names before it counts the rest
+MAX_NAMED_REASONS = 3
+"""Reasons that a sentence names before it counts the rest."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +27,10 @@ class StepExposure:
         kind: As in `LayerRank`.
         unknowns: Entries of its input, over the batch.
         deficit: Unknowns that its own equations leave open; None where no rank is known.
-        supply: The most equations that the step before can add; None where that is not known.
-        status: "determined" (its own equations are enough), "closable" (with those of the step before there are
-            enough, by count: whether an attack finds the solution is another question, for mini-batches above all),
-            "open" (there are not enough even so), or "unknown".
+        supply: The most virtual constraints that the step before can supply; None where that is not known.
+        status: "determined" (its own equations suffice), "closable" (with the supply they suffice, by count; an attack
+            may still fail to find the solution, above all for mini-batches), "open" (they do not suffice even so), or
+            "unknown".
     """
 
     name: str
@@ -51,13 +45,13 @@ class StepExposure:
         """The status in words."""
         if self.status == "determined":
             return f"{self.name!r} gives its input away"
+        lack = f"{self.name!r} {_lack(self)}"
         if self.deficit is None:
-            return f"{self.name!r} has no known rank"
-        lacks = f"{self.name!r} lacks {self.deficit} of {self.unknowns} equations"
+            return lack
         if self.supply is None:
-            return f"{lacks}, and what the step before it can add is not known"
+            return f"{lack}, and what the step before it can add is not known"
         ends = {"closable": "which the step before it can add", "open": "which the step before it cannot add"}
-        return f"{lacks}, {ends.get(self.status, 'for which no solution is known here')} ({self.supply} at most)"
+        return f"{lack}, {ends.get(self.status, 'for which no solution is known here')} ({self.supply} at most)"
 
 
 @dataclass(frozen=True)
@@ -67,9 +61,9 @@ class Exposure:
     Attributes:
         steps: The counted steps, from the image to the output.
         outcome: "leaks": every step is determined or closable, so that the image follows from the gradient. "stops":
-            some step stays open, and nothing below it follows. "unknown": neither is shown.
-        not_analysed: Names of steps on the way that the analysis has no kind for.
-        lossy: Whether activations that are not invertible stand on the way; "leaks" is then the most that can leak.
+            a step is open, and nothing below it follows. "unknown": neither is shown.
+        not_analysed: Names of steps on the way of which the analysis knows no kind.
+        lossy: Whether an activation on the way is not invertible; "leaks" is then the most that can leak.
     """
 
     steps: tuple[StepExposure, ...]
@@ -79,7 +73,7 @@ class Exposure:
 
     @property
     def sentence(self) -> str:
-        """The outcome in words; it says what the linear analysis says, which is no guarantee."""
+        """The outcome in words. It holds for the linear equations alone and is no guarantee."""
         if self.outcome == "stops":
             first = next(step for step in reversed(self.steps) if step.status == "open")
             return f"stops: {first.sentence}; below it nothing follows from the linear equations alone"
@@ -100,35 +94,54 @@ class Exposure:
 def exposure(analysis: RankAnalysis) -> Exposure:
     """Judges a rank analysis: which steps are determined, closable by the step before, or open.
 
-    Only the step directly before is drawn on, as `rgap.reconstruct` does. Where an activation between the two is not
+    Only the step directly before is drawn on, as in `rgap.reconstruct`. If an activation between the two is not
     invertible, its zeros may add equations that no rank counts: such a step is never called open.
 
     Args:
         analysis: From `rgap.rank_analysis`.
-
-    Returns:
-        An `Exposure`.
     """
-    main = [layer for layer in analysis.layers if not layer.note.startswith("inside ")]
     steps: list[StepExposure] = []
     before: LayerRank | None = None
     between: list[LayerRank] = []
-    for layer in main:
+    for layer in analysis.layers:
+        if layer.note.startswith("inside "):
+            continue
         if layer.ra_index is None:
             between.append(layer)
             continue
         steps.append(_step(layer, before, between))
         before, between = layer, []
-    not_analysed = tuple(layer.name for layer in main if layer.kind == "not analysed")
-    lossy = any(_is_lossy(layer) for layer in analysis.layers)
-    return Exposure(tuple(steps), _outcome(steps, not_analysed), not_analysed, lossy)
+    not_analysed = _not_analysed(analysis.layers)
+    return Exposure(tuple(steps), _outcome(steps, not_analysed), not_analysed, any(map(_is_lossy, analysis.layers)))
 
 
-def supply(before: LayerRank | None) -> int | None:
-    """The most equations that a step can add to those of the one after it; None where its ranks are unknown.
+def verdict(layers: Sequence[LayerRank]) -> str:
+    """How far down a gradient can be followed by each step's own equations: `RankAnalysis.verdict`."""
+    counted = [layer for layer in layers if layer.ra_index is not None]
+    short = [layer for layer in reversed(counted) if layer.deficit != 0]
+    if not counted:
+        text = "unknown: no step stands alone on the way from the image to the output"
+    elif not short:
+        text = f"leaks: all {len(counted)} steps determine their input, so that the image follows from the gradient"
+    else:
+        text = (
+            f"stops: {len(short)} of {len(counted)} steps do not determine their input by themselves; from the output "
+            f"down the first is {short[0].name!r}, which {_lack(short[0])}"
+        )
+        if short[0].deficit and short[0].virtual_constraints:
+            text += f" before {short[0].virtual_constraints} virtual constraints"
+    if lossy := sum(map(_is_lossy, layers)):
+        text += f"; {lossy} activations are not invertible, so that this is the most that can leak layer by layer"
+    if unknown := _not_analysed(layers):
+        text += f"; not analysed: {', '.join(unknown)}"
+    return text
+
+
+def available_virtual_constraints(before: LayerRank | None) -> int | None:
+    """The most equations that a step can supply to the one after it; None where its ranks are unknown.
 
     Args:
-        before: The step before, None at the image.
+        before: The step, None at the image.
     """
     if before is None:
         return 0
@@ -139,27 +152,16 @@ def supply(before: LayerRank | None) -> int | None:
 
 def _step(layer: LayerRank, before: LayerRank | None, between: Sequence[LayerRank]) -> StepExposure:
     clear = not any(step.kind == "not analysed" or _is_lossy(step) for step in between)
-    added = supply(before) if clear else None
-    if layer.deficit is None:
-        status = "unknown"
-    elif layer.deficit == 0:
+    supply = available_virtual_constraints(before) if clear else None
+    status = "unknown"
+    if layer.deficit == 0:
         status = "determined"
-    elif added is None:
-        status = "unknown"
-    elif layer.deficit > added:
-        status = "open"
-    else:
-        status = "closable" if layer.kind in SOLVABLE and before.kind in SOLVABLE else "unknown"
-    return StepExposure(layer.name, layer.kind, layer.unknowns, layer.deficit, added, status)
-
-
-def _some(sentences: Sequence[str]) -> str:
-    rest = [f"and {len(sentences) - NAMED} more"] if len(sentences) > NAMED else []
-    return "; ".join([*sentences[:NAMED], *rest])
-
-
-def _is_lossy(layer: LayerRank) -> bool:
-    return layer.kind == "activation" and "not invertible" in layer.note
+    elif layer.deficit is not None and supply is not None:
+        if layer.deficit > supply:
+            status = "open"
+        elif {layer.kind, before.kind} <= {"convolution", "linear"}:
+            status = "closable"
+    return StepExposure(layer.name, layer.kind, layer.unknowns, layer.deficit, supply, status)
 
 
 def _outcome(steps: Sequence[StepExposure], not_analysed: Sequence[str]) -> str:
@@ -167,3 +169,20 @@ def _outcome(steps: Sequence[StepExposure], not_analysed: Sequence[str]) -> str:
     if "open" in statuses:
         return "stops"
     return "leaks" if steps and "unknown" not in statuses and not not_analysed else "unknown"
+
+
+def _lack(step: LayerRank | StepExposure) -> str:
+    return "has no known rank" if step.deficit is None else f"lacks {step.deficit} of {step.unknowns} equations"
+
+
+def _is_lossy(layer: LayerRank) -> bool:
+    return layer.kind == "activation" and "not invertible" in layer.note
+
+
+def _not_analysed(layers: Sequence[LayerRank]) -> tuple[str, ...]:
+    return tuple(x.name for x in layers if x.kind == "not analysed" and not x.note.startswith("inside"))
+
+
+def _some(sentences: Sequence[str]) -> str:
+    rest = len(sentences) - MAX_NAMED_REASONS
+    return "; ".join([*sentences[:MAX_NAMED_REASONS], *([f"and {rest} more"] if rest > 0 else [])])

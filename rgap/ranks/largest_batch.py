@@ -1,7 +1,7 @@
 """The largest mini-batch whose every image follows from one gradient, predicted from shapes alone (ours).
 
-Fully connected layers must tell the images apart, convolutions must determine them together. The first is a matter of
-widths, the second of the rank laws, which virtual constraints of the layer before extend.
+Fully connected layers must separate the images, which limits their widths; convolutions must determine all images
+together, which the rank laws decide, with the virtual constraints of the layer before.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import nn
 
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS, SPARE_UNITS, rank_laws
 from rgap.network.chain import Chain, Layer, prepare
-from rgap.ranks.numbers import UNKNOWNS, numerical_ranks, too_large
+from rgap.ranks.numbers import MAX_UNKNOWNS, numerical_ranks, too_large
 
-MOST = 512
-"""Batches are tried up to this size."""
+MAX_BATCH_TRIED = 512
+"""Largest batch size tried."""
 
-USUAL = 4
-"""Hidden units an image from which fully connected layers come apart as a rule; fewer is a matter of luck."""
+RECOMMENDED_UNITS_PER_IMAGE = 4
+"""Hidden units an image from which batches are separated as a rule; with fewer it depends on the images."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ def largest_batch(
     Args:
         model: A chain of layers, as `rgap.prepare` takes it.
         image_shape: (C, H, W).
-        loss: Of the client; the rows of a softmax's gradient sum to zero, which costs one image.
+        loss: The client's loss; the rows of a softmax's gradient sum to zero, which costs one image.
 
     Returns:
-        The `LargestBatch`. It assumes generic weights and images. For convolutions it is what is recovered; for the
-        fully connected layers it is an upper bound, for which of the images switch which units is a matter of luck:
-        with four hidden units an image they come apart as a rule.
+        The `LargestBatch`, for generic weights and images. Convolutions reach their limit. That of fully connected
+        layers is an upper bound, since separation depends on which images activate which units; with four hidden
+        units an image it succeeds as a rule.
 
     Raises:
         UnsupportedLayerError: If the network is no chain of invertible layers.
@@ -90,13 +90,13 @@ def largest_batch(
 
 
 def _convolution(layer: Layer, before: Layer | None) -> BatchLimit:
-    """What a convolution determines together with the range constraints of the layer before it."""
+    """What a convolution determines with the range constraints of the layer before it."""
     supplied = 0
     if before is not None and before.groups == layer.groups == 1:
         rank = _laws(before, 1).weights
         supplied = math.prod(before.output_shape) - rank if rank is not None else 0
     alone, lacking = None, 0
-    for batch in range(1, MOST + 1):
+    for batch in range(1, MAX_BATCH_TRIED + 1):
         lacking = _deficit(layer, batch)
         if lacking is None:
             return BatchLimit(layer.name, None, None, f"no rank law, and too large for numbers at {batch} images")
@@ -105,7 +105,8 @@ def _convolution(layer: Layer, before: Layer | None) -> BatchLimit:
         if lacking and lacking + CERTIFICATE_SURPLUS > batch * supplied:
             have = f" before {batch * supplied} virtual constraints" if supplied else ""
             return BatchLimit(layer.name, batch - 1, alone, f"{batch} images leave {lacking} unknowns open{have}")
-    return BatchLimit(layer.name, MOST, MOST if alone is None else alone, f"none up to {MOST} images")
+    alone = MAX_BATCH_TRIED if alone is None else alone
+    return BatchLimit(layer.name, MAX_BATCH_TRIED, alone, f"none up to {MAX_BATCH_TRIED} images")
 
 
 def _laws(layer: Layer, batch: int):
@@ -124,17 +125,17 @@ def _laws(layer: Layer, batch: int):
 
 
 def _deficit(layer: Layer, batch: int) -> int | None:
-    """Unknowns − rank [W; K] by law, by number where there is no law, None where neither is to be had."""
+    """Unknowns − rank [W; K] by law, by number where there is no law, None where neither is available."""
     rank = _laws(layer, batch).both
     if rank is None:
-        if too_large(layer, batch, UNKNOWNS):
+        if too_large(layer, batch, MAX_UNKNOWNS):
             return None
         rank = numerical_ranks(layer, batch).both
     return batch * layer.unknowns - rank
 
 
 def _heads(layers: tuple[Layer, ...], loss: str) -> list[BatchLimit]:
-    """What the fully connected layers allow: a fixed point between two of them tells the images apart."""
+    """What the fully connected layers allow: a fixed point between two of them separates the images."""
     outputs = layers[-1].output_shape[0]
     if len(layers) == 1:
         return [BatchLimit(layers[0].name, 1, 1, "one fully connected layer alone does not tell images apart")]
@@ -146,7 +147,8 @@ def _heads(layers: tuple[Layer, ...], loss: str) -> list[BatchLimit]:
             limit, reason = width - 1, f"{width} hidden units"
         elif (width - SPARE_UNITS) // 2 <= room:
             limit = max((width - SPARE_UNITS) // 2, 1)
-            reason = f"{width} hidden units, two an image and {SPARE_UNITS} to spare; {USUAL} an image are safe"
+            safe = f"{RECOMMENDED_UNITS_PER_IMAGE} an image are safe"
+            reason = f"{width} hidden units, two an image and {SPARE_UNITS} to spare; {safe}"
         else:
             limit, reason = room, f"the next gradient has rank {room} at most"
         limits.append(BatchLimit(layer.name, limit, limit, reason))

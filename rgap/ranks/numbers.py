@@ -1,7 +1,7 @@
-"""Numerical ranks of one layer's constraints through their structure: no dense matrix of a whole layer is made.
+"""Numerical ranks of one layer's constraints by their structure, without a dense matrix of the whole layer.
 
-rank K = C · rank M, block by block of the stride. W is factored through the Gram matrix of its shorter side. [W; K] is
-what K determines, and W on the null space of M beside it. On a batch, W holds for each image alone and M is shared:
+rank K = C · rank M, block by block of the stride. The rank of W comes from the Gram matrix of its shorter side, that of
+[W; K] is rank K plus the rank of W on the null space of M. In a batch W holds for each image alone and M is shared:
 [M_1 … M_B].
 """
 
@@ -21,23 +21,23 @@ from rgap.equations.weights import weight_factor
 from rgap.linalg import svd
 from rgap.network.layer import Layer
 
-UNKNOWNS = 4000
-"""Unknowns of a group of channels, over the whole batch, up to which numerical ranks are computed."""
+MAX_UNKNOWNS = 4000
+"""Most unknowns of a group of channels, over the whole batch, for which numerical ranks are computed."""
 
-PIXELS = 1200
-"""Columns of a block of M up to which they are."""
+MAX_BLOCK_COLUMNS = 1200
+"""Most columns of a block of M for which they are."""
 
-GROUPS = 64
-"""Groups of channels up to which they are."""
+MAX_GROUPS = 64
+"""Most groups of channels for which they are."""
 
-DIRECT = 400
-"""Shorter side up to which singular values are computed themselves, not through a Gram matrix."""
+MAX_SVD_SIDE = 400
+"""Largest shorter side of a matrix whose singular values are computed directly, not from its Gram matrix."""
 
 GRAM_RESOLUTION = 1e-6
-"""Smallest σ_min / σ_max that eigenvalues of a float64 Gram matrix of a few thousand rows can tell from zero."""
+"""Smallest σ / σ_max that the eigenvalues of a float64 Gram matrix of a few thousand rows can tell from zero."""
 
-WELL_CONDITIONED = 1e-4
-"""σ_min / σ_max of W from which W alone is taken to determine a layer, without a look at the gradients."""
+WEIGHTS_SUFFICE_RATIO = 1e-4
+"""Ratio σ_min / σ_max of W above which W alone is taken to determine a layer, whatever its gradient adds."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class RankNumbers:
 
 def too_large(layer: Layer, batch: int, limit: int) -> str:
     """Why no numerical ranks are computed for a layer, naming the limit; empty where they are."""
-    if layer.groups > GROUPS:
-        return f"law only: {layer.groups} groups, over the limit of {GROUPS}"
+    if layer.groups > MAX_GROUPS:
+        return f"law only: {layer.groups} groups, over the limit of {MAX_GROUPS}"
     if (size := batch * layer.unknowns // layer.groups) > limit:
         return f"law only: {size} unknowns, over the limit of {limit}"
     pixels = batch * math.prod(math.ceil(n / s) for n, s in zip(layer.input_shape[1:], layer.stride, strict=True))
-    if not layer.is_dense and pixels > PIXELS:
-        return f"law only: {pixels} unknowns share a block of M, over the limit of {PIXELS}"
+    if not layer.is_dense and pixels > MAX_BLOCK_COLUMNS:
+        return f"law only: {pixels} unknowns share a block of M, over the limit of {MAX_BLOCK_COLUMNS}"
     return ""
 
 
@@ -100,7 +100,7 @@ def rank_and_ratio(A: Tensor, eps: float) -> tuple[int, float]:
     """
     if min(A.shape) == 0:
         return 0, 0.0
-    if min(A.shape) <= DIRECT:
+    if min(A.shape) <= MAX_SVD_SIDE:
         return _count(svd(A)[1], max(A.shape) * eps)
     return _gram_rank(A @ A.T if A.shape[0] < A.shape[1] else A.T @ A, max(A.shape) * eps)
 
@@ -129,7 +129,7 @@ def _group(layer: Layer, dz: Tensor, eps: float) -> tuple[int, int, int, float]:
     gradients = channels * rank_m
     if V.shape[-1] == 0:
         return batch * rank_w, gradients, unknowns, 1 / ratio_m
-    if rank_w == layer.unknowns and ratio_w > WELL_CONDITIONED:
+    if rank_w == layer.unknowns and ratio_w > WEIGHTS_SUFFICE_RATIO:
         return batch * rank_w, gradients, unknowns, 1 / ratio_w
     A = torch.cat([weight_columns(layer, image) for image in V])
     rank, ratio = rank_and_ratio(A, eps)
@@ -140,14 +140,14 @@ def _group(layer: Layer, dz: Tensor, eps: float) -> tuple[int, int, int, float]:
 def _weight_rank(layer: Layer, eps: float) -> tuple[int, float]:
     """Rank of W; the Gram matrix of its shorter side comes from the sparse W where that is the cheaper way.
 
-    A square W may be so ill-conditioned that no Gram matrix can tell (LeNet's first layer: 5·10⁷); its own factors can.
+    A square W may be too ill-conditioned for a Gram matrix (LeNet's first layer: 5·10⁷); its own factors resolve it.
     """
     W = layer.weight.flatten(1) if layer.is_dense else weight_matrix(layer)
-    if W.shape[0] == W.shape[1] > DIRECT and not layer.is_dense:
+    if W.shape[0] == W.shape[1] > MAX_SVD_SIDE and not layer.is_dense:
         condition = weight_factor(layer).condition
         if condition * W.shape[0] * eps < 1:
             return W.shape[1], 1 / condition
-    if min(W.shape) <= DIRECT or layer.is_dense or W.nnz > 0.2 * math.prod(W.shape):
+    if min(W.shape) <= MAX_SVD_SIDE or layer.is_dense or W.nnz > 0.2 * math.prod(W.shape):
         return rank_and_ratio(W if isinstance(W, Tensor) else torch.from_numpy(W.toarray()), eps)
     gram = W @ W.T if W.shape[0] < W.shape[1] else W.T @ W
     return _gram_rank(torch.from_numpy(gram.toarray()), max(W.shape) * eps)

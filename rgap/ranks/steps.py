@@ -1,7 +1,8 @@
-"""The steps that a rank analysis counts: every traced operation by kind, and residual blocks as one step each."""
+"""The steps of a rank analysis: every traced operation with its kind, and each residual block as one step."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,16 +18,15 @@ MIXING = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Sof
 
 @dataclass(frozen=True)
 class CountedStep:
-    """A traced step as the analysis sees it.
+    """A traced step with its kind.
 
     Attributes:
         step: The traced step; for a residual block the sum at its end.
         name: Its path, or the block's.
-        kind: As in `LayerRank`.
-        note: What there is to say about it.
-        inside: Name of the block or join that it stands in, empty on the main line.
-        input_shape: Shape of its input; of a residual block's, where its paths part.
-        weights: The modules whose weights count: one, or for a block the last convolution and the other path's.
+        kind, note: As in `LayerRank`.
+        inside: Name of the block or join that it is part of; empty on the main line.
+        input_shape: Shape of its input; for a residual block at the fork of its paths.
+        weights: Modules whose weights count: one, or for a block the last convolution and that of the other path.
         path: For a block, the steps of its main path, in order.
     """
 
@@ -47,7 +47,7 @@ class CountedStep:
 
 @dataclass(frozen=True)
 class _Join:
-    """Where several paths meet: the steps between, and for a sum with convolutions the two paths."""
+    """Where several paths meet: the steps between the fork and here, and the paths themselves."""
 
     name: str
     inside: tuple[str, ...]
@@ -56,7 +56,7 @@ class _Join:
 
     @property
     def is_residual(self) -> bool:
-        """A sum of two paths that part at one place, one of them with at most one weight layer."""
+        """Whether there are two paths, at most one of them with more than one convolution or linear layer."""
         counts = [sum(is_layer(step) for step in path) for path in self.paths]
         return len(counts) == 2 and min(counts) <= 1 <= max(counts)
 
@@ -72,7 +72,7 @@ def counted_steps(steps: list[Step]) -> list[CountedStep]:
     """
     joins = _joins(steps)
     inside: dict[str, str] = {}
-    for step in steps:  # the outermost block wins: it is the one that is counted
+    for step in steps:  # the outermost block wins: only that one is counted
         if step.name in joins:
             inside |= dict.fromkeys(joins[step.name].inside, joins[step.name].name)
     uses = Counter(id(step.module.weight) for step in steps if is_layer(step))
@@ -89,7 +89,7 @@ def counted_steps(steps: list[Step]) -> list[CountedStep]:
 
 
 def is_layer(step: Step) -> bool:
-    """Whether a step is a convolution or a linear layer: its module has a weight, and constraints."""
+    """Whether a step is a convolution or a linear layer, and so has constraints of its own."""
     transposed = isinstance(step.module, nn.modules.conv._ConvTransposeNd)
     return isinstance(step.module, nn.Linear | nn.modules.conv._ConvNd) and not transposed
 
@@ -172,7 +172,7 @@ def _joined(step: Step, join: _Join, inside: str) -> CountedStep:
 
 
 def _joins(steps: list[Step]) -> dict[str, _Join]:
-    """Every step that reads several tensors, by name."""
+    """Every step that reads several tensors that depend on the image, by name."""
     order = {step.name: i for i, step in enumerate(steps)}
     images = {step.name for step in steps if step.kind == "input"}
     above: dict[str, set[str]] = {}  # a step and all that it rests on
@@ -180,7 +180,7 @@ def _joins(steps: list[Step]) -> dict[str, _Join]:
     for step in steps:
         above[step.name] = {step.name}.union(*(above[source] for source in step.sources))
         sources = [above[source] for source in step.sources if above[source] & images]
-        if len(sources) < 2:  # what else it reads does not depend on the image
+        if len(sources) < 2:
             continue
         common = set.intersection(*sources)
         fork = steps[max(order[name] for name in common)]
@@ -195,9 +195,6 @@ def _joins(steps: list[Step]) -> dict[str, _Join]:
 def _common_path(steps: list[Step]) -> str:
     """The longest path of which all modules are parts, e.g. layer1.0."""
     paths = [step.path.split(".")[:-1] for step in steps if step.module is not None]
-    if not paths:
-        return ""
-    length = 0
-    while all(len(path) > length and path[length] == paths[0][length] for path in paths):
-        length += 1
-    return ".".join(paths[0][:length])
+    return ".".join(
+        names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rgap.client import loss_value
 from rgap.head.logistic import margins
-from rgap.head.softmax import LabelEquations, log_scales
+from rgap.head.softmax import LabelEquations, log_scales, output_gradient
 from rgap.network.layer import Layer
 
 MAX_SCALE_RESIDUAL = 1e-2
@@ -165,7 +165,7 @@ def _softmax(f: Tensor, c: Tensor, label: int) -> tuple[list[tuple[int, float]],
     size = c.abs().sum() / 2
     rows = LabelEquations(label, c / size, size * f, torch.zeros_like(f), OUTPUT_GRADIENT_ERROR, 1e-15)
     scales = [size.item() * math.exp(log_scale) for _, log_scale in log_scales(rows)]
-    misses = sorted(((alpha * rows.dz(alpha * f) - c).abs().max().item(), alpha) for alpha in scales)
+    misses = sorted(((alpha * output_gradient(alpha * f, label) - c).abs().max().item(), alpha) for alpha in scales)
     largest = c.abs().max().item()
     if misses[0][0] > UNRELATED_RESIDUAL * largest:
         return [], ["the softmax equations of an image have no root: the gradient was altered, or the batch is larger"]

@@ -3,11 +3,10 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-import yaml
 
+from rgap import artifact
 from rgap.__main__ import main
-from rgap.artifact import notebooks as notebook
-from rgap.artifact import outputs as artifact
+from rgap.artifact import notebooks
 
 # A notebook that needs no import worth mentioning, because every run starts a fresh kernel.
 CELLS = [
@@ -25,21 +24,17 @@ SOURCE, TARGET = "notebooks/01_sum.ipynb", "build/default/01_sum.ipynb"
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A folder with one notebook and its claims.yml, as the working directory."""
-    (tmp_path / "notebooks").mkdir()
+def project(root, write_outputs):
+    """A folder with one notebook and its claims.yml."""
     metadata = {"kernelspec": {"name": "python3", "display_name": "mine", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=CELLS, metadata=metadata), tmp_path / SOURCE)
-    monkeypatch.setenv("RGAP_FIGURES", str(tmp_path / "figures"))
-    monkeypatch.setattr(artifact, "ROOT", tmp_path)
-    monkeypatch.setattr(artifact, "CLAIMS", tmp_path / "notebooks" / "claims.yml")
-    monkeypatch.chdir(tmp_path)
+    nbformat.write(nbformat.v4.new_notebook(cells=CELLS, metadata=metadata), root / SOURCE)
     write_outputs(["01_numbers.csv"])
-    return tmp_path
+    return root
 
 
-def write_outputs(names):
-    artifact.CLAIMS.write_text(yaml.safe_dump({"outputs": {"01_sum": names}, "claims": {"small": CLAIM}}))
+@pytest.fixture
+def write_outputs(write_claims):
+    return lambda names: write_claims({"small": CLAIM}, {"01_sum": names})
 
 
 def test_run_writes_the_target_and_its_table_and_drops_claims_of_an_earlier_run(project):
@@ -62,8 +57,8 @@ def test_parameters_come_from_the_notebooks_section_of_a_file_and_from_the_comma
     options = ["-f", "some.yml", "-p", "number", "7.5", "-o", "color", "folder:a b", "-o", "gray", "mnist"]
     assert main(["notebook", SOURCE, TARGET, *options]) == 0
     assert Path("figures/01_numbers.csv").read_text() == "7.5, folder:a b"
-    assert notebook.read_parameters(Path("some.yml"), "01_sum") == {"number": 5}
-    assert notebook.read_parameters(Path("some.yml"), "03_third") == {}
+    assert notebooks.read_parameters(Path("some.yml"), "01_sum") == {"number": 5}
+    assert notebooks.read_parameters(Path("some.yml"), "03_third") == {}
 
 
 @pytest.mark.parametrize("from_file", [True, False])
@@ -87,7 +82,7 @@ def test_a_failing_cell_fails_the_run_and_leaves_no_target(project, capsys):
         ([], "wrote ['01_numbers.csv'] unasked"),
     ],
 )
-def test_an_output_that_is_missing_or_unlisted_fails(project, capsys, outputs, message):
+def test_an_output_that_is_missing_or_unlisted_fails(project, write_outputs, capsys, outputs, message):
     (project / "figures").mkdir()
     (project / "figures" / "01_picture.png").write_bytes(b"left by an earlier run")
     write_outputs(outputs)
@@ -103,7 +98,7 @@ def test_refresh_twice_gives_the_same_bytes_and_a_failure_changes_nothing(projec
     executed = nbformat.reads(first.decode(), 4)
     assert [cell.execution_count for cell in executed.cells[1:]] == [1, 2, 3]
     assert executed.cells[-1].outputs[0].text == "it holds\n"
-    assert executed.metadata == notebook.METADATA
+    assert executed.metadata == notebooks.METADATA
     assert main(["notebook", SOURCE]) == 0
     assert Path(SOURCE).read_bytes() == first
     broken = first.replace(b"number = 1", b"number = 11")
@@ -117,6 +112,6 @@ def test_an_interrupted_run_says_what_comes_next(project, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(notebook, "run", interrupted)
+    monkeypatch.setattr(notebooks, "run", interrupted)
     assert main(["notebook", SOURCE, TARGET]) == 130
     assert capsys.readouterr().err == f"{SOURCE}: interrupted; the next run begins this notebook again\n"

@@ -4,17 +4,14 @@ import re
 import nbformat
 import pandas as pd
 import pytest
-import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from rgap import artifact
 from rgap.__main__ import main
-from rgap.artifact import outputs as artifact
 from rgap.artifact import report
 
-CLAIMS = {
-    "outputs": {"01_one": ["01_line.png", "01_numbers.csv"], "02_two": ["02_absent.png"]},
-    "claims": {"01-good": {"notebook": "01_one", "statement": "share & more", "source": "ours", "equals": 1}},
-}
+OUTPUTS = {"01_one": ["01_line.png", "01_numbers.csv"], "02_two": ["02_absent.png"]}
+CLAIMS = {"01-good": {"notebook": "01_one", "statement": "share & more", "source": "ours", "equals": 1}}
 
 
 def notebook(title, result):
@@ -24,24 +21,20 @@ def notebook(title, result):
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
+def project(root, write_claims):
     """A project of two notebooks, of which this profile has run the first."""
-    monkeypatch.setattr(artifact, "ROOT", tmp_path)
-    monkeypatch.setattr(artifact, "CLAIMS", tmp_path / "notebooks" / "claims.yml")
-    monkeypatch.setenv("RGAP_FIGURES", str(tmp_path / "figures"))
-    monkeypatch.setenv("RGAP_PROFILE", "default")
     for path, content in {
         "notebooks/01_one.ipynb": notebook("01 · One", "committed"),
         "notebooks/02_two.ipynb": notebook("02 · Two", "as it was committed"),
         "build/default/01_one.ipynb": notebook("01 · One", "freshly run"),
     }.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(content, tmp_path / path)
-    artifact.CLAIMS.write_text(yaml.safe_dump(CLAIMS))
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(content, root / path)
+    write_claims(CLAIMS, OUTPUTS)
     artifact.check_claim("01-good", 1)
     artifact.save_table(pd.DataFrame({"n": range(70)}), "01_numbers")
-    (tmp_path / "figures" / "01_line.png").write_bytes(b"a picture")
-    return tmp_path
+    (root / "figures" / "01_line.png").write_bytes(b"a picture")
+    return root
 
 
 def test_the_index_shows_every_figure_table_and_claim_and_leads_to_the_notebooks(project):
@@ -95,6 +88,7 @@ def test_what_cannot_be_drawn_stays_readable_and_other_dollars_stay():
         assert report.with_formulas(text) == text
 
 
+@pytest.mark.slow
 def test_every_formula_of_this_projects_notebooks_is_drawn():
     for path in sorted((artifact.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         for cell in nbformat.read(path, 4).cells:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import rgap
 from rgap.attack.descent import REFUTED, descend
-from rgap.head.read import Hypothesis, read_head
+from rgap.head import Hypothesis, read_head
 from rgap.shared_gradient import receive
 
 IMAGE = rand(1, 3, 8, 8)

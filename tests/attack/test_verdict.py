@@ -9,7 +9,7 @@ import rgap
 from rgap.attack.descent import descend
 from rgap.attack.propagation import draw_noise, start_probe
 from rgap.attack.verdict import judge, make_candidate
-from rgap.head.read import read_head
+from rgap.head import read_head
 from rgap.noise import entry_noise
 from rgap.results import Candidate
 from rgap.shared_gradient import receive

@@ -164,9 +164,9 @@ def test_arguments_out_of_range_are_refused_by_name(call, message):
 @pytest.mark.parametrize(
     ("given_", "message"),
     [
-        (torch.ones(3), "gradients are a Tensor; give a list or a mapping of tensors"),
-        (None, "gradients are a NoneType"),
-        ({**NAMED, "b": None}, "gradient 'b' is NoneType; it must be a floating-point tensor"),
+        (torch.ones(3), "gradients: a Tensor; give a list or a mapping with a tensor"),
+        (None, "gradients: a NoneType"),
+        ({**NAMED, "b": None}, "gradients: 'b' is a NoneType; it must be a tensor"),
         ([*GRADIENTS, torch.ones(2).long()], "gradient 3 is torch.int64"),
         ({**NAMED, "c": torch.tensor([1.0, math.nan])}, "gradient 'c' holds NaN or infinity"),
         ([torch.tensor([math.inf])], "gradient 0 holds NaN or infinity"),

@@ -49,9 +49,9 @@ def test_a_loaded_gradient_gives_the_image_away(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (randn(3), "a Tensor, and a list or a mapping with a tensor for each"),
-        (3, "a int, and a list"),
-        ([], "no tensor; one for each parameter"),
+        (randn(3), "a Tensor; give a list or a mapping with a tensor for each"),
+        (3, "a int; give a list"),
+        ([], "no tensor; give one for each parameter"),
         ({}, "no tensor"),
         ([randn(2), [1.0]], "1 is a list; it must be a tensor"),
         ({"state": {"w": randn(2)}}, "'state' is a dict; it must be a tensor"),

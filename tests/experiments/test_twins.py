@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import rgap
 from rgap.experiments import twins as experiment
-from rgap.head.read import C_MINIMUM, MU_AT_MINIMUM
+from rgap.head.logistic import C_MINIMUM, MU_AT_MINIMUM
 
 IMAGES = rand(6, 3, 8, 8)
 LARGE = 2.7  # weights with which margins of small_cnn lie on either side of the minimum

@@ -1,11 +1,20 @@
 import pytest
 import torch
-from cases import drawn, randn
+from cases import drawn, last_layer, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from rgap.head.hypothesis import Hypothesis, least_squares_input, rank_one, reading, relabelled, relative
+import rgap
+from rgap.head.hypothesis import (
+    HeadGradient,
+    Hypothesis,
+    least_squares_input,
+    rank_one,
+    reading,
+    reading_with_bias,
+    relative,
+)
 
 
 @drawn
@@ -37,6 +46,10 @@ def test_relative_difference_does_not_overflow():
     assert relative(2e300 * torch.eye(2)[0].double(), 1e300 * torch.eye(2)[0].double()) == pytest.approx(1)
 
 
+def head(known, tolerance):
+    return HeadGradient(None, None, None, 1e-15, tolerance, known)
+
+
 def hypothesis(label, residual):
     return Hypothesis(label, 1.0, torch.ones(1), torch.ones(2), residual)
 
@@ -51,18 +64,27 @@ def hypothesis(label, residual):
 )
 def test_a_label_counts_as_decided_where_the_next_best_misses(misfits, notes):
     found = [hypothesis(label, misfit) for label, misfit in misfits.items()]
-    assert reading(found, misfits, None, 1e-3, []).notes == notes
+    assert reading(head(None, 1e-3), found, misfits, []).notes == notes
 
 
 def test_a_known_label_that_fits_worse_is_noted():
     found = [hypothesis(0, 0.002), hypothesis(1, 0.2)]
-    given_label = reading(found, {0: 0.002, 1: 0.2}, 1, 0.3, [])
+    given_label = reading(head(1, 0.3), found, {0: 0.002, 1: 0.2}, [])
     assert given_label.notes == () and [h.label for h in given_label.hypotheses] == [1]
-    (note,) = reading(found, {0: 0.002, 1: 0.2}, 1, 0.1, ["out of range"]).notes[1:]
+    (note,) = reading(head(1, 0.1), found, {0: 0.002, 1: 0.2}, ["out of range"]).notes[1:]
     assert note == "label 1 was given, and the head's equations are missed by 0.2 with it; with label 0 by 0.002"
 
 
 def test_a_given_label_that_was_not_found_stands_on_the_same_numbers():
-    found = [hypothesis(2, 0.1)]
-    assert relabelled(found, None, 0.5) == relabelled(found, 2, 0.5) == found
-    assert [(h.label, h.residual) for h in relabelled(found, 4, 0.5)] == [(2, 0.1), (4, 0.5)]
+    layer = rgap.prepare(last_layer(3, 5, True, seed=0), (1, 1, 5)).layers[0]
+    G, dz = randn(3, 5), torch.tensor([0.4, -1.0, 0.6]).double()
+
+    def output_gradient(z, label):
+        return dz * (1 + 0.1 * label)
+
+    for known, expected in ((None, [(0, 0.0)]), (0, [(0, 0.0)]), (2, [(2, 0.2)])):
+        given = HeadGradient(layer, G, dz, 1e-15, 0.5, known)
+        found = reading_with_bias(given, dz, output_gradient, [])
+        assert [h.label for h in found.hypotheses] == [label for label, _ in expected]
+        assert [h.residual for h in found.hypotheses] == pytest.approx([residual for _, residual in expected])
+        assert_close(found.hypotheses[0].x, least_squares_input(G, dz))

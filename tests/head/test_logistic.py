@@ -10,7 +10,13 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.head.logistic import C_MINIMUM, MU_AT_MINIMUM, logistic_hypotheses, margins
+from rgap.head.hypothesis import HeadGradient
+from rgap.head.logistic import C_MINIMUM, MU_AT_MINIMUM, margins, read_logistic
+
+
+def read(layer, G, bias=None):
+    found = read_logistic(HeadGradient(layer, G, bias, 1e-15, 1e-5, None))
+    return found.hypotheses, found.notes
 
 
 def c_of(mu):
@@ -89,8 +95,8 @@ def test_one_hypothesis_is_the_sample_itself(margin, label, seed):
     x, weight = rand(6, seed=seed) + 0.1, rand(6, seed=seed + 1)
     weight *= (2 * label - 1) * margin / (weight @ x) if abs(margin) > 1e-3 else 1.0
     layer, G = head(weight, x=x, label=label)
-    hypotheses, notes = logistic_hypotheses(layer, G, None)
-    assert notes == [] and {h.label for h in hypotheses} == {0, 1}
+    hypotheses, notes = read(layer, G)
+    assert notes == () and {h.label for h in hypotheses} == {0, 1}
     assert min((h.x - x).norm().item() for h in hypotheses if h.label == label) < 1e-5 * x.norm()
     for h in hypotheses:
         assert_close(h.dz[:, None] * h.x, G, rtol=1e-12, atol=0)
@@ -101,7 +107,7 @@ def test_one_hypothesis_is_the_sample_itself(margin, label, seed):
 
 def test_a_margin_whose_output_gradient_underflows_is_dropped():
     layer, _ = head(torch.tensor([1e-310, 0.0], dtype=torch.float64), x=rand(2))
-    hypotheses, _ = logistic_hypotheses(layer, -torch.ones(1, 2).double(), None)
+    hypotheses, _ = read(layer, -torch.ones(1, 2).double())
     assert [h.label for h in hypotheses] == [0, 1] and all(h.dz.abs() == 0.5 for h in hypotheses)
 
 
@@ -109,8 +115,8 @@ def test_a_margin_whose_output_gradient_underflows_is_dropped():
 @given(st.floats(-5, 5), st.integers(0, 1), st.integers(0, 100))
 def test_a_bias_tells_label_margin_and_input_at_once(bias, label, seed):
     x, weight = rand(6, seed=seed), rand(6, seed=seed + 1)
-    (h,), notes = logistic_hypotheses(*head(weight, bias, label, x))
-    assert h.label == label and notes == []
+    (h,), notes = read(*head(weight, bias, label, x))
+    assert h.label == label and all(note.startswith(f"label {label} by the head's equations") for note in notes)
     assert h.residual < 1e-9
     assert_close(h.x, x, rtol=1e-9, atol=0)
 
@@ -118,6 +124,6 @@ def test_a_bias_tells_label_margin_and_input_at_once(bias, label, seed):
 @pytest.mark.parametrize("value", [1.0, -1.5, 0.0])
 def test_a_bias_gradient_of_no_sample_is_noted(value):
     layer, G, _ = head(rand(3), 0.5, x=rand(3))
-    (h,), notes = logistic_hypotheses(layer, G, torch.tensor([value]).double())
+    (h,), notes = read(layer, G, torch.tensor([value]).double())
     assert "outside (−1, 1): no single sample has it" in notes[0]
     assert h.x.isfinite().all() and math.isfinite(h.residual) and 0 < abs(h.dz.item()) < 1 and h.label == (value < 0)

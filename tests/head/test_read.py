@@ -1,37 +1,16 @@
-import copy
-
 import pytest
 import torch
-from cases import drawn, rand, randn
+from cases import drawn, last_layer, rand, randn, read_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.head.read import read_head
+from rgap.head import read_head
 from rgap.shared_gradient import SharedGradient, receive
 
 ACCURACY = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 0.03, torch.bfloat16: 0.2}
 """Largest relative error of the input, by the gradient's format; it is that of the scale."""
-
-
-def network(classes, inputs, bias, seed, size=1.0):
-    """A float64 network that is its last layer, with logits of about that size."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(inputs, classes, bias=bias)).double()
-    with torch.no_grad():
-        model[1].weight.copy_(randn(classes, inputs, seed=seed) * size * (3 / inputs) ** 0.5)
-        if bias:
-            model[1].bias.copy_(randn(classes, seed=seed + 1) * size)
-    return model
-
-
-def read(model, image, label, loss, dtype=torch.float64, known=None):
-    """What the head says of one sample's gradient, computed and shared in that format."""
-    client = copy.deepcopy(model).to(dtype)
-    gradients = rgap.client_gradients(client, image, torch.tensor([label]), loss)
-    chain = rgap.prepare(client, image.shape[1:])
-    return read_head(loss, chain.layers[-1], receive(chain, gradients), known), gradients
 
 
 @st.composite
@@ -39,7 +18,7 @@ def heads(draw, losses=("cross_entropy", "mse", "logistic")):
     loss = draw(st.sampled_from(losses))
     classes = 1 if loss == "logistic" else draw(st.integers(2 if loss == "cross_entropy" else 1, 20))
     inputs, bias, seed = draw(st.integers(5, 60)), draw(st.booleans()), draw(st.integers(0, 10_000))
-    model = network(classes, inputs, bias, seed, draw(st.sampled_from([0.1, 0.5, 2.0])))
+    model = last_layer(classes, inputs, bias, seed, draw(st.sampled_from([0.1, 0.5, 2.0])))
     return model, rand(1, 1, 1, inputs, seed=seed + 2), draw(st.integers(0, max(classes, 2) - 1)), loss
 
 
@@ -48,7 +27,7 @@ def heads(draw, losses=("cross_entropy", "mse", "logistic")):
 @given(heads())
 def test_one_hypothesis_is_the_sample(dtype, case):
     model, image, label, loss = case
-    found, gradients = read(model, image, label, loss, dtype)
+    found, gradients = read_sample(model, image, label, loss, dtype)
     x = image.to(dtype).double().flatten()
     mine = [h for h in found.hypotheses if h.label == label]
     best = min(mine, key=lambda h: (h.x - x).norm().item())
@@ -67,7 +46,7 @@ def test_every_label_of_three_or_more_classes_is_inferred(case):
     model, image, _, loss = case
     classes = len(model[1].weight)
     for label in range(classes) if classes > 2 else ():
-        found, _ = read(model, image, label, loss, torch.float32)
+        found, _ = read_sample(model, image, label, loss, torch.float32)
         assert {h.label for h in found.hypotheses} == {label}
         assert len(found.misfits) == classes and min(found.misfits, key=found.misfits.get) == label
         (note,) = found.notes
@@ -79,7 +58,7 @@ def test_every_label_of_three_or_more_classes_is_inferred(case):
 def test_a_thousand_labels_are_inferred():
     right = total = 0
     for seed in range(45):
-        model, image = network(12, 20, False, seed), rand(1, 1, 1, 20, seed=seed)
+        model, image = last_layer(12, 20, False, seed), rand(1, 1, 1, 20, seed=seed)
         for loss in ("cross_entropy", "mse"):
             chain = rgap.prepare(model, (1, 1, 20))
             for label in range(12):
@@ -122,17 +101,17 @@ def test_gradients_of_no_sample_give_finite_hypotheses_and_a_note(case, how):
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_label_that_was_given_is_used_and_checked(loss, bias):
-    model, image = network(7, 30, bias, seed=3), rand(1, 1, 1, 30)
-    right, _ = read(model, image, 4, loss, known=4)
+    model, image = last_layer(7, 30, bias, seed=3), rand(1, 1, 1, 30)
+    right, _ = read_sample(model, image, 4, loss, known=4)
     assert {h.label for h in right.hypotheses} == {4} and right.notes == ()
     assert_close(right.hypotheses[0].x, image.flatten(), rtol=1e-9, atol=0)
     with pytest.raises(rgap.GradientMismatchError, match="label 2 was given; the last layer's gradient is that of 4"):
-        read(model, image, 4, loss, known=2)
+        read_sample(model, image, 4, loss, known=2)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse", "logistic"])
 def test_a_given_label_that_fits_badly_is_used_where_nothing_fits_well(loss):
-    model = network(1 if loss == "logistic" else 5, 30, True, seed=3)
+    model = last_layer(1 if loss == "logistic" else 5, 30, True, seed=3)
     labels = torch.tensor([0, 1, 1])
     G, b = rgap.client_gradients(model, rand(3, 1, 1, 30), labels, loss)
     chain = rgap.prepare(model, (1, 1, 30))

@@ -2,23 +2,22 @@ import math
 
 import pytest
 import torch
-from cases import drawn, rand, randn
+from cases import drawn, last_layer, rand, randn, read_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_read import network, read
 from torch import nn
 from torch.testing import assert_close
 
 import rgap
+from rgap.head import read_head
 from rgap.head.logistic import MU_AT_MINIMUM, margins
-from rgap.head.read import read_head
 from rgap.head.softmax import sign_misfits
 from rgap.shared_gradient import receive
 
 
 def with_margin(mu, classes=2, inputs=20, dtype=torch.float64):
     """A bias-free last layer and an image of which class 0 has the margin log p / (1 − p) = mu, and its gradient."""
-    model, image = network(classes, inputs, False, seed=5), rand(1, 1, 1, inputs)
+    model, image = last_layer(classes, inputs, False, seed=5), rand(1, 1, 1, inputs)
     x = image.flatten()
     with torch.no_grad():
         W = model[1].weight
@@ -77,22 +76,22 @@ def test_a_labels_entry_that_was_rounded_to_zero_is_survived(mu):
 
 
 def test_rows_of_equal_weights_leave_the_two_roots_of_their_sum():
-    model, image = network(4, 20, False, seed=5), rand(1, 1, 1, 20)
+    model, image = last_layer(4, 20, False, seed=5), rand(1, 1, 1, 20)
     with torch.no_grad():
         model[1].weight[1:] = model[1].weight[1]
         model[1].weight[0] += (2.5 + 1.1) * image.flatten() / image.square().sum() - model[1].weight[0]
         model[1].weight[1:] -= (model[1].weight[1] @ image.flatten()) * image.flatten() / image.square().sum()
-    found, _ = read(model, image, 0, "cross_entropy")
+    found, _ = read_sample(model, image, 0, "cross_entropy")
     mine = [h for h in found.hypotheses if h.label == 0]
     assert len(mine) == 2 and min((h.x - image.flatten()).norm() for h in mine) < 1e-6
 
 
 def test_probabilities_that_underflow_are_rows_of_zero():
-    model, image = network(6, 20, False, seed=1), rand(1, 1, 1, 20)
+    model, image = last_layer(6, 20, False, seed=1), rand(1, 1, 1, 20)
     x = image.flatten()
     with torch.no_grad():
         model[1].weight[2] -= 200 * x / (x @ x)
-    found, gradients = read(model, image, 4, "cross_entropy", torch.float32)
+    found, gradients = read_sample(model, image, 4, "cross_entropy", torch.float32)
     assert not gradients[0][2].any()
     (h,) = found.hypotheses
     assert h.label == 4 and (h.x - x).norm() < 1e-5 * x.norm()
@@ -108,7 +107,7 @@ def test_signs_of_a_label_are_counted():
 
 @pytest.mark.parametrize("bias_gradient", [[0.4, -1.0, 0.6], [0.4, 0.2, -0.6], [-0.3, -0.2, 0.5], [2.0, -3.0, 1.0]])
 def test_a_bias_gradient_of_no_sample_is_noted(bias_gradient):
-    model, image = network(3, 10, True, seed=0), rand(1, 1, 1, 10)
+    model, image = last_layer(3, 10, True, seed=0), rand(1, 1, 1, 10)
     chain = rgap.prepare(model, (1, 1, 10))
     G, _ = rgap.client_gradients(model, image, torch.tensor([1]), "cross_entropy")
     found = read_head("cross_entropy", chain.layers[-1], receive(chain, [G, torch.tensor(bias_gradient).double()]))
@@ -117,7 +116,7 @@ def test_a_bias_gradient_of_no_sample_is_noted(bias_gradient):
 
 
 def test_without_the_bias_gradient_the_weights_alone_are_read():
-    model, image = network(5, 10, True, seed=0), rand(1, 1, 1, 10)
+    model, image = last_layer(5, 10, True, seed=0), rand(1, 1, 1, 10)
     chain = rgap.prepare(model, (1, 1, 10))
     G, b = rgap.client_gradients(model, image, torch.tensor([3]), "cross_entropy")
     found = read_head("cross_entropy", chain.layers[-1], receive(chain, [G, 0 * b]))
@@ -130,6 +129,6 @@ def test_a_thousand_classes_are_read():
     with torch.no_grad():
         model[1].weight.copy_(randn(1000, 64) / 8)
     image = rand(1, 1, 1, 64)
-    found, _ = read(model, image, 777, "cross_entropy", torch.float32)
+    found, _ = read_sample(model, image, 777, "cross_entropy", torch.float32)
     (h,) = found.hypotheses
     assert h.label == 777 and (h.x - image.flatten()).norm() < 1e-5 * image.norm()

@@ -1,22 +1,21 @@
 import pytest
 import torch
-from cases import drawn, rand
+from cases import drawn, last_layer, rand, read_sample
 from hypothesis import given
 from hypothesis import strategies as st
-from test_read import network, read
 from torch.testing import assert_close
 
 import rgap
-from rgap.head.read import read_head
+from rgap.head import read_head
 from rgap.shared_gradient import receive
 
 
 def with_output(f, label, bias=False):
     """One output f on an image, and what the head says of its gradient."""
-    model, image = network(1, 20, bias, seed=2), rand(1, 1, 1, 20)
+    model, image = last_layer(1, 20, bias, seed=2), rand(1, 1, 1, 20)
     with torch.no_grad():
         model[1].weight += (f - model(image)) * image.flatten() / image.square().sum()
-    found, gradients = read(model, image, label, "mse")
+    found, gradients = read_sample(model, image, label, "mse")
     return model, image.flatten(), found, gradients
 
 
@@ -69,7 +68,7 @@ def test_a_bias_tells_label_and_input_of_one_output(f, label):
 
 
 def test_a_bias_gradient_of_zero_is_noted():
-    model, image = network(3, 10, True, seed=0), rand(1, 1, 1, 10)
+    model, image = last_layer(3, 10, True, seed=0), rand(1, 1, 1, 10)
     chain = rgap.prepare(model, (1, 1, 10))
     G, b = rgap.client_gradients(model, image, torch.tensor([1]), "mse")
     found = read_head("mse", chain.layers[-1], receive(chain, [G, 0 * b]))
@@ -80,20 +79,20 @@ def test_a_bias_gradient_of_zero_is_noted():
 @pytest.mark.parametrize("gap", [1e-1, 1e-4, 1e-8])
 @pytest.mark.parametrize("classes", [2, 5])
 def test_outputs_next_to_their_target_are_read(gap, classes):
-    model, image = network(classes, 20, False, seed=4), rand(1, 1, 1, 20)
+    model, image = last_layer(classes, 20, False, seed=4), rand(1, 1, 1, 20)
     x, target = image.flatten(), torch.eye(classes).double()[1]
     with torch.no_grad():
         wanted = target + gap * (model(image)[0] + 0.3)
         model[1].weight += (wanted - model(image)[0])[:, None] * x / (x @ x)
-    found, _ = read(model, image, 1, "mse")
+    found, _ = read_sample(model, image, 1, "mse")
     assert min((h.x - x).norm() for h in found.hypotheses if h.label == 1) < 1e-5 * x.norm()
 
 
 def test_a_layer_whose_output_is_zero_is_read():
-    model, image = network(4, 20, False, seed=4), rand(1, 1, 1, 20)
+    model, image = last_layer(4, 20, False, seed=4), rand(1, 1, 1, 20)
     with torch.no_grad():
         model[1].weight.zero_()
-    found, _ = read(model, image, 2, "mse")
+    found, _ = read_sample(model, image, 2, "mse")
     h = min(found.hypotheses, key=lambda h: h.residual)
     assert h.label == 2
     assert_close(h.x, image.flatten(), rtol=1e-9, atol=0)

@@ -6,7 +6,7 @@ from torch import nn
 
 import rgap
 from rgap import models
-from rgap.ranks.exposure import exposure, supply
+from rgap.ranks.exposure import available_virtual_constraints, exposure
 from rgap.results import LayerRank, RankAnalysis
 
 
@@ -55,8 +55,9 @@ def test_the_supply_counts_the_range_of_the_weights_and_what_the_gradient_adds_t
     rank = torch.linalg.matrix_rank
     left_null = len(W) - rank(W)
     intersection = rank(W) + rank(K) - rank(torch.cat([W, K]))
-    assert supply(analysis.layers[0]) == left_null + intersection
-    assert supply(None) == 0 and supply(LayerRank("a", "convolution", 4, 4)) is None
+    assert available_virtual_constraints(analysis.layers[0]) == left_null + intersection
+    assert available_virtual_constraints(None) == 0
+    assert available_virtual_constraints(LayerRank("a", "convolution", 4, 4)) is None
 
 
 def test_the_first_layer_gets_no_help():

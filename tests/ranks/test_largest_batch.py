@@ -81,6 +81,6 @@ def test_without_a_law_numbers_decide_and_beyond_them_nothing_is_claimed(monkeyp
     monkeypatch.setattr(rank_batch, "_laws", lambda layer, batch: rank_laws.RankLaws(None, None, None))
     found = largest_batch(small(6), (2, 8, 8))
     assert limits(found)["0"].limit is not None
-    monkeypatch.setattr(rank_batch, "UNKNOWNS", 10)
+    monkeypatch.setattr(rank_batch, "MAX_UNKNOWNS", 10)
     unknown = largest_batch(small(6), (2, 8, 8))
     assert limits(unknown)["0"].limit is None and "no rank is known of '0'" in unknown.reason
