@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from rgap.attack.arguments import checked_chain
 from rgap.attack.reconstruct import reconstruct
-from rgap.baselines.matching import Matching, matching
-from rgap.baselines.methods import Gradients, check_counts, is_far
+from rgap.baselines.matching import GradientObjective, gradient_objective
+from rgap.baselines.methods import Gradients, check_counts
 from rgap.baselines.nullspace import descend_open
 from rgap.baselines.optimisers import Record, lbfgs, total_variation
-from rgap.baselines.outcome import ROUNDED, Optimised, candidate, outcome
+from rgap.baselines.outcome import MAX_ROUNDING, Optimised, candidate, outcome
 from rgap.network.layer import Chain
 from rgap.results import Candidate, Reconstruction
 
@@ -22,8 +22,8 @@ NOISE_TV = 0.01
 """Weight of the total variation for gradients that are noisier than rounding."""
 
 
-POOR = 0.03
-"""Gradient residual above which the image is refined. Below, matching made images of LeakyReLU networks worse."""
+REFINE_ABOVE_RESIDUAL = 0.03
+"""Gradient residual above which matching refines the image; below, it made images of LeakyReLU networks worse."""
 
 
 def hybrid(
@@ -84,12 +84,12 @@ def hybrid(
         raise ValueError(f"tv_weight is {tv_weight}; give at least 0")
     record = Record()
     chain = checked_chain(model, image_shape)
-    problem = matching(chain, gradients, None, loss, 1, pixel_range, noise_std, dtype, device)
+    problem = gradient_objective(chain, gradients, None, loss, 1, pixel_range, noise_std, dtype, device)
     closed = reconstruct(chain, gradients, loss=loss, labels=labels, virtual_constraints=virtual_constraints,
                          pixel_range=pixel_range, rcond=rcond, noise_std=noise_std, seed=seed)  # fmt: skip
     first = closed.candidates[0]
     record.note(0, first.gradient_residual**2, first.gradient_residual, first.images)
-    noisy = problem.received.precision > ROUNDED
+    noisy = problem.received.precision > MAX_ROUNDING
     if closed.verdict in ("exact", "ambiguous") and not noisy:
         return _unchanged(closed, record)
     candidates, notes = [first], list(closed.notes)
@@ -98,7 +98,7 @@ def hybrid(
         notes += said
         candidates.append(_like(first, candidate(problem, image, first.labels)))
     best = min(candidates, key=lambda c: c.gradient_residual)
-    if noisy or best.gradient_residual > max(POOR, problem.received.tolerance):
+    if noisy or best.gradient_residual > max(REFINE_ABOVE_RESIDUAL, problem.received.tolerance):
         weight = tv_weight if tv_weight is not None else NOISE_TV * noisy
         refined = _refine(problem, best, steps, weight, record)
         candidates.append(_like(first, candidate(problem, refined, best.labels)))
@@ -117,15 +117,15 @@ def _like(first: Candidate, found: Candidate) -> Candidate:
     return replace(found, layers=first.layers, open_layers=first.open_layers)
 
 
-def _refine(problem: Matching, best: Candidate, steps: int, tv_weight: float, record: Record) -> Tensor:
+def _refine(problem: GradientObjective, best: Candidate, steps: int, tv_weight: float, record: Record) -> Tensor:
     """L-BFGS from the best image so far, brought into the pixel range; grey where it is no number."""
     record.next_restart()
     low, width = problem.low_and_width()
     labels = best.labels.to(problem.device)
 
     def objective(images: Tensor) -> tuple[Tensor, float]:
-        found = problem.match(images, labels)
+        found = problem.distances(images, labels)
         return found.squared + tv_weight / width * total_variation(images), found.residual
 
     start = best.images.nan_to_num(low + width / 2).clamp(low, low + width).to(problem.device, problem.dtype)
-    return lbfgs(objective, start, steps, record, title="hybrid", far=lambda x: is_far(problem, x)).best
+    return lbfgs(objective, start, steps, record, title="hybrid", diverged=problem.diverged).best

@@ -1,4 +1,4 @@
-"""How far the gradient of trial images is from the shared one, differentiable by the images."""
+"""The distance between the gradient of trial images and the shared one, differentiable by the images."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from rgap.client import check_loss, loss_value
 from rgap.network.layer import Chain
 from rgap.shared_gradient import SharedGradient, receive_gradients
 
+DIVERGED_WIDTHS = 10.0
+"""Widths of the pixel range from its middle; an iterate beyond has diverged."""
+
 
 @dataclass(frozen=True)
-class Match:
-    """Distances between two sets of gradients.
+class Distances:
+    """How far one set of gradients is from another.
 
     Attributes:
         squared: ‖g′ − g‖² / ‖g‖² over all tensors together.
@@ -30,8 +33,8 @@ class Match:
 
 
 @dataclass(frozen=True, eq=False)
-class Matching:
-    """A gradient to be matched by images, in the precision and on the device that the optimiser works with.
+class GradientObjective:
+    """The shared gradient as a function of trial images, in the optimiser's precision and on its device.
 
     Attributes:
         model: The network, in eval or training mode as it was given.
@@ -42,7 +45,7 @@ class Matching:
         loss: Name of the loss.
         shape: (B, C, H, W) of the images.
         pixel_range: Smallest and largest value of a pixel.
-        received: The gradients in float64, and how far they can be trusted.
+        received: The gradients in float64, and their precision.
     """
 
     model: nn.Module
@@ -65,32 +68,19 @@ class Matching:
         """Of the images."""
         return self.sizes.device
 
-    def gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """The gradient of trial images, differentiable by them."""
+    def distances(self, images: Tensor, labels: Tensor) -> Distances:
+        """Compares the gradient of trial images, (B, C, H, W) of this object's dtype, with the shared one."""
         outputs = torch.func.functional_call(self.model, {**self.buffers, **self.parameters}, images)
         value = loss_value(self.loss, outputs, labels)
-        return torch.autograd.grad(value, list(self.parameters.values()), create_graph=True, materialize_grads=True)
-
-    def match(self, images: Tensor, labels: Tensor) -> Match:
-        """Compares the gradient of trial images with the shared one.
-
-        Args:
-            images: (B, C, H, W), of this object's dtype.
-            labels: (B,).
-
-        Returns:
-            A `Match`.
-        """
-        mine = self.gradients(images, labels)
-        pairs = list(zip(mine, self.targets, strict=True))
-        squares = torch.stack([(a - g).square().sum() for a, g in pairs])
-        dot = sum((a * g).sum() for a, g in pairs)
+        mine = torch.autograd.grad(value, list(self.parameters.values()), create_graph=True, materialize_grads=True)
+        squares = torch.stack([(a - g).square().sum() for a, g in zip(mine, self.targets, strict=True)])
+        dot = sum((a * g).sum() for a, g in zip(mine, self.targets, strict=True))
         length = sum(a.square().sum() for a in mine)
         total = self.sizes.sum()
         residual = (squares.detach() / torch.where(self.sizes > 0, self.sizes, self.sizes.max())).max().sqrt().item()
-        return Match(squares.sum() / total, 1 - dot / (length * total).sqrt().clamp(min=1e-30), residual)
+        return Distances(squares.sum() / total, 1 - dot / (length * total).sqrt().clamp(min=1e-30), residual)
 
-    def uniform_start(self, generator: torch.Generator) -> Tensor:
+    def random_images(self, generator: torch.Generator) -> Tensor:
         """Noise, uniform over the pixel range (the unit interval where that is infinite)."""
         low, width = self.low_and_width()
         noise = torch.rand(self.shape, generator=generator, dtype=torch.float64)
@@ -101,8 +91,13 @@ class Matching:
         low, high = self.pixel_range
         return (low, high - low) if math.isfinite(high - low) else (0.0, 1.0)
 
+    def diverged(self, images: Tensor) -> bool:
+        """Whether images lie so far outside the pixel range that no descent returns."""
+        low, width = self.low_and_width()
+        return not bool((images - (low + width / 2)).abs().max() <= DIVERGED_WIDTHS * width)
 
-def matching(
+
+def gradient_objective(
     model: nn.Module | Chain,
     gradients: Sequence[Tensor] | Mapping[str, Tensor],
     image_shape: tuple[int, int, int] | None,
@@ -112,8 +107,8 @@ def matching(
     noise_std: float | None,
     dtype: torch.dtype,
     device: torch.device | str | None,
-) -> Matching:
-    """Checks what was given and makes the problem of it.
+) -> GradientObjective:
+    """Checks the arguments of a method and makes them an objective.
 
     Raises:
         GradientMismatchError: If the gradients do not belong to the network.
@@ -143,4 +138,4 @@ def matching(
     }
     sizes = torch.stack([g.square().sum() for g in shared])
     shape = (batch_size, *image_shape)
-    return Matching(model, values, buffers, shared, sizes, loss, shape, tuple(pixel_range), received)
+    return GradientObjective(model, values, buffers, shared, sizes, loss, shape, tuple(pixel_range), received)

@@ -1,4 +1,4 @@
-"""Deep Leakage from Gradients and Inverting Gradients."""
+"""Deep Leakage from Gradients and Inverting Gradients; the label that they start from."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rgap.baselines.labels import label_choices
-from rgap.baselines.matching import Matching, matching
-from rgap.baselines.optimisers import FAR, Descended, Record, lbfgs, signed_adam, total_variation
+from rgap.baselines.matching import GradientObjective, gradient_objective
+from rgap.baselines.optimisers import Descended, Record, lbfgs, signed_adam, total_variation
 from rgap.baselines.outcome import Optimised, candidate, outcome
-from rgap.network.layer import Chain
+from rgap.network.chain import Chain
 
 Gradients = Sequence[Tensor] | Mapping[str, Tensor]
 
-RETRIES = 4
+MAX_RETRIES = 4
 """New starts that one restart may take when its descent diverges."""
 
 
@@ -39,7 +38,7 @@ def dlg(
 
     Stronger than the original in four ways, all tried on networks where it is known to work: labels are known or read
     off the last layer (Zhao et al. 2020) instead of optimised, the start is uniform in the pixel range instead of
-    normal, the distance is relative and scaled so that L-BFGS does not stop early, and a descent that diverges is begun
+    normal, the distance is relative and scaled so that L-BFGS does not stop early, and a descent that diverges begins
     again from a new start.
 
     Args:
@@ -51,11 +50,11 @@ def dlg(
         labels: Labels if they are known, (B,); inferred for a single image.
         steps: Evaluations of the distance in each restart.
         restarts: Starts for each label that is tried; the best by gradient residual is the result.
-        pixel_range: Smallest and largest value of a pixel; the start and the verdict need it, the descent does not.
+        pixel_range: Smallest and largest value of a pixel, for the start and the verdict; it is no bound for the descent.
         noise_std: Standard deviation of noise known to be on every gradient entry; widens the tolerance.
-        dtype: In which the optimiser works, torch.float32 or torch.float64.
+        dtype: The optimiser's precision, torch.float32 or torch.float64.
         seed: Of the starts.
-        device: On which it works, by default the CPU.
+        device: Where the optimiser runs, by default the CPU.
 
     Returns:
         An `Optimised`; its images are on the CPU.
@@ -64,14 +63,14 @@ def dlg(
         GradientMismatchError: If the gradients do not belong to the network or are not finite.
         ValueError: If another argument is out of range.
     """
-    problem = matching(model, gradients, image_shape, loss, batch_size, pixel_range, noise_std, dtype, device)
+    problem = gradient_objective(model, gradients, image_shape, loss, batch_size, pixel_range, noise_std, dtype, device)
 
     def descend(start: Tensor, known: Tensor, record: Record) -> Descended:
         def objective(images: Tensor) -> tuple[Tensor, float]:
-            found = problem.match(images, known)
+            found = problem.distances(images, known)
             return found.squared, found.residual
 
-        return lbfgs(objective, start, steps, record, "DLG", far=lambda x: is_far(problem, x))
+        return lbfgs(objective, start, steps, record, "DLG", diverged=problem.diverged)
 
     return _restarted(problem, descend, labels, steps, restarts, seed)
 
@@ -96,41 +95,21 @@ def inverting_gradients(
 ) -> Optimised:
     """Inverting Gradients (Geiping et al. 2020): cosine distance and total variation, Adam on signs, in the pixel box.
 
-    The cosine is blind to a scale: of a fully connected network without biases an image and its darker copy have
-    gradients of one direction, and the total variation prefers the darker.
+    The cosine does not depend on the gradient's scale: in a fully connected network without biases an image and its
+    darker copy have gradients of one direction, and the total variation prefers the darker.
 
-    Args:
-        model: The network, any module that can be differentiated twice, or a `Chain`.
-        gradients: One tensor for each parameter, in the order of `model.parameters()`, or a mapping from name.
-        image_shape: (C, H, W) of one image; may be left out with a `Chain`.
-        loss: A name in `rgap.client.LOSSES`.
-        batch_size: Images behind the gradient.
-        labels: Labels if they are known, (B,); inferred for a single image.
-        steps: Evaluations of the distance in each restart.
-        restarts: Starts for each label that is tried; the best by gradient residual is the result.
-        tv_weight: Weight of the total variation, the mean absolute difference of neighbouring pixels.
-        rate: First step length, in widths of the pixel range.
-        pixel_range: Smallest and largest value of a pixel, the box.
-        noise_std: Standard deviation of noise known to be on every gradient entry; widens the tolerance.
-        dtype: In which the optimiser works, torch.float32 or torch.float64.
-        seed: Of the starts.
-        device: On which it works, by default the CPU.
-
-    Returns:
-        An `Optimised`; its images are on the CPU.
-
-    Raises:
-        GradientMismatchError: If the gradients do not belong to the network or are not finite.
-        ValueError: If another argument is out of range.
+    Arguments, result and errors are those of `dlg`, with `pixel_range` as the box, and two more: `tv_weight`, the
+    weight of the total variation (mean absolute difference of neighbouring pixels), and `rate`, the first step length
+    in widths of the pixel range.
     """
-    problem = matching(model, gradients, image_shape, loss, batch_size, pixel_range, noise_std, dtype, device)
+    problem = gradient_objective(model, gradients, image_shape, loss, batch_size, pixel_range, noise_std, dtype, device)
     if not tv_weight >= 0 or not rate > 0:
         raise ValueError(f"tv_weight is {tv_weight} and rate is {rate}; give at least 0, and a positive rate")
     width = problem.low_and_width()[1]
 
     def descend(start: Tensor, known: Tensor, record: Record) -> Descended:
         def objective(images: Tensor) -> tuple[Tensor, float]:
-            found = problem.match(images, known)
+            found = problem.distances(images, known)
             return found.cosine + tv_weight / width * total_variation(images), found.residual
 
         return signed_adam(objective, start, steps, record, problem.pixel_range, rate * width, "Inverting Gradients")
@@ -138,21 +117,59 @@ def inverting_gradients(
     return _restarted(problem, descend, labels, steps, restarts, seed)
 
 
-def is_far(problem: Matching, images: Tensor) -> bool:
-    """Whether images lie so far outside the pixel range that no descent comes back."""
-    low, width = problem.low_and_width()
-    return not bool((images - (low + width / 2)).abs().max() <= FAR * width)
-
-
 def check_counts(**counts: int) -> None:
-    """Refuses what is no positive number, by name."""
+    """Refuses by name whatever is not a positive integer."""
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value}; give at least 1")
 
 
+def label_choices(problem: GradientObjective, labels: Tensor | Sequence[int] | None) -> list[Tensor]:
+    """The labels to try: those that were given, or those that the last layer's gradient allows for a single image.
+
+    For softmax cross-entropy the gradient by the outputs is negative at the label alone (Zhao et al. 2020, iDLG): with
+    a bias it is the bias's gradient, without one the label's row of G = δz xᵀ is the one that points against the
+    others. A single output leaves two labels, unless its bias's gradient tells the sign.
+
+    Returns:
+        One or more tensors (B,), int64.
+
+    Raises:
+        ValueError: If labels are given in another number, or are needed and missing.
+    """
+    count = problem.shape[0]
+    if labels is not None:
+        known = torch.as_tensor(labels)
+        if known.shape != (count,) or known.is_floating_point():
+            raise ValueError(f"labels are {known.tolist()}; give an integer for each of the {count} images, or None")
+        return [known.to(problem.device)]
+    if count > 1:
+        raise ValueError(f"labels are missing; of {count} images in one gradient they are not inferred, give them")
+    found = _labels_from_head(problem)
+    if not found:
+        raise ValueError(f"labels are missing; the {problem.loss} loss of this network does not tell them, give them")
+    return [torch.tensor([label], device=problem.device) for label in found]
+
+
+def _labels_from_head(problem: GradientObjective) -> list[int]:
+    shared = list(problem.received.gradients.values())
+    G = next((g for g in reversed(shared) if g.ndim == 2), shared[-1])
+    bias = shared[-1] if shared[-1].ndim == 1 and len(shared[-1]) == len(G) else None
+    if len(G) == 1:
+        return [0, 1] if bias is None or problem.loss == "mse" else [int(bias.item() < 0)]
+    if problem.loss != "cross_entropy":
+        return []
+    if bias is not None:
+        return [int(bias.argmin())]
+    if len(G) == 2:
+        return [0, 1]  # two rows that point against each other
+    unit = G / G.abs().max()
+    products = unit @ unit.T
+    return [int((products.sum(1) - products.diagonal()).argmin())]
+
+
 def _restarted(
-    problem: Matching,
+    problem: GradientObjective,
     descend: Callable[[Tensor, Tensor, Record], Descended],
     labels: Tensor | Sequence[int] | None,
     steps: int,
@@ -167,8 +184,8 @@ def _restarted(
         for _ in range(restarts):
             if record.rows:
                 record.next_restart()
-            for _ in range(1 + RETRIES):
-                found = descend(problem.uniform_start(generator), known, record)
+            for _ in range(1 + MAX_RETRIES):
+                found = descend(problem.random_images(generator), known, record)
                 if found.diverged is not None:
                     notes.append(f"start {record.restart} diverged at step {found.diverged}")
                     record.next_restart()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgap.baselines.matching import Matching
+from rgap.baselines.matching import GradientObjective
 from rgap.baselines.optimisers import Record, lbfgs
 from rgap.client import loss_value
 from rgap.equations import LayerSolution, solve_layer
@@ -18,15 +18,15 @@ from rgap.network.layer import Chain, Layer
 from rgap.results import Candidate
 from rgap.virtual.previous import PreviousLayer, previous_factors
 
-ENOUGH = 0.9
-"""Share of the range equations up to which the open unknowns may number before gradients are matched, too."""
+RANGE_ONLY_SHARE = 0.9
+"""Open unknowns per range equation up to which the range is matched alone, without the gradient."""
 
 GRADIENT_WEIGHT = 0.1
 """Weight of the relative gradient misfit beside the relative range misfit, where both are used."""
 
 
 def descend_open(
-    chain: Chain, problem: Matching, found: Candidate, steps: int, record: Record
+    chain: Chain, problem: GradientObjective, found: Candidate, steps: int, record: Record
 ) -> tuple[Tensor, list[str]] | None:
     """Walks a candidate down again and fills, by gradient matching, every null space that was left open.
 
@@ -70,7 +70,7 @@ def _output_gradient(head: Layer, x: Tensor, labels: Tensor, loss: str) -> Tenso
 def _fill(
     solution: LayerSolution,
     factors: PreviousLayer,
-    problem: Matching,
+    problem: GradientObjective,
     dx: Tensor,
     steps: int,
     record: Record,
@@ -102,7 +102,7 @@ def _fill(
         return value, missed.item() ** 0.5
 
     record.next_restart()
-    few = N.shape[1] <= ENOUGH * left.shape[1]
+    few = N.shape[1] <= RANGE_ONLY_SHARE * left.shape[1]
     found = lbfgs(misfit, x0.new_zeros(N.shape[1]), steps, record, title="null space",
                   images=(lambda t: below(t)[1]) if shown else None)  # fmt: skip
     return (x0 + N @ found.best).reshape(before.output_shape)

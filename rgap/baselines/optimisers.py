@@ -1,9 +1,8 @@
-"""The two optimisers, L-BFGS and Adam on signs, and the record of what they did."""
+"""The two optimisers, L-BFGS and Adam on signs, and the record of their steps."""
 
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,13 +12,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-SCALE = 1e6
-"""L-BFGS works on so many times the objective: torch's forgets curvature below an absolute bound."""
+LBFGS_LOSS_SCALE = 1e6
+"""L-BFGS works on this multiple of the objective: torch's drops curvature pairs below an absolute bound."""
 
-FAR = 10.0
-"""Widths of the pixel range around its middle; an iterate beyond has diverged."""
-
-COLUMNS = ("restart", "step", "loss", "gradient_residual", "seconds")
+HISTORY_COLUMNS = ("restart", "step", "loss", "gradient_residual", "seconds")
 
 Objective = Callable[[Tensor], tuple[Tensor, float]]
 """Variables -> what is minimised, differentiable, and the gradient residual there."""
@@ -44,7 +40,7 @@ class Snapshot:
 
 @dataclass
 class Record:
-    """Grows while an attack runs: a row a step, and images at steps that grow by about a quarter."""
+    """Grows while an attack runs: one row a step, and images at steps about a quarter apart."""
 
     begin: float = field(default_factory=time.perf_counter)
     rows: list[tuple] = field(default_factory=list)
@@ -53,11 +49,11 @@ class Record:
     due: int = 0
 
     def next_restart(self) -> None:
-        """Counts the next restart, whose steps begin at 1 again."""
+        """Begins the next restart; its steps count from 1 again."""
         self.restart, self.due = self.restart + 1, 1
 
     def note(self, step: int, loss: float, residual: float, images: Tensor | None, last: bool = False) -> None:
-        """Notes a step, and keeps its images where a snapshot is due (none where there are no images to keep)."""
+        """Notes a step, and keeps its images, if there are any, where a snapshot is due."""
         seconds = time.perf_counter() - self.begin
         self.rows.append((self.restart, step, loss, residual, seconds))
         if images is not None and (self.wanted(step) or last):
@@ -71,7 +67,7 @@ class Record:
 
     def frame(self) -> pd.DataFrame:
         """The rows as a table."""
-        return pd.DataFrame(self.rows, columns=list(COLUMNS))
+        return pd.DataFrame(self.rows, columns=list(HISTORY_COLUMNS))
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class Descended:
     Attributes:
         best: The iterate with the smallest objective.
         loss: Its objective.
-        diverged: The step at which it left every bound, or None.
+        diverged: The step at which it diverged, or None.
     """
 
     best: Tensor
@@ -95,18 +91,18 @@ def lbfgs(
     steps: int,
     record: Record,
     title: str,
-    far: Callable[[Tensor], bool] = lambda _: False,
+    diverged: Callable[[Tensor], bool] = lambda _: False,
     images: Callable[[Tensor], Tensor] | None = lambda x: x,
 ) -> Descended:
     """L-BFGS with 100 corrections; one step is one evaluation of the objective.
 
     Args:
         objective: What is minimised.
-        start: Where it begins.
+        start: The first iterate.
         steps: Most evaluations.
         record: Where steps are noted.
         title: Of the progress bar.
-        far: Whether an iterate has diverged.
+        diverged: Whether an iterate has left every bound.
         images: Variables -> images, for the snapshots; None takes none.
 
     Returns:
@@ -123,14 +119,14 @@ def lbfgs(
         nonlocal seen
         value, residual = objective(x)
         seen = value.item(), residual
-        (x.grad,) = torch.autograd.grad(SCALE * value, x)
-        return SCALE * value.detach()
+        (x.grad,) = torch.autograd.grad(LBFGS_LOSS_SCALE * value, x)
+        return LBFGS_LOSS_SCALE * value.detach()
 
-    for step in _steps(steps, title):
+    for step in tqdm(range(1, steps + 1), desc=title, leave=False, disable=None):
         at = x.detach().clone()
         optimiser.step(closure)
         loss, residual = seen
-        broken = not math.isfinite(loss) or far(at)
+        broken = not math.isfinite(loss) or diverged(at)
         last = broken or step == steps or x.equal(at)
         shown = images(at) if images is not None and (last or record.wanted(step)) else None
         record.note(step, loss, residual, shown, last)
@@ -146,11 +142,11 @@ def lbfgs(
 def signed_adam(
     objective: Objective, start: Tensor, steps: int, record: Record, box: tuple[float, float], rate: float, title: str
 ) -> Descended:
-    """Adam on the sign of the gradient, in a box, its rate cut by ten after 3/8, 5/8 and 7/8 of the steps.
+    """Adam on the sign of the gradient, in a box, its rate divided by ten after 3/8, 5/8 and 7/8 of the steps.
 
     Args:
         objective: What is minimised.
-        start: Where it begins.
+        start: The first iterate.
         steps: Evaluations.
         record: Where steps are noted.
         box: Smallest and largest value of a variable.
@@ -165,7 +161,7 @@ def signed_adam(
     cuts = [max(1, steps * part // 8) for part in (3, 5, 7)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, cuts, gamma=0.1)
     best, lowest = x.detach().clone(), math.inf
-    for step in _steps(steps, title):
+    for step in tqdm(range(1, steps + 1), desc=title, leave=False, disable=None):
         value, residual = objective(x)
         loss, at = value.item(), x.detach().clone()
         record.note(step, loss, residual, at, last=step == steps or not math.isfinite(loss))
@@ -184,10 +180,4 @@ def signed_adam(
 
 def total_variation(images: Tensor) -> Tensor:
     """Mean absolute difference of neighbouring pixels, along both axes together."""
-    return (images.diff(dim=-1).abs().mean() if images.shape[-1] > 1 else 0.0) + (
-        images.diff(dim=-2).abs().mean() if images.shape[-2] > 1 else 0.0
-    )
-
-
-def _steps(count: int, title: str):
-    return tqdm(range(1, count + 1), desc=title, leave=False, disable=not sys.stderr.isatty())
+    return sum(images.diff(dim=axis).abs().mean() for axis in (-1, -2) if images.shape[axis] > 1)

@@ -1,4 +1,4 @@
-"""What an optimiser leaves: its images, its course, and a verdict by the rules of the closed form."""
+"""What an optimiser returns: its images, its course, and a verdict by the rules of the closed form."""
 
 from __future__ import annotations
 
@@ -10,51 +10,54 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rgap.baselines.matching import Matching
+from rgap.baselines.matching import GradientObjective
 from rgap.baselines.optimisers import Record, Snapshot
 from rgap.results import Candidate, Reconstruction
 
-REACHED = 100
-"""Gradient residual, in units of the precision, up to which a gradient counts as reproduced by an optimiser."""
+MATCHED_ROUNDINGS = 100
+"""Gradient residual, in units of the precision, up to which an optimiser has reproduced a gradient."""
 
-ROUNDED = 1e-6
-"""Relative error of a gradient up to which it is mere rounding."""
+MAX_ROUNDING = 1e-6
+"""Relative error of a gradient up to which it counts as rounding, not as noise."""
 
-SAME = 0.01
-"""Root-mean-square difference, in widths of the pixel range, below which two results count as one."""
+MAX_CERTIFIED_ERROR = 0.1
+"""Largest share of its width by which the tolerance widens the pixel range."""
+
+SAME_IMAGE_RMSE = 0.01
+"""Root-mean-square difference, in widths of the pixel range, up to which two results are the same image."""
 
 
 @dataclass(frozen=True)
 class Optimised(Reconstruction):
     """A reconstruction with the course that led to it.
 
-    The candidates are the restarts, best first by gradient residual. The verdicts are those of the closed form, and
-    harder to earn: an optimiser sees neither a null space nor how its image answers to an error of the gradient. So
-    "exact" takes a residual of a hundred roundings at most, and where the gradient is noisier than rounding, other
-    images match it as well: "ambiguous".
+    The candidates are the restarts, best first by gradient residual. The verdicts are those of the closed form under
+    stricter conditions, because an optimiser knows neither a null space nor how sensitive its image is to errors of the
+    gradient: "exact" needs a residual of at most a hundred roundings, and a gradient noisier than rounding, which other
+    images match as well, makes it "ambiguous".
 
     Attributes:
         history: One row a step: restart, step, loss (what was minimised), gradient_residual, seconds (wall time since
             the attack began).
-        snapshots: The images along the way, at steps that grow by about a quarter.
+        snapshots: The images along the way, at steps about a quarter apart.
     """
 
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
     snapshots: tuple[Snapshot, ...] = ()
 
 
-def candidate(problem: Matching, images: Tensor, labels: Tensor) -> Candidate:
-    """The images with what the gradient says about them."""
-    residual = problem.match(images.to(problem.device, problem.dtype), labels).residual
+def candidate(problem: GradientObjective, images: Tensor, labels: Tensor) -> Candidate:
+    """The images with their gradient residual."""
+    residual = problem.distances(images.to(problem.device, problem.dtype), labels).residual
     width = problem.low_and_width()[1]
     images = images.detach().to("cpu", torch.float64)
-    slack = width * min(problem.received.tolerance, 0.1)
+    slack = width * min(problem.received.tolerance, MAX_CERTIFIED_ERROR)
     inside = bool((images >= problem.pixel_range[0] - slack).all() and (images <= problem.pixel_range[1] + slack).all())
     return Candidate(images, labels.cpu(), residual if math.isfinite(residual) else math.inf, inside)
 
 
 def outcome(
-    problem: Matching,
+    problem: GradientObjective,
     candidates: Sequence[Candidate],
     record: Record,
     notes: Sequence[str] = (),
@@ -63,8 +66,10 @@ def outcome(
     ranked = sorted(candidates, key=lambda c: c.gradient_residual)
     best, notes = ranked[0], list(notes)
     received = problem.received
-    noisy = received.precision > ROUNDED
-    reached = received.tolerance if noisy else REACHED * max(received.precision, torch.finfo(problem.dtype).eps)
+    noisy = received.precision > MAX_ROUNDING
+    reached = (
+        received.tolerance if noisy else MATCHED_ROUNDINGS * max(received.precision, torch.finfo(problem.dtype).eps)
+    )
     consistent = [c for c in ranked if c.gradient_residual <= reached and c.in_pixel_range]
     if best.open_layers:
         verdict = "rank-deficient"
@@ -76,7 +81,9 @@ def outcome(
         )
     elif noisy:
         verdict = "ambiguous"
-        notes.append("the gradient is reproduced to its noise, as it is by other images; an optimiser cannot tell")
+        notes.append(
+            "the gradient is reproduced up to its noise; other images do so too, and an optimiser cannot tell them apart"
+        )
     elif _different(consistent, problem.low_and_width()[1]):
         verdict = "ambiguous"
         notes.append(f"{len(consistent)} restarts inside the pixel range have this gradient, and they differ")
@@ -93,4 +100,4 @@ def _different(candidates: Sequence[Candidate], width: float) -> bool:
     if not candidates:
         return False
     first = candidates[0].images
-    return any((c.images - first).square().mean().sqrt().item() > SAME * width for c in candidates[1:])
+    return any((c.images - first).square().mean().sqrt().item() > SAME_IMAGE_RMSE * width for c in candidates[1:])

@@ -11,8 +11,8 @@ import rgap
 from rgap import baselines
 from rgap.baselines import dlg, hybrid, inverting_gradients
 from rgap.baselines import methods as methods_module
-from rgap.baselines.labels import label_choices
-from rgap.baselines.matching import matching
+from rgap.baselines.matching import gradient_objective
+from rgap.baselines.methods import label_choices
 from rgap.metrics import psnr_db
 
 IMAGE, LABEL = rand(1, 3, 8, 8, seed=11), torch.tensor([1])
@@ -101,7 +101,7 @@ def test_a_descent_that_explodes_is_noticed_and_begun_again():
     gradients = shared(model)
     calls = []
 
-    def lbfgs(objective, start, steps, record, title, far):
+    def lbfgs(objective, start, steps, record, title, diverged):
         calls.append(start)
         diverges = len(calls) == 1
         record.note(1, math.nan if diverges else 1.0, 1.0, start)
@@ -125,7 +125,9 @@ def test_lbfgs_stops_at_what_is_not_finite_and_at_what_is_far():
 
     found = lbfgs(wild, torch.ones(3, dtype=torch.float64), 50, Record(), "")
     assert found.diverged is not None and found.best.isfinite().all()
-    far = lbfgs(lambda x: (-x.square().sum(), 0.0), torch.ones(3), 50, Record(), "", far=lambda x: bool((x > 5).any()))
+    far = lbfgs(
+        lambda x: (-x.square().sum(), 0.0), torch.ones(3), 50, Record(), "", diverged=lambda x: bool((x > 5).any())
+    )
     assert far.diverged is not None
 
 
@@ -182,20 +184,20 @@ def test_an_exact_verdict_needs_the_gradient_to_its_rounding():
 
 
 def problem_of(model, gradients, loss="logistic", shape=(3, 8, 8)):
-    return matching(model, gradients, shape, loss, 1, (0.0, 1.0), None, torch.float64, None)
+    return gradient_objective(model, gradients, shape, loss, 1, (0.0, 1.0), None, torch.float64, None)
 
 
 def test_the_distance_is_that_of_dense_algebra_and_its_slope_that_of_differences():
     model = smooth().double()
     problem = problem_of(model, shared(model), "cross_entropy")
     x = rand(1, 3, 8, 8, seed=5).requires_grad_()
-    found = problem.match(x, LABEL)
+    found = problem.distances(x, LABEL)
     mine = torch.cat([g.flatten() for g in rgap.client_gradients(model, x.detach(), LABEL, "cross_entropy")])
     target = torch.cat([g.flatten() for g in problem.targets])
     assert found.squared.item() == pytest.approx(((mine - target).norm() / target.norm()).item() ** 2)
     assert found.cosine.item() == pytest.approx(1 - torch.cosine_similarity(mine, target, dim=0).item())
-    assert torch.autograd.gradcheck(lambda x: problem.match(x, LABEL).squared, x, fast_mode=True)
-    assert problem.match(IMAGE, LABEL).residual < 1e-12
+    assert torch.autograd.gradcheck(lambda x: problem.distances(x, LABEL).squared, x, fast_mode=True)
+    assert problem.distances(IMAGE, LABEL).residual < 1e-12
 
 
 @pytest.mark.parametrize(
