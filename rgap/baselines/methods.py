@@ -50,7 +50,7 @@ def dlg(
         labels: Labels if they are known, (B,); inferred for a single image.
         steps: Evaluations of the distance in each restart.
         restarts: Starts for each label that is tried; the best by gradient residual is the result.
-        pixel_range: Smallest and largest value of a pixel, for the start and the verdict; it is no bound for the descent.
+        pixel_range: Smallest and largest value of a pixel; the start and the verdict need it, the descent does not.
         noise_std: Standard deviation of noise known to be on every gradient entry; widens the tolerance.
         dtype: The optimiser's precision, torch.float32 or torch.float64.
         seed: Of the starts.

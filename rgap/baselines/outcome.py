@@ -81,9 +81,7 @@ def outcome(
         )
     elif noisy:
         verdict = "ambiguous"
-        notes.append(
-            "the gradient is reproduced up to its noise; other images do so too, and an optimiser cannot tell them apart"
-        )
+        notes.append("the gradient is reproduced up to its noise, as it is by other images; an optimiser cannot tell")
     elif _different(consistent, problem.low_and_width()[1]):
         verdict = "ambiguous"
         notes.append(f"{len(consistent)} restarts inside the pixel range have this gradient, and they differ")
