@@ -147,9 +147,9 @@ def small(layout="timm", seed=0, **options):
     return (HuggingFace(**options) if layout == "huggingface" else Small(layout, **options)).eval()
 
 
-def torchvision_vit(width=48, seed=0, classes=5, size=16, depth=2):
+def torchvision_vit(width=48, seed=0, classes=5, size=16, depth=2, patch=4):
     """torchvision's, small, with a head that is not zero."""
     torch.manual_seed(seed)
-    model = VisionTransformer(size, 4, depth, 2, width, 2 * width, num_classes=classes)
+    model = VisionTransformer(size, patch, depth, 2, width, 2 * width, num_classes=classes)
     nn.init.normal_(model.heads.head.weight, std=0.02)
     return model.eval()

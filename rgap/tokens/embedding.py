@@ -7,6 +7,7 @@ numbered entries, tells which entry of the position embedding each output is add
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,15 +35,18 @@ MAX_NORMALISATION = 10_000
 class PatchEmbedding:
     """A patch embedding z_t = E p_t + b with a learned position embedding q_t added to every token.
 
+    Every entry of a patch reads one pixel: entry = shift + scale · pixel, with what normalises the image in them.
+
     Attributes:
         name: Path of the layer that embeds the patches.
-        weight_name: Parameter name of E.
+        weight_name: Parameter name of E, (D, n) when flattened.
         bias_name: Parameter name of b, None without bias.
         position_name: Parameter name of the position embedding.
         position_entries: (T, D), for every feature of every patch its place in the flattened position embedding.
-        patch_size: Entries of a patch, n.
         image_shape: (C, H, W).
-        patches: The affine map from images (1, C, H, W) to patches (T, n), float64.
+        pixels: (T, n), for every entry of every patch its pixel's place in the flattened image.
+        shift: (T, n).
+        scale: (T, n); 0 where the entry reads padding.
     """
 
     name: str
@@ -50,34 +54,26 @@ class PatchEmbedding:
     bias_name: str | None
     position_name: str
     position_entries: Tensor
-    patch_size: int
     image_shape: tuple[int, ...]
-    patches: Callable[[Tensor], Tensor]
+    pixels: Tensor
+    shift: Tensor
+    scale: Tensor
+
+    def patches(self, image: Tensor) -> Tensor:
+        """The patches (T, n) of an image (1, C, H, W)."""
+        return self.shift + self.scale * image.flatten()[self.pixels]
 
     def image(self, patches: Tensor) -> Tensor:
-        """The image (1, C, H, W) whose patches are nearest to those given, (T, n), by least squares.
+        """The image (1, C, H, W) whose patches are nearest to those given, (T, n), by least squares."""
+        return (self._gathered(self.scale * (patches - self.shift)) / self.readings).reshape(1, *self.image_shape)
 
-        Every entry of a patch reads one pixel, so that AᵀA of the map's linear part A is diagonal.
-        """
-        shift, scale = self.affine()
-        return self._adjoint(patches - shift) / self._adjoint(scale)
+    @property
+    def readings(self) -> Tensor:
+        """Sum of the squared scales with which each pixel is read, (C·H·W,); 0 where none reads it."""
+        return self._gathered(self.scale.square())
 
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """Shift and scale of every entry of the patches, (T, n) each: entry = shift + scale · pixel."""
-        zeros = torch.zeros(1, *self.image_shape, dtype=torch.float64)
-        shift = self.patches(zeros)
-        return shift, self.patches(zeros + 1) - shift
-
-    def entry_coordinates(self) -> tuple[Tensor, ...]:
-        """Channel, row and column of the pixel that every entry of the patches reads, (T, n) each."""
-        shift, scale = self.affine()
-        axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in self.image_shape), indexing="ij")
-        return tuple((self.patches(axis[None]) - shift) / torch.where(scale == 0, 1.0, scale) for axis in axes)
-
-    def _adjoint(self, patches: Tensor) -> Tensor:
-        image = torch.zeros(1, *self.image_shape, dtype=torch.float64, requires_grad=True)
-        with torch.enable_grad():
-            return torch.autograd.grad(self.patches(image), image, patches)[0]
+    def _gathered(self, entries: Tensor) -> Tensor:
+        return entries.new_zeros(math.prod(self.image_shape)).index_add(0, self.pixels.flatten(), entries.flatten())
 
 
 def recognise(model: nn.Module, image_shape: tuple[int, int, int]) -> PatchEmbedding | None:
@@ -102,11 +98,13 @@ def recognise(model: nn.Module, image_shape: tuple[int, int, int]) -> PatchEmbed
     name = weight_name.rpartition(".")[0]
     if reason := _why_not(name, weight_name, watch):
         raise UnsupportedLayerError(reason)
-    found = PatchEmbedding(
-        name, weight_name, bias_name, watch.position[0], watch.position[1], watch.embedding.weight[0].numel(),
-        tuple(image_shape), _patch_map(model, tuple(image_shape)),
-    )  # fmt: skip
-    _check_pixels(found)
+    pixels = _pixels(model, tuple(image_shape), name)
+    found = PatchEmbedding(name, weight_name, bias_name, *watch.position, tuple(image_shape), *pixels)
+    if unread := int((found.readings == 0).sum()):
+        raise UnsupportedLayerError(
+            f"{name!r} reads no patch with {unread} of the pixels of {tuple(image_shape)}; give an image_shape that "
+            "its patches cover"
+        )
     return found
 
 
@@ -234,31 +232,24 @@ def _embedding(func, args, kwargs, values: dict[str, Tensor]) -> _Embedding | No
     )  # fmt: skip
 
 
-def _patch_map(model: nn.Module, image_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """Images (1, C, H, W) -> patches (T, n), differentiable by the image."""
+def _pixels(model: nn.Module, image_shape: tuple[int, ...], name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The pixel that every entry of the patches reads, and its shift and scale, by images of numbered pixels."""
 
-    def patches(image: Tensor) -> Tensor:
-        found = _run(model, image_shape, image, only_patches=True).embedding
-        return found.unfold(found.input).double()
+    def patches(values: Tensor) -> Tensor:
+        found = _run(model, image_shape, values.double().reshape(1, *image_shape), only_patches=True).embedding
+        return found.unfold(found.input.detach()).double()
 
-    return patches
-
-
-def _check_pixels(found: PatchEmbedding) -> None:
-    """Refuses patches that are not affine in single pixels, or that leave pixels out."""
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, *found.image_shape, generator=generator, dtype=torch.float64)
-    shift, scale = found.affine()
-    squares, back = found._adjoint(scale), found._adjoint(found.patches(image) - shift)
-    if not torch.allclose(back, squares * image, rtol=1e-4, atol=1e-5 * squares.abs().max().item()):
+    count = math.prod(image_shape)
+    random = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shift = patches(torch.zeros(count))
+    scale = patches(torch.ones(count)) - shift
+    places = (patches(torch.arange(count)) - shift) / torch.where(scale == 0, 1.0, scale)
+    pixels = places.round().long().clamp(0, count - 1)
+    if not torch.allclose(patches(random), shift + scale * random[pixels], rtol=1e-6, atol=1e-6):
         raise UnsupportedLayerError(
-            f"{found.name!r} embeds no patches of the image: what stands before it mixes pixels or is not affine"
+            f"{name!r} embeds no patches of the image: what stands before it mixes pixels or is not affine"
         )
-    if unread := int((squares == 0).sum()):
-        raise UnsupportedLayerError(
-            f"{found.name!r} reads no patch with {unread} of {squares.numel()} pixels of {found.image_shape}; give an "
-            "image_shape that its patches cover"
-        )
+    return pixels, shift, scale
 
 
 def _why_not(name: str, weight_name: str, watch: _Watch) -> str:

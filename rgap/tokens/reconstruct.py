@@ -1,21 +1,22 @@
-"""The image of a vision transformer's gradient, and a verdict that needs no ground truth."""
+"""The image behind a vision transformer's gradient, and a verdict that needs no ground truth."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from statistics import median
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from rgap.client import UpdateGradients, check_loss, gradients_of, loss_value, outputs_fit
+from rgap.client import UpdateGradients, check_loss
 from rgap.noise import entry_noise
 from rgap.results import Candidate, GradientMismatchError, LayerReport, Reconstruction, UnsupportedLayerError
 from rgap.shared_gradient import SharedGradient, receive_gradients
+from rgap.tokens.closure import close_by_gradient
 from rgap.tokens.embedding import PatchEmbedding
+from rgap.tokens.replay import MIN_RELATIVE_RMS, Replay
 from rgap.tokens.solve import (
     PatchSolution,
     patch_system,
@@ -26,25 +27,13 @@ from rgap.tokens.solve import (
 )
 
 MAX_CERTIFIED_ERROR = 2e-3
-"""Predicted error, as a share of the pixel range, from which noise has drowned the image: nothing is certified."""
+"""Predicted error, as a share of the pixel range, up to which an image is certified."""
+
+MAX_CLOSED_PRECISION = 1e-6
+"""Relative error of the gradients up to which a deficit is closed by the layers above."""
 
 NOISE_RESIDUAL_FACTOR = 5.0
 """Times its predicted error by which an image may leave the pixel range."""
-
-MIN_RELATIVE_RMS = 1e-3
-"""Smallest root mean square of a gradient, relative to the median over the parameters, to which a miss is compared.
-
-The gradient of a key's bias is zero but for rounding: softmax does not feel a shift of all its arguments.
-"""
-
-MAX_FLOAT64_PARAMETERS = 20_000_000
-"""Parameters up to which an image's own gradient is computed in float64 whatever the precision of the shared one."""
-
-MAX_LABELS_TRIED = 16
-"""Classes up to which every label is tried where no parameter of the head tells it."""
-
-LABEL_MISFIT_RATIO = 1.01
-"""Misfit of the head's gradient, relative to the smallest, up to which a label is tried."""
 
 
 def reconstruct_tokens(
@@ -64,9 +53,9 @@ def reconstruct_tokens(
     """Computes an image back from the gradient of a transformer with learned position embeddings (ours).
 
     The gradient of the position embedding is that of every token, and with it the gradient of the patch embedding is
-    linear in the patches. What stands above is used for the verdict alone: the image's own gradient must be the shared
-    one. Updates of several local steps of SGD or momentum give the image by the same equations; no single gradient
-    reproduces them, so that they are not certified.
+    linear in the patches. What stands above is used for the verdict, and to close a deficit: the image's own gradient
+    must be the shared one. Updates of several local steps of SGD or momentum give the image by the same equations; no
+    single gradient reproduces them, so that they are not certified.
 
     Args:
         model: The network.
@@ -82,8 +71,8 @@ def reconstruct_tokens(
         device: Where the returned images and labels live, by default the CPU.
 
     Returns:
-        A `Reconstruction`. Where noise keeps the image from being certified, its candidates are the smoothest image
-        and ridge regression, both matched to the noise; the notes name them in their order.
+        A `Reconstruction`. Where noise or a deficit keeps the image from being certified, its candidates are the
+        smoothest image and ridge regression, both matched to the noise; the notes name them in their order.
 
     Raises:
         UnsupportedLayerError: For more than one image, or a head of zeros.
@@ -97,120 +86,34 @@ def reconstruct_tokens(
             "over the images of a batch, of which no way to the single ones is known; 1 is supported"
         )
     received = _receive(model, embedding, gradients, noise_std)
-    started = time.perf_counter()
+    started, certified = time.perf_counter(), MAX_CERTIFIED_ERROR * _width(pixel_range)
     shared = {name: received.gradients[name] for name in _used(embedding)}
     system = patch_system(embedding, shared, entry_noise(shared, noise_std, received.known, has_zeros=False))
     solution = solve_patches(system, received.precision, rcond)
-    _, scale = embedding.affine()
-    report = _report(embedding, solution, scale, time.perf_counter() - started)
-    images = {"least squares": (embedding.image(solution.patches), report.predicted_error)}
-    width = _width(pixel_range)
-    if solution.rank < len(system.delta) or report.predicted_error > MAX_CERTIFIED_ERROR * width:
-        images = {}
-        for name, prior in (("smoothest image", smooth_prior), ("ridge regression", ridge_prior)):
-            patches, std = regularised_patches(system, prior(embedding, pixel_range), solution.excess or 1.0)
-            images[name] = embedding.image(patches), std / scale.square().mean().sqrt().item()
-    client = _Client(model, received, loss)
-    label, about_label = client.find_label(next(iter(images.values()))[0], labels)
-    found = [
-        client.candidate(image, label, error, report, pixel_range, solution.rank < len(system.delta))
-        for image, error in images.values()
-    ]
+    report = _report(embedding, solution, time.perf_counter() - started)
+    replay = Replay(model, received, loss)
+    label, about_label = replay.find_label(embedding.image(solution.patches), labels)
     notes = [*received.notes, *_about(embedding, solution, shared), *about_label]
-    if len(found) > 1:
-        notes.append(f"candidates, in their order: {', '.join(images)}, both matched to the noise of the gradient")
-    verdict, why = _verdict(found, report, width, isinstance(gradients, UpdateGradients))
-    if device is not None:
-        found = [replace(c, images=c.images.to(device), labels=c.labels.to(device)) for c in found]
-    best = found[0]
-    return Reconstruction(best.images, best.labels, verdict, tuple(found), best.layers, (*notes, *why))
-
-
-@dataclass(frozen=True)
-class _Client:
-    """The client as the attack imitates it: the gradients that an image has."""
-
-    model: nn.Module
-    received: SharedGradient
-    loss: str
-
-    @cached_property
-    def parameters(self) -> dict[str, Tensor]:
-        """In float64; in float32 where the network is large and its gradients are no finer."""
-        parameters = dict(self.model.named_parameters())
-        large = sum(p.numel() for p in parameters.values()) > MAX_FLOAT64_PARAMETERS
-        coarse = self.received.precision >= torch.finfo(torch.float32).eps
-        dtype = torch.float32 if large and coarse else torch.float64
-        return {name: p.detach().to("cpu", dtype) for name, p in parameters.items()}
-
-    def residual(self, image: Tensor, label: Tensor) -> float:
-        """Largest over the tensors of ‖g′ − g‖ / ‖g‖."""
-        shared = {n: g for n, g in self.received.gradients.items() if n not in self.received.underflowed}
-        sizes = {name: (g.norm().item(), g.numel() ** 0.5) for name, g in shared.items()}
-        least = MIN_RELATIVE_RMS * median(norm / root for norm, root in sizes.values() if norm > 0)
-        mine = gradients_of(self.model, self.parameters, image, label, self.loss)
-        return max(
-            (mine[name] - g).norm().item() / max(sizes[name][0], least * sizes[name][1]) for name, g in shared.items()
-        )
-
-    def outputs(self, image: Tensor) -> Tensor:
-        """(1, C), or a refusal where the loss does not take them."""
-        some = next(self.model.parameters())
-        with torch.no_grad():
-            outputs = self.model(image.to(some)).double().cpu()
-        if outputs.ndim != 2 or not outputs_fit(self.loss, outputs.shape[1]):
-            raise UnsupportedLayerError(
-                f"the network gives {tuple(outputs.shape)}, which the {self.loss} loss does not take"
-            )
-        return outputs
-
-    def find_label(self, image: Tensor, known: Tensor | Sequence[int] | None) -> tuple[Tensor, list[str]]:
-        """The label whose ∂ℓ/∂z is that of the head's bias, or points along the head's rank-one gradient."""
-        z = self.outputs(image)
-        classes = max(z.shape[1], 2)
-        if known is not None:
-            values = torch.as_tensor(known)
-            if values.shape != (1,) or values.is_floating_point() or not 0 <= values.item() < classes:
-                raise ValueError(f"labels are {values.tolist()}; a single image takes [0] to [{classes - 1}]")
-            return values.long(), []
-        every = torch.arange(classes)
-        logits = z.expand(classes, -1).clone().requires_grad_()
-        with torch.enable_grad():
-            dz = torch.autograd.grad(classes * loss_value(self.loss, logits, every), logits)[0]
-        misfits = self._misfits(dz)
-        if misfits is None and classes > MAX_LABELS_TRIED:
-            raise ValueError(f"no parameter of the head tells the label of {classes} classes; give labels=")
-        likely = every if misfits is None else every[misfits <= LABEL_MISFIT_RATIO * misfits.min() + 1e-9]
-        if len(likely) == 1:
-            return likely, [f"label {likely.item()} by the head's gradient, missed by {misfits.min():.2g}"]
-        residuals = [self.residual(image, label[None]) for label in likely[:MAX_LABELS_TRIED]]
-        best = min(range(len(residuals)), key=residuals.__getitem__)
-        return likely[best][None], [f"label {likely[best].item()} by the gradient, the best of {len(residuals)} tried"]
-
-    def _misfits(self, dz: Tensor) -> Tensor | None:
-        """How far each label's ∂ℓ/∂z, a row of `dz`, is from the gradient of the head; None where none is found."""
-        for G in reversed(list(self.received.gradients.values())):
-            if G.shape[:1] != dz.shape[1:] or not G.any():
-                continue
-            if G.ndim == 1:
-                return (dz - G).norm(dim=1) / G.norm()
-            if G.ndim == 2:
-                u = torch.linalg.svd(G, full_matrices=False)[0][:, 0]
-                return 1 - (dz @ u).abs() / dz.norm(dim=1).clamp(min=1e-300)
-        return None
-
-    def candidate(
-        self, image: Tensor, label: Tensor, error: float, report: LayerReport, pixel_range, deficient: bool
-    ) -> Candidate:
-        """Weighs an image by the gradient that it has."""
-        width = _width(pixel_range)
-        slack = max(width * min(self.received.tolerance, MAX_CERTIFIED_ERROR), NOISE_RESIDUAL_FACTOR * error)
-        beyond = max((pixel_range[0] - image).max().item(), (image - pixel_range[1]).max().item())
-        report = replace(report, predicted_error=error)
-        return Candidate(
-            image, label, self.residual(image, label), beyond <= slack, {report.name: image}, (report,),
-            (report.name,) if deficient else (), {}, self.received.tolerance, error,
-        )  # fmt: skip
+    patches = {"": (solution.patches, report.predicted_error)}
+    if report.deficit and virtual_constraints and received.precision <= MAX_CLOSED_PRECISION:
+        report, closed = _close(embedding, replay, label, solution, report, pixel_range)
+        if report.virtual_constraints:
+            patches = {"": (closed, report.predicted_error)}
+            notes.append(f"the gradients of the layers above close the deficit in {report.iterations} steps")
+    if report.predicted_error > certified or (report.deficit and not report.virtual_constraints):
+        priors = {"the smoothest image": smooth_prior, "ridge regression": ridge_prior}
+        found = {
+            n: regularised_patches(system, p(embedding, pixel_range), solution.excess or 1.0) for n, p in priors.items()
+        }
+        patches = {name: (P, std / embedding.scale.square().mean().sqrt().item()) for name, (P, std) in found.items()}
+        notes.append(f"candidates, in their order: {' and '.join(patches)}, matched to the noise of the gradient")
+    candidates = tuple(
+        _candidate(replay, embedding.image(P), label, replace(report, predicted_error=error), pixel_range, device)
+        for P, error in patches.values()
+    )
+    verdict, why = _verdict(candidates, report, certified, isinstance(gradients, UpdateGradients))
+    best = candidates[0]
+    return Reconstruction(best.images, best.labels, verdict, candidates, best.layers, (*notes, *why))
 
 
 def _used(embedding: PatchEmbedding) -> list[str]:
@@ -225,7 +128,16 @@ def _receive(model: nn.Module, embedding: PatchEmbedding, gradients, noise_std: 
     """
     parameters = dict(model.named_parameters())
     received = receive_gradients(parameters, gradients, noise_std=noise_std)
-    _check_reached(model, embedding, received)
+    if not all(received.gradients[name].any() for name in (embedding.weight_name, embedding.position_name)):
+        reached = [name for name, g in received.gradients.items() if g.any()]
+        if zero := [name for name in reached if parameters[name].ndim == 2 and not parameters[name].any()]:
+            raise UnsupportedLayerError(
+                f"the head's weight {zero[-1]!r} is zero: no gradient reaches the image; draw it, or take trained ones"
+            )
+        raise GradientMismatchError(
+            f"the gradient of {embedding.weight_name!r} or {embedding.position_name!r} is zero, and that of "
+            f"{reached[-1]!r} is not; nothing can be recovered"
+        )
     used = {name: received.gradients[name] for name in _used(embedding)}
     if received.known:
         used = UpdateGradients(used, {name: received.known[name] for name in used})
@@ -233,25 +145,9 @@ def _receive(model: nn.Module, embedding: PatchEmbedding, gradients, noise_std: 
     return replace(received, precision=first.precision)
 
 
-def _check_reached(model: nn.Module, embedding: PatchEmbedding, received: SharedGradient) -> None:
-    """Refuses gradients of which nothing reaches the patches, by name."""
-    if all(received.gradients[name].any() for name in (embedding.weight_name, embedding.position_name)):
-        return
-    reached = [name for name, g in received.gradients.items() if g.any()]
-    parameters = dict(model.named_parameters())
-    if zero := [name for name in reached if parameters[name].ndim == 2 and not parameters[name].any()]:
-        raise UnsupportedLayerError(
-            f"the head's weight {zero[-1]!r} is zero: no gradient reaches the image. Draw it, or take trained weights"
-        )
-    raise GradientMismatchError(
-        f"the gradients of {embedding.weight_name!r} and {embedding.position_name!r} must not be zero; others are "
-        f"not: {', '.join(reached[:3])}"
-    )
-
-
-def _report(embedding: PatchEmbedding, solution: PatchSolution, scale: Tensor, seconds: float) -> LayerReport:
+def _report(embedding: PatchEmbedding, solution: PatchSolution, seconds: float) -> LayerReport:
     tokens, n = solution.patches.shape
-    error = (solution.std / torch.where(scale == 0, torch.inf, scale)).square().mean().sqrt().item()
+    error = solution.std / torch.where(embedding.scale == 0, torch.inf, embedding.scale)
     return LayerReport(
         embedding.name,
         unknowns=tokens * n,
@@ -262,7 +158,7 @@ def _report(embedding: PatchEmbedding, solution: PatchSolution, scale: Tensor, s
         sigma_above_cut=solution.above,
         sigma_below_cut=solution.below,
         residual=solution.residual,
-        predicted_error=error,
+        predicted_error=error.square().mean().sqrt().item(),
         seconds=seconds,
     )
 
@@ -270,10 +166,10 @@ def _report(embedding: PatchEmbedding, solution: PatchSolution, scale: Tensor, s
 def _about(embedding: PatchEmbedding, solution: PatchSolution, shared: Mapping[str, Tensor]) -> list[str]:
     """What the equations of the patches show before the network is asked."""
     tokens, width = embedding.position_entries.shape
-    surplus = max(0, width - 1 - solution.rank)
     notes = [
-        f"{tokens} patches, width {width}: their gradients have rank {solution.rank}; {surplus} surplus equations for "
-        f"each entry of a patch, all equations missed by {solution.residual:.2g}"
+        f"{tokens} patches, width {width}: the tokens' gradients have rank {solution.rank}; with "
+        f"{max(0, width - 1 - solution.rank)} surplus equations for each entry of a patch all are missed by "
+        f"{solution.residual:.2g}"
     ]
     if embedding.bias_name:
         total = shared[embedding.position_name].flatten()[embedding.position_entries].sum(0)
@@ -282,27 +178,68 @@ def _about(embedding: PatchEmbedding, solution: PatchSolution, shared: Mapping[s
     return notes
 
 
-def _verdict(found: list[Candidate], report: LayerReport, width: float, update: bool) -> tuple[str, list[str]]:
+def _close(
+    embedding: PatchEmbedding, replay: Replay, label: Tensor, solution: PatchSolution, report: LayerReport, pixel_range
+) -> tuple[LayerReport, Tensor]:
+    """The report and patches with the deficit closed by the layers above, or the report as it was."""
+    more = {n: g for n, g in replay.shared.items() if g.norm() >= (1 - MIN_RELATIVE_RMS) * replay.sizes[n]}
+
+    def gradients(P: Tensor) -> dict[str, Tensor]:
+        return replay.gradients(embedding.image(P), label)
+
+    closed = close_by_gradient(gradients, more, solution.patches, solution.null)
+    if closed is None:
+        return report, solution.patches
+    error = math.hypot(closed.error / embedding.scale.square().mean().sqrt().item(), report.predicted_error)
+    if error > MAX_CERTIFIED_ERROR * _width(pixel_range) or not _inside(
+        embedding.image(closed.patches), error, pixel_range
+    ):
+        return report, solution.patches
+    report = replace(report, virtual_constraints=closed.equations, iterations=closed.steps, predicted_error=error)
+    return report, closed.patches
+
+
+def _inside(image: Tensor, error: float, pixel_range: tuple[float, float]) -> bool:
+    """Whether an image lies in the pixel range, up to its predicted error."""
+    slack = MAX_CERTIFIED_ERROR * _width(pixel_range) + NOISE_RESIDUAL_FACTOR * error
+    return bool((image >= pixel_range[0] - slack).all() and (image <= pixel_range[1] + slack).all())
+
+
+def _candidate(replay: Replay, image: Tensor, label: Tensor, report: LayerReport, pixel_range, device) -> Candidate:
+    """Weighs an image by the gradient that it has."""
+    inside = _inside(image, report.predicted_error, pixel_range)
+    residual = replay.residual(image, label)
+    open_layers = (report.name,) if report.deficit and not report.virtual_constraints else ()
+    image, label = image.to(device or "cpu"), label.to(device or "cpu")
+    return Candidate(
+        image, label, residual, inside, {report.name: image}, (report,), open_layers,
+        residual_allowed=replay.received.tolerance, predicted_error=report.predicted_error,
+    )  # fmt: skip
+
+
+def _verdict(
+    candidates: tuple[Candidate, ...], report: LayerReport, certified: float, update: bool
+) -> tuple[str, list[str]]:
     """The first verdict that holds, and why."""
-    best = found[0]
-    if report.deficit:
+    best = candidates[0]
+    if best.open_layers:
         why = f"the patches of {report.name!r} lack {report.deficit} of {report.unknowns} equations"
-        return "rank-deficient", [f"{why}: the width does not exceed their number"]
-    if len(found) > 1:
+        return "rank-deficient", [f"{why}: rank {report.rank} of the tokens' gradients, times the entries of a patch"]
+    if best.predicted_error > certified or len(candidates) > 1:
         why = f"the gradient's noise drowns the image: its predicted error is {best.predicted_error:.2g}"
         return "inconsistent", [why]
-    if not best.consistent:
-        why = f"the image's own gradient misses the shared one by {best.gradient_residual:.2g}"
-        why = f"{why}; {best.residual_allowed:.2g} is allowed at this precision"
-        if update:
-            why = (
-                f"{why}. An update of several steps is no single gradient: the image solves its equations, and nothing "
-                "certifies it but their residual and the sum of the tokens' gradients"
-            )
-        return "inconsistent", [why]
-    return "exact", []
+    if best.consistent:
+        return "exact", []
+    why = f"the image's own gradient misses the shared one by {best.gradient_residual:.2g}"
+    why = f"{why}; {best.residual_allowed:.2g} is allowed at this precision"
+    if update:
+        why = (
+            f"{why}. An update of several steps is no single gradient: the image solves its equations, and nothing "
+            "certifies it but their residual and the sum of the tokens' gradients"
+        )
+    return "inconsistent", [why]
 
 
 def _width(pixel_range: tuple[float, float]) -> float:
     width = pixel_range[1] - pixel_range[0]
-    return width if width < float("inf") else 1.0
+    return width if math.isfinite(width) else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -149,29 +150,37 @@ class PatchPrior:
 
 def ridge_prior(embedding: PatchEmbedding, pixel_range: tuple[float, float]) -> PatchPrior:
     """Pixels that are independent of each other: ridge regression."""
-    shift, scale = embedding.affine()
-    low, high = pixel_range if all(map(_is_finite, pixel_range)) else (0.0, 1.0)
-    (T, n), eye = shift.shape, torch.eye
-    channel = embedding.entry_coordinates()[0][0].round().long()
-    channels = torch.nn.functional.one_hot(channel).to(shift.dtype)
+    low, high = pixel_range if math.isfinite(pixel_range[1] - pixel_range[0]) else (0.0, 1.0)
+    (T, n), dtype = embedding.scale.shape, embedding.scale.dtype
+    mean = embedding.shift + embedding.scale * (low + high) / 2
+    std = PIXEL_STD_SHARE * (high - low) * embedding.scale.abs()
+    channels = torch.nn.functional.one_hot(_coordinates(embedding)[0][_whole(embedding)].long()).to(dtype)
     channels = channels / channels.norm(dim=0).clamp(min=1.0)
-    mean, std = shift + scale * (low + high) / 2, PIXEL_STD_SHARE * (high - low) * scale.abs()
-    return PatchPrior(mean, std, eye(T, dtype=shift.dtype), eye(n, dtype=shift.dtype), channels)
+    return PatchPrior(mean, std, torch.eye(T, dtype=dtype), torch.eye(n, dtype=dtype), channels)
 
 
 def smooth_prior(embedding: PatchEmbedding, pixel_range: tuple[float, float]) -> PatchPrior:
     """Pixels whose correlation falls exponentially with their distance, within a patch and from patch to patch."""
     prior = ridge_prior(embedding, pixel_range)
-    _, y, x = embedding.entry_coordinates()
-    places = torch.stack([y, x], -1)  # (T, n, 2)
+    places = torch.stack(_coordinates(embedding)[1:], -1)  # (T, n, 2)
     length = CORRELATION_LENGTH_SHARE * max(embedding.image_shape[1:])
-    tokens, entries = (torch.exp(-torch.cdist(points, points) / length) for points in (places.mean(1), places[0]))
+    tokens, entries = (
+        torch.exp(-torch.cdist(points, points) / length) for points in (places.mean(1), places[_whole(embedding)])
+    )
     same = prior.channels @ prior.channels.T > 0
     return replace(prior, tokens=tokens, entries=entries * torch.where(same, 1.0, CHANNEL_CORRELATION))
 
 
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")
+def _coordinates(embedding: PatchEmbedding) -> tuple[Tensor, ...]:
+    """Channel, row and column of the pixel that every entry reads, (T, n) each; those of padding are 0."""
+    _, height, width = embedding.image_shape
+    pixels = embedding.pixels
+    return tuple(axis.double() for axis in (pixels // (height * width), pixels // width % height, pixels % width))
+
+
+def _whole(embedding: PatchEmbedding) -> int:
+    """A patch that reads as little padding as any."""
+    return int((embedding.scale != 0).sum(1).argmax())
 
 
 def regularised_patches(system: PatchSystem, prior: PatchPrior, excess: float = 1.0) -> tuple[Tensor, float]:

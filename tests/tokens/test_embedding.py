@@ -39,12 +39,12 @@ def test_patches_give_the_image_back(layout):
     assert torch.allclose(found.image(found.patches(image)), image, atol=1e-6)
 
 
-def test_entries_know_their_pixels():
-    channel, y, x = (axis.round().long() for axis in recognise(small("affine"), SHAPE).entry_coordinates())
-    image = torch.rand(1, *SHAPE, dtype=torch.float64)
+def test_normalisation_belongs_to_the_patches():
     model = small("affine")
-    expected = ((image - model.mean) / model.std)[0]
-    assert torch.allclose(recognise(model, SHAPE).patches(image), expected[channel, y, x], atol=1e-6)
+    found, image = recognise(model, SHAPE), torch.rand(1, *SHAPE, dtype=torch.float64)
+    cut = torch.nn.functional.unfold((image - model.mean) / model.std, 4, stride=4)[0].T
+    assert torch.allclose(found.patches(image), cut, atol=1e-6)
+    assert torch.allclose(found.scale[0, :16], 1 / model.std[0].double().flatten())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,114 @@
+"""The client replayed: the label that the head's gradient tells, and the gradient that a recovered image has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from rgap.client import gradients_of, loss_value, outputs_fit
+from rgap.results import UnsupportedLayerError
+from rgap.shared_gradient import SharedGradient
+
+MIN_RELATIVE_RMS = 1e-3
+"""Smallest root mean square of a gradient, relative to the median over the parameters, to which a miss is compared.
+
+The gradient of a key's bias is zero but for rounding: a shift of all its arguments leaves a softmax as it is.
+"""
+
+MAX_FLOAT64_PARAMETERS = 20_000_000
+"""Parameters up to which an image's own gradient is computed in float64 whatever the precision of the shared one."""
+
+MAX_LABELS_TRIED = 16
+"""Most labels whose gradients are compared where the head's alone does not tell the label."""
+
+LABEL_MISFIT_RATIO = 1.01
+"""Misfit of the head's gradient, relative to the smallest, up to which a label is tried."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The network with a loss, beside the gradients that were shared."""
+
+    model: nn.Module
+    received: SharedGradient
+    loss: str
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """In float64; in float32 where the network is large and the shared gradients are no finer."""
+        parameters = dict(self.model.named_parameters())
+        large = sum(p.numel() for p in parameters.values()) > MAX_FLOAT64_PARAMETERS
+        coarse = self.received.precision >= torch.finfo(torch.float32).eps
+        return {
+            n: p.detach().to("cpu", torch.float32 if large and coarse else torch.float64) for n, p in parameters.items()
+        }
+
+    @cached_property
+    def shared(self) -> dict[str, Tensor]:
+        """The shared gradients that did not underflow."""
+        return {n: g for n, g in self.received.gradients.items() if n not in self.received.underflowed}
+
+    @cached_property
+    def sizes(self) -> dict[str, float]:
+        """Norm of each shared gradient, those that are nothing but rounding at that of the smallest that is more."""
+        rms = {n: g.norm().item() / g.numel() ** 0.5 for n, g in self.shared.items()}
+        least = MIN_RELATIVE_RMS * median(size for size in rms.values() if size > 0)
+        return {n: max(rms[n], least) * g.numel() ** 0.5 for n, g in self.shared.items()}
+
+    def gradients(self, image: Tensor, label: Tensor) -> dict[str, Tensor]:
+        """The gradient that an image has."""
+        return gradients_of(self.model, self.parameters, image, label, self.loss)
+
+    def residual(self, image: Tensor, label: Tensor) -> float:
+        """Largest over the tensors of ‖g′ − g‖ / ‖g‖."""
+        mine = self.gradients(image, label)
+        return max((mine[n] - g).norm().item() / self.sizes[n] for n, g in self.shared.items())
+
+    def find_label(self, image: Tensor, known: Tensor | Sequence[int] | None) -> tuple[Tensor, list[str]]:
+        """The label (1,), and on what it was decided.
+
+        Args:
+            image: The recovered image, (1, C, H, W); its outputs and a label give ∂ℓ/∂z.
+            known: The label where it was given.
+
+        Raises:
+            UnsupportedLayerError: If the loss does not take the network's outputs.
+            ValueError: If a label that was given is out of range, or many classes have a head that tells nothing.
+        """
+        with torch.no_grad():
+            z = self.model(image.to(next(self.model.parameters()))).double().cpu()
+        if z.ndim != 2 or not outputs_fit(self.loss, z.shape[1]):
+            raise UnsupportedLayerError(f"the network gives {tuple(z.shape)}; the {self.loss} loss does not take that")
+        classes = max(z.shape[1], 2)
+        if known is not None:
+            values = torch.as_tensor(known)
+            if values.shape != (1,) or values.is_floating_point() or not 0 <= values.item() < classes:
+                raise ValueError(f"labels are {values.tolist()}; a single image takes [0] to [{classes - 1}]")
+            return values.long(), []
+        every = torch.arange(classes)
+        logits = z.expand(classes, -1).clone().requires_grad_()
+        with torch.enable_grad():
+            dz = torch.autograd.grad(classes * loss_value(self.loss, logits, every), logits)[0]
+        misfits = self._head_misfits(dz)
+        likely = every[misfits <= LABEL_MISFIT_RATIO * misfits.min() + 1e-9]
+        if len(likely) == 1:
+            return likely, [f"label {likely.item()} by the head's gradient, missed by {misfits.min():.2g}"]
+        if len(likely) > MAX_LABELS_TRIED:
+            raise ValueError(f"the head's gradient leaves {len(likely)} labels open; give labels=")
+        best = min(likely, key=lambda label: self.residual(image, label[None]))
+        return best[None], [f"label {best.item()} by the whole gradient, the best of {len(likely)} that were tried"]
+
+    def _head_misfits(self, dz: Tensor) -> Tensor:
+        """How far each label's ∂ℓ/∂z, a row of `dz`, is from the head's gradient, the bias's or a rank-one weight's."""
+        for G in reversed(list(self.received.gradients.values())):
+            if G.shape[:1] == dz.shape[1:] and G.ndim == 1 and G.any():
+                return (dz - G).norm(dim=1) / G.norm()
+            if G.shape[:1] == dz.shape[1:] and G.ndim == 2 and G.any():
+                u = torch.linalg.svd(G, full_matrices=False)[0][:, 0]
+                return 1 - (dz @ u).abs() / dz.norm(dim=1).clamp(min=1e-300)
+        return torch.zeros(len(dz), dtype=dz.dtype)
