@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,16 +18,10 @@ from rgap.linalg import rms
 from rgap.network.layer import Chain, Layer
 from rgap.results import LayerReport
 from rgap.shared_gradient import SharedGradient
-from rgap.virtual.closure import VirtualSolution, solve_virtual
-from rgap.virtual.inference import DeficientLayer
-from rgap.virtual.linearisation import flattened
-from rgap.virtual.previous import previous_factors, smooth_image_rows
+from rgap.virtual.closure import ERROR_AMPLIFICATION, VirtualSolution, close_by_previous
 
 REFUTED = 0.3
 """Mismatch of a layer's identities (0 for the right label, about 0.9 for the wrong one) that ends a hypothesis."""
-
-AMPLIFIED = 5.0
-"""Error of a pre-activation in units of the gradient's: what the layers above and σ⁻¹ make of it, roughly."""
 
 ROUNDING = 1e-13
 """Least relative error of a recovered input: that of the float64 arithmetic here, over a chain of layers."""
@@ -118,7 +111,7 @@ def descend(
             report = replace(report, saturated=int((~known).sum()))
         if report.deficit:
             before = chain.layers[i - 1] if i and virtual_constraints else None
-            closed = None if before is None else _by_previous(before, received, solution, z, dx)
+            closed = None if before is None else close_by_previous(before, received, solution, z, dx)
             if closed is not None:
                 beliefs[layer.name] = torch.from_numpy(closed.beliefs)
                 x, report, probe = _closed(solution, closed, report, probe)
@@ -136,7 +129,7 @@ def _slopes(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, probe: NoiseProbe) -
 def _accuracy(report: LayerReport, received: SharedGradient) -> float:
     """Error of a layer's recovered input relative to its size, roughly: what rounding makes of its condition number."""
     condition = report.condition if report.condition and math.isfinite(report.condition) else 1.0
-    return min(AMPLIFIED * condition * max(received.precision, ROUNDING), 1e-3)
+    return min(ERROR_AMPLIFICATION * condition * max(received.precision, ROUNDING), 1e-3)
 
 
 def _identities(
@@ -165,30 +158,3 @@ def _closed(
     report = replace(report, virtual_constraints=closed.equations, iterations=closed.iterations,
                      condition=closed.condition, residual=closed.residual)  # fmt: skip
     return x, report, probe
-
-
-def _by_previous(
-    before: Layer, received: SharedGradient, solution: LayerSolution, z: Tensor, dx: Tensor
-) -> VirtualSolution | None:
-    """Closes a deficient layer's null space by the layer before; None where that has no factors or forgets z."""
-    if solution.null_basis is None:
-        return None
-    factors = previous_factors(before) if before.activation.one_to_one else None
-    if factors is None:
-        return None
-    noise = AMPLIFIED * max(received.precision, 1e-13)
-    problem = DeficientLayer(
-        x=solution.x.flatten().numpy(),
-        N=torch.cat([solution.null_basis, solution.weak_basis], 1).numpy(),
-        known=(noise * z.square().mean().sqrt() * solution.weak_gain).numpy(),
-        activation=flattened(before.activation, before.output_shape),
-        previous=factors,
-        G=before.gradient(received.gradients).numpy(),
-        dx=dx.reshape(before.output_shape).numpy(),
-        noise=noise,
-    )
-    reads_image = before.input_shape[0] in (1, 3)
-    try:
-        return solve_virtual(problem, (lambda: smooth_image_rows(factors)) if reads_image else None)
-    except np.linalg.LinAlgError:  # of a wrong hypothesis, whose pre-activations are beyond all bounds
-        return None

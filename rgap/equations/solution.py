@@ -39,6 +39,7 @@ class SolverLimits:
         weights_first_ratio: W goes first where it leaves less than this share of what the gradients leave open: it is
             the quicker way, and passes on more error; batches only.
         max_null_entries: Entries of the largest null basis of a fixed layer that is made (20 million: 160 MB).
+        max_pinv_side: Rows and columns of W up to which its dense pseudo-inverse is made (8000: 0.5 GB).
     """
 
     dense_unknowns: int = 1600
@@ -53,6 +54,7 @@ class SolverLimits:
     weak_ratio: float = 0.03
     weights_first_ratio: float = 1 / 3
     max_null_entries: int = 20_000_000
+    max_pinv_side: int = 8000
 
 
 DEFAULT_LIMITS = SolverLimits()

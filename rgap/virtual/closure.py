@@ -4,11 +4,11 @@ A deficient layer leaves x = x_mn + N t open. The layer before demands that σ�
 its own gradient is K(δz′) x′ with δz′ = σ′(z′) ∘ δx. For LeakyReLU both are linear in t once the signs of x are known,
 and exact once they are right. The paper counts such equations; here they are solved (ours).
 
-The signs are not guessed but believed: every entry of x has a Gaussian belief N(m, v), σ⁻¹ and σ′ are replaced by their
-best linear fits under it (`rgap.virtual.linearisation`), what the fits leave over is noise of known covariance, and
-one step of generalised least squares gives the next belief. It is widened by the step's own χ², so that it never grows
-surer than the equations allow. As v falls the step becomes the linear system on one piece of σ, which is solved last,
-alone, and certified.
+The signs are not guessed one by one. Every entry of x has a Gaussian belief N(m, v), under which σ⁻¹ and σ′ are
+replaced by their best linear fits (`linearisation`); what the fits leave over is noise of known covariance, and one
+step of generalised least squares gives the next belief, widened by the step's own χ² so that it is never surer than the
+equations allow. As v falls the step becomes the linear system on one piece of σ, which is solved last, alone, and
+certified.
 """
 
 from __future__ import annotations
@@ -17,28 +17,38 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from rgap.equations import LayerSolution
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
+from rgap.network.layer import Layer
+from rgap.shared_gradient import SharedGradient
 from rgap.virtual.inference import DeficientLayer, assemble, independent_gradients, update
-from rgap.virtual.linearisation import fit, slope
+from rgap.virtual.linearisation import fit, flattened, slope
+from rgap.virtual.previous import previous_factors
+from rgap.virtual.smooth_prior import smooth_image_rows
 
-RESIDUAL = 20.0
+ERROR_AMPLIFICATION = 5.0
+"""Error of a pre-activation in units of the gradient's: what the layers above and σ⁻¹ make of it, roughly."""
+
+MAX_CERTIFIED_RESIDUAL = 20.0
 """Largest certified residual, in units of the data's noise; a wrong sign gives thousands."""
 
-CONDITION = 1e5
+MAX_CERTIFIED_CONDITION = 1e5
 """Largest certified condition number of the final system."""
 
-STEPS = 40
-"""Most steps of one attempt."""
+MAX_STEPS = 40
+"""Steps of one attempt."""
 
-WIDER = 30.0
-"""First belief on weak directions, in units of what the layer itself knows of them."""
+PRIOR_WIDENING = 30.0
+"""Standard deviation of the first belief on weak directions, in units of that with which the layer determines them."""
 
-POLISH = 2
-"""Most solves on one piece of σ after it; each corrects the signs of entries that are almost zero."""
+MAX_PIECES = 2
+"""Systems on one piece of σ that are solved last; each corrects the signs of entries that are almost zero."""
 
-TURNS = 4
+MAX_SIGN_TRIALS = 4
 """Entries next to zero whose sign is turned where no other solution fits."""
 
 
@@ -53,7 +63,7 @@ class VirtualSolution:
         iterations: Steps over all attempts.
         residual: Root-mean-square residual of the final system relative to the size of z′.
         condition: Condition number of the final system, columns scaled.
-        beliefs: The mean of the belief on x after each step, (iterations, n), for those who want to watch.
+        beliefs: The mean of the belief on x after each step, (iterations, n).
         draw: One draw of the error that x has by what the final system misses, (n,); 0 where it is not certified.
     """
 
@@ -69,14 +79,50 @@ class VirtualSolution:
 
 @dataclass(frozen=True)
 class _Piece:
-    """The solution on one piece of σ, a draw of its error, whether it lies there, and whether all equations hold."""
+    """The solution on one piece of σ, a draw of its error, and whether it lies on that piece and all equations hold."""
 
     x: NDArray
     draw: NDArray
     residual: float
     condition: float
-    kept: bool
     fits: bool
+
+
+def close_by_previous(
+    before: Layer, received: SharedGradient, solution: LayerSolution, z: Tensor, dx: Tensor
+) -> VirtualSolution | None:
+    """Closes the null space that a deficient layer leaves of one image, by the layer before it.
+
+    Args:
+        before: The layer before, and the activation that follows it.
+        received: The gradients and their precision.
+        solution: The deficient layer's own solution, of one image.
+        z: Its pre-activations.
+        dx: Gradient of the loss by its input, in any shape.
+
+    Returns:
+        A `VirtualSolution`; None where there is no null basis, or the layer before has an activation without inverse,
+        groups, no weight, is too large or itself short of full rank.
+    """
+    factors = previous_factors(before) if solution.null_basis is not None and before.activation.one_to_one else None
+    if factors is None:
+        return None
+    noise = ERROR_AMPLIFICATION * max(received.precision, 1e-13)
+    problem = DeficientLayer(
+        x=solution.x.flatten().numpy(),
+        N=torch.cat([solution.null_basis, solution.weak_basis], 1).numpy(),
+        known=(noise * z.square().mean().sqrt() * solution.weak_gain).numpy(),
+        activation=flattened(before.activation, before.output_shape),
+        previous=factors,
+        G=before.gradient(received.gradients).numpy(),
+        dx=dx.reshape(before.output_shape).numpy(),
+        noise=noise,
+    )
+    reads_image = before.input_shape[0] in (1, 3)
+    try:
+        return solve_virtual(problem, (lambda: smooth_image_rows(factors)) if reads_image else None)
+    except np.linalg.LinAlgError:  # of a wrong hypothesis, whose pre-activations are beyond all bounds
+        return None
 
 
 def solve_virtual(
@@ -90,6 +136,9 @@ def solve_virtual(
 
     Returns:
         A `VirtualSolution`.
+
+    Raises:
+        LinAlgError: If a belief is so far off that the equations overflow.
     """
     beliefs: list = []
     for channels, rows in _plan(problem, prior):
@@ -122,23 +171,20 @@ def _channels(problem: DeficientLayer, most: int = 4000) -> NDArray:
 
 
 def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, beliefs: list):
-    """Steps until the belief is as sharp as the noise, or stalls; the prior leads the first ones."""
+    """Steps until the belief is as sharp as the noise, or stalls; the prior takes part in the first ones."""
     previous, N = problem.previous, problem.N
-    rms, noise = (
-        np.sqrt(np.mean(problem.x**2)),
-        max(problem.noise, 1e-7),
-    )  # a sharper floor collapses the belief too soon
+    rms, noise = np.sqrt(np.mean(problem.x**2)), max(problem.noise, 1e-7)  # a lower one collapses the belief too soon
     t, y = np.zeros(N.shape[1]), np.zeros(previous.null.shape[1])
     open_ = t.size - problem.known.size
-    at_first = np.concatenate([np.full(open_, rms), np.minimum(WIDER * problem.known, rms)])
+    at_first = np.concatenate([np.full(open_, rms), np.minimum(PRIOR_WIDENING * problem.known, rms)])
     v = (N * at_first) ** 2 @ np.ones(t.size)
     scales = np.concatenate([np.full(t.size, rms), np.full(y.size, 3 * rms)])
     first = fit(problem.activation, problem.x, v)
-    image = (
-        previous.lift(first.alpha + first.beta * problem.x, y) if prior is None else np.full(len(previous.pinv), 0.5)
-    )
+    image = np.full(len(previous.pinv), 0.5)
+    if prior is None:
+        image = previous.lift(first.alpha + first.beta * problem.x, y)
     spread, best, waited = rms, np.inf, 0
-    for step in range(STEPS):
+    for step in range(MAX_STEPS):
         if prior is not None and not hopeless and (step >= 10 or (step >= 4 and spread < 0.02 * rms)):
             prior = None
         m = problem.x + N @ t
@@ -160,36 +206,36 @@ def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, 
 
 
 def _certify(problem: DeficientLayer, t: NDArray, image: NDArray, channels: NDArray, beliefs: list) -> VirtualSolution:
-    """Solves on the final piece of σ alone, without prior, until the piece stays the same, and weighs the outcome.
+    """Solves on the final piece of σ alone, without prior, until the piece stays the same, and tests the outcome.
 
     Where that piece does not fit, the few entries closest to zero are tried with the other sign, one at a time.
     """
     belief = problem.x + problem.N @ t
-    piece = _settle(problem, belief, image, channels)
+    piece = _solve_pieces(problem, belief, image, channels)
     if not piece.fits and problem.activation.homogeneous:
-        for entry in np.argsort(np.abs(belief))[:TURNS]:
+        for entry in np.argsort(np.abs(belief))[:MAX_SIGN_TRIALS]:
             turned = belief.copy()
             turned[entry] = -turned[entry]
-            other = _settle(problem, turned, image, channels)
+            other = _solve_pieces(problem, turned, image, channels)
             if other.fits:
                 piece = other
                 break
     equations = problem.previous.left.shape[1] + independent_gradients(problem, piece.x, channels)
     surplus = equations + problem.known.size - problem.unknowns
-    certified = piece.fits and surplus >= CERTIFICATE_SURPLUS and piece.condition <= CONDITION
+    certified = piece.fits and surplus >= CERTIFICATE_SURPLUS and piece.condition <= MAX_CERTIFIED_CONDITION
     best, draw = (piece.x, piece.draw) if certified else (belief, np.zeros_like(belief))
     numbers = equations, len(beliefs), piece.residual, piece.condition
     return VirtualSolution(best, certified, *numbers, np.array(beliefs), draw)
 
 
-def _settle(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
+def _solve_pieces(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
     """Solves on the piece of σ that m lies on, moves to the one where the solution lies, and so on."""
-    for _ in range(POLISH):
+    for _ in range(MAX_PIECES):
         theta, error, residual, condition = _solve_piece(problem, m, image, channels)
         x, draw = problem.x + problem.N @ theta[: problem.N.shape[1]], problem.N @ error[: problem.N.shape[1]]
         kept = np.array_equal(slope(problem.activation, x), slope(problem.activation, m))
         kept = kept or not problem.activation.homogeneous
-        piece = _Piece(x, draw, residual, condition, kept, kept and residual <= RESIDUAL * problem.noise)
+        piece = _Piece(x, draw, residual, condition, kept and residual <= MAX_CERTIFIED_RESIDUAL * problem.noise)
         if kept:
             break
         m = x

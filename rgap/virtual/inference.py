@@ -16,8 +16,8 @@ from rgap.network.activations import Activation
 from rgap.virtual.linearisation import Fit, slope
 from rgap.virtual.previous import PreviousLayer
 
-UNSEEN = 1e-12
-"""Gradient rows below this share of the largest say nothing: they are not scaled up."""
+MIN_ROW_NORM_RATIO = 1e-12
+"""Norm of a gradient row, relative to the largest, below which it is zero to rounding and is not scaled up."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def assemble(
         dz = (fitted.pi.reshape(problem.dx.shape) * problem.dx)[channels]
         K = previous.gradient_rows(dz, np.hstack([previous.pinv, previous.null]))
         size = np.linalg.norm(K, axis=1)
-        seen = size > UNSEEN * size.max()
-        weight = np.where(seen, 1 / np.where(seen, size, 1.0), 0.0)
+        nonzero = size > MIN_ROW_NORM_RATIO * size.max()
+        weight = np.where(nonzero, 1 / np.where(nonzero, size, 1.0), 0.0)
         K *= weight[:, None]
         g = problem.G[channels].ravel() * weight
         eps, null, b = [*eps, K[:, : len(m)]], [*null, K[:, len(m) :]], [*b, g]
@@ -119,7 +119,7 @@ def assemble(
 
 
 def _with_known(problem: DeficientLayer, rows: Rows) -> Rows:
-    """Adds the deficient layer's own word on its weak directions: their coefficients are 0, to a known accuracy."""
+    """Adds what the deficient layer itself determines of its weak directions: coefficients 0, to a known accuracy."""
     count, d = problem.known.size, problem.N.shape[1]
     if not count:
         return rows

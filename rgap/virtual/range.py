@@ -20,24 +20,19 @@ from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
 from rgap.equations.systems import ReducedSystem
 from rgap.linalg import LeastSquares, Operator, least_squares
 from rgap.network.layer import Layer
+from rgap.virtual.closure import ERROR_AMPLIFICATION, MAX_CERTIFIED_RESIDUAL
 
-STEPS = 30
-"""Most solves, each with the signs that the last one left."""
+MAX_STEPS = 30
+"""Solves, each with the signs that the last one left."""
 
-PATIENCE = 4
+MAX_STALLED_STEPS = 4
 """Solves without fewer signs changing after which no more are made."""
 
-STILL = 1e-9
+CONVERGED = 1e-9
 """Change, by signs or by a step's relative length, at which the linearisation is that of the solution."""
 
-RESIDUAL = 20.0
-"""Largest certified residual of the range constraints, in units of their noise."""
-
-NEXT_TO_ZERO = 3.0
-"""Size of an entry, in the same units, up to which its sign cannot be told."""
-
-AMPLIFIED = 5.0
-"""Noise of the range constraints in units of the system's own: what its known part passes on."""
+UNDECIDED_SIGN_STDS = 3.0
+"""Size of an entry, in units of the range constraints' noise, up to which its sign is undetermined."""
 
 
 @dataclass(frozen=True)
@@ -94,29 +89,28 @@ def close_by_range(
     """
     left, x = factor.basis, x.flatten(1)
     bias = (before.pre_bias() + x.new_zeros(before.output_shape)).flatten()
-    own = max(_misfit(system, x), AMPLIFIED * precision * system.size / system.b.numel() ** 0.5)
-    noise = AMPLIFIED * own * system.b.numel() ** 0.5 / system.size
+    own = max(_misfit(system, x), ERROR_AMPLIFICATION * precision * system.size / system.b.numel() ** 0.5)
+    noise = ERROR_AMPLIFICATION * own * system.b.numel() ** 0.5 / system.size
     changes, kept, first = [], False, x
-    for _ in range(STEPS):
+    for _ in range(MAX_STEPS):
         z, slope = _linearised(before, x)
         if not torch.isfinite(z).all():  # outside the range of σ: no inverse to linearise
             return RangeSolution(first, False, left.shape[1] * len(x), len(changes), math.inf, math.inf)
         unit = noise * z.square().mean().sqrt().item()
         dense = _solve(system, left, z - bias, slope, x, (own, unit), rcond)
         moved = system.x0 + system.spread(dense.y[:, None])[:, :, 0]
-        changes.append(_change(before, x, moved, slope, NEXT_TO_ZERO * unit))
-        kept = changes[-1] <= STILL
+        changes.append(_change(before, x, moved, slope, UNDECIDED_SIGN_STDS * unit))
+        kept = changes[-1] <= CONVERGED
         x = moved
-        stalled = len(changes) > PATIENCE and min(changes[-PATIENCE:]) >= min(changes[:-PATIENCE])
-        if kept or stalled:
+        earlier, latest = changes[:-MAX_STALLED_STEPS], changes[-MAX_STALLED_STEPS:]
+        if kept or (earlier and min(latest) >= min(earlier)):
             break
     z, _ = _linearised(before, x)
     residual = ((z - bias) @ left).square().mean().sqrt().item()
     equations = left.shape[1] * len(x)
-    certified = (
-        kept and dense.null is None and equations - deficit >= CERTIFICATE_SURPLUS and residual <= RESIDUAL * unit
-    )
+    fits = residual <= MAX_CERTIFIED_RESIDUAL * unit and equations - deficit >= CERTIFICATE_SURPLUS
     size = z.square().mean().sqrt().item()
+    certified = kept and fits and dense.null is None
     return RangeSolution(x, certified, equations, len(changes), residual / size, dense.condition)
 
 
@@ -154,15 +148,15 @@ def _linearised(before: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
     return z, before.activation.derivative(z)
 
 
-def _change(before: Layer, x: Tensor, moved: Tensor, slope: Tensor, least: float) -> float:
+def _change(before: Layer, x: Tensor, moved: Tensor, slope: Tensor, undecided: float) -> float:
     """How much a step has changed: the count of signs, or for smooth activations the step's relative length.
 
-    Signs of entries below `least`, before and after, cannot be told; what they do to the range constraints is in these
-    constraints' residual.
+    Signs of entries below `undecided`, before and after, do not count; what they change shows in the residual of the
+    range constraints.
     """
     if before.activation.homogeneous:
-        told = torch.maximum(x.abs(), moved.abs()) > least
-        return float(((_linearised(before, moved)[1] != slope) & told).sum())
+        decided = torch.maximum(x.abs(), moved.abs()) > undecided
+        return float(((_linearised(before, moved)[1] != slope) & decided).sum())
     return ((moved - x).norm() / x.norm()).item()
 
 

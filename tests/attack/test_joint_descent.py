@@ -107,7 +107,7 @@ def test_without_them_the_layer_is_named_as_open():
 
 
 def test_signs_that_are_not_found_are_not_certified(monkeypatch):
-    monkeypatch.setattr("rgap.virtual.range.STEPS", 1)
+    monkeypatch.setattr("rgap.virtual.range.MAX_STEPS", 1)
     _, _, found = attack(deficient(), 3)
     report = next(r for r in found.reports if r.name == "2")
     assert report.iterations == 1 and found.open_layers == ("2",)

@@ -174,8 +174,8 @@ def test_a_wrong_sign_is_never_certified(monkeypatch):
     assert ((wrong > 0) != (x > 0)).sum() >= 1
     polished = certify(problem, wrong)
     assert not polished.certified or relative(polished.x, x) < 1e-12
-    monkeypatch.setattr(virtual, "POLISH", 1)
-    monkeypatch.setattr(virtual, "TURNS", 0)
+    monkeypatch.setattr(virtual, "MAX_PIECES", 1)
+    monkeypatch.setattr(virtual, "MAX_SIGN_TRIALS", 0)
     refused = certify(problem, wrong)
     assert not refused.certified and refused.residual > 20 * problem.noise
     assert_allclose(refused.x, wrong)  # the belief stays as it was
@@ -187,7 +187,7 @@ def test_data_that_do_not_fit_together_are_not_certified(what):
     value = getattr(problem, what)
     wrong = replace(problem, **{what: value * (1 + 1e-6 * randn(*value.shape, seed=9).numpy())})
     found = solve_virtual(wrong)
-    assert not found.certified and found.residual > virtual.RESIDUAL * problem.noise
+    assert not found.certified and found.residual > virtual.MAX_CERTIFIED_RESIDUAL * problem.noise
     assert solve_virtual(replace(wrong, noise=1e-5)).certified
 
 
@@ -204,7 +204,7 @@ def test_the_surplus_of_equations_decides(monkeypatch):
 
 def test_a_system_too_ill_conditioned_is_not_certified(monkeypatch):
     problem, x = open_problem(30)
-    monkeypatch.setattr(virtual, "CONDITION", 1.0)
+    monkeypatch.setattr(virtual, "MAX_CERTIFIED_CONDITION", 1.0)
     assert not certify(problem, x).certified
 
 
