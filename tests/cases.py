@@ -233,3 +233,9 @@ def read_sample(model, image, label, loss, dtype=torch.float64, known=None):
     gradients = rgap.client_gradients(client, image, torch.tensor([label]), loss)
     chain = rgap.prepare(client, image.shape[1:])
     return read_head(loss, chain.layers[-1], receive(chain, gradients), known), gradients
+
+
+def easy_to_match(seed=0, classes=4, bias=True):
+    """A network in float32 on which optimisers succeed: one convolution, sigmoids, wide weights."""
+    modules = [nn.Conv2d(3, 12, 3, 2, 1, bias=bias), nn.Sigmoid(), nn.Flatten(), nn.Linear(192, classes, bias=bias)]
+    return sequential(*modules, seed=seed, scale=2.0).float()
