@@ -5,6 +5,7 @@ Everything here is frozen: a result is a record, not a workspace.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
@@ -13,6 +14,27 @@ import torch
 
 VERDICTS = ("rank-deficient", "inconsistent", "ambiguous", "exact")
 """The verdicts of a reconstruction, worst first; the first that holds is given."""
+
+
+@dataclass(frozen=True)
+class PixelRange:
+    """The values that a pixel may have.
+
+    Attributes:
+        low, high: Smallest and largest; may be infinite.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    @property
+    def width(self) -> float:
+        """High − low, the unit of errors; 1 where that is infinite."""
+        return self.high - self.low if math.isfinite(self.high - self.low) else 1.0
+
+    def contains(self, images: torch.Tensor, slack: float) -> bool:
+        """Whether every pixel lies in the range, up to `slack`."""
+        return bool((images >= self.low - slack).all() and (images <= self.high + slack).all())
 
 
 class UnsupportedLayerError(ValueError):

@@ -1,23 +1,52 @@
-"""The shared gradients as the attack uses them: checked, in float64, with their precision."""
+"""The gradient as the attack receives it: checked, in float64, with its precision and the noise of every entry.
+
+How it was rounded shows in the values: each entry of a float format is a number of that format, int8 leaves a grid,
+and pruning leaves exact zeros among entries that are far from zero (ours).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from rgap.linalg import rms
 from rgap.network.layer import Chain
-from rgap.noise import fits
 from rgap.results import GradientMismatchError
 
-LOST = 0.3
-"""Relative rounding from which a gradient in a format that underflows early says nothing."""
+FORMATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-NEGLIGIBLE = 1e-30
+FLOAT64_FLOOR = 1e-13
+"""Least relative error of what a chain of layers passes on: that of the float64 arithmetic here."""
+
+MAX_TOLERANCE = 0.3
+"""Largest gradient residual that a precision explains, and the relative rounding beyond which a gradient has
+underflowed."""
+
+UNDERFLOW_STD = 1e-30
 """Rounding next to zero that is no underflow: in formats other than float16 a gradient of zeros is one of zeros."""
+
+UNDERFLOW_NORM = 1e-140
+"""Norm below which squares of the entries may underflow."""
+
+ARITHMETIC_ERROR = 0.6
+"""Error of the client's own arithmetic, in roundings of a gradient's root mean square."""
+
+INT8_LEVELS = 127
+"""Steps of int8 on either side of zero."""
+
+MIN_GRID_ENTRIES = 10
+"""Entries strictly between zero and the ends of a grid that prove it: by chance one in 500 lies so close to it."""
+
+PREVIEW_ENTRIES = 4096
+"""Entries of a gradient that are looked at first."""
+
+PRUNING_GAP = 10.0
+"""Smallest magnitude left, in units of the one expected among so many entries, from which zeros count as pruned."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +57,12 @@ class SharedGradient:
         gradients: Parameter name -> gradient, float64.
         precision: Relative error of their entries: the rounding of their format, or the noise where that is larger.
         rcond: Relative cutoff of singular values.
-        underflowed: Names of gradients that underflowed: what they would have said is unknown, not zero.
+        underflowed: Names of gradients that underflowed: their true values are unknown, not zero.
         rounding: Relative error of the head's δz by the client's own arithmetic, where that is larger.
-        notes: Sentences on what limits them.
-        known: Parameter name -> standard deviation of an entry's error, where the gradients came with one.
+        notes: Sentences on what limits the precision.
+        noise_std: Parameter name -> standard deviation of the noise on each entry, where the gradients came with one.
+        white_noise: Standard deviation of noise that is known to be on every entry besides.
+        has_zeros: Whether gradients of this network may have single zeros of their own, as behind ReLU.
     """
 
     gradients: dict[str, Tensor]
@@ -40,12 +71,31 @@ class SharedGradient:
     underflowed: tuple[str, ...] = ()
     rounding: float = 0.0
     notes: tuple[str, ...] = ()
-    known: Mapping[str, float] = field(default_factory=dict)
+    noise_std: Mapping[str, float] = field(default_factory=dict)
+    white_noise: float = 0.0
+    has_zeros: bool = True
 
     @property
     def tolerance(self) -> float:
         """Gradient residual up to which a candidate counts as consistent."""
-        return min(max(1e-8, 1e4 * self.precision, 10 * self.rounding), 0.3)
+        return min(max(1e-8, 1e4 * self.precision, 10 * self.rounding), MAX_TOLERANCE)
+
+    @property
+    def usable(self) -> dict[str, Tensor]:
+        """The gradients that have not underflowed, by parameter name."""
+        return {name: g for name, g in self.gradients.items() if name not in self.underflowed}
+
+    @cached_property
+    def entry_std(self) -> dict[str, Tensor]:
+        """Standard deviation of every entry's error, by parameter name; computed on first use."""
+        stds = {name: math.hypot(self.white_noise, self.noise_std.get(name, 0.0)) for name in self.gradients}
+        return entry_noise(self.gradients, stds, has_zeros=self.has_zeros)
+
+    @cached_property
+    def noise(self) -> dict[str, Tensor]:
+        """One Gaussian draw of the errors, always the same; in float32, which takes a fifth of the time."""
+        generator = torch.Generator().manual_seed(0)
+        return {name: std * torch.randn(std.shape, generator=generator) for name, std in self.entry_std.items()}
 
 
 def receive(
@@ -68,7 +118,8 @@ def receive(
     Raises:
         GradientMismatchError: If their number, names, shapes or dtypes do not fit, they are not finite, or all zero.
     """
-    received = receive_gradients(chain.parameters, gradients, rcond, noise_std)
+    has_zeros = not all(layer.activation.one_to_one for layer in chain.layers)
+    received = receive_gradients(chain.parameters, gradients, rcond, noise_std, has_zeros=has_zeros)
     head = chain.layers[-1]
     if not received.gradients[head.weight_name].any():
         raise GradientMismatchError(f"the last layer's gradient {head.weight_name!r} is zero; nothing can be recovered")
@@ -80,6 +131,8 @@ def receive_gradients(
     gradients: Sequence[Tensor] | Mapping[str, Tensor],
     rcond: float | None = None,
     noise_std: float | None = None,
+    *,
+    has_zeros: bool = True,
 ) -> SharedGradient:
     """The same for the named parameters of any network, whatever its last layer."""
     named = _by_name(list(parameters), gradients)
@@ -96,32 +149,84 @@ def receive_gradients(
         raise GradientMismatchError("every gradient is zero; nothing can be recovered from them")
     values = {name: g.detach().to("cpu", torch.float64) for name, g in named.items()}
     formats = _formats({name: g for name, g in named.items() if g.any()})
-    quantum = max(_quantum(dtype) for dtype in formats.values())
-    steps = {
-        name: _relative_std(quantum if name not in formats else _quantum(formats[name]), g)
-        for name, g in values.items()
+    coarsest = max(_quantum(dtype) for dtype in formats.values())
+    errors = {
+        name: _relative_std(_quantum(formats[name]) if name in formats else coarsest, g) for name, g in values.items()
     }
-    given = getattr(gradients, "noise_std", {})  # of gradients that were read off an update
-    known = {name: given.get(name, given.get(place, 0.0)) for place, name in enumerate(values)} if given else {}
-    for name, std in known.items():
-        steps[name] = max(steps[name], math.inf if std and not values[name].any() else _relative_std(std, values[name]))
-    lost = tuple(name for name, step in steps.items() if step > LOST)
-    has_gradient = [name for name in formats if name not in lost]
+    given = getattr(gradients, "noise_std", {})  # of gradients that were computed from an update
+    update = {name: given.get(name, given.get(place, 0.0)) for place, name in enumerate(values)} if given else {}
+    for name, std in update.items():
+        errors[name] = max(
+            errors[name], math.inf if std and not values[name].any() else _relative_std(std, values[name])
+        )
+    underflowed = tuple(name for name, error in errors.items() if error > MAX_TOLERANCE)
+    usable = [name for name in formats if name not in underflowed]
     precision = max(
-        [torch.finfo(formats[name]).eps for name in has_gradient] + [steps[name] for name in has_gradient], default=LOST
+        [torch.finfo(formats[name]).eps for name in usable] + [errors[name] for name in usable], default=MAX_TOLERANCE
     )
     if noise_std:
         precision = max(precision, *(_relative_std(noise_std, values[name]) for name in formats))
     default = 1e-5 if precision < 1e-10 else min(1e-4 * (precision / 1.2e-7) ** 0.5, 0.1)
-    notes = _notes(lost, precision, bool(known))
-    return SharedGradient(values, precision, default if rcond is None else rcond, lost, notes=notes, known=known)
+    notes = _notes(underflowed, precision, bool(update))
+    cutoff = default if rcond is None else rcond
+    return SharedGradient(values, precision, cutoff, underflowed, 0.0, notes, update, noise_std or 0.0, has_zeros)
 
 
-def _notes(lost: tuple[str, ...], precision: float, update: bool) -> tuple[str, ...]:
+def relative_residuals(gradients: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, float]:
+    """‖g′ − g‖ / ‖g‖ of every shared gradient g; of one that vanishes relative to the largest entry of all.
+
+    Args:
+        gradients: Parameter name -> g′, on any device; those that `shared` lacks are not compared.
+        shared: Parameter name -> g.
+    """
+    return {name: _relative_residual(gradients[name].cpu(), g, shared) for name, g in shared.items()}
+
+
+def _relative_residual(mine: Tensor, g: Tensor, shared: Mapping[str, Tensor]) -> float:
+    size = g.norm().item()
+    if size > UNDERFLOW_NORM:
+        return (mine - g).norm().item() / size
+    unit = g.abs().max() if g.any() else max(other.abs().max() for other in shared.values())
+    return (((mine - g) / unit).norm() / (g / unit).norm().clamp(min=1.0)).item()
+
+
+def entry_noise(
+    gradients: Mapping[str, Tensor], noise_std: Mapping[str, float] | None = None, *, has_zeros: bool = True
+) -> dict[str, Tensor]:
+    """Standard deviation of the error of every entry, as far as the values themselves show it.
+
+    A float format shows by the coarsest rounding that leaves every entry as it is, int8 by its grid, and pruning by
+    exact zeros among entries that are none: what was removed was smaller than what was left.
+
+    Args:
+        gradients: Parameter name -> gradient, float64.
+        noise_std: Parameter name -> standard deviation of noise that is known to be on its entries besides.
+        has_zeros: Whether the network's gradients may have single zeros of their own, as behind ReLU. Where they may
+            not, one zero proves that the gradient was pruned, however little was removed.
+
+    Returns:
+        Parameter name -> standard deviations, shaped as the gradient.
+    """
+    grid = any(_on_grid(g) for g in gradients.values())
+    shows_pruning = _has_single_zeros if not (has_zeros or grid) else _has_pruning_gap
+    pruned = any(shows_pruning(g) for g in gradients.values())
+    formats = {name: _format(g) for name, g in gradients.items()}
+    finest = max((d for d in formats.values() if d is not None), key=FORMATS.index, default=torch.float64)
+    found = {}
+    for name, g in gradients.items():
+        std = _grid_error(g) if grid else _rounding_error(g, formats[name] or finest)
+        if pruned and (g == 0).any() and g.any():
+            std = std + torch.where(g == 0, g[g != 0].abs().min() / 3**0.5, 0.0)
+        beside = (noise_std or {}).get(name, 0.0)
+        found[name] = (std.square() + beside**2).sqrt() if beside else std
+    return found
+
+
+def _notes(underflowed: tuple[str, ...], precision: float, update: bool) -> tuple[str, ...]:
     notes = []
-    if lost:
+    if underflowed:
         cause = "the rounding of the weights" if update else "underflow"
-        notes = [f"lost to {cause}, and not used: the gradient of {', '.join(map(repr, lost))}"]
+        notes = [f"lost to {cause}, and not used: the gradient of {', '.join(map(repr, underflowed))}"]
     if update:
         notes.append(
             f"the gradient was read off an update of rounded weights; its entries are known to {precision:.1g}"
@@ -147,13 +252,12 @@ def _by_name(names: list[str], gradients) -> dict[str, Tensor]:
 
 
 def _formats(named: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """The coarsest format that holds every entry: a cast to float64 adds no precision.
+    """The coarsest format that holds every entry, float64 where none does: a cast to float64 adds no precision.
 
-    One for all where there is one: alone, a gradient of few digits that float16 left fits others as well.
+    One format for all where there is one: by itself, a gradient of few digits from float16 fits other formats as well.
     """
-    formats = (torch.bfloat16, torch.float16, torch.float32)
-    fitting = {name: [d for d in formats if fits(g, d)] for name, g in named.items()}
-    common = [d for d in formats if all(d in each for each in fitting.values())]
+    fitting = {name: [d for d in FORMATS[:-1] if _fits(g, d)] for name, g in named.items()}
+    common = [d for d in FORMATS[:-1] if all(d in each for each in fitting.values())]
     return {name: (common or fitting[name] or [g.dtype])[0] for name, g in named.items()}
 
 
@@ -166,7 +270,77 @@ def _relative_std(std: float, g: Tensor) -> float:
     """Noise of that standard deviation on every entry, relative to the gradient's norm."""
     size = g.abs().max().item()
     if size == 0.0:
-        return math.inf if std > NEGLIGIBLE else 0.0
+        return math.inf if std > UNDERFLOW_STD else 0.0
     norm = g.norm().item()
-    norm = norm if 1e-140 < norm < 1e140 else size * (g / size).norm().item()  # the squares of the smallest underflow
+    norm = norm if UNDERFLOW_NORM < norm < 1 / UNDERFLOW_NORM else size * (g / size).norm().item()
     return std * g.numel() ** 0.5 / norm
+
+
+def _format(g: Tensor) -> torch.dtype | None:
+    """The coarsest format that holds every entry; None where all are 0 or powers of two, which every format holds.
+
+    Such is the gradient of a confident softmax by its logits: ones, and zeros that have underflowed.
+    """
+    if _everywhere(lambda part: bool(((torch.frexp(part).mantissa.abs() == 0.5) | (part == 0)).all()), g):
+        return None
+    return next(f for f in FORMATS if _fits(g, f))
+
+
+def _fits(g: Tensor, dtype: torch.dtype) -> bool:
+    """Whether every entry is a number of that format."""
+    return g.dtype == dtype or _everywhere(lambda part: torch.equal(part.to(dtype).to(part.dtype), part), g)
+
+
+def _everywhere(holds: Callable[[Tensor], bool], g: Tensor) -> bool:
+    """Whether something holds of all entries; the first few mostly decide it, in a fraction of the time."""
+    return holds(g.flatten()[:PREVIEW_ENTRIES]) and holds(g)
+
+
+def _rounding_error(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """Error of a format's rounding and of the arithmetic; what is coarser than float32 is computed in that first."""
+    if not g.any():
+        return torch.zeros_like(g)
+    info = torch.finfo(dtype)
+    arithmetic = ARITHMETIC_ERROR * min(info.eps, torch.finfo(torch.float32).eps) * rms(g)
+    step = info.eps / 12**0.5
+    return g.abs().mul_(0.7 * step).add_(step * info.smallest_normal + arithmetic)
+
+
+def _grid_error(g: Tensor) -> Tensor:
+    """Error of uniform rounding by a 127th of the largest entry, which itself is exact."""
+    return torch.where(g.abs() < g.abs().max(), g.abs().max() / INT8_LEVELS / 12**0.5, 0.0)
+
+
+def _on_grid(g: Tensor) -> bool:
+    """Whether the entries are integers times a 127th of the largest, enough of them neither 0 nor that one.
+
+    A confident softmax has a gradient of ones and next to nothing else: it lies on any grid.
+    """
+    if not g.any():
+        return False
+    largest = g.abs().max()
+
+    def whole(part: Tensor) -> bool:
+        steps = part / largest * INT8_LEVELS
+        return bool((steps - steps.round()).abs().max() < 1e-3)
+
+    if not _everywhere(whole, g):
+        return False
+    level = (g / largest * INT8_LEVELS).round().abs()
+    return int(((level > 0) & (level < INT8_LEVELS)).sum()) >= MIN_GRID_ENTRIES
+
+
+def _has_pruning_gap(g: Tensor) -> bool:
+    """Whether there are exact zeros, and no entries between them and where so many would be expected to begin."""
+    if torch.count_nonzero(g) == g.numel():
+        return False
+    left = g[g != 0].abs()
+    return 0 < len(left) < g.numel() and bool(left.min() * len(left) > PRUNING_GAP * rms(left))
+
+
+def _has_single_zeros(g: Tensor) -> bool:
+    """Whether a weight's gradient has zeros beside those of a silent output (a row) or a black input (a column)."""
+    if g.ndim < 2 or torch.count_nonzero(g) == g.numel():
+        return False
+    zero = g.flatten(1) == 0
+    return bool((zero & ~zero.all(0) & ~zero.all(1, keepdim=True)).any())

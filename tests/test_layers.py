@@ -10,7 +10,7 @@ import rgap
 ROOT = Path(rgap.__file__).parent
 
 LEVELS = {
-    **dict.fromkeys(("results", "linalg", "shared_gradient", "noise", "data", "models", "metrics", "artifact"), 0),
+    **dict.fromkeys(("results", "linalg", "shared_gradient", "data", "models", "metrics", "artifact"), 0),
     **dict.fromkeys(("network", "client"), 1),
     "equations": 2,
     **dict.fromkeys(("head", "virtual", "ranks"), 3),
@@ -25,8 +25,7 @@ LEVELS = {
 WITHIN_A_LEVEL = {
     ("__main__", "commands"),
     ("commands", "experiments"),
-    ("noise", "linalg"),
-    ("shared_gradient", "noise"),
+    ("shared_gradient", "linalg"),
     ("shared_gradient", "network"),
     ("shared_gradient", "results"),
 }

@@ -6,7 +6,7 @@ from cases import rand, randn, small_cnn
 
 import rgap
 from rgap import client
-from rgap.noise import entry_noise
+from rgap.shared_gradient import entry_noise
 
 SHAPE, IMAGES, LABELS = (3, 8, 8), rand(2, 3, 8, 8), torch.tensor([0, 1])
 GRADIENTS = {"w": randn(40, 30), "b": randn(40, seed=1)}
@@ -76,13 +76,13 @@ def test_one_zero_is_proof_where_the_network_makes_none():
 
 
 def test_declared_noise_is_added_and_zeros_are_exact():
-    stds = entry_noise({"w": GRADIENTS["w"], "z": torch.zeros(3)}, 0.5)
+    stds = entry_noise({"w": GRADIENTS["w"], "z": torch.zeros(3)}, {"w": 0.5, "z": 0.5})
     assert rms(stds["w"]) == pytest.approx(0.5) and rms(stds["z"]) == pytest.approx(0.5)
     assert not entry_noise({"z": torch.zeros(3)})["z"].any()
 
 
 def test_noise_that_came_with_one_gradient_is_added_to_that_one():
-    plain, noisy = entry_noise(GRADIENTS), entry_noise(GRADIENTS, known={"w": 1e-3})
+    plain, noisy = entry_noise(GRADIENTS), entry_noise(GRADIENTS, {"w": 1e-3})
     assert noisy["b"].equal(plain["b"])
     torch.testing.assert_close(noisy["w"], (plain["w"].square() + 1e-6).sqrt())
 

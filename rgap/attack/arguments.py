@@ -12,6 +12,7 @@ from rgap.client import check_loss, outputs_fit
 from rgap.network.chain import Chain, prepare
 from rgap.network.layer import Layer
 from rgap.results import UnsupportedLayerError
+from rgap.separation.subspaces import first_dense
 
 
 def checked_chain(model: nn.Module | Chain, image_shape: tuple[int, ...] | None) -> Chain:
@@ -25,7 +26,7 @@ def checked_chain(model: nn.Module | Chain, image_shape: tuple[int, ...] | None)
     return prepare(model, image_shape)
 
 
-def check_arguments(chain: Chain, loss, batch_size, pixel_range, rcond, noise_std) -> None:
+def check_arguments(chain: Chain, loss, batch_size, labels, pixel_range, rcond, noise_std) -> None:
     """Refuses what is out of range, by name."""
     check_loss(loss)
     if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
@@ -43,6 +44,8 @@ def check_arguments(chain: Chain, loss, batch_size, pixel_range, rcond, noise_st
         raise UnsupportedLayerError(
             f"the last layer {head.name!r} has {outputs} outputs; the {loss} loss takes {least}"
         )
+    if batch_size == 1:
+        checked_labels(labels, loss, outputs)
 
 
 def checked_labels(labels: Tensor | Sequence[int] | None, loss: str, outputs: int) -> int | None:
@@ -64,12 +67,24 @@ def checked_labels(labels: Tensor | Sequence[int] | None, loss: str, outputs: in
     return int(values.item())
 
 
-def check_separable(layers: Sequence[Layer], loss: str) -> None:
-    """Refuses fully connected layers that cannot be separated, by name.
+def check_batch(chain: Chain, loss: str) -> None:
+    """Refuses networks through which no batch can be taken, by the first layer that stands in the way.
 
     Raises:
         UnsupportedLayerError: With the layer and the reason.
     """
+    below = first_dense(chain)
+    _check_separable(chain.layers[below:], loss)
+    for layer in chain.layers[:below]:
+        if not layer.activation.one_to_one:
+            raise UnsupportedLayerError(
+                f"layer {layer.name!r}: a batch is taken through convolutions with invertible activations, and "
+                f"{layer.activation.name} is constant on a half-line; single images go through it (batch_size=1)"
+            )
+
+
+def _check_separable(layers: Sequence[Layer], loss: str) -> None:
+    """Refuses fully connected layers whose images cannot be separated."""
     if loss == "mse":
         raise UnsupportedLayerError("a batch under the mse loss is not taken apart; logistic and cross_entropy are")
     for layer in layers:

@@ -1,30 +1,46 @@
-"""`reconstruct`: the hypotheses, each followed down, and a verdict that needs no ground truth."""
+"""From a gradient to the client's images, in five steps; this file is the way from top to bottom.
+
+    receive   the gradient, checked and in float64, with its precision and the noise of every entry
+    read      the last layer's gradient, of rank one for one image: label, scale, input and δx; the first two fully
+              connected layers tell the images of a batch apart. Each hypothesis on all images is a `Start`.
+    follow    every start down the chain: layer by layer the weight equations W x = z − b and the gradient equations
+              Σ_b K(δz_b) x_b = vec(G) give the layer's inputs, and δx = Wᵀ δz those of the layer below. The equations
+              that are to spare refute wrong labels.
+    weigh     the images by the gradient that they have themselves, and by what noise makes of both
+    judge     the candidates: a verdict that needs no ground truth
+
+One image is a batch of one, but for the reading of the head, and for what a batch lacks: activations without inverse,
+a probe that predicts the error of every layer, and estimates of unknown noise. The recursion, and the verdict by the
+rank, are the paper's (Zhu & Blaschko, ICLR 2021); scales, twins, batches, predicted errors and their checks are ours.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from rgap.attack.arguments import check_arguments, checked_chain, checked_labels
-from rgap.attack.batch import recover_through_convolutions
-from rgap.attack.batch_recovery import recover_batch
-from rgap.attack.descent import REFUTED, Descent, descend
-from rgap.attack.propagation import draw_noise, start_probe
-from rgap.attack.verdict import judge, make_candidate
-from rgap.head import Hypothesis, read_head
+from rgap.attack.arguments import check_arguments, check_batch, checked_batch_labels, checked_chain, checked_labels
+from rgap.attack.descent import Closer, Descent, close_by_virtual_constraints, descend
+from rgap.attack.propagation import start_probe
+from rgap.attack.verdict import judge, weigh
+from rgap.head import read_head
+from rgap.head.hypothesis import Start, starts_of
+from rgap.linalg import rms
 from rgap.network.layer import Chain
-from rgap.noise import entry_noise
-from rgap.results import GradientMismatchError, Reconstruction
-from rgap.separation.subspaces import find_batch_size, first_dense
+from rgap.results import GradientMismatchError, PixelRange, Reconstruction
+from rgap.separation.read import read_batch
+from rgap.separation.subspaces import find_batch_size
 from rgap.shared_gradient import SharedGradient, receive
 
-UNKNOWN = 3.0
-"""Times the noise that was known of from which what surplus equations betray is believed."""
+NOISE_REESTIMATE_RATIO = 3.0
+"""Times the noise that was known of from which the misfit of surplus equations is taken for the noise."""
+
+MAX_IDENTITY_RESIDUAL = 0.3
+"""Residual of a layer's identities (0 for the right label, about 0.9 for a wrong one) that refutes a start."""
 
 
 def reconstruct(
@@ -42,10 +58,10 @@ def reconstruct(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Reconstruction:
-    """Computes a client's image back from its gradient (R-GAP; Zhu & Blaschko, ICLR 2021).
+    """Computes a client's images back from their gradient (R-GAP; Zhu & Blaschko, ICLR 2021).
 
     The attack knows the network and the gradient. It solves for the input of each layer in turn, from the last to the
-    first, for every hypothesis on label and margin that the last layer's gradient allows, in float64 throughout.
+    first, for every hypothesis on label and scale that the last layers' gradients allow, in float64 throughout.
 
     Args:
         model: The network, or a `Chain` from `rgap.prepare`, which keeps its factorisations for the next attack.
@@ -67,123 +83,95 @@ def reconstruct(
         A `Reconstruction`; read its `verdict` before its images.
 
     Raises:
-        UnsupportedLayerError: If the network is not a chain of invertible layers.
+        UnsupportedLayerError: If the network is not a chain of invertible layers, or a batch cannot be separated.
         GradientMismatchError: If the gradients do not belong to the network or are not finite.
         ValueError: If another argument is out of range.
     """
     chain = checked_chain(model, image_shape)
-    check_arguments(chain, loss, batch_size, pixel_range, rcond, noise_std)
-    head = chain.layers[-1]
-    known = checked_labels(labels, loss, head.output_shape[0]) if batch_size == 1 else None
+    check_arguments(chain, loss, batch_size, labels, pixel_range, rcond, noise_std)
+    close = close_by_virtual_constraints if virtual_constraints else None
     received = receive(chain, gradients, rcond, noise_std)
-    found_size: tuple[str, ...] = ()
+    received, starts, notes = read(chain, received, loss, batch_size, labels, seed)
+    followed, found = follow(chain, received, starts, loss, close)
+    if noise_std is None:
+        received, followed, found = _with_noise_found(chain, received, starts, loss, close, rcond, followed, found)
+    pixels = PixelRange(*pixel_range)
+    weighed = [weigh(chain, received, start, descent, loss, pixels, close) for start, descent in followed]
+    return judge(weighed, [*notes, *found], pixels, device)
+
+
+def read(
+    chain: Chain,
+    received: SharedGradient,
+    loss: str,
+    batch_size: int | None,
+    labels: Tensor | Sequence[int] | None,
+    seed: int,
+) -> tuple[SharedGradient, list[Start], list[str]]:
+    """Reads the last layer's gradient, or for a batch the first two fully connected layers' gradients.
+
+    Returns:
+        The gradients, now with the rounding of the head's δz; every start that they allow; and notes.
+    """
+    notes: tuple[str, ...] = ()
     if batch_size != 1:
         size = find_batch_size(chain, received, batch_size)
-        if size.size != 1:
-            options = {"labels": labels, "pixel_range": pixel_range, "seed": seed, "device": device}
-            if first_dense(chain):
-                options["virtual_constraints"] = virtual_constraints
-                return recover_through_convolutions(chain, received, size, loss, **options)
-            return recover_batch(chain, received, size, loss, **options)
-        known, found_size = checked_labels(labels, loss, head.output_shape[0]), size.notes
-    reading = read_head(loss, head, received, known)
-    hypotheses = list(reading.hypotheses)
-    received = replace(received, rounding=max(h.rounding for h in hypotheses))
-    stds = _entry_noise(chain, received.gradients, noise_std, received.known)
-    attack = _Attack(chain, received, stds, loss, virtual_constraints)
-    descents, refuted = _follow(attack, hypotheses)
-    if noise_std is None:
-        attack, descents, refuted = _with_noise_found(attack, hypotheses, descents, refuted, rcond)
-    notes = [*found_size, *received.notes, *reading.notes, *refuted]
-    candidates = [make_candidate(chain, attack.received, attack.stds, h, d, loss, pixel_range) for h, d in descents]
-    return judge(candidates, notes, pixel_range, device)
+        if size.size > 1:
+            check_batch(chain, loss)
+            known = checked_batch_labels(labels, size.size)
+            start, said = read_batch(chain, received, size, loss, known, seed)
+            found = sorted(start.labels.tolist())
+            if known is not None and len(found) == size.size and known != found:
+                raise GradientMismatchError(f"labels {known} were given; the gradient is that of {found}")
+            return received, [start], said
+        notes = size.notes
+    head = chain.layers[-1]
+    reading = read_head(loss, head, received, checked_labels(labels, loss, head.output_shape[0]))
+    received = replace(received, rounding=max(h.rounding for h in reading.hypotheses))
+    return received, starts_of(chain, reading.hypotheses), [*notes, *received.notes, *reading.notes]
 
 
-@dataclass(frozen=True)
-class _Attack:
-    """What stays the same for every hypothesis."""
+def follow(
+    chain: Chain, received: SharedGradient, starts: Sequence[Start], loss: str, close: Closer | None
+) -> tuple[list[tuple[Start, Descent]], list[str]]:
+    """Follows each start down to the images; where the layers refute all, the least unlikely.
 
-    chain: Chain
-    received: SharedGradient
-    stds: Mapping[str, Tensor]  # standard deviation of every gradient entry's error
-    loss: str
-    virtual_constraints: bool
-
-    @cached_property
-    def noise(self) -> dict[str, Tensor]:
-        """One draw of the errors, for all hypotheses."""
-        return draw_noise(self.stds)
-
-    def read(self, gradients: Mapping[str, Tensor], label: int) -> Sequence[Hypothesis]:
-        """The head's hypotheses for other gradients."""
-        try:
-            received = replace(self.received, gradients=dict(gradients))
-            return read_head(self.loss, self.chain.layers[-1], received, label).hypotheses
-        except GradientMismatchError:  # with so much noise the label may look like another
-            return ()
-
-    def descend(self, hypothesis: Hypothesis, give_up: float) -> Descent:
-        """Follows one hypothesis."""
-        read = partial(self.read, label=hypothesis.label)
-        probe = start_probe(self.chain.layers[-1], self.received.gradients, self.noise, hypothesis, read)
-        options = {"virtual_constraints": self.virtual_constraints, "give_up": give_up}
-        return descend(self.chain, self.received, hypothesis, probe=probe, **options)
-
-
-def _entry_noise(
-    chain: Chain, gradients: Mapping[str, Tensor], noise_std: float | None, known=None
-) -> dict[str, Tensor]:
-    """The entries' errors; behind activations that have an inverse no gradient has single zeros of its own."""
-    has_zeros = not all(layer.activation.one_to_one for layer in chain.layers)
-    return entry_noise(gradients, noise_std, known, has_zeros=has_zeros)
-
-
-def _with_noise_found(attack: _Attack, hypotheses: list[Hypothesis], descents: list, refuted: list[str], rcond):
-    """The attack, its descents and notes; made again where surplus equations betray more noise than was known of."""
-    found = min((d.misfits[0] for _, d in descents if d.misfits), default=0.0)
-    known = max(std.norm().item() / std.numel() ** 0.5 for std in attack.stds.values())
-    if found <= UNKNOWN * known:
-        return attack, descents, refuted
-    gradients = attack.received.gradients
-    received = replace(receive(attack.chain, gradients, rcond, found), underflowed=attack.received.underflowed)
-    noisy = replace(attack, received=received, stds=_entry_noise(attack.chain, gradients, found))
-    again, others = _follow(noisy, hypotheses)
-    if not any(d.mismatch <= REFUTED and max(d.misfits, default=0.0) <= UNKNOWN * found for _, d in again):
-        return attack, descents, refuted  # no white noise: the layers contradict each other
-    note = f"noise of standard deviation {found:.2g} on the gradient, by the misfit of equations that are to spare"
-    return noisy, again, [*others, note]
-
-
-def _follow(attack: _Attack, hypotheses: list[Hypothesis]) -> tuple[list[tuple[Hypothesis, Descent]], list[str]]:
-    """Follows each hypothesis down; twins are scaled copies; where all are refuted the least unlikely is followed.
-
-    Returns the descents that are complete, and a note where the layers decided between labels.
+    Returns:
+        The descents that are complete, each with its start, twins of a single image as starts of their own; and a note
+        where the layers decided between labels.
     """
-    found: dict[object, list[tuple[Hypothesis, Descent]]] = {}
+    if starts[0].batch_size > 1:
+        return [(starts[0], descend(chain, received, starts[0], close=close))], []
 
-    for number, hypothesis in enumerate(hypotheses):
-        twins = found.setdefault(hypothesis.scale > 0 if attack.chain.homogeneous else number, [])
-        if twins:
-            twins.append((hypothesis, _scaled(twins[0][1], hypothesis.scale / twins[0][0].scale)))
-        else:
-            twins.append((hypothesis, attack.descend(hypothesis, REFUTED)))
-    every = [pair for pairs in found.values() for pair in pairs]
-    complete = [pair for pair in every if pair[1].complete]
+    def down(start: Start, give_up: float) -> Descent:
+        probe = start_probe(chain, received, start, loss)
+        return descend(chain, received, start, probe=probe, close=close, give_up=give_up)
+
+    every = [(start, down(start, MAX_IDENTITY_RESIDUAL)) for start in starts]
+    complete = [pair for start, descent in every if descent.complete for pair in _twins(start, descent)]
     if not complete:
-        hypothesis, _ = min(every, key=lambda pair: pair[1].mismatch)
-        return [(hypothesis, attack.descend(hypothesis, math.inf))], []
-    kept = {h.label for h, _ in complete}
-    against = {h.label: d.mismatch for h, d in every if h.label not in kept}
-    if not against:
+        start, _ = min(every, key=lambda pair: pair[1].mismatch)
+        return [(start, down(start, math.inf))], []
+    kept = {int(start.labels) for start, _ in complete}
+    refuted = {twin.label: d.mismatch for start, d in every for twin in start.twins[0] if twin.label not in kept}
+    if not refuted:
         return complete, []
-    least = min(d.mismatch for _, d in complete)
-    others = ", ".join(f"label {label} by {mismatch:.2g}" for label, mismatch in against.items())
+    least = min(descent.mismatch for _, descent in complete)
+    others = ", ".join(f"label {label} by {mismatch:.2g}" for label, mismatch in refuted.items())
     labels = " and ".join(f"label {label}" for label in sorted(kept))
     return complete, [f"{labels} by the identities of the layers, missed by {least:.2g}; {others}"]
 
 
+def _twins(start: Start, descent: Descent) -> Iterator[tuple[Start, Descent]]:
+    """A single image's twins: with positively homogeneous activations every layer's input scales with the image."""
+    for number, twin in enumerate(start.twins[0]):
+        if number:
+            yield replace(start, labels=torch.tensor([twin.label])), _scaled(descent, twin.factor)
+        else:
+            yield start, descent
+
+
 def _scaled(descent: Descent, factor: float) -> Descent:
-    """The twin's descent: with positively homogeneous activations every layer's input scales with the image."""
     scaled = {
         key: {name: factor * x for name, x in getattr(descent, key).items()} for key in ("layer_inputs", "beliefs")
     }
@@ -191,3 +179,26 @@ def _scaled(descent: Descent, factor: float) -> Descent:
     reports = tuple(replace(r, predicted_error=e) for r, e in zip(descent.reports, errors, strict=True))
     probe = None if descent.probe is None else replace(descent.probe, x=factor * descent.probe.x)
     return replace(descent, **scaled, reports=reports, probe=probe)
+
+
+def _with_noise_found(
+    chain: Chain,
+    received: SharedGradient,
+    starts: Sequence[Start],
+    loss: str,
+    close: Closer | None,
+    rcond: float | None,
+    followed: list[tuple[Start, Descent]],
+    notes: list[str],
+) -> tuple[SharedGradient, list[tuple[Start, Descent]], list[str]]:
+    """Follows the starts once more where surplus equations show more noise than was known of."""
+    found = min((descent.noise_stds[0] for _, descent in followed if descent.noise_stds), default=0.0)
+    if starts[0].batch_size > 1 or found <= NOISE_REESTIMATE_RATIO * max(map(rms, received.entry_std.values())):
+        return received, followed, notes
+    noisy = replace(receive(chain, received.gradients, rcond, found), underflowed=received.underflowed)
+    again, others = follow(chain, noisy, starts, loss, close)
+    most = NOISE_REESTIMATE_RATIO * found
+    if not any(d.mismatch <= MAX_IDENTITY_RESIDUAL and max(d.noise_stds, default=0.0) <= most for _, d in again):
+        return received, followed, notes  # no white noise: the layers contradict each other
+    note = f"noise of standard deviation {found:.2g} on the gradient, by the misfit of equations that are to spare"
+    return noisy, again, [*others, note]

@@ -20,6 +20,7 @@ from rgap.baselines import hybrid, inverting_gradients
 from rgap.client import client_gradients
 from rgap.experiments.common import MARKERS, PALETTE, client_steps, finish, seeded
 from rgap.head import read_head
+from rgap.head.hypothesis import starts_of
 from rgap.metrics import mse, psnr_db, ssim
 from rgap.network.chain import prepare
 from rgap.network.layer import Chain
@@ -27,10 +28,10 @@ from rgap.results import Reconstruction
 from rgap.shared_gradient import receive
 
 FALSE_CERTIFICATE_RATIO = 10.0
-"""A certificate is false where the image's error is more than this many times the predicted one."""
+"""An image certified as exact is a false certificate where its error is more than this many times the predicted one."""
 
 NEGLIGIBLE_ERROR = 1e-4
-"""Error of an image, pixel units, up to which no certificate is false, whatever error was predicted."""
+"""Error of an image, pixel units, below which no certificate is false, whatever error was predicted."""
 
 STAGES = ("plain R-GAP", "+ signs", "+ noise found", "+ matching", "Inverting Gradients")
 """The recursion with every sign as it comes; with signs decided by identities, for the errors that single values show;
@@ -135,7 +136,7 @@ def reference(chain: Chain, defence: str, image: Tensor, result: Reconstruction)
 
 
 def plain_attack(chain: Chain, gradients: Sequence[Tensor], label: int, loss: str = "logistic") -> Tensor:
-    """The image of the recursion without sign decisions and without knowledge of the noise, for comparison.
+    """The image of the recursion that takes every sign as it comes and knows of no noise, for comparison.
 
     Args:
         chain: The prepared network.
@@ -147,11 +148,11 @@ def plain_attack(chain: Chain, gradients: Sequence[Tensor], label: int, loss: st
         The darkest of the images that the label allows, (1, C, H, W).
     """
     received = receive(chain, gradients)
-    hypotheses = read_head(loss, chain.layers[-1], received, label).hypotheses
-    if chain.homogeneous:  # twins: their images differ by the ratio of the scales, and the smallest is the darkest
-        by_size = sorted(hypotheses, key=lambda hypothesis: -abs(hypothesis.scale))
-        hypotheses = {hypothesis.scale > 0: hypothesis for hypothesis in by_size}.values()
-    images = [descend(chain, received, h).layer_inputs[chain.layers[0].name] for h in hypotheses]
+    starts = starts_of(chain, read_head(loss, chain.layers[-1], received, label).hypotheses)
+    images = []
+    for start in starts:
+        darkest = min(twin.factor for twin in start.twins[0])
+        images.append(darkest * descend(chain, received, start).layer_inputs[chain.layers[0].name])
     return min(images, key=lambda image: image.abs().max().item())
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from rgap.network.layer import Layer
+from rgap.network.layer import Chain, Layer
 from rgap.results import GradientMismatchError, LayerReport
 
 WRONG_LABEL_RESIDUAL = 0.3
@@ -119,6 +120,20 @@ class Start:
     batch_size: int = 1
     ranks: tuple[int, int] = (1, 1)
     rounding: float = 0.0
+
+
+def starts_of(chain: Chain, hypotheses: Sequence[Hypothesis]) -> list[Start]:
+    """The hypotheses on a single image as starts at the last layer, twins as one start."""
+    head, groups, starts = chain.layers[-1], {}, []
+    for number, one in enumerate(hypotheses):
+        groups.setdefault(one.scale > 0 if chain.homogeneous else number, []).append(one)
+    for first, *others in groups.values():
+        n, dx = len(first.x), head.adjoint(first.dz[None, :, None, None]).flatten(1)
+        report = LayerReport(head.name, n, None, n, n, 0, condition=1.0, seconds=0.0)
+        twins = tuple(Twin(one.label, one.scale / first.scale) for one in (first, *others))
+        place, label = len(chain.layers) - 1, torch.tensor([first.label])
+        starts.append(Start(place, label, first.x[None], dx, (twins,), (report,), rounding=first.rounding))
+    return starts
 
 
 @dataclass(frozen=True)

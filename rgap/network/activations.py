@@ -57,6 +57,12 @@ class Activation:
         """Whether σ is one-to-one on all of ℝ."""
         return not self.clips
 
+    @property
+    def has_kink(self) -> bool:
+        """Whether σ is a LeakyReLU of two different slopes."""
+        slope = self.negative_slope
+        return slope is not None and bool((torch.as_tensor(slope) != 1).any())
+
     def invert(self, x: Tensor, accuracy: float = 0.0) -> tuple[Tensor, Tensor | None]:
         """Computes z = σ⁻¹(x) where an inexact x determines it.
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from rgap.client import UpdateGradients, check_loss
-from rgap.noise import entry_noise
 from rgap.results import Candidate, GradientMismatchError, LayerReport, Reconstruction, UnsupportedLayerError
 from rgap.shared_gradient import SharedGradient, receive_gradients
 from rgap.tokens.closure import close_by_gradient
@@ -88,7 +87,7 @@ def reconstruct_tokens(
     received = _receive(model, embedding, gradients, noise_std)
     started, certified = time.perf_counter(), MAX_CERTIFIED_ERROR * _width(pixel_range)
     shared = {name: received.gradients[name] for name in _used(embedding)}
-    system = patch_system(embedding, shared, entry_noise(shared, noise_std, received.known, has_zeros=False))
+    system = patch_system(embedding, shared, replace(received, gradients=shared, has_zeros=False).entry_std)
     solution = solve_patches(system, received.precision, rcond)
     report = _report(embedding, solution, time.perf_counter() - started)
     replay = Replay(model, received, loss)
@@ -139,8 +138,8 @@ def _receive(model: nn.Module, embedding: PatchEmbedding, gradients, noise_std: 
             f"{reached[-1]!r} is not; nothing can be recovered"
         )
     used = {name: received.gradients[name] for name in _used(embedding)}
-    if received.known:
-        used = UpdateGradients(used, {name: received.known[name] for name in used})
+    if received.noise_std:
+        used = UpdateGradients(used, {name: received.noise_std[name] for name in used})
     first = receive_gradients({name: parameters[name] for name in used}, used, noise_std=noise_std)
     return replace(received, precision=first.precision)
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.attack.joint_signs import agree, settle_signs
+from rgap.attack.pattern import batch_on_pattern, settle_signs
 from rgap.separation import read as batch_reading
 from rgap.separation.joint_softmax import fit_joint_softmax
 from rgap.separation.scales import refine_inputs
@@ -256,16 +256,18 @@ def test_images_are_moved_to_the_signs_that_were_recovered(monkeypatch):
     chain = rgap.prepare(model, SHAPE)
     inputs = chain.layer_inputs(images)
     near = images + 0.02 * rand(*images.shape, seed=3)
-    moved = agree(chain, near, inputs, first_dense(chain))
+    following = zip(chain.layers[:-1], chain.layers[1:], strict=True)
+    positive = {layer.name: inputs[after.name] > 0 for layer, after in following}
+    moved = batch_on_pattern(chain, near, positive)
     before, after = chain.layer_inputs(near), chain.layer_inputs(moved)
     for name in ("2", "5", "7"):  # the last one is hidden among the fully connected layers
         assert not torch.equal(before[name] > 0, inputs[name] > 0)
         assert torch.equal(after[name] > 0, inputs[name] > 0)
     assert (moved - near).abs().max() < 0.05
     smooth = rgap.prepare(network(activation=nn.Tanh()), SHAPE)
-    assert agree(smooth, near, inputs, 2) is near
-    monkeypatch.setattr("rgap.attack.joint_signs.MOST", 0)
-    assert torch.equal(agree(chain, near, inputs, 2), near)
+    assert batch_on_pattern(smooth, near, positive) is near
+    monkeypatch.setattr("rgap.attack.pattern.MAX_PATTERN_FLIPS", 0)
+    assert torch.equal(batch_on_pattern(chain, near, positive), near)
 
 
 def alike(count, dtype=torch.float64, bias=True):

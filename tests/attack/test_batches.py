@@ -7,9 +7,12 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.attack.batch_recovery import recover_batch
+from rgap.attack.descent import descend
+from rgap.attack.verdict import judge, weigh
 from rgap.experiments.batch_fcn import combination
 from rgap.network.chain import Chain
+from rgap.results import PixelRange
+from rgap.separation.read import read_batch
 from rgap.separation.subspaces import find_batch_size
 from rgap.shared_gradient import receive
 
@@ -18,7 +21,9 @@ def recovered(network, images, labels, loss="logistic", size=None, dtype=torch.f
     """Without the door, so that losses and activations that it does not let through yet are tested."""
     chain = chain or rgap.prepare(network, SHAPE)
     received = receive(chain, gradients(network, images, labels, loss, dtype))
-    return recover_batch(chain, received, find_batch_size(chain, received, size or len(images)), loss)
+    start, notes = read_batch(chain, received, find_batch_size(chain, received, size or len(images)), loss, None, 0)
+    weighed = weigh(chain, received, start, descend(chain, received, start), loss, PixelRange())
+    return judge([weighed], notes, PixelRange())
 
 
 def check_exact(result, images, labels, atol):

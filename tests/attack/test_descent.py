@@ -8,19 +8,21 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.attack.descent import REFUTED, descend
-from rgap.head import Hypothesis, read_head
+from rgap.attack.descent import descend
+from rgap.attack.reconstruct import MAX_IDENTITY_RESIDUAL
+from rgap.head import read_head
+from rgap.head.hypothesis import Hypothesis, starts_of
 from rgap.shared_gradient import receive
 
 IMAGE = rand(1, 3, 8, 8)
 
 
 def start(network, label, image=IMAGE):
-    """Chain, received and one hypothesis of each label."""
+    """Chain, received and a start of each label."""
     chain = rgap.prepare(network, image.shape[1:])
     received = receive(chain, rgap.client_gradients(network, image, torch.tensor([label])))
     found = read_head("logistic", chain.layers[-1], received).hypotheses
-    return chain, received, {h.label: h for h in found}
+    return chain, received, {int(one.labels): one for one in starts_of(chain, found)}
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -32,7 +34,8 @@ def test_the_truth_about_the_head_leads_to_the_input_of_every_layer(bias, label)
     x = truth["5"][0]
     margin = (2 * label - 1) * network(IMAGE).item()
     dz = torch.tensor([(1 - 2 * label) / (1 + math.exp(margin))], dtype=torch.float64)
-    found = descend(chain, received, Hypothesis(label, 1 / dz.item(), dz, x), give_up=REFUTED)
+    (truly,) = starts_of(chain, [Hypothesis(label, 1 / dz.item(), dz, x)])
+    found = descend(chain, received, truly, give_up=MAX_IDENTITY_RESIDUAL)
     assert found.complete and found.mismatch < 1e-12
     assert list(found.layer_inputs) == ["0", "2", "5"]
     for name, expected in truth.items():
@@ -44,8 +47,8 @@ def test_the_truth_about_the_head_leads_to_the_input_of_every_layer(bias, label)
 def test_the_wrong_label_is_refuted_at_the_first_layer_unless_it_is_followed_to_the_end():
     chain, received, hypotheses = start(small_cnn(), 1)
     wrong = hypotheses[0]
-    dropped = descend(chain, received, wrong, give_up=REFUTED)
-    assert not dropped.complete and dropped.mismatch > REFUTED
+    dropped = descend(chain, received, wrong, give_up=MAX_IDENTITY_RESIDUAL)
+    assert not dropped.complete and dropped.mismatch > MAX_IDENTITY_RESIDUAL
     assert list(dropped.layer_inputs) == ["5"] and len(dropped.reports) == 1
     followed = descend(chain, received, wrong)
     assert followed.complete and list(followed.layer_inputs) == ["0", "2", "5"]
@@ -56,7 +59,7 @@ def test_grouped_convolutions_are_walked_group_by_group():
     network = sequential(*modules, nn.LeakyReLU(0.5), nn.Flatten(), nn.Linear(256, 1))
     image = rand(1, 4, 8, 8)
     chain, received, hypotheses = start(network, 0, image)
-    found = descend(chain, received, hypotheses[0], give_up=REFUTED)
+    found = descend(chain, received, hypotheses[0], give_up=MAX_IDENTITY_RESIDUAL)
     assert found.mismatch < 1e-12
     assert_close(found.layer_inputs["0"], image, rtol=0, atol=1e-9)
 
@@ -122,5 +125,5 @@ def test_virtual_constraints_reach_through_batch_normalisation_and_slopes_of_cha
 def test_a_bias_whose_gradient_does_not_fit_refutes_a_hypothesis():
     chain, received, hypotheses = start(small_cnn(bias=True), 1)
     received.gradients["0.bias"].mul_(-1)
-    found = descend(chain, received, hypotheses[1], give_up=REFUTED)
+    found = descend(chain, received, hypotheses[1], give_up=MAX_IDENTITY_RESIDUAL)
     assert not found.complete and found.mismatch == pytest.approx(2.0)

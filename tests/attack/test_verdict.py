@@ -7,11 +7,11 @@ from cases import randn, small_cnn
 
 import rgap
 from rgap.attack.descent import descend
-from rgap.attack.propagation import draw_noise, start_probe
-from rgap.attack.verdict import judge, make_candidate
+from rgap.attack.propagation import start_probe
+from rgap.attack.verdict import Weighed, judge, weigh
 from rgap.head import read_head
-from rgap.noise import entry_noise
-from rgap.results import Candidate
+from rgap.head.hypothesis import Start, starts_of
+from rgap.results import Candidate, PixelRange
 from rgap.shared_gradient import receive
 
 LABEL = torch.tensor([1])
@@ -19,15 +19,14 @@ LABEL = torch.tensor([1])
 
 @pytest.fixture(scope="module")
 def recovered():
-    """A network, its received, noise, hypothesis and descent, from float32 gradients of the image."""
+    """A network, its gradients in float32 as received, the start and its descent."""
     model = small_cnn()
     chain = rgap.prepare(model, (3, 8, 8))
     gradients = [g.float() for g in rgap.client_gradients(model, randn(1, 3, 8, 8).abs(), LABEL)]
     received = receive(chain, gradients)
-    stds = entry_noise(received.gradients)
-    hypothesis = read_head("logistic", chain.layers[-1], received, 1).hypotheses[0]
-    probe = start_probe(chain.layers[-1], received.gradients, draw_noise(stds), hypothesis, lambda _: [hypothesis])
-    return chain, received, stds, hypothesis, descend(chain, received, hypothesis, probe=probe)
+    (start,) = starts_of(chain, read_head("logistic", chain.layers[-1], received, 1).hypotheses[:1])
+    probe = start_probe(chain, received, start, "logistic")
+    return chain, received, start, descend(chain, received, start, probe=probe)
 
 
 def with_one_unit_turned(chain, descent):
@@ -43,22 +42,22 @@ def with_one_unit_turned(chain, descent):
 
 
 def test_a_unit_that_flips_when_the_image_goes_forward_says_nothing_against_it(recovered):
-    chain, received, stds, hypothesis, descent = recovered
+    chain, received, start, descent = recovered
     name = chain.layers[0].name
     turned, by = with_one_unit_turned(chain, descent)
     close = replace(turned, probe=replace(turned.probe, x=(by / turned.probe.error) * turned.probe.x))
     assert close.probe.error == pytest.approx(by.item())
-    candidate = make_candidate(chain, received, stds, hypothesis, close, "logistic", (-9.0, 9.0))
+    candidate = weigh(chain, received, start, close, "logistic", PixelRange(-9.0, 9.0)).joint
     assert candidate.gradient_residual < 0.1 * candidate.residual_allowed
     assert (candidate.images - descent.layer_inputs[name]).square().mean().sqrt() < by
     assert torch.equal(candidate.layer_inputs[name], candidate.images)
 
 
 def test_an_image_is_not_moved_beyond_its_error(recovered):
-    chain, received, stds, hypothesis, descent = recovered
+    chain, received, start, descent = recovered
     turned, by = with_one_unit_turned(chain, descent)
     assert turned.probe.error < by / 50
-    candidate = make_candidate(chain, received, stds, hypothesis, turned, "logistic", (-9.0, 9.0))
+    candidate = weigh(chain, received, start, turned, "logistic", PixelRange(-9.0, 9.0)).joint
     assert not candidate.consistent and candidate.gradient_residual > 1e-3
     assert torch.equal(candidate.images, turned.layer_inputs[chain.layers[0].name])
 
@@ -78,5 +77,6 @@ def candidate(residual, size=1.0):
     ],
 )
 def test_twins_that_miss_the_gradient_alike_stay_together(residuals, verdict, kept):
-    result = judge([candidate(residual, 0.9) for residual in residuals], [], (0.0, 1.0), None)
+    none = Start(0, LABEL, torch.zeros(1, 4), torch.zeros(1, 4), ((),), ())
+    result = judge([Weighed(none, candidate(residual, 0.9)) for residual in residuals], [], PixelRange())
     assert result.verdict == verdict and len(result.candidates) == kept

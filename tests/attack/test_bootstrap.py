@@ -1,12 +1,9 @@
-from dataclasses import replace
-
 import pytest
 import torch
 from test_batch import SHAPE, network, quality, shared
 
 import rgap
-from rgap.attack import batch as batch_descent
-from rgap.attack import batch_noise
+from rgap.attack import bootstrap, verdict
 from rgap.shared_gradient import SharedGradient, receive
 
 
@@ -37,7 +34,7 @@ def test_an_altered_gradient_is_not_explained(monkeypatch):
     gradients[0] = gradients[0] * 1.02
     result = rgap.reconstruct(model, gradients, SHAPE, "cross_entropy", batch_size=3)
     (joint,) = result.candidates
-    assert joint.gradient_residual < batch_noise.MOST and joint.predicted_error is not None
+    assert joint.gradient_residual < bootstrap.MAX_NOISE_RESIDUAL and joint.predicted_error is not None
     assert result.verdict == "inconsistent" and any("is allowed" in note for note in result.notes)
 
 
@@ -45,7 +42,7 @@ def test_an_error_that_blurs_the_images_is_not_certified(monkeypatch):
     model = network(dtype=torch.float32)
     _, _, gradients = shared(model)
     strict(monkeypatch, 1e-9)
-    monkeypatch.setattr(batch_descent, "SHARP", 1e-9)
+    monkeypatch.setattr(verdict, "MAX_CERTIFIED_ERROR_BATCH", 1e-9)
     result = rgap.reconstruct(model, gradients, SHAPE, "cross_entropy", batch_size=3)
     assert result.candidates[0].consistent and result.verdict == "inconsistent"
 
@@ -58,8 +55,7 @@ def test_the_gradient_that_is_tried_out_has_the_errors_of_the_shared_one(dtype, 
     chain = rgap.prepare(model, SHAPE)
     std = noise * max(g.abs().max().item() for g in gradients)
     received = receive(chain, gradients, noise_std=std or None)
-    received = replace(received, known=dict.fromkeys(received.gradients, std))
-    tried = batch_noise._as_shared(chain, received, images, labels, "cross_entropy")
+    tried = bootstrap._as_shared(chain, received, images, labels, "cross_entropy")
     for name, g in tried.items():
         miss = ((g - received.gradients[name]).norm() / g.norm()).item()
         assert miss < max(1e-12 if dtype == torch.float64 else 1e-5, 1e3 * noise)

@@ -5,7 +5,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.attack.signs import decide_activation_pattern
+from rgap.attack.propagation import decide_activation_pattern
 
 IMAGE = randn(1, 3, 8, 8).abs()
 
@@ -16,7 +16,7 @@ def middle(network=None):
     chain = rgap.prepare(network, (3, 8, 8))
     layer = chain.layers[1]
     gradients = dict(zip(chain.parameters, rgap.client_gradients(network, IMAGE, torch.tensor([1])), strict=True))
-    x = layer.activation.forward(layer.apply(chain.layer_inputs(IMAGE)[layer.name][0]) + layer.pre_bias())
+    x = layer.activation.forward(layer.apply(chain.layer_inputs(IMAGE)[layer.name]) + layer.pre_bias())
     mu = network(IMAGE).item()
     dx = chain.layers[-1].adjoint(torch.tensor([[[-1 / (1 + torch.tensor(mu).double().exp())]]])).reshape(x.shape)
     return layer, layer.gradient(gradients), x, dx
@@ -31,7 +31,7 @@ def test_signs_that_noise_has_turned_are_turned_back():
         before += int(((noisy > 0) != (x > 0)).sum())
         found = decide_activation_pattern(layer, G, noisy, dx, spread, 1e-6 * G.abs().max().item())
         after += int((found.values != truth).sum())
-        assert (found.doubt[noisy.abs() > 5 * spread] == 0).all()
+        assert (found.flip_probability[noisy.abs() > 5 * spread] == 0).all()
     assert before >= 20 and after <= before / 4
 
 
@@ -39,7 +39,7 @@ def test_without_error_the_slopes_are_the_derivative_and_nothing_is_in_doubt():
     layer, G, x, dx = middle(small_cnn(bias=True))
     found = decide_activation_pattern(layer, G, x, dx, 0.0, 0.0)
     assert_close(found.values, layer.activation.derivative(layer.activation.inverse(x)))
-    assert not found.doubt.any()
+    assert not found.flip_probability.any()
 
 
 def test_noise_that_hides_the_identities_leaves_the_sign_that_is_seen_and_doubt():
@@ -48,9 +48,9 @@ def test_noise_that_hides_the_identities_leaves_the_sign_that_is_seen_and_doubt(
     found = decide_activation_pattern(layer, G, x, dx, spread, 1e3 * G.abs().max().item())
     assert_close(found.values, layer.activation.derivative(layer.activation.inverse(x)))
     closest = x.abs().flatten().argmin()
-    assert 0.2 < found.doubt.flatten()[closest] <= 0.5
+    assert 0.2 < found.flip_probability.flatten()[closest] <= 0.5
     turned = found.draw(torch.Generator().manual_seed(0)) != found.values
-    assert turned.any() and (found.doubt[turned] > 0).all()
+    assert turned.any() and (found.flip_probability[turned] > 0).all()
 
 
 @pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Identity(), nn.LeakyReLU(1.0)])
@@ -59,7 +59,7 @@ def test_activations_without_two_slopes_are_left_alone(activation):
         nn.Conv2d(3, 8, 3, 2, 1), activation, nn.Conv2d(8, 6, 3, 1, 1), activation, nn.Flatten(), nn.Linear(96, 1)
     )
     layer = rgap.prepare(network, (3, 8, 8)).layers[1]
-    x = randn(*layer.output_shape)
+    x = randn(1, *layer.output_shape)
     assert decide_activation_pattern(layer, randn(*layer.weight.shape), x, x, 0.1, 0.1) is None
 
 
