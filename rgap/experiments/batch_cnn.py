@@ -12,11 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import nn
-from tqdm.auto import tqdm
 
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
-from rgap.experiments.common import MARKERS, MIN_CERTIFIED_PSNR_DB, PALETTE, certified, choice, finish, mark
+from rgap.experiments.common import MARKERS, MIN_CERTIFIED_PSNR_DB, PALETTE, certified, choice, finish, mark, progress
 from rgap.metrics import match, psnr_db
 from rgap.ranks.largest_batch import LargestBatch, largest_batch
 
@@ -61,7 +60,7 @@ def sample_conv_batches(count: int = 100, seed: int = 0) -> pd.DataFrame:
         and why: a false certificate is not ok, nor an image that is certified beyond the limit.
     """
     generator = torch.Generator().manual_seed(seed)
-    numbers = tqdm(range(count), desc="batches through convolutions", disable=None)
+    numbers = progress(range(count), "batches through convolutions")
     return pd.DataFrame([_attack_random_batch(generator, beyond=number % 2 == 1) for number in numbers])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -71,7 +72,7 @@ def client_steps(
     Yields:
         Seed, dtype, the image's index, the prepared network, image (1, C, H, W), label (1,) and gradients.
     """
-    for seed, dtype in tqdm(list(product(seeds, dtypes)), desc=title, disable=None):
+    for seed, dtype in progress(list(product(seeds, dtypes)), title):
         model = make_model(seed).to(getattr(torch, dtype))
         chain = prepare(model, tuple(images.shape[1:]))
         for i, (image, label) in enumerate(zip(images.split(1), labels.split(1), strict=True)):
@@ -139,7 +140,7 @@ def attack_batches(
         same order.
     """
     rows, results = [], []
-    for batch, seed in tqdm(list(product(batch_sizes, seeds)), desc="batches", disable=None):
+    for batch, seed in progress(list(product(batch_sizes, seeds)), "batches"):
         model = make_model(seed).to(getattr(torch, dtype))
         chain = prepare(model, tuple(images.shape[1:]))
         drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:batch]
@@ -191,6 +192,11 @@ def directions(images: Tensor) -> Tensor:
     """Images (N, C, H, W) scaled to norm 1, float64; an image of zeros stays zero."""
     flat = images.detach().double().flatten(1)
     return (flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-300)).reshape(images.shape)
+
+
+def progress(items: Iterable, title: str, **options) -> tqdm:
+    """The items, with a progress bar where a person watches; tqdm's `disable=None` would show it in run notebooks."""
+    return tqdm(items, desc=title, disable=not sys.stderr.isatty(), **options)
 
 
 def timed(function: Callable, *arguments, **options) -> tuple[Any, float]:
@@ -252,7 +258,7 @@ def run_each(
             stack.enter_context(_dask_client(address))
             stack.enter_context(joblib.parallel_config("dask"))
             pool = joblib.Parallel(return_as="list")
-        return list(tqdm(pool(calls), total=len(calls), desc=title, disable=None))
+        return list(progress(pool(calls), title, total=len(calls)))
 
 
 def _dask_client(address: str):

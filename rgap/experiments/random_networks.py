@@ -12,11 +12,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import LOSSES, client_gradients
-from rgap.experiments.common import seeded
+from rgap.experiments.common import progress, seeded
 from rgap.experiments.real_networks import RECOVERED_DB, missing_ranks
 from rgap.metrics import psnr_db
 from rgap.network.chain import prepare
@@ -61,7 +60,7 @@ def sample_chains(count: int, seed: int = 0, max_unknowns: int = MAX_UNKNOWNS) -
     rows = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using padding='same'")  # of torch, about its own speed
-        for number in tqdm(range(seed, seed + count), desc="chains", disable=None):
+        for number in progress(range(seed, seed + count), "chains"):
             rows.append(_attack_chain(number, max_unknowns))
     return pd.DataFrame(rows)
 

@@ -11,10 +11,9 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from rgap.client import loss_value
-from rgap.experiments.common import MARKERS, PALETTE, attack_each, finish
+from rgap.experiments.common import MARKERS, PALETTE, attack_each, finish, progress
 from rgap.network.chain import prepare
 from rgap.network.layer import Chain, Layer
 
@@ -162,7 +161,7 @@ def least_widths(
         seed and the columns of `least_width`.
     """
     rows = []
-    for number, seed in enumerate(tqdm(seeds, desc="widths", disable=None)):
+    for number, seed in enumerate(progress(seeds, "widths")):
         i = number % len(images)
         found = least_width(lambda width, seed=seed: make_model(seed, width), images[[i]], labels[[i]], loss)
         rows.append({"seed": seed} | found)

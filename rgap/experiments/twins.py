@@ -14,12 +14,11 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from rgap.attack.reconstruct import reconstruct
 from rgap.baselines import dlg
 from rgap.client import client_gradients
-from rgap.experiments.common import MARKERS, PALETTE, client_steps, finish
+from rgap.experiments.common import MARKERS, PALETTE, client_steps, finish, progress
 from rgap.head.logistic import MU_AT_MINIMUM, margins
 from rgap.metrics import psnr_db
 from rgap.results import Reconstruction
@@ -88,7 +87,7 @@ def twin_census(networks: Mapping[str, Iterable[nn.Module]], images: Tensor, lab
         ambiguous (the twin lies inside the pixel range), share (ambiguous of correct) and median_mu of the correct.
     """
     rows = []
-    for name, models in tqdm(networks.items(), desc="twins", disable=None):
+    for name, models in progress(networks.items(), "twins"):
         found = pd.concat([true_margins(model, images, labels) for model in models])
         correct = found[found["mu"] > 0]
         ambiguous = int(correct["twin_in_range"].sum())

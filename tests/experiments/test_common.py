@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import tqdm.notebook
 from cases import batch, fcn, rand, rendered, small_cnn
 
 import rgap
@@ -94,6 +95,12 @@ def test_a_result_without_images_has_an_outcome():
 
 def double(x):
     return 2 * x
+
+
+def test_a_notebook_that_a_program_runs_keeps_no_progress_bar(monkeypatch):
+    monkeypatch.setattr(common, "tqdm", tqdm.notebook.tqdm)
+    bar = common.progress([1, 2], "runs")
+    assert bar.disable and list(bar) == [1, 2]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
