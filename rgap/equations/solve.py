@@ -8,6 +8,7 @@ what it leaves open, by a dense least-squares problem, or conjugate gradients ta
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,9 +21,9 @@ from rgap.equations.complement import weak_subspace
 from rgap.equations.gradient import solve_gradients
 from rgap.equations.rank_laws import layer_laws
 from rgap.equations.solution import DEFAULT_LIMITS, LayerSolution, SolverLimits, merged
-from rgap.equations.systems import ReducedSystem, gradients_first, rows_known, weights_first
+from rgap.equations.systems import ReducedSystem, gradients_first, rows_known, rows_scale, weights_first
 from rgap.equations.weights import ConjugateGradients, SparseFactor, weight_factor
-from rgap.linalg import least_squares, rms
+from rgap.linalg import least_squares
 from rgap.network.layer import Layer
 from rgap.results import LayerReport
 
@@ -82,8 +83,10 @@ def solve_layer(
         parts = split_groups(layer)
         masks = [None] * len(parts) if known is None else known.chunk(len(parts), 1)
         split = (G.chunk(len(parts)), dz.chunk(len(parts), 1), z.chunk(len(parts), 1), masks)
-        options = (rcond, precision, limits)
-        solutions = [_solve(_Problem(*part, *options)) for part in zip(parts, *split, strict=True)]
+        solutions = [
+            _solve(_Problem(part, G, dz, z - part.pre_bias(), mask, rcond, precision, limits))
+            for part, G, dz, z, mask in zip(parts, *split, strict=True)
+        ]
     return merged(layer.name, solutions, time.perf_counter() - start)
 
 
@@ -94,46 +97,33 @@ class _Problem:
     layer: Layer
     G: Tensor
     dz: Tensor
-    outputs: Tensor  # (B, O, H′, W′), with the bias
+    z: Tensor  # (B, O, H′, W′), less the bias
     known: Tensor | None
     rcond: float
     precision: float
     limits: SolverLimits
 
-    @cached_property
-    def z(self) -> Tensor:
-        """Pre-activations less the bias, (B, O, H′, W′)."""
-        return self.outputs - self.layer.pre_bias()
+    @property
+    def unknowns(self) -> int:
+        """Over all images."""
+        return len(self.z) * self.layer.unknowns
 
     @property
     def is_batch(self) -> bool:
         """Whether there is more than one image."""
-        return len(self.outputs) > 1
-
-    @property
-    def unknowns(self) -> int:
-        """Over all images."""
-        return len(self.outputs) * self.layer.unknowns
-
-    @cached_property
-    def rows(self) -> int:
-        """Weight equations of an image."""
-        return self.outputs[0].numel() if self.known is None else int(self.known.sum())
+        return len(self.z) > 1
 
     @cached_property
     def left_open(self) -> int:
         """Unknowns that the gradients leave open at least, by their number."""
-        sizes = ((len(self.G) * len(b.taps), len(self.outputs) * len(b.pixels)) for b in blocks(self.layer))
+        sizes = ((len(self.G) * len(b.taps), len(self.z) * len(b.pixels)) for b in blocks(self.layer))
         return self.unknowns - self.layer.input_shape[0] * sum(min(size) for size in sizes)
 
     @property
-    def max_dense(self) -> int:
-        """Open unknowns up to which a dense system is solved."""
-        return self.limits.max_dense_unknowns_batch if self.is_batch else self.limits.max_dense_unknowns
-
-    def image_rows(self, z: Tensor) -> list[Tensor]:
-        """The rows of W x = z that are used, for each image."""
-        return [rows_known(image[None], self.known) for image in z]
+    def is_too_large(self) -> bool:
+        """Whether no dense system can hold what the gradients leave open."""
+        limits = self.limits
+        return self.left_open > (limits.max_dense_unknowns_batch if self.is_batch else limits.max_dense_unknowns)
 
     def report(self, rank: int, **fields) -> LayerReport:
         """A report on all images."""
@@ -172,43 +162,45 @@ def _fixed(layer: Layer, z: Tensor, limits: SolverLimits) -> LayerSolution:
 
 def _weights_alone(problem: _Problem) -> LayerSolution | None:
     """W alone, where it determines x well and the gradients leave much open."""
-    layer, limits = problem.layer, problem.limits
-    many = limits.dense_unknowns_batch if problem.is_batch else limits.dense_unknowns
-    if problem.left_open <= many or problem.rows < layer.unknowns:
+    layer, limits, known = problem.layer, problem.limits, problem.known
+    rows = problem.z[0].numel() if known is None else int(known.sum())
+    if problem.is_batch:
+        many, allowed = limits.dense_unknowns_batch, limits.well_conditioned_batch
+    else:
+        precise = MAX_WEIGHTS_ONLY_ERROR / max(problem.precision, FLOAT64_FLOOR)
+        many, allowed = limits.dense_unknowns, max(limits.well_conditioned, precise)
+    if problem.left_open <= many or rows < layer.unknowns:
         return None
-    known = None if problem.known is None else problem.known.flatten()
-    factor = weight_factor(layer, known, limits.max_factor_unknowns)
-    allowed = max(limits.well_conditioned, MAX_WEIGHTS_ONLY_ERROR / max(problem.precision, FLOAT64_FLOOR))
-    allowed = limits.well_conditioned_batch if problem.is_batch else allowed
-    if not factor.full_rank or (factor.condition > allowed and problem.left_open <= problem.max_dense):
+    factor = weight_factor(layer, None if known is None else known[0], limits.max_factor_unknowns)
+    if not factor.full_rank or (factor.condition > allowed and not problem.is_too_large):
         return None
     return _by_weights(problem, factor)
 
 
 def _by_weights(problem: _Problem, factor: SparseFactor | ConjugateGradients, missing: int = 0) -> LayerSolution:
     """Each image by W alone, which leaves so many of its unknowns open."""
-    solved = [factor.solve(rows) for rows in problem.image_rows(problem.z)]
-    x = torch.stack([x for x, _, _ in solved]).reshape(-1, *problem.layer.input_shape)
-    rank = problem.unknowns - len(x) * missing
-    worst = {"residual": max(s[1] for s in solved)}
+    solved, residuals, iterations = zip(*(factor.solve(image) for image in problem.z), strict=True)
+    x = torch.stack(solved).reshape(-1, *problem.layer.input_shape)
+    rank, fields = problem.unknowns - len(x) * missing, {"residual": max(residuals)}
     if not missing:
-        worst |= {"condition": factor.condition, "iterations": max(s[2] for s in solved)}
+        fields |= {"condition": factor.condition, "iterations": max(iterations)}
 
     def sensitivity(_: Tensor, z_change: Tensor) -> Tensor:
-        return torch.stack([factor.sensitivity(rows) for rows in problem.image_rows(z_change)]).reshape(x.shape)
+        return torch.stack([factor.sensitivity(image) for image in z_change]).reshape(x.shape)
 
-    return LayerSolution(x, problem.report(rank, rank_weights=rank, **worst), sensitivity)
+    return LayerSolution(x, problem.report(rank, rank_weights=rank, **fields), sensitivity)
 
 
 def _weights_before_gradients(problem: _Problem) -> LayerSolution | None:
     """W first, where it leaves much less open than the gradients do."""
-    layer, limits, count = problem.layer, problem.limits, len(problem.outputs)
+    layer, limits, (count, *outputs) = problem.layer, problem.limits, problem.z.shape
+    lacking = layer.unknowns - math.prod(outputs)
     few = limits.weights_first_ratio * problem.left_open
-    precise = problem.rcond <= MAX_RCOND_WEIGHTS_FIRST or problem.left_open > problem.max_dense
-    if count * max(layer.unknowns - problem.rows, 1) >= few or not (precise or problem.rows < layer.unknowns):
+    precise = problem.rcond <= MAX_RCOND_WEIGHTS_FIRST or problem.is_too_large
+    if count * max(lacking, 1) >= few or not (precise or lacking > 0):
         return None
     weak = weak_subspace(layer, limits.weak_ratio if precise else 0)
-    if weak is None or count * len(weak.sigmas) >= min(few, problem.max_dense):
+    if weak is None or count * len(weak.sigmas) >= min(few, limits.max_dense_unknowns_batch):
         return None
     if not len(weak.sigmas):
         return _by_weights(problem, weight_factor(layer, None, limits.max_factor_unknowns))
@@ -217,7 +209,7 @@ def _weights_before_gradients(problem: _Problem) -> LayerSolution | None:
 
 def _minimum_norm(problem: _Problem) -> LayerSolution | None:
     """W's minimum-norm solutions alone, where no dense system can hold the open unknowns of a batch."""
-    if problem.left_open <= problem.max_dense:
+    if not problem.is_too_large:
         return None
     solver = ConjugateGradients(problem.layer)
     return _by_weights(problem, solver, solver.missing)
@@ -230,27 +222,23 @@ def _iterate(problem: _Problem) -> LayerSolution | None:
     find is the solution of minimum norm, roughly, and the report has the law's rank. Without a law the rank is that by
     which a random vector comes back.
     """
-    layer, G = problem.layer, problem.G
+    layer, G, z, known = problem.layer, problem.G, problem.z, problem.known
     if problem.left_open <= problem.limits.iterative_unknowns:
         return None
     law = layer_laws(layer).both
     missing = 0 if law is None else layer.unknowns - law
-    if missing and problem.left_open <= problem.max_dense:
+    if missing and not problem.is_too_large:
         return None
-    (right,) = problem.image_rows(problem.z)
-    scale = (rms(right) / rms(G)).item() if G.any() and len(right) else 0.0
-    known = None if problem.known is None else problem.known.flatten()
-    solver = ConjugateGradients(layer, known, scale * problem.dz[0])
-    x, residual, iterations = solver.solve(right, scale * G, **(ROUGH if missing else {}))
-    condition = solver.condition
+    scale = rows_scale(rows_known(z, known), G)
+    solver = ConjugateGradients(layer, None if known is None else known[0], scale * problem.dz[0])
+    x, residual, iterations = solver.solve(z[0], scale * G, **(ROUGH if missing else {}))
+    fields = {"condition": solver.condition, "residual": residual, "iterations": iterations}
     missing = missing or solver.missing
-    if missing and problem.left_open <= problem.max_dense:
+    if missing and not problem.is_too_large:
         return None
-    fields = {"condition": condition, "residual": residual, "iterations": iterations}
 
     def sensitivity(dG: Tensor, z_change: Tensor) -> Tensor:
-        (rows,) = problem.image_rows(z_change)
-        return solver.sensitivity(rows, scale * dG).reshape(1, *layer.input_shape)
+        return solver.sensitivity(z_change[0], scale * dG).reshape(1, *layer.input_shape)
 
     x = x.reshape(1, *layer.input_shape)
     return LayerSolution(x, problem.report(layer.unknowns - missing, **fields), sensitivity)

@@ -76,7 +76,6 @@ def gradients_first(
     A = weights_on(layer, V) if whole else dense_operator(weight_columns(layer, V[0])[known.flatten()])
     A = _without_rounding(A, layer, rcond)
     right = rows_known(z, known)
-    scale = (rms(right) / rms(G)).item() if G.any() and len(right) else 0.0
 
     def project(x: Tensor) -> Tensor:
         return torch.einsum("bpk,bcp->ck", V, x.reshape(len(x), channels, -1)).flatten()
@@ -95,7 +94,7 @@ def gradients_first(
         seen_by,
         A,
         right - rows_known(layer.apply(found.x0), known),
-        (scale * found.sigmas).repeat(channels),
+        (rows_scale(right, G) * found.sigmas).repeat(channels),
         max(right.norm().item(), torch.finfo(z.dtype).tiny),
         change,
         rank_gradients=channels * found.rank,
@@ -137,7 +136,6 @@ def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, weak: WeakSubs
         moved = weak.factor.minimum_norm(z_change).flatten(1)
         return moved, missing(dG, moved)
 
-    scale = (rms(G) / rms(z)).item() if z.any() else 0.0
     return ReducedSystem(
         x0,
         spread,
@@ -145,7 +143,7 @@ def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, weak: WeakSubs
         seen_by,
         dense_operator(torch.cat(rows)),
         missing(G, x0),
-        (scale * weak.sigmas).repeat(count),
+        (rows_scale(G, z) * weak.sigmas).repeat(count),
         max(G.norm().item(), torch.finfo(z.dtype).tiny),
         change,
         rank_weights=count * math.prod(layer.output_shape),
@@ -220,6 +218,11 @@ def _read_by_taps(layer: Layer, V: Tensor) -> Tensor:
 def rows_known(z: Tensor, known: Tensor | None) -> Tensor:
     """The entries of z that are known, flat."""
     return z.flatten() if known is None else z[known]
+
+
+def rows_scale(right: Tensor, other: Tensor) -> float:
+    """What makes equations with right-hand side `other` as large as those with `right`; 0 where they are all zero."""
+    return (rms(right) / rms(other)).item() if other.any() and right.numel() else 0.0
 
 
 def _without_rounding(A: Operator, layer: Layer, rcond: float) -> Operator:

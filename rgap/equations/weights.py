@@ -35,48 +35,63 @@ class SparseFactor:
     """LU factors of WᵀW, or of W itself where it is square.
 
     Attributes:
-        W: Sparse, (rows, columns).
+        W: The rows that are used, sparse.
         lu: Its factors, None where they do not exist.
         condition: σ_max / σ_min of W, a lower bound, close.
         full_rank: Whether W is of full column rank.
+        known: Mask of the outputs whose rows are used, (O, H′, W′), None for all.
     """
 
     W: Any
     lu: Any
     condition: float
     full_rank: bool
+    known: Tensor | None = None
 
-    def solve(self, b: Tensor) -> tuple[Tensor, float, int]:
-        """Least-squares solution of W x = b with refinement: (x, ‖W x − b‖ / ‖b‖, refinement steps)."""
-        right, last, steps = b.numpy(), np.inf, 0
-        x = _normal_solve(self.W, self.lu, right)
+    def solve(self, z: Tensor) -> tuple[Tensor, float, int]:
+        """Least-squares solution of W x = z with refinement.
+
+        Args:
+            z: (O, H′, W′).
+
+        Returns:
+            x (C·H·W,), ‖W x − z‖ / ‖z‖ and the number of refinement steps.
+        """
+        right, last, steps = self._rows(z), np.inf, 0
+        x = self._normal_solve(right)
         while steps < 5:
             r = right - self.W @ x
             size = np.linalg.norm(self.W.T @ r)
             if not size < 0.5 * last:
                 break
             last = size
-            x = x + _normal_solve(self.W, self.lu, r)
+            x = x + self._normal_solve(r)
             steps += 1
         size = np.linalg.norm(right)
         residual = float(np.linalg.norm(right - self.W @ x) / size) if size > 0 else 0.0
         return torch.from_numpy(x), residual, steps
 
-    def sensitivity(self, b: Tensor) -> Tensor:
+    def sensitivity(self, z: Tensor) -> Tensor:
         """The solution without refinement: enough for the effect of an error."""
-        return torch.from_numpy(_normal_solve(self.W, self.lu, b.numpy()))
+        return torch.from_numpy(self._normal_solve(self._rows(z)))
+
+    def _rows(self, z: Tensor) -> NDArray:
+        return (z.flatten() if self.known is None else z[self.known]).numpy()
+
+    def _normal_solve(self, b: NDArray) -> NDArray:
+        return self.lu.solve(b) if self.W.shape[0] == self.W.shape[1] else self.lu.solve(self.W.T @ b)
 
 
 @dataclass
 class ConjugateGradients:
-    """Solves W x = b, or [W; K] x = [b; vec(G)] of one image, by conjugate gradients; no matrix is held.
+    """Solves W x = z, or [W; K] x = [z; vec(G)] of one image, by conjugate gradients; no matrix is held.
 
     Each kind of equations costs a convolution, whatever the size of the image; the condition number of the system
     decides how many iterations are needed, and grows as the equations become scarce.
 
     Attributes:
         layer: The layer, without groups.
-        known: Mask of the rows of W that are used, (O·H′·W′,), None for all; b is then as long as it has ones.
+        known: Mask of the outputs whose rows of W are used, (O, H′, W′), None for all.
         dz: δz, (O, H′, W′), where K belongs to the system; scaled, and G with it, so that its rows are as large as W's.
         condition: Of the system, as the last solve saw it.
     """
@@ -94,8 +109,8 @@ class ConjugateGradients:
         """
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(self.layer.input_shape, generator=generator, dtype=torch.float64)
-        z, G = self.layer.apply(x), None if self.dz is None else self.layer.weight_gradient(x, self.dz)
-        found = self.solve(self._rows(z), G, tolerance=1e-10, truth=x)[0]
+        G = None if self.dz is None else self.layer.weight_gradient(x, self.dz)
+        found = self.solve(self.layer.apply(x), G, tolerance=1e-10, truth=x)[0]
         share = ((found - x.flatten()).norm() / x.norm()).item() ** 2
         return max(1, round(share * self.layer.unknowns)) if share > FULL_RANK_RTOL**2 else 0
 
@@ -106,16 +121,16 @@ class ConjugateGradients:
 
     def solve(
         self,
-        b: Tensor,
+        z: Tensor,
         G: Tensor | None = None,
         tolerance: float = 1e-12,
         max_iterations: int = 20_000,
         truth: Tensor | None = None,
     ) -> tuple[Tensor, float, int]:
-        """Least-squares solution of minimum norm: (x, ‖residual‖ / ‖right-hand side‖, iterations).
+        """Least-squares solution of minimum norm: x (C·H·W,), ‖residual‖ / ‖right-hand side‖, iterations.
 
         Args:
-            b: (rows,).
+            z: (O, H′, W′).
             G: Gradient by the weight, shaped as it, where K belongs to the system.
             tolerance: Largest norm of the normal equations' residual at the end, relative to the start.
             max_iterations: Most iterations.
@@ -125,19 +140,18 @@ class ConjugateGradients:
         def done(x: Tensor) -> bool:
             return truth is not None and bool((x - truth).norm() < FULL_RANK_RTOL * truth.norm())
 
-        right = [self._image(b)] if self.dz is None else [self._image(b), G]
-        found = conjugate_gradients(
-            self._apply, self._adjoint, right, tolerance=tolerance, max_iterations=max_iterations, done=done
-        )
+        right, limits = [self._used(z)], {"tolerance": tolerance, "max_iterations": max_iterations}
+        right += [] if self.dz is None else [G]
+        found = conjugate_gradients(self._apply, self._adjoint, right, done=done, **limits)
         self.condition = found.condition
         return found.x.flatten(), found.residual, found.iterations
 
-    def sensitivity(self, b: Tensor, G: Tensor | None = None) -> Tensor:
+    def sensitivity(self, z: Tensor, G: Tensor | None = None) -> Tensor:
         """The solution to a few digits: enough for the effect of an error."""
-        return self.solve(b, G, tolerance=1e-3)[0]
+        return self.solve(z, G, tolerance=1e-3)[0]
 
     def _apply(self, x: Tensor) -> list[Tensor]:
-        z = self._image(self._rows(self.layer.apply(x)))
+        z = self._used(self.layer.apply(x))
         return [z] if self.dz is None else [z, self.layer.weight_gradient(x, self.dz)]
 
     def _adjoint(self, rest: list[Tensor]) -> Tensor:
@@ -146,32 +160,26 @@ class ConjugateGradients:
             x = x + replace(self.layer, weight=rest[1], cache={}).adjoint(self.dz)
         return x
 
-    def _rows(self, z: Tensor) -> Tensor:
-        """The rows that are used."""
-        return z.flatten() if self.known is None else z.flatten()[self.known]
-
-    def _image(self, rows: Tensor) -> Tensor:
-        """Back in the shape of the output, 0 where a row is not used."""
-        if self.known is None:
-            return rows.reshape(self.layer.output_shape)
-        return rows.new_zeros(self.known.shape).masked_scatter(self.known, rows).reshape(self.layer.output_shape)
+    def _used(self, z: Tensor) -> Tensor:
+        """z, with 0 where a row is not used."""
+        return z if self.known is None else z.where(self.known, 0.0)
 
 
 def weight_factor(
     layer: Layer, known: Tensor | None = None, max_unknowns: int = MAX_FACTOR_UNKNOWNS
 ) -> SparseFactor | ConjugateGradients:
-    """The solver for W x = b of a layer without groups; made once, unless only some rows of W are known.
+    """The solver for W x = z of a layer without groups; made once, unless only some rows of W are known.
 
     Args:
         layer: The layer.
-        known: Mask of the rows that are used, (O·H′·W′,), None for all.
+        known: Mask of the outputs whose rows are used, (O, H′, W′), None for all.
         max_unknowns: Unknowns beyond which W is not factored.
     """
     if layer.unknowns > max_unknowns:
         solver = ConjugateGradients(layer, known)
         return solver if known is not None else layer.cached("weight_solver", lambda: solver)
     if known is not None:
-        return _sparse_factor(weight_matrix(layer)[known.numpy()])
+        return replace(_sparse_factor(weight_matrix(layer)[known.flatten().numpy()]), known=known)
     return layer.cached("weight_factor", lambda: _sparse_factor(weight_matrix(layer)))
 
 
@@ -184,10 +192,6 @@ def _sparse_factor(W: Any) -> SparseFactor:
         return SparseFactor(W, None, math.inf, False)
     condition = _condition(W, lu)
     return SparseFactor(W, lu, condition, condition < 1 / (MIN_RATIO_SQUARE if square else MIN_RATIO))
-
-
-def _normal_solve(W: Any, lu: Any, b: NDArray) -> NDArray:
-    return lu.solve(b) if W.shape[0] == W.shape[1] else lu.solve(W.T @ b)
 
 
 def _condition(W: Any, lu: Any, steps: int = 12) -> float:

@@ -31,7 +31,7 @@ def condition_of(layer):
 def test_the_factor_solves_consistent_equations_and_knows_their_condition(layer):
     x = randn(*layer.input_shape)
     factor = weight_factor(layer)
-    found, residual, steps = factor.solve(layer.apply(x).flatten())
+    found, residual, steps = factor.solve(layer.apply(x))
     assert factor.full_rank and residual < 1e-13 and 1 <= steps <= 5
     assert_close(found, x.flatten(), rtol=0, atol=1e-10)
     assert condition_of(layer) / 3 < factor.condition < 1.01 * condition_of(layer)
@@ -40,19 +40,19 @@ def test_the_factor_solves_consistent_equations_and_knows_their_condition(layer)
 
 def test_the_solution_of_inconsistent_equations_is_that_of_least_squares():
     layer = tall()
-    W, b = torch.from_numpy(weight_matrix(layer).toarray()), randn(108)
-    expected = torch.linalg.lstsq(W, b[:, None]).solution[:, 0]
+    W, b = torch.from_numpy(weight_matrix(layer).toarray()), randn(*layer.output_shape)
+    expected = torch.linalg.lstsq(W, b.reshape(-1, 1)).solution[:, 0]
     for solver in (weight_factor(layer), ConjugateGradients(layer)):
         found, residual, _ = solver.solve(b)
         assert_close(found, expected, rtol=0, atol=1e-9)
-        assert residual == pytest.approx(((W @ expected - b).norm() / b.norm()).item(), rel=1e-9)
+        assert residual == pytest.approx(((W @ expected - b.flatten()).norm() / b.norm()).item(), rel=1e-9)
 
 
 def test_conjugate_gradients_take_over_from_a_size_on_and_agree():
     layer, x = tall(), randn(3, 4, 4)
     solver = weight_factor(layer, max_unknowns=40)
     assert isinstance(solver, ConjugateGradients) and math.isnan(solver.condition)
-    found, residual, iterations = solver.solve(layer.apply(x).flatten())
+    found, residual, iterations = solver.solve(layer.apply(x))
     assert_close(found, x.flatten(), rtol=0, atol=1e-9)
     assert residual < 1e-11 and 0 < iterations < 200
     assert solver.condition == pytest.approx(condition_of(layer), rel=0.05)
@@ -61,14 +61,14 @@ def test_conjugate_gradients_take_over_from_a_size_on_and_agree():
 
 def test_conjugate_gradients_leave_a_vanishing_right_side_at_zero():
     solver = ConjugateGradients(tall())
-    found, residual, iterations = solver.solve(torch.zeros(108).double())
+    found, residual, iterations = solver.solve(torch.zeros(12, 3, 3).double())
     assert not found.any() and residual == 0.0 and iterations == 0 and math.isnan(solver.condition)
 
 
 def test_one_step_of_conjugate_gradients_shows_a_condition_of_one():
     layer = conv_layer(nn.Conv2d(1, 1, 1, bias=False), 3, 3)
     solver = ConjugateGradients(layer)
-    _, _, iterations = solver.solve(randn(9))
+    _, _, iterations = solver.solve(randn(1, 3, 3))
     assert iterations == 1 and solver.condition == pytest.approx(1.0)
 
 
@@ -136,7 +136,7 @@ def test_gradient_rows_join_the_iterations():
     x, dz = randn(4, 9, 9), randn(*layer.output_shape, seed=1)
     solver = ConjugateGradients(layer, dz=dz)
     z, G = layer.apply(x), layer.weight_gradient(x, dz)
-    found, residual, iterations = solver.solve(z.flatten(), G)
+    found, residual, iterations = solver.solve(z, G)
     assert solver.full_rank and residual < 1e-10 and iterations > 10
     assert_close(found, x.flatten(), rtol=0, atol=1e-7)
     assert not ConjugateGradients(layer).full_rank
