@@ -195,7 +195,7 @@ def directions(images: Tensor) -> Tensor:
 
 
 def progress(items: Iterable, title: str, **options) -> tqdm:
-    """The items, with a progress bar where stderr is a terminal; `disable=None` would show one in executed notebooks."""
+    """The items, with a progress bar where stderr is a terminal. tqdm's own `disable=None` fails in notebooks."""
     return tqdm(items, desc=title, disable=not sys.stderr.isatty(), **options)
 
 
