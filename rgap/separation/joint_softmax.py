@@ -30,7 +30,7 @@ MAX_LABEL_GUESSES = 3
 REFIT_RESIDUALS = (1e-13, 1e-5)
 """Residuals of a fit between which its inputs are improved by the ∂ℓ/∂z_1 that follow from it."""
 
-ALTERNATIONS = 6
+OUTPUT_ALTERNATIONS = 6
 """Rounds in which outputs and inputs are guessed in turn before they are fitted together."""
 
 
@@ -170,7 +170,7 @@ def _starts(layers: Sequence[Layer], span: Span, labels: Tensor, outputs: Tensor
     found = []
     for t in common:
         x, f = (V @ t).expand(len(labels), -1), outputs
-        for _ in range(ALTERNATIONS):
+        for _ in range(OUTPUT_ALTERNATIONS):
             dz = _pre_activation_gradients(layers, x, labels, f)
             x = torch.linalg.lstsq(dz, K, driver="gelsd").solution @ V.T
             f = output_jacobians(layers, x)[2]

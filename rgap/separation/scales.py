@@ -150,8 +150,10 @@ def share_residual(loss: str, f: Tensor, c: Tensor, label: int, alpha: float) ->
         label: The label.
         alpha: The scale α.
     """
-    mine = torch.func.grad(lambda outputs: loss_value(loss, outputs, torch.tensor([label])))((alpha * f)[None])[0]
-    return ((mine - c / alpha).norm() / (c / alpha).norm().clamp(min=1e-300)).item()
+    outputs = (alpha * f)[None].detach().requires_grad_()
+    with torch.enable_grad():
+        (mine,) = torch.autograd.grad(loss_value(loss, outputs, torch.tensor([label])), outputs)
+    return ((mine[0] - c / alpha).norm() / (c / alpha).norm().clamp(min=1e-300)).item()
 
 
 def _logistic(f: Tensor, c: Tensor, label: int) -> tuple[list[tuple[int, float]], list[str]]:

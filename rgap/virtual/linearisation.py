@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rgap.network.activations import Activation, leaky_relu
 
-NODES = 15
+QUADRATURE_NODES = 15
 """Nodes of the Gauss–Hermite rule for smooth activations."""
 
 
@@ -108,7 +108,7 @@ def _leaky_relu(a: float, m: NDArray, v: NDArray) -> Fit:
 
 
 def _smooth(activation: Activation, m: NDArray, v: NDArray) -> Fit:
-    nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_NODES)
     weights = weights / weights.sum()
     sd = np.maximum(np.sqrt(v), 1e-6)  # below, the differences between nodes would drown in rounding
     x = m[:, None] + sd[:, None] * nodes

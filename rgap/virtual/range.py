@@ -28,7 +28,7 @@ MAX_STEPS = 30
 MAX_STALLED_STEPS = 4
 """Solves without fewer signs changing after which no more are made."""
 
-CONVERGED = 1e-9
+CONVERGED_CHANGE = 1e-9
 """Change, by signs or by a step's relative length, at which the linearisation is that of the solution."""
 
 UNDECIDED_SIGN_STDS = 3.0
@@ -100,7 +100,7 @@ def close_by_range(
         dense = _solve(system, left, z - bias, slope, x, (own, unit), rcond)
         moved = system.x0 + system.spread(dense.y[:, None])[:, :, 0]
         changes.append(_change(before, x, moved, slope, UNDECIDED_SIGN_STDS * unit))
-        kept = changes[-1] <= CONVERGED
+        kept = changes[-1] <= CONVERGED_CHANGE
         x = moved
         earlier, latest = changes[:-MAX_STALLED_STEPS], changes[-MAX_STALLED_STEPS:]
         if kept or (earlier and min(latest) >= min(earlier)):
