@@ -40,6 +40,8 @@ SAMPLE_CASES = 200
 
 def reconstruct(options: argparse.Namespace) -> int:
     """Attacks one image or batch, leaves pictures and the layers' table, and prints how near the truth is."""
+    from rgap.experiments.common import rescale  # matplotlib comes with it, which no other command needs
+
     if options.batch < 1:
         raise ValueError(f"batch is {options.batch}; an empty batch has no gradient, give at least 1")
     model, shape, loss, classes = load_case(options)
@@ -59,7 +61,7 @@ def reconstruct(options: argparse.Namespace) -> int:
         suffix = f"_{options.index + place}" if options.batch > 1 else ""
         _save_png(images[place], folder / f"origin{suffix}.png")
         _save_png(found, folder / f"reconstruction{suffix}.png")
-        _save_png(_stretched(found), folder / f"reconstruction_rescaled{suffix}.png")
+        _save_png(rescale(found), folder / f"reconstruction_rescaled{suffix}.png")
     save_csv(result.to_frame(), folder / "layers.csv")
 
     print(f"verdict  {result.verdict}")
@@ -227,12 +229,6 @@ def sample_summary(table: pd.DataFrame) -> pd.DataFrame:
 def _file_stem(text: str) -> str:
     """A path or `module:function` as a plain file name: every other character becomes a dash."""
     return re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")
-
-
-def _stretched(image: Tensor) -> Tensor:
-    """The image's own range stretched to [0, 1], to show the shapes in one that is far off in scale."""
-    low, high = image.min(), image.max()
-    return (image - low) / (high - low) if high > low else image * 0
 
 
 def _save_png(image: Tensor, path: Path) -> None:
