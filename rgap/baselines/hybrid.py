@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from rgap.attack.arguments import checked_chain
+from rgap.attack.descent import descend
 from rgap.attack.reconstruct import reconstruct
 from rgap.baselines.matching import GradientObjective, gradient_objective
 from rgap.baselines.methods import Gradients, check_counts
-from rgap.baselines.nullspace import descend_open
+from rgap.baselines.nullspace import gradient_matching_closer, start_of
 from rgap.baselines.optimisers import Record, lbfgs, total_variation
 from rgap.baselines.outcome import MAX_ROUNDING, Optimised, candidate, outcome
 from rgap.network.layer import Chain
@@ -93,10 +94,13 @@ def hybrid(
     if closed.verdict in ("exact", "ambiguous") and not noisy:
         return _unchanged(closed, record)
     candidates, notes = [first], list(closed.notes)
-    if first.open_layers and (filled := descend_open(chain, problem, first, steps, record)):
-        image, said = filled
-        notes += said
-        candidates.append(_like(first, candidate(problem, image, first.labels)))
+    if first.open_layers:
+        close = gradient_matching_closer(chain, first.open_layers, steps, record, filled := [])
+        descent = descend(chain, problem.received, start_of(chain, first, loss), close=close)
+        if filled:
+            image = descent.layer_inputs[chain.layers[0].name].reshape(1, *chain.image_shape)
+            candidates.append(_like(first, candidate(problem, image, first.labels)))
+            notes += filled
     best = min(candidates, key=lambda c: c.gradient_residual)
     if noisy or best.gradient_residual > max(REFINE_ABOVE_RESIDUAL, problem.received.tolerance):
         weight = tv_weight if tv_weight is not None else NOISE_TV * noisy
@@ -120,7 +124,7 @@ def _like(first: Candidate, found: Candidate) -> Candidate:
 def _refine(problem: GradientObjective, best: Candidate, steps: int, tv_weight: float, record: Record) -> Tensor:
     """L-BFGS from the best image so far, brought into the pixel range; grey where it is no number."""
     record.next_restart()
-    low, width = problem.low_and_width()
+    low, width = problem.low, problem.pixels.width
     labels = best.labels.to(problem.device)
 
     def objective(images: Tensor) -> tuple[Tensor, float]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rgap.client import check_loss, loss_value
 from rgap.network.layer import Chain
+from rgap.results import PixelRange
 from rgap.shared_gradient import SharedGradient, receive_gradients
 
 DIVERGED_WIDTHS = 10.0
@@ -44,7 +45,7 @@ class GradientObjective:
         sizes: ‖g‖² of each of its tensors.
         loss: Name of the loss.
         shape: (B, C, H, W) of the images.
-        pixel_range: Smallest and largest value of a pixel.
+        pixels: The values that a pixel may have.
         received: The gradients in float64, and their precision.
     """
 
@@ -55,7 +56,7 @@ class GradientObjective:
     sizes: Tensor
     loss: str
     shape: tuple[int, int, int, int]
-    pixel_range: tuple[float, float]
+    pixels: PixelRange
     received: SharedGradient
 
     @property
@@ -82,19 +83,18 @@ class GradientObjective:
 
     def random_images(self, generator: torch.Generator) -> Tensor:
         """Noise, uniform over the pixel range (the unit interval where that is infinite)."""
-        low, width = self.low_and_width()
         noise = torch.rand(self.shape, generator=generator, dtype=torch.float64)
-        return (low + width * noise).to(self.device, self.dtype)
+        return (self.low + self.pixels.width * noise).to(self.device, self.dtype)
 
-    def low_and_width(self) -> tuple[float, float]:
-        """Of the pixel range; of the unit interval where that is infinite."""
-        low, high = self.pixel_range
-        return (low, high - low) if math.isfinite(high - low) else (0.0, 1.0)
+    @property
+    def low(self) -> float:
+        """Smallest value of a pixel; 0 where the pixel range is infinite."""
+        return self.pixels.low if math.isfinite(self.pixels.high - self.pixels.low) else 0.0
 
     def diverged(self, images: Tensor) -> bool:
         """Whether images lie so far outside the pixel range that no descent returns."""
-        low, width = self.low_and_width()
-        return not bool((images - (low + width / 2)).abs().max() <= DIVERGED_WIDTHS * width)
+        width = self.pixels.width
+        return not bool((images - (self.low + width / 2)).abs().max() <= DIVERGED_WIDTHS * width)
 
 
 def gradient_objective(
@@ -138,4 +138,4 @@ def gradient_objective(
     }
     sizes = torch.stack([g.square().sum() for g in shared])
     shape = (batch_size, *image_shape)
-    return GradientObjective(model, values, buffers, shared, sizes, loss, shape, tuple(pixel_range), received)
+    return GradientObjective(model, values, buffers, shared, sizes, loss, shape, PixelRange(*pixel_range), received)

@@ -105,14 +105,16 @@ def inverting_gradients(
     problem = gradient_objective(model, gradients, image_shape, loss, batch_size, pixel_range, noise_std, dtype, device)
     if not tv_weight >= 0 or not rate > 0:
         raise ValueError(f"tv_weight is {tv_weight} and rate is {rate}; give at least 0, and a positive rate")
-    width = problem.low_and_width()[1]
+    pixels = problem.pixels
 
     def descend(start: Tensor, known: Tensor, record: Record) -> Descended:
         def objective(images: Tensor) -> tuple[Tensor, float]:
             found = problem.distances(images, known)
-            return found.cosine + tv_weight / width * total_variation(images), found.residual
+            return found.cosine + tv_weight / pixels.width * total_variation(images), found.residual
 
-        return signed_adam(objective, start, steps, record, problem.pixel_range, rate * width, "Inverting Gradients")
+        return signed_adam(
+            objective, start, steps, record, (pixels.low, pixels.high), rate * pixels.width, "Inverting Gradients"
+        )
 
     return _restarted(problem, descend, labels, steps, restarts, seed)
 

@@ -1,21 +1,26 @@
-"""The descent of the closed form, with an optimiser where a layer leaves a null space open (ours).
+"""Gradient matching as a closer of the closed form's descent: it moves a layer's input within its null space (ours).
 
-A deficient layer's input is x = x_mn + N t: the optimiser moves t alone, what the layer determines stays. It matches
-what the layer before knows: σ⁻¹(x) lies in the range of its weights, and its gradient is the shared one.
+A deficient layer's input is x = x_mn + N t, and only t is optimised; what the layer determines stays. The objective is
+what the layer before knows: σ⁻¹(x) − b lies in the range of its weights, and its gradient is the shared one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rgap.baselines.matching import GradientObjective
+from rgap.attack.descent import Closer, close_by_virtual_constraints
 from rgap.baselines.optimisers import Record, lbfgs
 from rgap.client import loss_value
-from rgap.equations import LayerSolution, solve_layer
+from rgap.equations import LayerSolution
+from rgap.head.hypothesis import Start
 from rgap.network.layer import Chain, Layer
 from rgap.results import Candidate
+from rgap.shared_gradient import SharedGradient
+from rgap.virtual.closure import VirtualSolution
 from rgap.virtual.previous import PreviousLayer, previous_factors
 
 RANGE_ONLY_SHARE = 0.9
@@ -25,92 +30,69 @@ GRADIENT_WEIGHT = 0.1
 """Weight of the relative gradient misfit beside the relative range misfit, where both are used."""
 
 
-def descend_open(
-    chain: Chain, problem: GradientObjective, found: Candidate, steps: int, record: Record
-) -> tuple[Tensor, list[str]] | None:
-    """Walks a candidate down again and fills, by gradient matching, every null space that was left open.
+def start_of(chain: Chain, found: Candidate, loss: str) -> Start:
+    """The hypothesis behind a candidate for one image, at the last layer."""
+    head = chain.layers[-1]
+    x = found.layer_inputs[head.name].reshape(1, *head.input_shape)
+    z = (head.apply(x) + head.pre_bias()).reshape(1, -1).requires_grad_()
+    (dz,) = torch.autograd.grad(loss_value(loss, z, found.labels.cpu()), z)
+    dx = head.adjoint(dz.reshape(1, *head.output_shape))
+    return Start(len(chain.layers) - 1, found.labels.cpu(), x.flatten(1), dx.flatten(1), ((),), found.layers[:1])
+
+
+def gradient_matching_closer(
+    chain: Chain, open_layers: Sequence[str], steps: int, record: Record, notes: list[str]
+) -> Closer:
+    """A closer that fills null spaces by L-BFGS, and never certifies what it has filled in.
 
     Args:
         chain: The prepared network.
-        problem: The shared gradient.
-        found: The closed form's candidate with open layers.
-        steps: Most evaluations for each open layer.
+        open_layers: Names of the layers to fill; below the first of them every deficient layer is filled. Those above
+            are closed by virtual constraints, as they were for the candidate.
+        steps: Most evaluations for each layer.
         record: Where they are noted, in a restart of their own.
-
-    Returns:
-        The image, (1, C, H, W), and a sentence for each layer; None where no open layer could be worked on.
+        notes: Empty; takes a sentence for each layer that was filled.
     """
-    head, notes = chain.layers[-1], []
-    x = found.layer_inputs[head.name].reshape(head.input_shape)
-    dx = head.adjoint(_output_gradient(head, x, found.labels, problem.loss))
-    for i in reversed(range(len(chain.layers) - 1)):
-        layer = chain.layers[i]
-        z = layer.activation.inverse(x.reshape(layer.output_shape))
-        dz = layer.activation.derivative(z) * dx.reshape(layer.output_shape)
-        dx = layer.adjoint(dz)
-        if layer.name not in found.open_layers and not notes:
-            x = found.layer_inputs[layer.name]
-            continue
-        G = problem.received.gradients[layer.weight_name].reshape(layer.weight.shape)
-        solution = solve_layer(layer, G, dz[None], z[None], rcond=problem.received.rcond)
-        x = solution.x[0]
-        factors = previous_factors(chain.layers[i - 1]) if i and solution.null_basis is not None else None
-        if factors is not None:
-            x = _fill(solution, factors, problem, dx, steps, record, shown=i == 1)
-            notes.append(f"{solution.null_basis.shape[1]} open unknowns of layer {layer.name!r} by gradient matching")
-    return (x.reshape(1, *chain.image_shape), notes) if notes else None
+
+    def close(before: Layer, received: SharedGradient, solution: LayerSolution, z: Tensor, dx: Tensor):
+        name = solution.report.name
+        if name not in open_layers and not notes:
+            return close_by_virtual_constraints(before, received, solution, z, dx)
+        factors = previous_factors(before) if solution.null_basis is not None else None
+        if factors is None:
+            return None
+        notes.append(f"{solution.null_basis.shape[1]} open unknowns of layer {name!r} by gradient matching")
+        shown = before is chain.layers[0]
+        return _filled(solution, factors, before.gradient(received.gradients), dx, steps, record, shown)
+
+    return close
 
 
-def _output_gradient(head: Layer, x: Tensor, labels: Tensor, loss: str) -> Tensor:
-    """δz of the last layer for a recovered input of it."""
-    z = (head.apply(x) + head.pre_bias()).reshape(1, -1).requires_grad_()
-    return torch.autograd.grad(loss_value(loss, z, labels), z)[0].reshape(head.output_shape)
-
-
-def _fill(
-    solution: LayerSolution,
-    factors: PreviousLayer,
-    problem: GradientObjective,
-    dx: Tensor,
-    steps: int,
-    record: Record,
-    shown: bool,
-) -> Tensor:
-    """The deficient layer's input with the t that matches best."""
-    before = factors.layer
-    x0, N, left = solution.x.flatten(), solution.null_basis, torch.from_numpy(factors.left)
-    bias = torch.from_numpy(factors.bias.copy())
-    order = torch.from_numpy(np.argsort(factors.order))
-    pinv = torch.from_numpy(factors.pinv)
-    G = problem.received.gradients[before.weight_name].reshape(before.weight.shape)
+def _filled(
+    solution: LayerSolution, previous: PreviousLayer, G: Tensor, dx: Tensor, steps: int, record: Record, shown: bool
+) -> VirtualSolution:
+    """The layer's input with the t that matches best; `shown` keeps the images that the layer before then reads."""
+    before, x0, N = previous.layer, solution.x.flatten(), solution.null_basis
+    left, pinv, order = map(torch.from_numpy, (previous.left, previous.pinv, np.argsort(previous.order)))
+    bias = torch.from_numpy(previous.bias.copy())
     size = (before.activation.inverse(x0) - bias).square().sum()
+    range_only = N.shape[1] <= RANGE_ONLY_SHARE * left.shape[1]
 
-    def below(t: Tensor) -> tuple[Tensor, Tensor]:
+    def input_before(t: Tensor) -> Tensor:
         z = before.activation.inverse(x0 + N @ t)
-        return z, (pinv @ (z - bias))[order].reshape(1, *before.input_shape)
+        return (pinv @ (z - bias))[order].reshape(1, *before.input_shape)
 
     def misfit(t: Tensor) -> tuple[Tensor, float]:
-        if few:
-            z = before.activation.inverse(x0 + N @ t)
-            value = (left.T @ (z - bias)).square().sum() / size
+        z = before.activation.inverse(x0 + N @ t)
+        value = (left.T @ (z - bias)).square().sum() / size
+        if range_only:
             return value, value.item() ** 0.5
-        z, image = below(t)
-        dz = before.activation.derivative(z) * dx.flatten()
-        mine = _weight_gradient(before, image, dz)
-        missed = (mine - G).square().sum() / G.square().sum()
-        value = (left.T @ (z - bias)).square().sum() / size + GRADIENT_WEIGHT * missed
-        return value, missed.item() ** 0.5
+        dz = (before.activation.derivative(z) * dx.flatten()).reshape(before.output_shape)
+        missed = (before.weight_gradient(input_before(t), dz) - G).square().sum() / G.square().sum()
+        return value + GRADIENT_WEIGHT * missed, missed.item() ** 0.5
 
     record.next_restart()
-    few = N.shape[1] <= RANGE_ONLY_SHARE * left.shape[1]
-    found = lbfgs(misfit, x0.new_zeros(N.shape[1]), steps, record, title="null space",
-                  images=(lambda t: below(t)[1]) if shown else None)  # fmt: skip
-    return (x0 + N @ found.best).reshape(before.output_shape)
-
-
-def _weight_gradient(layer: Layer, image: Tensor, dz: Tensor) -> Tensor:
-    """∂ℓ/∂W for an input and a gradient by the output; differentiable by both."""
-    W = layer.weight.detach().requires_grad_()
-    x = torch.nn.functional.pad(image, layer.padding)
-    z = torch.nn.functional.conv2d(x, W, None, layer.stride, 0, layer.dilation)
-    return torch.autograd.grad(z.flatten() @ dz, W, create_graph=True)[0]
+    found = lbfgs(misfit, x0.new_zeros(N.shape[1]), steps, record, "null space", images=input_before if shown else None)
+    x = (x0 + N @ found.best).numpy()
+    nothing = np.zeros((0, len(x)))
+    return VirtualSolution(x, False, left.shape[1], steps, found.loss**0.5, 1.0, nothing, np.zeros(len(x)))

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from rgap.attack.verdict import MAX_CERTIFIED_ERROR
 from rgap.baselines.matching import GradientObjective
 from rgap.baselines.optimisers import Record, Snapshot
 from rgap.results import Candidate, Reconstruction
@@ -19,9 +20,6 @@ MATCHED_ROUNDINGS = 100
 
 MAX_ROUNDING = 1e-6
 """Relative error of a gradient up to which it counts as rounding, not as noise."""
-
-MAX_CERTIFIED_ERROR = 0.1
-"""Largest share of its width by which the tolerance widens the pixel range."""
 
 SAME_IMAGE_RMSE = 0.01
 """Root-mean-square difference, in widths of the pixel range, up to which two results are the same image."""
@@ -49,10 +47,10 @@ class Optimised(Reconstruction):
 def candidate(problem: GradientObjective, images: Tensor, labels: Tensor) -> Candidate:
     """The images with their gradient residual."""
     residual = problem.distances(images.to(problem.device, problem.dtype), labels).residual
-    width = problem.low_and_width()[1]
     images = images.detach().to("cpu", torch.float64)
-    slack = width * min(problem.received.tolerance, MAX_CERTIFIED_ERROR)
-    inside = bool((images >= problem.pixel_range[0] - slack).all() and (images <= problem.pixel_range[1] + slack).all())
+    inside = problem.pixels.contains(
+        images, problem.pixels.width * min(problem.received.tolerance, MAX_CERTIFIED_ERROR)
+    )
     return Candidate(images, labels.cpu(), residual if math.isfinite(residual) else math.inf, inside)
 
 
@@ -82,7 +80,7 @@ def outcome(
     elif noisy:
         verdict = "ambiguous"
         notes.append("the gradient is reproduced up to its noise, as it is by other images; an optimiser cannot tell")
-    elif _different(consistent, problem.low_and_width()[1]):
+    elif _different(consistent, problem.pixels.width):
         verdict = "ambiguous"
         notes.append(f"{len(consistent)} restarts inside the pixel range have this gradient, and they differ")
     else:
