@@ -239,3 +239,43 @@ def easy_to_match(seed=0, classes=4, bias=True):
     """A network in float32 on which optimisers succeed: one convolution, sigmoids, wide weights."""
     modules = [nn.Conv2d(3, 12, 3, 2, 1, bias=bias), nn.Sigmoid(), nn.Flatten(), nn.Linear(192, classes, bias=bias)]
     return sequential(*modules, seed=seed, scale=2.0).float()
+
+
+# Batches through convolutions and fully connected layers.
+
+CNN_SHAPE = (3, 8, 8)
+FULL = ((12, 4, 2, 1), (16, 3, 1, 1))
+
+
+def batch_cnn(specs=FULL, head=(40, 5), bias=False, activation=None, dtype=torch.float64):
+    """Convolutions (channels, kernel, stride, padding) for (3, 8, 8), then fully connected layers."""
+    modules, channels, size = [], 3, 8
+    for outputs, kernel, stride, padding in specs:
+        modules += [nn.Conv2d(channels, outputs, kernel, stride, padding, bias=bias), activation or nn.LeakyReLU(0.2)]
+        channels, size = outputs, (size + 2 * padding - kernel) // stride + 1
+    modules.append(nn.Flatten())
+    for inputs, outputs in pairwise((channels * size * size, *head)):
+        modules += [nn.Linear(inputs, outputs, bias=bias), nn.LeakyReLU(0.2)]
+    return sequential(*modules[:-1]).to(dtype)
+
+
+def shared_batch(model, count=3, classes=5, loss="cross_entropy"):
+    images, labels = rand(count, *CNN_SHAPE) ** 2, torch.arange(count) % classes
+    dtype = next(model.parameters()).dtype
+    return images, labels, rgap.client_gradients(model, images.to(dtype), labels, loss)
+
+
+def quality(result, images, labels):
+    order = rgap.metrics.match(result.images, images)
+    assert torch.equal(result.labels, labels[order])
+    return rgap.metrics.psnr_db(result.images, images[order]).min()
+
+
+def alike(count, dtype=torch.float64, bias=True):
+    """A network in which biases dominate, so that all images switch the same units."""
+    torch.manual_seed(0)
+    modules = [nn.Conv2d(3, 12, 4, 2, 1, bias=bias), nn.LeakyReLU(0.2), nn.Conv2d(12, 16, 3, 1, 1, bias=bias)]
+    modules += [nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(256, 24, bias=bias), nn.LeakyReLU(0.2)]
+    model = nn.Sequential(*modules, nn.Linear(24, 8, bias=bias)).to(dtype)
+    images, labels = 0.4 + 0.2 * rand(count, *CNN_SHAPE), torch.arange(count)
+    return model, images, labels, rgap.client_gradients(model, images.to(dtype), labels, "cross_entropy")

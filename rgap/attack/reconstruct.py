@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from rgap.attack.arguments import check_arguments, check_batch, checked_batch_labels, checked_chain, checked_labels
+from rgap.attack.candidates import weigh
 from rgap.attack.descent import Closer, Descent, close_by_virtual_constraints, descend
 from rgap.attack.propagation import start_probe
-from rgap.attack.verdict import judge, weigh
+from rgap.attack.verdict import judge
 from rgap.head import read_head
 from rgap.head.hypothesis import Start, starts_of
 from rgap.linalg import rms

@@ -1,196 +1,24 @@
-"""Candidates and the verdict on them: what a recovery must reproduce, given how precise its gradient is."""
+"""The verdict on candidates: the first of rank-deficient, inconsistent, ambiguous and exact that holds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from statistics import median
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from rgap.attack.bootstrap import NOISE_RESIDUAL_FACTOR, ExpectedResidual, residual_under_noise
-from rgap.attack.descent import Closer, Descent
-from rgap.attack.pattern import batch_on_pattern, project_to_pattern
-from rgap.client import gradients_of
-from rgap.head.hypothesis import Start, Twin
-from rgap.network.layer import Chain
+from rgap.attack.candidates import Weighed
 from rgap.results import VERDICTS, Candidate, PixelRange, Reconstruction
-from rgap.shared_gradient import FLOAT64_FLOOR, SharedGradient, relative_residuals
-
-MAX_ALLOWED_RESIDUAL = 0.5
-"""Residual from which a gradient is not reproduced, however large the noise is."""
 
 TWIN_RESIDUAL_RATIO = 1.01
 """Ratio of residuals up to which candidates that miss the gradient are twins: neither is less inconsistent."""
-
-MAX_PATTERN_FLIPS = 30
-"""Units of an image that may lie on another piece than was decided when it goes forward again; noise flips more."""
 
 MAX_CERTIFIED_ERROR = 0.1
 """Predicted error, as a share of the pixel range, from which noise has drowned an image: nothing is certified."""
 
 MAX_CERTIFIED_ERROR_BATCH = 2e-3
 """The same for an image of a batch."""
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """A start that was followed down, weighed.
-
-    Attributes:
-        start: The start.
-        joint: The candidate of all images together.
-        each: For each image of a batch its candidates, one for each of its twins, those in the pixel range first.
-        unconfirmed: Whether the scales of a batch go by its size alone, and the gradient's rank does not confirm that.
-    """
-
-    start: Start
-    joint: Candidate
-    each: tuple[tuple[Candidate, ...], ...] = ()
-    unconfirmed: bool = False
-
-
-def weigh(
-    chain: Chain,
-    received: SharedGradient,
-    start: Start,
-    descent: Descent,
-    loss: str,
-    pixels: PixelRange,
-    close: Closer | None = None,
-) -> Weighed:
-    """Compares the gradient that the images of a descent have with the shared one, and with what noise makes of both.
-
-    Args:
-        chain: The prepared network.
-        received: The gradients.
-        start: Where the descent started.
-        descent: Down to the images.
-        loss: A name in `rgap.client.LOSSES`.
-        pixels: The values that a pixel may have.
-        close: As in the descent, for a batch on which noise is tried out.
-    """
-    if start.batch_size > 1:
-        return _weigh_batch(chain, received, start, descent, loss, pixels, close)
-    name = chain.layers[0].name
-    image = descent.layer_inputs[name].reshape(1, *chain.image_shape)
-    match = _Match(math.inf, received.tolerance)
-    if torch.isfinite(image).all():
-        match = _match(chain, received, start.labels, loss, descent, image)
-        moved = _on_decided_pattern(chain, descent, image) if match.residual > match.allowed else None
-        if moved is not None:
-            other = _match(chain, received, start.labels, loss, descent, moved)
-            image, match = min((image, match), (moved, other), key=lambda pair: pair[1].residual)
-    error, reports = None, descent.reports
-    if match.excess is not None:
-        error = match.excess * descent.probe.error
-        reports = tuple(replace(r, predicted_error=match.excess * r.predicted_error) for r in reports)
-    slack = max(_slack(received, pixels), min(NOISE_RESIDUAL_FACTOR * (error or 0.0), pixels.width / 2))
-    inputs = {**descent.layer_inputs, name: image.reshape(descent.layer_inputs[name].shape)}
-    inside = pixels.contains(image, slack)
-    return Weighed(start, Candidate(
-        image, start.labels, match.residual, inside, inputs, reports, descent.open_layers,
-        descent.beliefs, match.allowed, error,
-    ))  # fmt: skip
-
-
-def _slack(received: SharedGradient, pixels: PixelRange) -> float:
-    """How far outside the range a pixel may lie by the gradient's precision."""
-    return pixels.width * min(received.tolerance, MAX_CERTIFIED_ERROR)
-
-
-@dataclass(frozen=True)
-class _Match:
-    """How an image's gradient compares with the shared one.
-
-    Attributes:
-        residual: By how much it misses.
-        allowed: By how much it may.
-        excess: How many times more noise there was than was known of, at least 1; None without a probe.
-    """
-
-    residual: float
-    allowed: float
-    excess: float | None = None
-
-
-def _match(
-    chain: Chain, received: SharedGradient, labels: Tensor, loss: str, descent: Descent, image: Tensor
-) -> _Match:
-    """Compares the gradients of the image, and of the image as the noise may have made it."""
-    mine = gradients_of(chain.model, chain.parameters, image, labels, loss)
-    misses = relative_residuals(mine, received.usable)
-    if descent.probe is None:
-        return _Match(max(misses.values()), received.tolerance)
-    noisy = gradients_of(chain.model, chain.parameters, image + descent.probe.x.reshape(image.shape), labels, loss)
-    noisy = {name: noisy[name].cpu() + received.entry_std[name] for name in misses}
-    expected = relative_residuals(noisy, {name: mine[name].cpu() for name in misses})
-    allowed = min(NOISE_RESIDUAL_FACTOR * max(expected.values()), MAX_ALLOWED_RESIDUAL)
-    # What is missed by more than the noise that was known of shows that there was more of it.
-    excess = max(1.0, median(miss / max(expected[name], 1e-300) for name, miss in misses.items()))
-    return _Match(max(misses.values()), max(received.tolerance, allowed), excess)
-
-
-def _on_decided_pattern(chain: Chain, descent: Descent, image: Tensor) -> Tensor | None:
-    """The image with its units on the pieces that the descent has decided on, None where its error does not allow that.
-
-    A unit whose pre-activation is smaller than its error may lie on the other piece when the image goes forward again;
-    one in ten thousand makes the gradient miss by a per cent, and is no evidence against the image.
-    """
-    if descent.probe is None or descent.open_layers:
-        return None
-    moved = project_to_pattern(chain.layers[:-1], image, descent.positive, MAX_PATTERN_FLIPS)
-    by = (moved - image).square().mean().sqrt().item()
-    size = image.square().mean().sqrt().item()
-    return moved if 0 < by <= NOISE_RESIDUAL_FACTOR * max(descent.probe.error, FLOAT64_FLOOR * size) else None
-
-
-def _weigh_batch(
-    chain: Chain, received: SharedGradient, start: Start, descent: Descent, loss: str, pixels: PixelRange,
-    close: Closer | None,
-) -> Weighed:  # fmt: skip
-    """Weighs the images of a batch, each in the best of its twins."""
-    name, slack = chain.layers[0].name, _slack(received, pixels)
-    images = descent.layer_inputs[name].reshape(len(start.x), *chain.image_shape)
-    if start.layer and torch.isfinite(images).all():
-        images = batch_on_pattern(chain, images, descent.positive)
-    inputs = {**descent.layer_inputs, name: images.reshape(descent.layer_inputs[name].shape)}
-
-    def candidate(b: int, twin: Twin) -> Candidate:
-        own, image = {key: twin.factor * x[b : b + 1] for key, x in inputs.items()}, twin.factor * images[b : b + 1]
-        inside, residual = pixels.contains(image, slack), math.nan if twin.residual is None else twin.residual
-        return Candidate(
-            image, torch.tensor([twin.label]), residual, inside, own, descent.reports, descent.open_layers,
-            residual_allowed=received.tolerance,
-        )  # fmt: skip
-
-    each = [sorted((candidate(b, twin) for twin in twins), key=_preference) for b, twins in enumerate(start.twins)]
-    best = [found[0] for found in each]
-    joint = torch.cat([images[:0], *(one.images for one in best)])
-    labels = torch.cat([start.labels[:0], *(one.labels for one in best)])
-    residual, expected = math.inf if len(joint) else 1.0, ExpectedResidual(received.tolerance)
-    if len(joint) and torch.isfinite(joint).all():
-        mine = gradients_of(chain.model, chain.parameters, joint, labels, loss)
-        share = len(joint) / start.batch_size  # images that were not found add nothing
-        residual = max(relative_residuals({key: share * g for key, g in mine.items()}, received.usable).values())
-        expected = residual_under_noise(chain, received, start, descent, images, residual, loss, close)
-    numbers = {"residual_allowed": expected.residual, "predicted_error": expected.error}
-    whole = Candidate(
-        joint, labels, residual, all(one.in_pixel_range for one in best),
-        {key: torch.cat([x[:0], *(one.layer_inputs[key] for one in best)]) for key, x in inputs.items()},
-        descent.reports, descent.open_layers, **numbers,
-    )  # fmt: skip
-    if start.layer:  # what the images share of the gradients of the layers below cannot be told apart
-        each = [[replace(one, gradient_residual=residual, **numbers) for one in found] for found in each]
-    unconfirmed = start.ranks[0] < start.batch_size and chain.homogeneous and chain.layers[-1].output_shape[0] == 1
-    return Weighed(start, whole, tuple(map(tuple, each)), unconfirmed)
-
-
-def _preference(candidate: Candidate) -> tuple[bool, float]:
-    """Of the twins of one image, those inside the pixel range come first, then the darker ones."""
-    return not candidate.in_pixel_range, candidate.images.abs().max().item()
 
 
 def judge(

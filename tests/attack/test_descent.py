@@ -1,18 +1,24 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from cases import chains, drawn, rand, randn, sequential, small_cnn
+from cases import TALL, TANH, chains, drawn, rand, randn, sequential, small_cnn
 from hypothesis import given, settings
 from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.attack.descent import descend
+from rgap.attack import descent as descent_module
+from rgap.attack.descent import close_by_virtual_constraints, descend
 from rgap.attack.reconstruct import MAX_IDENTITY_RESIDUAL
+from rgap.equations.systems import ReducedSystem
 from rgap.head import read_head
-from rgap.head.hypothesis import Hypothesis, starts_of
+from rgap.head.hypothesis import Hypothesis, Start, Twin, starts_of
+from rgap.linalg import Operator
+from rgap.results import LayerReport
 from rgap.shared_gradient import receive
+from rgap.virtual.range import _change, close_by_range, range_factor
 
 IMAGE = rand(1, 3, 8, 8)
 
@@ -127,3 +133,140 @@ def test_a_bias_whose_gradient_does_not_fit_refutes_a_hypothesis():
     received.gradients["0.bias"].mul_(-1)
     found = descend(chain, received, hypotheses[1], give_up=MAX_IDENTITY_RESIDUAL)
     assert not found.complete and found.mismatch == pytest.approx(2.0)
+
+
+# Batches.
+
+
+def deep_cnn(*specs, bias=False, activation=None, classes=5):
+    """Convolutions (channels, kernel, stride, padding[, groups]) for (3, 12, 12), then two linear layers."""
+    modules, channels, size = [], 3, 12
+    for outputs, kernel, stride, padding, *groups in specs:
+        modules.append(nn.Conv2d(channels, outputs, kernel, stride, padding, 1, *(groups or [1]), bias=bias))
+        modules.append(activation or nn.LeakyReLU(0.2))
+        channels, size = outputs, (size + 2 * padding - kernel) // stride + 1
+    head = [nn.Linear(channels * size * size, 30, bias=bias), nn.LeakyReLU(0.2), nn.Linear(30, classes, bias=bias)]
+    return sequential(*modules, nn.Flatten(), *head)
+
+
+def start_at(layer, x, dx):
+    """All images at a layer, whatever their labels."""
+    labels = torch.zeros(len(x), dtype=torch.int64)
+    return Start(layer, labels, x, dx, ((Twin(0),),) * len(x), (LayerReport("head", x[0].numel()),), batch_size=len(x))
+
+
+def attack(model, count, dtype=torch.float64, close=close_by_virtual_constraints):
+    """True images, the chain, and the descent from what autograd in the client's precision has at the head."""
+    images, labels = rand(count, 3, 12, 12), torch.arange(count) % 5
+    model = model.to(dtype)
+    cut = next(i for i, m in enumerate(model) if isinstance(m, nn.Flatten)) + 1
+    features = model[:cut](images.to(dtype)).detach().requires_grad_()
+    nn.functional.cross_entropy(model[cut:](features), labels).backward()
+    evidence_of = rgap.client_gradients(model, images.to(dtype), labels, loss="cross_entropy")
+    chain = rgap.prepare(model, (3, 12, 12))
+    below = next(i for i, layer in enumerate(chain.layers) if layer.is_dense)
+    x, dx = features.detach().double(), features.grad.double()
+    return images, chain, descend(chain, receive(chain, evidence_of), start_at(below, x, dx), close=close)
+
+
+SECOND = (TALL, (16, 3, 2, 1), (16, 3, 1, 1))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_image_of_a_batch_comes_back(count, bias):
+    images, chain, found = attack(deep_cnn(*SECOND, bias=bias), count)
+    psnr = rgap.metrics.psnr_db(found.layer_inputs["0"], images)
+    assert psnr.min() > 120 and found.mismatch < 1e-9 and found.complete and not found.open_layers
+    assert [report.name for report in found.reports[1:]] == ["4", "2", "0"]
+    truth = chain.layer_inputs(images)
+    for name, x in found.layer_inputs.items():
+        assert_close(x, truth[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(0.01), nn.Identity()])
+def test_other_slopes_and_groups(activation):
+    images, _, found = attack(deep_cnn(TALL, (24, 3, 2, 1, 2), (16, 3, 1, 1), activation=activation), 2)
+    assert rgap.metrics.psnr_db(found.layer_inputs["0"], images).min() > 120
+
+
+@pytest.mark.parametrize("channels", [18, 13])
+def test_smooth_activations_have_range_constraints_too(monkeypatch, channels):
+    monkeypatch.setattr(descent_module, "MAX_PRECISION_CONDITION", 0.0)
+    specs = (TALL, (channels, 3, 2, 1), (16, 3, 1, 1))
+    smooth, stand_in = deep_cnn(*specs, activation=nn.Tanh()), deep_cnn(*specs)
+    chain = rgap.prepare(stand_in, (3, 12, 12))
+    layers = [replace(layer, activation=TANH) if layer.weight.shape[2] > 1 else layer for layer in chain.layers]
+    images, labels = rand(3, 3, 12, 12), torch.arange(3)
+    features = smooth[:7](images).detach().requires_grad_()
+    nn.functional.cross_entropy(smooth[7:](features), labels).backward()
+    received = receive(chain, rgap.client_gradients(smooth, images, labels, loss="cross_entropy"))
+    start = start_at(3, features.detach(), features.grad)
+    found = descend(replace(chain, layers=tuple(layers)), received, start, close=close_by_virtual_constraints)
+    report = next(r for r in found.reports if r.name == "2")
+    assert report.virtual_constraints == 3 * 156 and report.iterations is not None
+    assert (report.deficit > 0) == (channels == 13) and not found.open_layers
+    assert rgap.metrics.psnr_db(found.layer_inputs["0"], images).min() > 120
+
+
+def test_a_belief_outside_the_range_of_an_activation_certifies_nothing():
+    layer = replace(rgap.prepare(deficient(), (3, 12, 12)).layers[0], activation=TANH)
+    x = torch.full((2, *layer.output_shape), 2.0, dtype=torch.float64)
+    same = Operator(None, lambda v: v, None)
+    system = ReducedSystem(x.flatten(1), None, lambda v: v.flatten(), None, same, 0 * x.flatten(), None, 1.0, None)
+    found = close_by_range(layer, range_factor(layer), system, x, deficit=1, precision=1e-7, rcond=1e-4)
+    assert not found.certified and torch.equal(found.x, x.flatten(1)) and found.iterations == 0
+
+
+def deficient():
+    return deep_cnn(TALL, (13, 3, 2, 1), (16, 3, 1, 1))
+
+
+def test_range_constraints_close_what_a_batch_leaves_open():
+    images, _, found = attack(deficient(), 3)
+    report = next(r for r in found.reports if r.name == "2")
+    assert report.deficit > 0 and report.virtual_constraints == 3 * (12 * 49 - 432) > report.deficit
+    assert report.iterations > 1 and not found.open_layers
+    assert rgap.metrics.psnr_db(found.layer_inputs["0"], images).min() > 120
+
+
+def test_without_them_the_layer_is_named_as_open():
+    images, _, found = attack(deficient(), 3, close=None)
+    assert found.open_layers == ("2",) and found.complete
+    assert rgap.metrics.psnr_db(found.layer_inputs["0"], images).max() < 60
+
+
+def test_signs_that_are_not_found_are_not_certified(monkeypatch):
+    monkeypatch.setattr("rgap.virtual.range.MAX_STEPS", 1)
+    _, _, found = attack(deficient(), 3)
+    report = next(r for r in found.reports if r.name == "2")
+    assert report.iterations == 1 and found.open_layers == ("2",)
+
+
+def test_a_sign_that_cannot_be_told_is_no_change():
+    layer = rgap.prepare(deficient(), (3, 12, 12)).layers[0]
+    x = rand(2, 588) + 0.1
+    x[0, 0], slope = 1e-9, torch.ones(2, 588, dtype=torch.float64)
+    moved = x.clone()
+    moved[0, 0] = -1e-9
+    assert _change(layer, x, moved, slope, 1e-8) == 0.0 and _change(layer, x, moved, slope, 1e-10) == 1.0
+
+
+def test_range_constraints_that_are_too_few_certify_nothing():
+    _, _, found = attack(deep_cnn(TALL, (3, 3, 2, 1), (16, 3, 1, 1)), 3)
+    report = next(r for r in found.reports if r.name == "2")
+    assert report.deficit > 3 * (12 * 49 - 432) and found.open_layers == ("2",) and report.virtual_constraints is None
+
+
+def test_range_constraints_take_off_error_where_nothing_is_open(monkeypatch):
+    monkeypatch.setattr(descent_module, "MAX_PRECISION_CONDITION", 0.0)
+    images, _, sharp = attack(deep_cnn(TALL, (18, 3, 2, 1), (16, 3, 1, 1)), 3, torch.float32)
+    _, _, plain = attack(deep_cnn(TALL, (18, 3, 2, 1), (16, 3, 1, 1)), 3, torch.float32, close=None)
+    one, other = (rgap.metrics.psnr_db(d.layer_inputs["0"], images) for d in (sharp, plain))
+    assert not plain.open_layers and (one >= other - 1).all() and one.mean() > other.mean() + 1
+
+
+def test_a_layer_with_fewer_outputs_than_inputs_or_with_groups_has_no_range_constraints():
+    layers = rgap.prepare(deep_cnn(TALL, (12, 3, 2, 1, 2), (16, 3, 1, 1)), (3, 12, 12)).layers
+    assert range_factor(layers[0]).basis.shape == (588, 156) and range_factor(layers[1]) is None
+    assert range_factor(layers[3]) is None

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from cases import rand, randn
-from test_batch import SHAPE, alike, network, quality
+from cases import CNN_SHAPE, alike, batch_cnn, quality, rand, randn
 from torch.testing import assert_close
 
 import rgap
@@ -13,8 +12,8 @@ from rgap.shared_gradient import receive
 @pytest.mark.parametrize("labels", [[3, 7, 1, 4], [2, 2, 5, 6], [8, 8, 8, 0]])
 @pytest.mark.parametrize("bias", [False, True])
 def test_labels_are_read_off_the_rows_of_the_last_gradient(labels, bias):
-    model = network(head=(6, 10), bias=bias)
-    layer = rgap.prepare(model, SHAPE).layers[-1]
+    model = batch_cnn(head=(6, 10), bias=bias)
+    layer = rgap.prepare(model, CNN_SHAPE).layers[-1]
     hidden = torch.cat([rand(3, 6, seed=1), 0.2 * rand(1, 6)])  # one image shows less than the others
     share = ((0.01 * randn(4, 10)).softmax(1) - torch.eye(10)[labels].double()) / 4
     gradients = {layer.weight_name: share.T @ hidden, layer.bias_name: share.sum(0)}
@@ -24,11 +23,11 @@ def test_labels_are_read_off_the_rows_of_the_last_gradient(labels, bias):
 
 @pytest.mark.parametrize("hidden", [4, 6])
 def test_fewer_hidden_units_than_the_search_needs(hidden):
-    model = network(head=(hidden, 10))
-    images, labels = rand(4, *SHAPE) ** 2, torch.tensor([9, 2, 5, 4])
+    model = batch_cnn(head=(hidden, 10))
+    images, labels = rand(4, *CNN_SHAPE) ** 2, torch.tensor([9, 2, 5, 4])
     gradients = rgap.client_gradients(model, images, labels, "cross_entropy")
-    assert rgap.largest_batch(model, SHAPE).limits[-1].limit >= 4 > (hidden - 4) // 2
-    result = rgap.reconstruct(model, gradients, SHAPE, "cross_entropy", batch_size=None)
+    assert rgap.largest_batch(model, CNN_SHAPE).limits[-1].limit >= 4 > (hidden - 4) // 2
+    result = rgap.reconstruct(model, gradients, CNN_SHAPE, "cross_entropy", batch_size=None)
     assert result.verdict == "exact" and quality(result, images, labels) > 120
 
 
@@ -36,7 +35,7 @@ def test_fewer_hidden_units_than_the_search_needs(hidden):
 def test_images_of_one_class_are_parted(known):
     model, images, *_ = alike(3)
     labels = torch.tensor([4, 1, 4])
-    chain = rgap.prepare(model, SHAPE)
+    chain = rgap.prepare(model, CNN_SHAPE)
     received = receive(chain, rgap.client_gradients(model, images, labels, "cross_entropy"))
     layers, features = chain.layers[2:], chain.layer_inputs(images)["5"]
     span = row_span(layers[0], received.gradients, received.precision)

@@ -1,0 +1,118 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CNN_SHAPE, batch_cnn, quality, randn, shared_batch, small_cnn
+
+import rgap
+from rgap.attack import candidates, verdict
+from rgap.attack.candidates import weigh
+from rgap.attack.descent import descend
+from rgap.attack.propagation import start_probe
+from rgap.head import read_head
+from rgap.head.hypothesis import starts_of
+from rgap.results import PixelRange
+from rgap.shared_gradient import SharedGradient, receive
+
+
+def strict(monkeypatch, tolerance):
+    """What the format allows, made so small that a right candidate misses it."""
+    monkeypatch.setattr(SharedGradient, "tolerance", property(lambda self: tolerance))
+
+
+def test_a_right_candidate_is_certified_by_what_noise_makes_of_its_own_gradient(monkeypatch):
+    model = batch_cnn(dtype=torch.float32)
+    images, labels, gradients = shared_batch(model)
+    plain = rgap.reconstruct(model, gradients, CNN_SHAPE, "cross_entropy", batch_size=3)
+    assert plain.candidates[0].predicted_error is None
+    strict(monkeypatch, 1e-9)
+    result = rgap.reconstruct(model, gradients, CNN_SHAPE, "cross_entropy", batch_size=3)
+    (joint,) = result.candidates
+    assert result.verdict == "exact" and quality(result, images, labels) > 90
+    assert 1e-9 < joint.gradient_residual <= joint.residual_allowed < 1e-3
+    order = rgap.metrics.match(result.images, images)
+    error = (result.images - images[order]).flatten(1).square().mean(1).sqrt().max().item()
+    assert 0.1 < joint.predicted_error / error < 10
+    assert any("the gradient's noise explains an error of" in note for note in result.notes)
+
+
+def test_an_altered_gradient_is_not_explained(monkeypatch):
+    model = batch_cnn(dtype=torch.float32)
+    _, _, gradients = shared_batch(model)
+    gradients[0] = gradients[0] * 1.02
+    result = rgap.reconstruct(model, gradients, CNN_SHAPE, "cross_entropy", batch_size=3)
+    (joint,) = result.candidates
+    assert joint.gradient_residual < candidates.MAX_NOISE_RESIDUAL and joint.predicted_error is not None
+    assert result.verdict == "inconsistent" and any("is allowed" in note for note in result.notes)
+
+
+def test_an_error_that_blurs_the_images_is_not_certified(monkeypatch):
+    model = batch_cnn(dtype=torch.float32)
+    _, _, gradients = shared_batch(model)
+    strict(monkeypatch, 1e-9)
+    monkeypatch.setattr(verdict, "MAX_CERTIFIED_ERROR_BATCH", 1e-9)
+    result = rgap.reconstruct(model, gradients, CNN_SHAPE, "cross_entropy", batch_size=3)
+    assert result.candidates[0].consistent and result.verdict == "inconsistent"
+
+
+@pytest.mark.parametrize(("dtype", "noise"), [(torch.float32, 0.0), (torch.float64, 0.0), (torch.float64, 1e-6)])
+def test_the_gradient_that_is_tried_out_has_the_errors_of_the_shared_one(dtype, noise):
+    model = batch_cnn(dtype=dtype)
+    images, labels, gradients = shared_batch(model)
+    gradients = [g + noise * g.abs().max() * torch.randn_like(g) for g in gradients]
+    chain = rgap.prepare(model, CNN_SHAPE)
+    std = noise * max(g.abs().max().item() for g in gradients)
+    received = receive(chain, gradients, noise_std=std or None)
+    tried = candidates._as_shared(chain, received, images, labels, "cross_entropy")
+    for name, g in tried.items():
+        miss = ((g - received.gradients[name]).norm() / g.norm()).item()
+        assert miss < max(1e-12 if dtype == torch.float64 else 1e-5, 1e3 * noise)
+        assert g.dtype == torch.float64 and (not noise or miss > noise)
+
+
+LABEL = torch.tensor([1])
+
+
+@pytest.fixture(scope="module")
+def recovered():
+    """A network, its gradients in float32 as received, the start and its descent."""
+    model = small_cnn()
+    chain = rgap.prepare(model, (3, 8, 8))
+    gradients = [g.float() for g in rgap.client_gradients(model, randn(1, 3, 8, 8).abs(), LABEL)]
+    received = receive(chain, gradients)
+    (start,) = starts_of(chain, read_head("logistic", chain.layers[-1], received, 1).hypotheses[:1])
+    probe = start_probe(chain, received, start, "logistic")
+    return chain, received, start, descend(chain, received, start, probe=probe)
+
+
+def with_one_unit_turned(chain, descent):
+    """The descent with an image beyond the kink of the second layer closest to it, and how far that is."""
+    name = chain.layers[0].name
+    x = descent.layer_inputs[name].clone().requires_grad_()
+    second = chain.layers[1]
+    z = second.apply(chain.layers[0].activation.forward(chain.layers[0].apply(x))).flatten()
+    unit = z.abs().argmin()
+    (slope,) = torch.autograd.grad(z[unit], x)
+    step = -1.5 * z[unit].detach() * slope / slope.square().sum()
+    return replace(descent, layer_inputs={**descent.layer_inputs, name: x.detach() + step}), step.square().mean().sqrt()
+
+
+def test_a_unit_that_flips_when_the_image_goes_forward_says_nothing_against_it(recovered):
+    chain, received, start, descent = recovered
+    name = chain.layers[0].name
+    turned, by = with_one_unit_turned(chain, descent)
+    close = replace(turned, probe=replace(turned.probe, x=(by / turned.probe.error) * turned.probe.x))
+    assert close.probe.error == pytest.approx(by.item())
+    candidate = weigh(chain, received, start, close, "logistic", PixelRange(-9.0, 9.0)).joint
+    assert candidate.gradient_residual < 0.1 * candidate.residual_allowed
+    assert (candidate.images - descent.layer_inputs[name]).square().mean().sqrt() < by
+    assert torch.equal(candidate.layer_inputs[name], candidate.images)
+
+
+def test_an_image_is_not_moved_beyond_its_error(recovered):
+    chain, received, start, descent = recovered
+    turned, by = with_one_unit_turned(chain, descent)
+    assert turned.probe.error < by / 50
+    candidate = weigh(chain, received, start, turned, "logistic", PixelRange(-9.0, 9.0)).joint
+    assert not candidate.consistent and candidate.gradient_residual > 1e-3
+    assert torch.equal(candidate.images, turned.layer_inputs[chain.layers[0].name])
