@@ -47,9 +47,7 @@ class StrideBlock:
 
 def split_groups(layer: Layer) -> list[Layer]:
     """The layer as independent ungrouped layers, one for each group of channels; made once."""
-    if layer.groups == 1:
-        return [layer]
-    return layer.cached("groups", lambda: _split(layer))
+    return [layer] if layer.groups == 1 else layer.cached("groups", lambda: _split(layer))
 
 
 def blocks(layer: Layer) -> list[StrideBlock]:
@@ -58,16 +56,7 @@ def blocks(layer: Layer) -> list[StrideBlock]:
 
 
 def gradient_matrix(layer: Layer, block: StrideBlock, dz: Tensor) -> Tensor:
-    """One block of M.
-
-    Args:
-        layer: The layer, without groups.
-        block: One of `blocks(layer)`.
-        dz: Gradient of the loss by the pre-activation, (O, H′, W′).
-
-    Returns:
-        (O·t, m), rows in the order (output channel, tap of the block).
-    """
+    """One block of M for a δz (O, H′, W′): (O·t, m), rows in the order (output channel, tap of the block)."""
     outputs, taps, size = len(dz), len(block.taps), block.size
     dz = layer.conv_gradient(dz)
     M = dz.new_zeros(outputs, taps, size + 1)  # the last column collects what falls on padding
@@ -89,31 +78,6 @@ def weight_matrix(layer: Layer) -> sp.csr_array:
 def tap_pixels(layer: Layer) -> Tensor:
     """The pixel that each tap reads at each output position, −1 in padding, (kh·kw, positions); made once."""
     return layer.cached("tap_pixels", lambda: torch.from_numpy(_pixels(layer)))
-
-
-def weight_columns(layer: Layer, basis: Tensor) -> Tensor:
-    """W (I_C ⊗ V) for pixel vectors V, without forming W.
-
-    Args:
-        layer: The layer, without groups.
-        basis: V, (H·W, k).
-
-    Returns:
-        (O·H′·W′, C·k), columns in the order (channel, vector).
-    """
-    channels, height, width = layer.input_shape
-    outputs = layer.output_shape[0]
-    one = replace(
-        layer,
-        weight=layer.weight.reshape(-1, 1, *layer.weight.shape[2:]),
-        input_shape=(1, height, width),
-        output_shape=(outputs * channels, *layer.output_shape[1:]),
-        bias=None,
-        cache={},
-    )
-    images = one.apply(basis.T.reshape(-1, 1, height, width))  # (k, O·C, H', W')
-    count = basis.shape[1]
-    return images.reshape(count, outputs, channels, -1).permute(1, 3, 2, 0).reshape(-1, channels * count)
 
 
 def identity_residual(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None = None) -> float:

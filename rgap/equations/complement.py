@@ -12,11 +12,9 @@ from scipy import linalg
 from torch import Tensor
 
 from rgap.equations.blocks import weight_matrix
+from rgap.equations.limits import DEFAULT_LIMITS
 from rgap.linalg import largest_eigenvalue
 from rgap.network.layer import Layer
-
-MAX_DENSE_SIDE = 8000
-"""Most rows of W (or columns, where they are fewer) for which a dense Gram matrix is made (0.5 GB)."""
 
 MIN_PIVOT_RATIO = 1e-6
 """Smallest over largest pivot of a dense Gram matrix's Cholesky factor at which W still counts as of full rank."""
@@ -67,9 +65,9 @@ class RangeComplement:
         return W.T @ inverse if self.is_wide else (W @ inverse).T
 
 
-def complement(layer: Layer) -> RangeComplement | None:
-    """The dense factor of a layer without groups, made once; None where it is too large or W is not of full rank."""
-    if min(layer.unknowns, math.prod(layer.output_shape)) > MAX_DENSE_SIDE:
+def complement(layer: Layer, max_side: int = DEFAULT_LIMITS.max_pinv_side) -> RangeComplement | None:
+    """The dense factor of a layer without groups, made once; None where W is too large or not of full rank."""
+    if min(layer.unknowns, math.prod(layer.output_shape)) > max_side:
         return None
     return layer.cached("complement", lambda: _complement(layer))
 
@@ -105,17 +103,12 @@ class WeakSubspace:
     sigmas: Tensor
 
 
-def weak_subspace(layer: Layer, ratio: float) -> WeakSubspace | None:
-    """The directions that W leaves to the gradients, made once.
+def weak_subspace(layer: Layer, ratio: float, max_side: int = DEFAULT_LIMITS.max_pinv_side) -> WeakSubspace | None:
+    """The directions that W sees with less than a ratio of its largest singular value, made once; 0: its null space.
 
-    Args:
-        layer: The layer, without groups.
-        ratio: Share of W's largest singular value below which a direction is weak; 0 for the null space alone.
-
-    Returns:
-        Them, or None where W is too large or not of full row rank.
+    None where W is too large or not of full row rank.
     """
-    factor = complement(layer) if math.prod(layer.output_shape) <= layer.unknowns else None
+    factor = complement(layer, max_side) if math.prod(layer.output_shape) <= layer.unknowns else None
     if factor is None:
         return None
     if ratio == 0:

@@ -1,4 +1,4 @@
-"""What solving one layer yields, and the limits that choose the way."""
+"""What solving one layer yields."""
 
 from __future__ import annotations
 
@@ -11,54 +11,6 @@ from torch import Tensor
 
 from rgap.equations.systems import ReducedSystem
 from rgap.results import LayerReport
-
-
-@dataclass(frozen=True)
-class SolverLimits:
-    """Sizes and ratios that decide which way a layer is solved; counts are of unknowns of one group of channels.
-
-    Some limits have another value for the images of a batch, whose dense system costs more an unknown and is worth more
-    memory, for no iterations stand behind it; and how precise their gradient is, is not taken into account.
-
-    Attributes:
-        dense_unknowns: Unknowns that the gradients may leave open before W alone is preferred to a dense system.
-        dense_unknowns_batch: The same, over all images of a batch.
-        iterative_unknowns: Open unknowns from which conjugate gradients on both kinds of equations are tried before a
-            dense system; one image only.
-        max_dense_unknowns: Open unknowns up to which a dense system is solved at all (6000: 0.3 GB).
-        max_dense_unknowns_batch: The same, over all images of a batch (12,000: 1.2 GB).
-        max_factor_unknowns: Unknowns up to which W is factored sparsely; beyond, conjugate gradients need less time
-            and memory.
-        well_conditioned: Condition number of W up to which its own solution is always taken where gradients leave many
-            unknowns open.
-        well_conditioned_batch: The same for a batch, whatever the gradient's precision.
-        trusted_ratio: Directions that the gradients see with less than this share of their largest singular value are
-            shared with the weight equations.
-        weak_ratio: Directions that W sees with less than this share of its largest singular value are left to the
-            gradients, where W goes first; batches only.
-        weights_first_ratio: W goes first where it leaves less than this share of what the gradients leave open: it is
-            the quicker way, and passes on more error; batches only.
-        max_null_entries: Entries of the largest null basis of a fixed layer that is made (20 million: 160 MB).
-        max_pinv_side: Rows and columns of W up to which its dense pseudo-inverse is made (8000: 0.5 GB).
-    """
-
-    dense_unknowns: int = 1600
-    dense_unknowns_batch: int = 800
-    iterative_unknowns: int = 2000
-    max_dense_unknowns: int = 6000
-    max_dense_unknowns_batch: int = 12_000
-    max_factor_unknowns: int = 40_000
-    well_conditioned: float = 1e3
-    well_conditioned_batch: float = 300.0
-    trusted_ratio: float = 0.02
-    weak_ratio: float = 0.03
-    weights_first_ratio: float = 1 / 3
-    max_null_entries: int = 20_000_000
-    max_pinv_side: int = 8000
-
-
-DEFAULT_LIMITS = SolverLimits()
-"""The limits of every attack; tests pass their own."""
 
 
 @dataclass(frozen=True)
@@ -111,44 +63,3 @@ class LayerSolution:
             return bases[0]
         by_image = zip(*(basis.reshape(count, size, basis.shape[1]) for basis in bases), strict=True)
         return torch.cat([torch.block_diag(*groups) for groups in by_image])
-
-
-def merged(name: str, parts: Sequence[LayerSolution], seconds: float) -> LayerSolution:
-    """The solution of a layer from those of its groups of channels.
-
-    Args:
-        name: The layer's name.
-        parts: One for each group.
-        seconds: That the whole layer took.
-    """
-
-    def sensitivity(dG: Tensor, z_change: Tensor) -> Tensor:
-        changes = zip(parts, dG.chunk(len(parts)), z_change.chunk(len(parts), 1), strict=True)
-        return torch.cat([part.sensitivity(*change) for part, *change in changes], 1)
-
-    return LayerSolution(
-        torch.cat([part.x for part in parts], 1),
-        merged_report(name, [part.report for part in parts], seconds),
-        sensitivity if len(parts) > 1 else parts[0].sensitivity,
-        *(sum((getattr(part, field) for part in parts), ()) for field in ("nulls", "weak")),
-        max((part.noise_std for part in parts if part.noise_std is not None), default=None),
-        sum((part.systems for part in parts), ()),
-    )
-
-
-def merged_report(name: str, reports: list[LayerReport], seconds: float) -> LayerReport:
-    """One report for the groups of a layer: counts add up, the worst value of the rest stands for all.
-
-    Args:
-        name: The layer's name.
-        reports: One for each group.
-        seconds: That the whole layer took.
-    """
-
-    def over(field: str, combine):
-        values = [getattr(r, field) for r in reports]
-        return None if any(v is None for v in values) else combine(values)
-
-    counts = {f: over(f, sum) for f in ("unknowns", "rank_weights", "rank_gradients", "rank", "deficit")}
-    worst = {f: over(f, max) for f in ("iterations", "condition", "sigma_below_cut", "residual")}
-    return LayerReport(name, **counts, **worst, sigma_above_cut=over("sigma_above_cut", min), seconds=seconds)

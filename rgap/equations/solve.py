@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,8 +20,9 @@ from torch import Tensor
 from rgap.equations.blocks import blocks, split_groups
 from rgap.equations.complement import weak_subspace
 from rgap.equations.gradient import solve_gradients
+from rgap.equations.limits import DEFAULT_LIMITS, SolverLimits
 from rgap.equations.rank_laws import layer_laws
-from rgap.equations.solution import DEFAULT_LIMITS, LayerSolution, SolverLimits, merged
+from rgap.equations.solution import LayerSolution
 from rgap.equations.systems import ReducedSystem, gradients_first, rows_known, rows_scale, weights_first
 from rgap.equations.weights import ConjugateGradients, SparseFactor, weight_factor
 from rgap.linalg import least_squares
@@ -87,7 +89,7 @@ def solve_layer(
             _solve(_Problem(part, G, dz, z - part.pre_bias(), mask, rcond, precision, limits))
             for part, G, dz, z, mask in zip(parts, *split, strict=True)
         ]
-    return merged(layer.name, solutions, time.perf_counter() - start)
+    return _merged(layer.name, solutions, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def _weights_before_gradients(problem: _Problem) -> LayerSolution | None:
     precise = problem.rcond <= MAX_RCOND_WEIGHTS_FIRST or problem.is_too_large
     if count * max(lacking, 1) >= few or not (precise or lacking > 0):
         return None
-    weak = weak_subspace(layer, limits.weak_ratio if precise else 0)
+    weak = weak_subspace(layer, limits.weak_ratio if precise else 0, limits.max_pinv_side)
     if weak is None or count * len(weak.sigmas) >= min(few, limits.max_dense_unknowns_batch):
         return None
     if not len(weak.sigmas):
@@ -288,3 +290,32 @@ def _reduced(problem: _Problem, system: ReducedSystem) -> LayerSolution:
 
     nulls = (None if found.null is None else null,)
     return LayerSolution(x, report, sensitivity, nulls, ((weak, 1 / found.ill_conditioned_sigmas),), systems=(system,))
+
+
+def _merged(name: str, parts: Sequence[LayerSolution], seconds: float) -> LayerSolution:
+    """The solution of a layer from those of its groups of channels."""
+
+    def sensitivity(dG: Tensor, z_change: Tensor) -> Tensor:
+        changes = zip(parts, dG.chunk(len(parts)), z_change.chunk(len(parts), 1), strict=True)
+        return torch.cat([part.sensitivity(*change) for part, *change in changes], 1)
+
+    return LayerSolution(
+        torch.cat([part.x for part in parts], 1),
+        _merged_report(name, [part.report for part in parts], seconds),
+        sensitivity if len(parts) > 1 else parts[0].sensitivity,
+        *(sum((getattr(part, field) for part in parts), ()) for field in ("nulls", "weak")),
+        max((part.noise_std for part in parts if part.noise_std is not None), default=None),
+        sum((part.systems for part in parts), ()),
+    )
+
+
+def _merged_report(name: str, reports: list[LayerReport], seconds: float) -> LayerReport:
+    """One report for the groups of a layer: counts add up, the worst value of the rest stands for all."""
+
+    def over(field: str, combine):
+        values = [getattr(r, field) for r in reports]
+        return None if any(v is None for v in values) else combine(values)
+
+    counts = {f: over(f, sum) for f in ("unknowns", "rank_weights", "rank_gradients", "rank", "deficit")}
+    worst = {f: over(f, max) for f in ("iterations", "condition", "sigma_below_cut", "residual")}
+    return LayerReport(name, **counts, **worst, sigma_above_cut=over("sigma_above_cut", min), seconds=seconds)

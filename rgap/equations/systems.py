@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgap.equations.blocks import blocks, gradient_matrix, gradient_values, tap_pixels, weight_columns
+from rgap.equations.blocks import blocks, gradient_matrix, gradient_values, tap_pixels
 from rgap.equations.complement import WeakSubspace
 from rgap.equations.gradient import GradientSolution
 from rgap.linalg import GRAM_RESOLUTION, Operator, dense_operator, gram_matrix, rms
@@ -59,17 +59,9 @@ class ReducedSystem:
 def gradients_first(
     layer: Layer, G: Tensor, z: Tensor, known: Tensor | None, found: GradientSolution, rcond: float
 ) -> ReducedSystem:
-    """W's equations for what the gradients leave open.
+    """W's equations for what the gradients leave open; arguments as of `solve_layer`, z less the bias.
 
     Both kinds of rows are scaled by the size of their right-hand side: K's entries carry δz, which is tiny.
-
-    Args:
-        layer: The layer, without groups.
-        G: (O, C, kh, kw).
-        z: Pre-activations less the bias, (B, O, H′, W′).
-        known: Mask of their entries that are known, of one image, None for all.
-        found: From `solve_gradients`.
-        rcond: Relative cutoff of singular values.
     """
     V, channels = found.V, layer.input_shape[0]
     whole = known is None
@@ -104,12 +96,7 @@ def gradients_first(
 def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, weak: WeakSubspace) -> ReducedSystem:
     """The gradients' equations for what W leaves open of each image, or sees badly: x_b = W⁺ z_b + N u_b.
 
-    Args:
-        layer: The layer, without groups, with no more outputs than inputs.
-        G: (O, C, kh, kw).
-        dz: (B, O, H′, W′).
-        z: Pre-activations less the bias, (B, O, H′, W′).
-        weak: The directions N.
+    The arguments are those of `solve_layer`, z less the bias; the directions N are `weak`.
     """
     count, channels, N = len(z), layer.input_shape[0], weak.basis
     x0, q = weak.factor.minimum_norm(z).flatten(1), N.shape[1]
@@ -151,15 +138,7 @@ def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, weak: WeakSubs
 
 
 def weights_on(layer: Layer, V: Tensor) -> Operator:
-    """W (I ⊗ V_b) of all images, one below the other, as an operator.
-
-    Args:
-        layer: The layer, without groups.
-        V: (B, H·W, k).
-
-    Returns:
-        From (C·k,), in the order (channel, vector), to (B·O·H′·W′,).
-    """
+    """W (I ⊗ V_b) of all images, one below the other, for V (B, H·W, k): (C·k,) -> (B·O·H′·W′,), channels first."""
     count, channels = len(V), layer.input_shape[0]
 
     def apply(Y: Tensor) -> Tensor:
@@ -178,30 +157,25 @@ def spread(V: Tensor, Y: Tensor, channels: int) -> Tensor:
     return torch.einsum("bnk,ckp->bcnp", V, Y.reshape(channels, V.shape[2], -1)).flatten(1, 2)
 
 
+def weight_columns(layer: Layer, V: Tensor) -> Tensor:
+    """W (I ⊗ V) for V (H·W, k), without W: (O·H′·W′, C·k), columns in the order (channel, vector)."""
+    return torch.einsum("oct,tpk->opck", layer.weight.flatten(2), _read_by_taps(layer, V)).flatten(0, 1).flatten(1)
+
+
 def weight_gram(layer: Layer, V: Tensor) -> Tensor:
-    """Σ_b (I ⊗ V_b)ᵀ WᵀW (I ⊗ V_b).
-
-    Args:
-        layer: The layer, without groups.
-        V: (B, H·W, k).
-
-    Returns:
-        (C·k, C·k), rows and columns in the order (channel, vector).
-    """
+    """Σ_b (I ⊗ V_b)ᵀ WᵀW (I ⊗ V_b) for V (B, H·W, k): (C·k, C·k), in the order (channel, vector)."""
     channels, count, (outputs, taps) = layer.input_shape[0], V.shape[2], (len(layer.weight), layer.weight[0, 0].numel())
     positions = math.prod(layer.output_shape[1:])
     if taps**2 * (len(V) * positions + channels**2) > len(V) * channels**2 * outputs * positions:  # few channels
         return sum(gram_matrix(weight_columns(layer, image)) for image in V)
     read = torch.cat([_read_by_taps(layer, image) for image in V], 1)
-    inner = gram_matrix(read.permute(1, 0, 2).reshape(read.shape[1], taps * count))
-    inner = inner.reshape(taps, count, taps, count).permute(0, 2, 1, 3).reshape(taps * taps, count * count)
-    outer = gram_matrix(layer.weight.reshape(-1, channels * taps))
-    outer = outer.reshape(channels, taps, channels, taps).transpose(1, 2)
+    inner = gram_matrix(read.permute(1, 0, 2).flatten(1)).reshape(taps, count, taps, count)
+    inner = inner.permute(0, 2, 1, 3).reshape(taps * taps, count * count)
+    outer = gram_matrix(layer.weight.reshape(-1, channels * taps)).reshape(channels, taps, channels, taps)
     first, second = torch.triu_indices(channels, channels)
-    upper = (outer[first, second].flatten(1) @ inner).reshape(-1, count, count)
+    upper = (outer.transpose(1, 2)[first, second].flatten(1) @ inner).reshape(-1, count, count)
     result = V.new_empty(channels, channels, count, count)
-    result[second, first] = upper.mT
-    result[first, second] = upper
+    result[second, first], result[first, second] = upper.mT, upper
     return result.transpose(1, 2).reshape(channels * count, channels * count)
 
 

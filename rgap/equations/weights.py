@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rgap.equations.blocks import weight_matrix
+from rgap.equations.limits import DEFAULT_LIMITS
 from rgap.linalg import conjugate_gradients
 from rgap.network.layer import Layer
-
-MAX_FACTOR_UNKNOWNS = 40_000
-"""Unknowns up to which W is factored sparsely; beyond, conjugate gradients need less time and memory."""
 
 FULL_RANK_RTOL = 1e-4
 """How well a random vector must come back through a system for that to count as of full column rank."""
@@ -49,14 +47,7 @@ class SparseFactor:
     known: Tensor | None = None
 
     def solve(self, z: Tensor) -> tuple[Tensor, float, int]:
-        """Least-squares solution of W x = z with refinement.
-
-        Args:
-            z: (O, H′, W′).
-
-        Returns:
-            x (C·H·W,), ‖W x − z‖ / ‖z‖ and the number of refinement steps.
-        """
+        """Least-squares solution with refinement for z (O, H′, W′): x (C·H·W,), ‖W x − z‖ / ‖z‖, refinement steps."""
         right, last, steps = self._rows(z), np.inf, 0
         x = self._normal_solve(right)
         while steps < 5:
@@ -166,15 +157,9 @@ class ConjugateGradients:
 
 
 def weight_factor(
-    layer: Layer, known: Tensor | None = None, max_unknowns: int = MAX_FACTOR_UNKNOWNS
+    layer: Layer, known: Tensor | None = None, max_unknowns: int = DEFAULT_LIMITS.max_factor_unknowns
 ) -> SparseFactor | ConjugateGradients:
-    """The solver for W x = z of a layer without groups; made once, unless only some rows of W are known.
-
-    Args:
-        layer: The layer.
-        known: Mask of the outputs whose rows are used, (O, H′, W′), None for all.
-        max_unknowns: Unknowns beyond which W is not factored.
-    """
+    """The solver for W x = z of a layer without groups; made once, unless only some outputs (O, H′, W′) are known."""
     if layer.unknowns > max_unknowns:
         solver = ConjugateGradients(layer, known)
         return solver if known is not None else layer.cached("weight_solver", lambda: solver)

@@ -16,7 +16,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from rgap.equations.blocks import StrideBlock, blocks, gradient_matrix, split_groups, weight_columns, weight_matrix
+from rgap.equations.blocks import StrideBlock, blocks, gradient_matrix, split_groups, weight_matrix
+from rgap.equations.systems import weight_columns
 from rgap.equations.weights import weight_factor
 from rgap.linalg import svd
 from rgap.network.layer import Layer

@@ -17,7 +17,7 @@ from scipy import linalg
 
 from rgap.equations.blocks import blocks, gradient_matrix, weight_matrix
 from rgap.equations.complement import complement
-from rgap.equations.solution import DEFAULT_LIMITS, SolverLimits
+from rgap.equations.limits import DEFAULT_LIMITS, SolverLimits
 from rgap.network.layer import Layer
 
 

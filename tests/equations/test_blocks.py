@@ -15,7 +15,6 @@ from rgap.equations.blocks import (
     gradient_values,
     identity_residual,
     split_groups,
-    weight_columns,
     weight_matrix,
 )
 
@@ -70,17 +69,6 @@ def test_the_weight_matrix_is_the_convolution(layer, seed):
         for part, x_part in zip(split_groups(layer), x.chunk(layer.groups), strict=True)
     ]
     assert_close(torch.cat(z), layer.apply(x).flatten(), rtol=0, atol=1e-12)
-
-
-@drawn
-@given(conv_layers(), st.integers(1, 3), st.integers(0, 1000))
-def test_weight_columns_is_the_weight_matrix_times_repeated_pixel_vectors(layer, count, seed):
-    for part in split_groups(layer):
-        basis = randn(part.input_shape[1] * part.input_shape[2], count, seed=seed)
-        expected = torch.from_numpy(weight_matrix(part).toarray()) @ torch.kron(
-            torch.eye(part.input_shape[0], dtype=torch.float64), basis
-        )
-        assert_close(weight_columns(part, basis), expected, rtol=0, atol=1e-12)
 
 
 @drawn

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import rgap
 from rgap.equations.blocks import split_groups, weight_matrix
-from rgap.equations.systems import spread, weight_gram, weights_on
+from rgap.equations.systems import spread, weight_columns, weight_gram, weights_on
 
 
 def dense(layer, V):
@@ -28,6 +28,7 @@ def test_the_operator_is_that_of_the_dense_matrix(layer, images, count, seed):
         assert_close(operator.apply(Y), A @ Y, rtol=0, atol=1e-11)
         assert_close(operator.adjoint(R), A.T @ R, rtol=0, atol=1e-11)
         assert_close(operator.matrix(), A, rtol=0, atol=1e-11)
+        assert_close(torch.cat([weight_columns(part, image) for image in V]), A, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("channels", [2, 12])

@@ -95,12 +95,11 @@ def test_the_complement_has_the_pseudo_inverse_and_what_the_range_leaves(conv):
         assert_close(found.minimum_norm(z).flatten(1), z.flatten(1) @ torch.linalg.pinv(W).T, rtol=0, atol=1e-9)
 
 
-def test_a_w_short_of_full_rank_or_too_large_has_no_complement(monkeypatch):
+def test_a_w_short_of_full_rank_or_too_large_has_no_complement():
     layer = conv_layer(nn.Conv2d(4, 3, 3, 2, 1, bias=False), 6, 6)
     layer.weight[1] = layer.weight[0]
     assert complement(layer) is None and weak_subspace(layer, 0.03) is None
-    monkeypatch.setattr("rgap.equations.complement.MAX_DENSE_SIDE", 10)
-    assert complement(square()) is None
+    assert complement(square(), max_side=10) is None
 
 
 @pytest.mark.parametrize("rows", [4, 6])

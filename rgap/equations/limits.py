@@ -1,0 +1,53 @@
+"""The limits that choose the way a layer is solved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SolverLimits:
+    """Sizes and ratios that decide which way a layer is solved; counts are of unknowns of one group of channels.
+
+    Some limits have another value for the images of a batch, whose dense system costs more an unknown and is worth more
+    memory, for no iterations stand behind it; and how precise their gradient is, is not taken into account.
+
+    Attributes:
+        dense_unknowns: Unknowns that the gradients may leave open before W alone is preferred to a dense system.
+        dense_unknowns_batch: The same, over all images of a batch.
+        iterative_unknowns: Open unknowns from which conjugate gradients on both kinds of equations are tried before a
+            dense system; one image only.
+        max_dense_unknowns: Open unknowns up to which a dense system is solved at all (6000: 0.3 GB).
+        max_dense_unknowns_batch: The same, over all images of a batch (12,000: 1.2 GB).
+        max_factor_unknowns: Unknowns up to which W is factored sparsely; beyond, conjugate gradients need less time
+            and memory.
+        well_conditioned: Condition number of W up to which its own solution is always taken where gradients leave many
+            unknowns open.
+        well_conditioned_batch: The same for a batch, whatever the gradient's precision.
+        trusted_ratio: Directions that the gradients see with less than this share of their largest singular value are
+            shared with the weight equations.
+        weak_ratio: Directions that W sees with less than this share of its largest singular value are left to the
+            gradients, where W goes first; batches only.
+        weights_first_ratio: W goes first where it leaves less than this share of what the gradients leave open: it is
+            the quicker way, and passes on more error; batches only.
+        max_null_entries: Entries of the largest null basis of a fixed layer that is made (20 million: 160 MB).
+        max_pinv_side: Rows and columns of W up to which its dense pseudo-inverse is made (8000: 0.5 GB).
+    """
+
+    dense_unknowns: int = 1600
+    dense_unknowns_batch: int = 800
+    iterative_unknowns: int = 2000
+    max_dense_unknowns: int = 6000
+    max_dense_unknowns_batch: int = 12_000
+    max_factor_unknowns: int = 40_000
+    well_conditioned: float = 1e3
+    well_conditioned_batch: float = 300.0
+    trusted_ratio: float = 0.02
+    weak_ratio: float = 0.03
+    weights_first_ratio: float = 1 / 3
+    max_null_entries: int = 20_000_000
+    max_pinv_side: int = 8000
+
+
+DEFAULT_LIMITS = SolverLimits()
+"""The limits of every attack; tests pass their own."""
