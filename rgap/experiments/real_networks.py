@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import scipy.sparse as sp
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
@@ -87,8 +88,11 @@ def _dense_rank(layer: Layer, dz: Tensor, z: Tensor) -> int:
 
         by_weight = torch.func.vmap(torch.func.grad(product), in_dims=(None, 0), chunk_size=256)
         systems.append(by_weight(layer.weight, units).flatten(1).T)
-    A = torch.cat([S / S.norm().clamp(min=1e-300) for S in systems])
-    S = torch.linalg.eigvalsh(A.T @ A).clamp(min=0).sqrt()
+    gram = 0.0
+    for system in systems:  # most of their entries are zero
+        A = sp.csr_array((system / system.norm().clamp(min=1e-300)).numpy())
+        gram += (A.T @ A).toarray()
+    S = torch.linalg.eigvalsh(torch.from_numpy(gram)).clamp(min=0).sqrt()
     return int((S > RCOND * S.max()).sum())
 
 
