@@ -24,7 +24,7 @@ from torch import Tensor
 from rgap.equations import LayerSolution
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
 from rgap.network.layer import Layer
-from rgap.shared_gradient import SharedGradient
+from rgap.shared_gradient import FLOAT64_FLOOR, SharedGradient
 from rgap.virtual.inference import DeficientLayer, assemble, independent_gradients, update
 from rgap.virtual.linearisation import fit, flattened, slope
 from rgap.virtual.previous import previous_factors
@@ -54,10 +54,10 @@ MAX_SIGN_TRIALS = 4
 
 @dataclass(frozen=True)
 class VirtualSolution:
-    """Outcome of `solve_virtual`.
+    """The input of a deficient layer after the equations of the layer before joined its own.
 
     Attributes:
-        x: The deficient layer's input, (n,); the best belief where it is not certified.
+        x: The input, (n,); the mean of the last belief where it is not certified.
         certified: Residual at noise level, more equations than unknowns, full column rank, every sign kept.
         equations: Independent equations that were used.
         iterations: Steps over all attempts.
@@ -75,17 +75,6 @@ class VirtualSolution:
     condition: float
     beliefs: NDArray = field(repr=False)
     draw: NDArray = field(repr=False)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """The solution on one piece of σ, a draw of its error, and whether it lies on that piece and all equations hold."""
-
-    x: NDArray
-    draw: NDArray
-    residual: float
-    condition: float
-    fits: bool
 
 
 def close_by_previous(
@@ -107,7 +96,7 @@ def close_by_previous(
     factors = previous_factors(before) if solution.null_basis is not None and before.activation.one_to_one else None
     if factors is None:
         return None
-    noise = ERROR_AMPLIFICATION * max(received.precision, 1e-13)
+    noise = ERROR_AMPLIFICATION * max(received.precision, FLOAT64_FLOOR)
     problem = DeficientLayer(
         x=solution.x.flatten().numpy(),
         N=torch.cat([solution.null_basis, solution.weak_basis], 1).numpy(),
@@ -228,33 +217,44 @@ def _certify(problem: DeficientLayer, t: NDArray, image: NDArray, channels: NDAr
     return VirtualSolution(best, certified, *numbers, np.array(beliefs), draw)
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """The solution on one piece of σ, a draw of its error, whether it lies on that piece, and all equations hold."""
+
+    x: NDArray
+    draw: NDArray
+    residual: float
+    condition: float
+    stays: bool
+    fits: bool
+
+
 def _solve_pieces(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
     """Solves on the piece of σ that m lies on, moves to the one where the solution lies, and so on."""
     for _ in range(MAX_PIECES):
-        theta, error, residual, condition = _solve_piece(problem, m, image, channels)
-        x, draw = problem.x + problem.N @ theta[: problem.N.shape[1]], problem.N @ error[: problem.N.shape[1]]
-        kept = np.array_equal(slope(problem.activation, x), slope(problem.activation, m))
-        kept = kept or not problem.activation.homogeneous
-        piece = _Piece(x, draw, residual, condition, kept and residual <= MAX_CERTIFIED_RESIDUAL * problem.noise)
-        if kept:
+        piece = _solve_piece(problem, m, image, channels)
+        if piece.stays:
             break
-        m = x
+        m = piece.x
     return piece
 
 
-def _solve_piece(
-    problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray
-) -> tuple[NDArray, NDArray, float, float]:
-    """The linear system on the piece of σ that m lies on: (t, y), a draw of its error, residual, condition number."""
-    fitted = fit(problem.activation, m, np.full(len(m), 1e-60))
+def _solve_piece(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
+    """Solves the linear system on the piece of σ that m lies on, for (t, y), columns scaled."""
+    fitted, N = fit(problem.activation, m, np.full(len(m), 1e-60)), problem.N
     rows = assemble(problem, fitted, m, image, channels, None, problem.noise)
     weight = rows.floor.min() / rows.floor
     A, b = rows.A * weight[:, None], rows.b * weight
     norms = np.linalg.norm(A, axis=0) + 1e-300
     values, Q = np.linalg.eigh((A / norms).T @ (A / norms))
-    theta = (Q @ ((Q.T @ ((A / norms).T @ b)) / np.maximum(values, 1e-14 * values[-1]))) / norms
+    kept = np.maximum(values, 1e-14 * values[-1])
+    theta = (Q @ ((Q.T @ ((A / norms).T @ b)) / kept)) / norms
     rest = b - A @ theta
     residual = float(problem.noise * np.sqrt(np.mean((rest / rows.floor.min()) ** 2)))
     std = np.linalg.norm(rest) / np.sqrt(max(len(rest) - len(theta), 1))
-    white = np.random.default_rng(0).standard_normal(len(theta)) / np.sqrt(np.maximum(values, 1e-14 * values[-1]))
-    return theta, std * (Q @ white) / norms, residual, float(np.sqrt(values[-1] / max(values[0], 1e-300)))
+    error = std * (Q @ (np.random.default_rng(0).standard_normal(len(theta)) / np.sqrt(kept))) / norms
+    x, draw = problem.x + N @ theta[: N.shape[1]], N @ error[: N.shape[1]]
+    stays = not problem.activation.homogeneous
+    stays = stays or np.array_equal(slope(problem.activation, x), slope(problem.activation, m))
+    fits = stays and residual <= MAX_CERTIFIED_RESIDUAL * problem.noise
+    return _Piece(x, draw, residual, float(np.sqrt(values[-1] / max(values[0], 1e-300))), stays, fits)

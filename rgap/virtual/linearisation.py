@@ -1,7 +1,7 @@
 """The best linear fits to σ⁻¹ and σ′ under uncertainty: statistical linearisation, entry by entry.
 
-With x ~ N(m, v) a tangent says too much where σ has a kink within reach. The fit of least mean square error says what
-is known on average and leaves a rest of known variance: σ⁻¹(x) = alpha + beta x + ε, σ′(σ⁻¹(x)) = pi + rho (x − m) + η.
+For x ~ N(m, v) a tangent is wrong where σ has a kink within the reach of v. The fit of least mean square error holds on
+average and leaves a rest of known variance: σ⁻¹(x) = alpha + beta x + ε, σ′(σ⁻¹(x)) = pi + rho (x − m) + η.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def slope(activation: Activation, x: NDArray) -> NDArray:
 
 
 def _leaky_relu(a: float, m: NDArray, v: NDArray) -> Fit:
-    """From the moments of max(x, 0) and of the step 1[x > 0], which carry everything that is not linear."""
+    """From the moments of max(x, 0) and of the step 1[x > 0]: both functions are linear in these and x."""
     sd = np.sqrt(v) + 1e-300
     u = np.clip(m / sd, -35, 35)
     phi, cdf, tail = np.exp(-u * u / 2) / np.sqrt(2 * np.pi), ndtr(u), ndtr(-u)
