@@ -24,8 +24,7 @@ LANCZOS_RTOL = 0.01
 """Relative gain of a Lanczos step below which the largest eigenvalue counts as found."""
 
 ILL_CONDITIONED_RATIO = 1e-1
-"""Directions with σ / σ_max below this are named ill-conditioned where the rank is not full: they are worth other
-equations."""
+"""Kept directions with σ / σ_max below this are named where the rank is not full: other equations may know better."""
 
 
 @dataclass(frozen=True)
@@ -106,19 +105,16 @@ def dense_operator(A: Tensor) -> Operator:
 def least_squares(
     A: Operator, b: Tensor, rcond: float, damping: Tensor | None = None, *, gram_only: bool = False
 ) -> LeastSquares:
-    """Solves min ‖A y − b‖² + ‖damping ∘ y‖².
+    """Solves min ‖A y − b‖² + ‖damping ∘ y‖², with the null space of the whole system.
 
     Args:
         A: (m, k), as by `dense_operator`.
         b: (m,).
         rcond: Singular values below rcond times the largest count as zero.
         damping: One more equation, damping_j y_j = 0, for each entry where it is not zero, (k,).
-        gram_only: For systems of which many columns cannot be formed: all but the residuals is taken from AᵀA, so that
-            the cutoff is `GRAM_RESOLUTION` at least; the normal equations are refined twice in place of being given
-            up below `CHOLESKY_MIN_RATIO`, and no directions are named ill-conditioned.
-
-    Returns:
-        A `LeastSquares` of the whole system.
+        gram_only: For systems too large for A to be applied to many columns: the rank is told by AᵀA alone, at a cutoff
+            of `GRAM_RESOLUTION` at least; Cholesky factors, refined twice, serve below `CHOLESKY_MIN_RATIO`, too; no
+            directions are named ill-conditioned.
     """
     if damping is None:
         damping = A.gram.new_zeros(len(A.gram))
@@ -242,13 +238,7 @@ def _by_decomposition(normal: _Normal) -> LeastSquares:
 
 
 def largest_eigenvalue(multiply: Callable[[Tensor], Tensor], size: int, steps: int = 30) -> float:
-    """Of a positive semidefinite matrix, from below: Lanczos until a step gains less than `LANCZOS_RTOL`.
-
-    Args:
-        multiply: v -> A v, (size, 1) -> (size, 1), float64.
-        size: Of the matrix.
-        steps: Most products.
-    """
+    """Of a positive semidefinite matrix v -> A v, from below: Lanczos until a step gains less than `LANCZOS_RTOL`."""
     v = torch.randn(size, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     basis, diagonal, beside, found = v / v.norm(), [], [], 0.0
     for _ in range(min(steps, size)):
@@ -266,19 +256,12 @@ def largest_eigenvalue(multiply: Callable[[Tensor], Tensor], size: int, steps: i
 
 @dataclass(frozen=True)
 class Iterated:
-    """What conjugate gradients found.
+    """What conjugate gradients found."""
 
-    Attributes:
-        x: The solution, in the shape of Aᵀ b.
-        residual: ‖A x − b‖ / ‖b‖, 0 for b = 0.
-        iterations: How many were made.
-        condition: Of A, as the iterations saw it (Ritz values); NaN where there were none.
-    """
-
-    x: Tensor
-    residual: float
+    x: Tensor  # in the shape of Aᵀ b
+    residual: float  # ‖A x − b‖ / ‖b‖, 0 for b = 0
     iterations: int
-    condition: float
+    condition: float  # of A, by the iterations' Ritz values; NaN where there were none
 
 
 def conjugate_gradients(
@@ -294,14 +277,11 @@ def conjugate_gradients(
 
     Args:
         apply: x -> A x, as a list of tensors.
-        adjoint: The same list -> Aᵀ of it.
+        adjoint: Aᵀ of such a list.
         b: The right-hand side.
         tolerance: Largest norm of the normal equations' residual at the end, relative to the start.
         max_iterations: Most iterations.
         done: Ends the iterations at an x for which it is true.
-
-    Returns:
-        What they found.
     """
     rest = [v.clone() for v in b]
     s = adjoint(rest)

@@ -83,11 +83,8 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_r
         G: Gradient of the mean loss by the weight, (O, C, kh, kw).
         dz: Gradient of the mean loss by each image's pre-activation, (B, O, H′, W′).
         rcond: Singular values below rcond times the largest count as zero.
-        trusted_ratio: Directions below this share of the largest are shared with W; of one image only where some are
-            left to W anyway.
-
-    Returns:
-        A `GradientSolution`.
+        trusted_ratio: Directions below this share of the largest are left to W, too; those of a single image only
+            where it is not determined.
     """
     if len(dz) == 1 and layer.is_dense and dz.any():
         return _solve_column(G, dz.flatten())

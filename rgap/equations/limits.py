@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class SolverLimits:
     """Sizes and ratios that decide which way a layer is solved; counts are of unknowns of one group of channels.
 
-    Some limits have another value for the images of a batch, whose dense system costs more an unknown and is worth more
-    memory, for no iterations stand behind it; and how precise their gradient is, is not taken into account.
+    Some limits have another value for batches: no iterative solver stands behind their dense system, so that this may
+    be larger, and the precision of their gradient is not taken into account, so that W must be better conditioned.
 
     Attributes:
         dense_unknowns: Unknowns that the gradients may leave open before W alone is preferred to a dense system.
@@ -31,7 +31,8 @@ class SolverLimits:
         weights_first_ratio: W goes first where it leaves less than this share of what the gradients leave open: it is
             the quicker way, and passes on more error; batches only.
         max_null_entries: Entries of the largest null basis of a fixed layer that is made (20 million: 160 MB).
-        max_pinv_side: Rows and columns of W up to which its dense pseudo-inverse is made (8000: 0.5 GB).
+        max_pinv_side: Rows and columns of W up to which its dense pseudo-inverse is made, and the shorter side up to
+            which its dense Gram matrix is (8000: 0.5 GB).
     """
 
     dense_unknowns: int = 1600

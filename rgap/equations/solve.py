@@ -134,10 +134,8 @@ class _Problem:
 
 def _solve(problem: _Problem) -> LayerSolution:
     """The first way that is open to a problem."""
-    ways = (
-        (_weights_alone, _weights_before_gradients, _minimum_norm) if problem.is_batch else (_weights_alone, _iterate)
-    )
-    for way in ways:
+    between = (_weights_before_gradients, _minimum_norm) if problem.is_batch else (_iterate,)
+    for way in (_weights_alone, *between):
         if (solution := way(problem)) is not None:
             return solution
     return _gradients_before_weights(problem)
