@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Photographs that scikit-image carries inside its wheel; a label is the place in this tuple.
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")
-SPLIT_SIZE = 1000  # embedded colour images
+SPLIT_SIZE = 1000  # embedded colour images in each split
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_MACHINES = {"airplane", "automobile", "ship", "truck"}
 LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, what "greyscale" means to Pillow and OpenCV

@@ -41,6 +41,7 @@ class Activation:
         negative_slope: a of a LeakyReLU (1 for the identity), a tensor where channels differ, None for other maps.
         bounds: Infimum and supremum of σ; a value there does not determine z.
         clips: Whether σ equals a bound on a whole half-line, with σ′ = 0; otherwise it only approaches its bounds.
+        parts: Of a composition, in the order in which they are applied.
     """
 
     name: str
@@ -51,11 +52,12 @@ class Activation:
     negative_slope: float | Tensor | None = None
     bounds: tuple[float, float] = (-math.inf, math.inf)
     clips: bool = False
+    parts: tuple[Activation, ...] = ()
 
     @property
     def one_to_one(self) -> bool:
         """Whether σ is one-to-one on all of ℝ."""
-        return not self.clips
+        return not self.clips and all(part.one_to_one for part in self.parts)
 
     @property
     def has_kink(self) -> bool:
@@ -77,6 +79,8 @@ class Activation:
             z, finite everywhere, and the mask of the entries at which it is known, None where that is every entry.
             Elsewhere z is such that σ′(z) = 0 if σ clips, else the z nearest to the bound that x could determine.
         """
+        if self.parts:
+            return self._invert_parts(x, accuracy)
         low, high = self.bounds
         if low == -math.inf and high == math.inf:
             return self.inverse(x), None
@@ -87,6 +91,13 @@ class Activation:
         if self.clips:  # any z on the flat part
             return x.where(known, low - 1.0 if low > -math.inf else high + 1.0), known
         return self.inverse(x.clamp(low + margin, high - margin)), known
+
+    def _invert_parts(self, x: Tensor, accuracy: float) -> tuple[Tensor, Tensor | None]:
+        known = None
+        for part in reversed(self.parts):
+            x, determined = part.invert(x, accuracy)
+            known = determined if known is None or determined is None else known & determined
+        return x, known
 
 
 def _margin(inside: Tensor, error: float) -> float:
@@ -106,30 +117,6 @@ def _margin(inside: Tensor, error: float) -> float:
     return (edges[gap] * edges[gap + 1]).sqrt().item()
 
 
-@dataclass(frozen=True)
-class Composition(Activation):
-    """Several maps in sequence.
-
-    Attributes:
-        parts: In the order in which they are applied.
-    """
-
-    parts: tuple[Activation, ...] = ()
-
-    @property
-    def one_to_one(self) -> bool:
-        """Whether every part is one-to-one on all of ℝ."""
-        return all(part.one_to_one for part in self.parts)
-
-    def invert(self, x: Tensor, accuracy: float = 0.0) -> tuple[Tensor, Tensor | None]:
-        """Inverts part by part; z is known where every part determines its input. See `Activation.invert`."""
-        known = None
-        for part in reversed(self.parts):
-            x, determined = part.invert(x, accuracy)
-            known = determined if known is None or determined is None else known & determined
-        return x, known
-
-
 IDENTITY = Activation("identity", lambda z: z, lambda x: x, torch.ones_like, homogeneous=True, negative_slope=1.0)
 
 
@@ -137,7 +124,7 @@ def compose(first: Activation, then: Activation) -> Activation:
     """The composition z -> then(first(z))."""
     if first is IDENTITY or then is IDENTITY:
         return then if first is IDENTITY else first
-    return Composition(
+    return Activation(
         f"{first.name}, {then.name}",
         lambda z: then.forward(first.forward(z)),
         lambda x: first.inverse(then.inverse(x)),

@@ -51,15 +51,23 @@ AFFINE_FUNCTIONS |= {"sub", "mul", "div", "neg", "sub_", "mul_", "div_"}
 DROPOUTS = {F.dropout, F.dropout2d, torch.dropout}
 
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
-CONSTANTS: dict[type, Activation] = {
-    nn.Identity: IDENTITY,
-    nn.ReLU: RELU,
-    nn.Tanh: TANH,
-    nn.Sigmoid: SIGMOID,
-    nn.Softsign: SOFTSIGN,
-    nn.LogSigmoid: LOG_SIGMOID,
-    nn.SELU: exponential("selu", SELU_ALPHA, scale=SELU_SCALE),
-    nn.ReLU6: clipped("relu6", 0.0, 6.0),
+SELU = exponential("selu", SELU_ALPHA, scale=SELU_SCALE)
+RELU6 = clipped("relu6", 0.0, 6.0)
+ACTIVATIONS: dict[type, Callable[[Any], Activation]] = {
+    nn.Identity: lambda _: IDENTITY,
+    nn.ReLU: lambda _: RELU,
+    nn.Tanh: lambda _: TANH,
+    nn.Sigmoid: lambda _: SIGMOID,
+    nn.Softsign: lambda _: SOFTSIGN,
+    nn.LogSigmoid: lambda _: LOG_SIGMOID,
+    nn.SELU: lambda _: SELU,
+    nn.ReLU6: lambda _: RELU6,
+    nn.Hardtanh: lambda module: clipped("hardtanh", module.min_val, module.max_val),
+    nn.LeakyReLU: lambda module: RELU if module.negative_slope == 0 else leaky_relu(module.negative_slope),
+    nn.PReLU: lambda module: prelu(module.weight),
+    nn.ELU: lambda module: exponential("elu", module.alpha),
+    nn.CELU: lambda module: exponential("celu", module.alpha, 1 / module.alpha),
+    nn.Softplus: lambda module: softplus(module.beta, module.threshold),
 }
 MODULES: dict[Any, type[nn.Module]] = {
     F.relu: nn.ReLU,
@@ -119,21 +127,11 @@ def pooling(operation: Any) -> str:
 
 def from_module(module: nn.Module | None) -> Activation | None:
     """The activation that a module computes, or None if it is no elementwise map with an inverse known here."""
+    build = ACTIVATIONS.get(type(module))
     try:
-        if isinstance(module, nn.LeakyReLU):
-            return RELU if module.negative_slope == 0 else leaky_relu(module.negative_slope)
-        if isinstance(module, nn.PReLU):
-            return prelu(module.weight)
-        if isinstance(module, nn.ELU | nn.CELU):
-            rate = 1.0 if isinstance(module, nn.ELU) else 1 / module.alpha
-            return exponential(type(module).__name__.lower(), module.alpha, rate)
-        if isinstance(module, nn.Softplus):
-            return softplus(module.beta, module.threshold)
-        if isinstance(module, nn.Hardtanh) and not isinstance(module, nn.ReLU6):
-            return clipped("hardtanh", module.min_val, module.max_val)
-    except (ValueError, ZeroDivisionError):
+        return None if build is None else build(module)
+    except (ValueError, ZeroDivisionError):  # a parameter with which it is not one-to-one
         return None
-    return CONSTANTS.get(type(module))
 
 
 def prelu(weight: Tensor) -> Activation:

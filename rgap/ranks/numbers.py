@@ -113,12 +113,11 @@ def pooling_rank(pool: Callable[[Tensor], Tensor], input_shape: tuple[int, ...])
         pool: The module, or a function of one tensor.
         input_shape: (C, pixels along each axis).
     """
-    channels, *pixels = input_shape
-    rank = channels
+    rank, *pixels = input_shape
     for axis, size in enumerate(pixels):
         shape = [size if a == axis else 1 for a in range(len(pixels))]
-        images = torch.eye(size).reshape(size, 1, *shape).expand(size, 1, *pixels)
-        rank *= rank_and_ratio(pool(images).detach().double().reshape(size, -1), torch.finfo(torch.float32).eps)[0]
+        images = torch.eye(size, dtype=torch.float64).reshape(size, 1, *shape).expand(size, 1, *pixels)
+        rank *= int(torch.linalg.matrix_rank(pool(images).reshape(size, -1)))
     return rank
 
 

@@ -1,4 +1,4 @@
-"""A copy of a network with one convolution changed, and what follows it adapted: for trying out other shapes."""
+"""A copy of a network with another width or stride of one convolution, and what follows adapted to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NORMS = {
 
 
 def chain_steps(model: nn.Module, image_shape: tuple[int, ...]) -> list[Step]:
-    """The operations of a network in which each reads the one before it; none where paths part or meet.
+    """The operations of a network that is a chain; none where paths part or meet, or a layer is used twice.
 
     Args:
         model: Any module that `torch.fx` can trace.
@@ -49,9 +49,8 @@ def with_convolution(
 ) -> nn.Module:
     """Copies a network that is a chain, with another width or stride of one convolution.
 
-    What follows is fitted to the new shapes: the next layer takes the new channels, normalisations between as well, and
-    the first linear layer the new number of features. Changed layers get torch's default initialisation, all others
-    share their weights with the model.
+    The next layer and the normalisations before it take the new channels, the first linear layer the new number of
+    features. Changed layers get torch's default initialisation, all others share their weights with the model.
 
     Args:
         model: The network; it is left as it is.
@@ -76,8 +75,7 @@ def with_convolution(
     new = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        old = steps[places[0]].module
-        new.set_submodule(path, _convolution(old, out_channels or old.out_channels, stride or old.stride))
+        new.set_submodule(path, _lazy_layer(steps[places[0]], out_channels, stride))
         _adapt(new, steps[places[0] + 1 :], channels=out_channels is not None, sizes=stride is not None)
         parameter = steps[places[0]].module.weight
         with torch.no_grad():
@@ -88,30 +86,15 @@ def with_convolution(
     return new.eval()
 
 
-def _convolution(old: nn.Module, out_channels: int, stride: int | tuple[int, ...]) -> nn.Module:
-    return type(old)(
-        old.in_channels,
-        out_channels,
-        old.kernel_size,
-        stride,
-        old.padding,
-        old.dilation,
-        bias=old.bias is not None,
-        padding_mode=old.padding_mode,
-        dtype=old.weight.dtype,
-        device=old.weight.device,
-    )
-
-
 def _adapt(model: nn.Module, following: Sequence[Step], *, channels: bool, sizes: bool) -> None:
-    """Replaces what depends on new channels or sizes by modules that find theirs when they first run."""
+    """Replaces what depends on new channels or sizes by lazy modules, which find theirs in their first run."""
     for step in following:
         if is_layer(step):
             is_linear = isinstance(step.module, nn.Linear)
             if channels or (sizes and is_linear):
                 model.set_submodule(step.path, _lazy_layer(step))
             channels, sizes = False, sizes and not is_linear
-        elif channels and any(p.numel() > 1 for p in _parameters(step)):
+        elif channels and step.module is not None and any(p.numel() > 1 for p in step.module.parameters()):
             model.set_submodule(step.path, _lazy_norm(step))
 
 
@@ -122,7 +105,7 @@ def _lazy_norm(step: Step) -> nn.Module:
     return NORMS[type(old)](eps=old.eps, momentum=old.momentum, affine=old.affine, **_placed(old))
 
 
-def _lazy_layer(step: Step) -> nn.Module:
+def _lazy_layer(step: Step, out_channels: int | None = None, stride: int | None = None) -> nn.Module:
     old = step.module
     options = {"bias": old.bias is not None, **_placed(old)}
     if isinstance(old, nn.Linear):
@@ -131,12 +114,8 @@ def _lazy_layer(step: Step) -> nn.Module:
         return nn.LazyLinear(old.out_features, **options)
     if type(old) not in CONVOLUTIONS or old.groups != 1:
         raise UnsupportedLayerError(f"{step.title} has groups and cannot be adapted here")
-    shape = (old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation)
+    shape = (out_channels or old.out_channels, old.kernel_size, stride or old.stride, old.padding, old.dilation)
     return CONVOLUTIONS[type(old)](*shape, padding_mode=old.padding_mode, **options)
-
-
-def _parameters(step: Step) -> list[nn.Parameter]:
-    return [] if step.module is None else list(step.module.parameters())
 
 
 def _placed(module: nn.Module) -> dict:
