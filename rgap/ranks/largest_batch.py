@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rgap.equations.rank_laws import CERTIFICATE_SURPLUS, SPARE_UNITS, rank_laws
+from rgap.equations.rank_laws import CERTIFICATE_SURPLUS, SPARE_UNITS, layer_laws
 from rgap.network.chain import Chain, Layer, prepare
 from rgap.ranks.numbers import MAX_UNKNOWNS, numerical_ranks, too_large
 
@@ -93,7 +93,7 @@ def _convolution(layer: Layer, before: Layer | None) -> BatchLimit:
     """What a convolution determines with the range constraints of the layer before it."""
     supplied = 0
     if before is not None and before.groups == layer.groups == 1:
-        rank = _laws(before, 1).weights
+        rank = layer_laws(before).weights
         supplied = math.prod(before.output_shape) - rank if rank is not None else 0
     alone, lacking = None, 0
     for batch in range(1, MAX_BATCH_TRIED + 1):
@@ -109,24 +109,12 @@ def _convolution(layer: Layer, before: Layer | None) -> BatchLimit:
     return BatchLimit(layer.name, MAX_BATCH_TRIED, alone, f"none up to {MAX_BATCH_TRIED} images")
 
 
-def _laws(layer: Layer, batch: int):
-    left, right, top, bottom = layer.padding
-    return rank_laws(
-        layer.input_shape[0],
-        layer.output_shape[0],
-        tuple(layer.weight.shape[2:]),
-        layer.stride,
-        ((top, bottom), (left, right)),
-        layer.dilation,
-        layer.groups,
-        layer.input_shape[1:],
-        batch,
-    )
-
-
 def _deficit(layer: Layer, batch: int) -> int | None:
     """Unknowns − rank [W; K] by law, by number where there is no law, None where neither is available."""
-    rank = _laws(layer, batch).both
+    if layer.is_fixed:  # without gradient constraints
+        pixels = math.prod(layer.input_shape[1:]) if layer.after is None else layer.after.rank
+        return batch * (layer.unknowns - layer.input_shape[0] * pixels)
+    rank = layer_laws(layer, batch).both
     if rank is None:
         if too_large(layer, batch, MAX_UNKNOWNS):
             return None

@@ -16,7 +16,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from rgap.equations.blocks import StrideBlock, blocks, gradient_matrix, split_groups, weight_matrix
+from rgap.equations.blocks import blocks, split_groups, weight_matrix
+from rgap.equations.gradient import solve_gradients
 from rgap.equations.systems import weight_columns
 from rgap.equations.weights import weight_factor
 from rgap.linalg import svd
@@ -122,16 +123,17 @@ def pooling_rank(pool: Callable[[Tensor], Tensor], input_shape: tuple[int, ...])
 
 
 def _group(layer: Layer, dz: Tensor, eps: float) -> tuple[int, int, int, float]:
-    batch, channels = len(dz), layer.input_shape[0]
+    batch, (filters, channels) = len(dz), layer.weight.shape[:2]
     unknowns = batch * layer.unknowns
     rank_w, ratio_w = _weight_rank(layer, eps)
-    rank_m, ratio_m, V = _gradient_null_space(layer, dz, eps)
-    gradients = channels * rank_m
-    if V.shape[-1] == 0:
-        return batch * rank_w, gradients, unknowns, 1 / ratio_m
+    longest = max(max(filters * len(block.taps), batch * len(block.pixels)) for block in blocks(layer))
+    alone = solve_gradients(layer, torch.zeros_like(layer.weight), dz, longest * eps, trusted_ratio=0.0)
+    gradients = channels * alone.rank
+    if alone.V.shape[-1] == 0:
+        return batch * rank_w, gradients, unknowns, 1 / alone.sigma_min_kept
     if rank_w == layer.unknowns and ratio_w > WEIGHTS_SUFFICE_RATIO:
         return batch * rank_w, gradients, unknowns, 1 / ratio_w
-    A = torch.cat([weight_columns(layer, image) for image in V])
+    A = torch.cat([weight_columns(layer, image) for image in alone.V])
     rank, ratio = rank_and_ratio(A, eps)
     both = unknowns if rank_w == layer.unknowns else gradients + rank
     return batch * rank_w, gradients, both, 1 / ratio if ratio else math.inf
@@ -151,35 +153,6 @@ def _weight_rank(layer: Layer, eps: float) -> tuple[int, float]:
         return rank_and_ratio(W if isinstance(W, Tensor) else torch.from_numpy(W.toarray()), eps)
     gram = W @ W.T if W.shape[0] < W.shape[1] else W.T @ W
     return _gram_rank(torch.from_numpy(gram.toarray()), max(W.shape) * eps)
-
-
-def _gradient_null_space(layer: Layer, dz: Tensor, eps: float) -> tuple[int, float, Tensor]:
-    """Rank of [M_1 … M_B], its smallest over largest singular value kept, and its null space (B, H·W, k)."""
-    pixels = math.prod(layer.input_shape[1:])
-    unread = torch.ones(pixels, dtype=torch.bool)
-    factors = []
-    for block in blocks(layer):
-        M = torch.cat([gradient_matrix(layer, block, image) for image in dz], 1)
-        _, S, Vh = svd(M, full_matrices=M.shape[0] < M.shape[1])
-        factors.append((block, max(M.shape) * eps, S, Vh))
-        unread[block.pixels] = False
-    largest = max((S.max().item() for *_, S, _ in factors if len(S)), default=0.0)
-    ranks = [int((S > cut * largest).sum()) for _, cut, S, _ in factors]
-    kept = [S[:r] for r, (*_, S, _) in zip(ranks, factors, strict=True)]
-    smallest = torch.cat(kept).min().item() if sum(ranks) else 0.0
-    bases = [_spread(block, Vh[r:], len(dz), pixels) for r, (block, _, _, Vh) in zip(ranks, factors, strict=True)]
-    for image in range(len(dz)):  # pixels that no tap reads
-        alone = dz.new_zeros(len(dz), pixels, int(unread.sum()))
-        alone[image, unread] = torch.eye(alone.shape[-1], dtype=dz.dtype)
-        bases.append(alone)
-    return sum(ranks), smallest / largest if largest else 0.0, torch.cat(bases, 2)
-
-
-def _spread(block: StrideBlock, rows: Tensor, batch: int, pixels: int) -> Tensor:
-    """Vectors over a block's pixels of every image, (k, B·m), as (B, H·W, k)."""
-    result = rows.new_zeros(batch, pixels, len(rows))
-    result[:, block.pixels] = rows.T.reshape(batch, len(block.pixels), len(rows))
-    return result
 
 
 def _count(S: Tensor, cut: float) -> tuple[int, float]:

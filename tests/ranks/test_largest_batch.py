@@ -78,9 +78,22 @@ def test_prediction_and_the_dense_rank_agree_at_the_limit(channels):
 
 
 def test_without_a_law_numbers_decide_and_beyond_them_nothing_is_claimed(monkeypatch):
-    monkeypatch.setattr(rank_batch, "_laws", lambda layer, batch: rank_laws.RankLaws(None, None, None))
+    monkeypatch.setattr(rank_batch, "layer_laws", lambda layer, batch=1: rank_laws.RankLaws(None, None, None))
     found = largest_batch(small(6), (2, 8, 8))
     assert limits(found)["0"].limit is not None
     monkeypatch.setattr(rank_batch, "MAX_UNKNOWNS", 10)
     unknown = largest_batch(small(6), (2, 8, 8))
     assert limits(unknown)["0"].limit is None and "no rank is known of '0'" in unknown.reason
+
+
+def test_pooling_loses_every_batch_behind_an_activation_and_counts_behind_a_convolution():
+    conv, head = (
+        [nn.Conv2d(2, 6, 3, 1, 1), nn.LeakyReLU(0.2)],
+        [nn.Linear(96, 40), nn.LeakyReLU(0.2), nn.Linear(40, 20)],
+    )
+    pooled = sequential(*conv, nn.AvgPool2d(2), nn.Flatten(), *head)
+    assert [limit.limit for limit in largest_batch(pooled, (2, 8, 8)).limits][1] == 0
+    joined = sequential(conv[0], nn.AvgPool2d(2), nn.LeakyReLU(0.2), nn.Flatten(), *head)
+    plain = sequential(*conv, nn.Flatten(), nn.Linear(384, 40), *head[1:])
+    first, whole = (limits(largest_batch(network, (2, 8, 8)))["0"].alone for network in (joined, plain))
+    assert first < whole
