@@ -1,4 +1,4 @@
-"""The networks of the paper, seeded and bias-free, as flat `nn.Sequential`s in eval mode; and two more to analyse."""
+"""The networks of the paper and of gradient attacks, seeded, in eval mode, flat `nn.Sequential`s but for ResNet-18."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Linear maps of pixels that act on every channel alike: average pooling, padding of every mode, resizing.
+"""Linear maps of pixels, the same for every channel: average pooling, padding of every mode, resizing.
 
-All of them act on rows and columns apart: y = R x Cᵀ. So the matrix of the map is R ⊗ C, its rank is the product of the
-ranks, and its pseudo-inverse and null space follow from the two small factors.
+They are separable, y = R x Cᵀ: the matrix of the map is R ⊗ C, its rank the product of the ranks, and its
+pseudo-inverse and null space follow from the two small factors.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class PixelMap:
         return self.rows.T @ y @ self.columns
 
     def after(self, first: PixelMap | None) -> PixelMap:
-        """This map behind another."""
+        """This map applied after another."""
         return self if first is None else PixelMap(self.rows @ first.rows, self.columns @ first.columns)
 
     def matrix(self) -> sp.csr_array:
@@ -59,7 +59,7 @@ class PixelMap:
 
     @cached_property
     def _inverses(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """R⁺, C⁺ and the projectors on what R and C see."""
+        """R⁺, C⁺ and the projectors onto the row spaces of R and C."""
         R, C = torch.linalg.pinv(self.rows, rtol=EQUALITY_RTOL), torch.linalg.pinv(self.columns, rtol=EQUALITY_RTOL)
         return R, C, R @ self.rows, C @ self.columns
 
@@ -70,7 +70,7 @@ class PixelMap:
 
     @property
     def injective(self) -> bool:
-        """Whether x follows from y."""
+        """Whether y determines x."""
         return self.rank == math.prod(self.inputs)
 
     def solve(self, y: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class PixelMap:
 
 
 def pixel_map(function: Callable[[Tensor], Tensor], channels: int, pixels: tuple[int, ...]) -> PixelMap | None:
-    """Finds R and C of a function by applying it to one pixel row and one pixel column at a time.
+    """Finds R and C of a function by applying it to single rows and columns of ones.
 
     Args:
         function: (N, C, *pixels) -> (N, C, *pixels′), or (N, C) as a mean over all pixels gives.
@@ -98,7 +98,7 @@ def pixel_map(function: Callable[[Tensor], Tensor], channels: int, pixels: tuple
         pixels: (H, W), or (L,), which is taken for (1, L).
 
     Returns:
-        The map; None where the function is not linear, mixes channels, or does not act on rows and columns apart.
+        The map; None where the function is not linear, mixes channels, or is not separable.
     """
     height, width = (1, *pixels)[-2:]
 

@@ -1,4 +1,4 @@
-"""Every operation of a network, with its shapes, and what cannot be inverted marked as such."""
+"""Every operation of a network with its shapes, its kind, and the reason where it cannot be inverted."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Step:
         kind: "input", "linear", "activation", "affine" (entry by entry), "pixels" (a linear map of pixels, the same for
             every channel), "reshape", "constant" (does not depend on the image) or "unsupported".
         module: The module, None for a function.
-        sources: Names of the steps that it reads.
-        name: Its own name in the graph.
+        sources: Names of the steps whose outputs it reads.
+        name: Its name in the graph.
         input_shape: Shape of its first input without the batch dimension; () where that is no tensor.
         output_shape: Shape of its output without the batch dimension; () where that is no tensor.
         reason: Why it cannot be inverted; empty where it can.
-        operation: What a function step calls, a function or a method's name; None for a module.
-        call: A function step on another tensor, its other arguments as traced; None for a module, and where it reads
-            several tensors that depend on the image.
-        arguments, options: The positional arguments behind the first and the keyword arguments of a function step.
-        value: Of a constant.
+        operation: The function or the name of the method that a function step calls; None for a module.
+        call: A function step as a function of one tensor, its other arguments as traced; None for a module, and where
+            it reads several tensors that depend on the image.
+        arguments, options: Positional arguments of a function step after the first, and its keyword arguments.
+        value: Value of a constant.
     """
 
     path: str
@@ -57,12 +57,12 @@ class Step:
 
 
 def trace(model: nn.Module, image_shape: tuple[int, ...], any_shape: bool = False) -> list[Step]:
-    """Lists every operation of a network with its shapes; runs nothing on real data.
+    """Lists every operation of a network with its shapes, from one run on zeros.
 
     Args:
         model: Any module that `torch.fx` can trace.
         image_shape: (C, H, W) of one image.
-        any_shape: Whether other shapes are taken too, e.g. (C, L) or (n,).
+        any_shape: Whether other shapes, e.g. (C, L) or (n,), are accepted too.
 
     Returns:
         The steps in the order of execution.
@@ -87,7 +87,7 @@ def trace(model: nn.Module, image_shape: tuple[int, ...], any_shape: bool = Fals
 
 
 class _Run(fx.Interpreter):
-    """Runs the graph once on an image of zeros; keeps every output's shape, and the values that no image changes."""
+    """Runs the graph once on zeros; keeps every output's shape, and the values that do not depend on the image."""
 
     def on_image(self, shape: tuple[int, ...]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -150,7 +150,7 @@ def _step(node: fx.Node, modules: dict[str, nn.Module], run: _Run) -> Step:
 
 
 def _filled(node: fx.Node, constants: dict[str, Any], x: Tensor | None = None) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a function step, with the values of constants, and x for what depends on the image."""
+    """The arguments of a function step, constants by their values and what depends on the image by x."""
 
     def value(source: fx.Node) -> Any:
         return constants.get(source.name, x)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.linalg
@@ -127,7 +127,8 @@ def _group(layer: Layer, dz: Tensor, eps: float) -> tuple[int, int, int, float]:
     unknowns = batch * layer.unknowns
     rank_w, ratio_w = _weight_rank(layer, eps)
     longest = max(max(filters * len(block.taps), batch * len(block.pixels)) for block in blocks(layer))
-    alone = solve_gradients(layer, torch.zeros_like(layer.weight), dz, longest * eps, trusted_ratio=0.0)
+    one = replace(layer, weight=layer.weight[:, :1], input_shape=(1, *layer.input_shape[1:]))  # M serves every channel
+    alone = solve_gradients(one, torch.zeros_like(one.weight), dz, longest * eps, trusted_ratio=0.0)
     gradients = channels * alone.rank
     if alone.V.shape[-1] == 0:
         return batch * rank_w, gradients, unknowns, 1 / alone.sigma_min_kept
