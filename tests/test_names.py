@@ -36,12 +36,6 @@ def test_what_counts_as_a_numeric_constant():
     assert list(numeric_constants(ast.parse(source))) == ["A", "B", "G"]
 
 
-NOT_YET_RENAMED = {
-    *("attack", "experiments"),
-    *("noise", "shared_gradient"),
-}
-"""Rooms that still have one-word constants."""
-
 ROOMS = sorted({path.split("/")[0].removesuffix(".py") for path in TREES})
 
 
@@ -63,6 +57,4 @@ def test_every_numeric_constant_names_its_quantity_and_its_role(room):
         for name in numeric_constants(tree)
         if "_" not in name.strip("_")
     ]
-    if room in NOT_YET_RENAMED and one_word:
-        pytest.xfail(", ".join(one_word))
     assert one_word == []

@@ -21,7 +21,7 @@ from rgap.network.layer import Chain, Layer
 RECOVERED_DB = 60.0
 """PSNR from which an image counts as recovered."""
 
-RCOND = 1e-5
+RANK_RCOND = 1e-5
 """Singular values below this share of the largest count as zero, as the attack has it for float64 gradients."""
 
 
@@ -54,7 +54,7 @@ def attacked_and_ranked(
 def missing_ranks(chain: Chain, image: Tensor, label: Tensor, loss: str = "logistic") -> dict[str, int]:
     """Rank that each layer's [W; K] lacks for one image, by dense linear algebra at the true z and ∂ℓ/∂z of autograd.
 
-    Rows of W count where σ determines z. W and K are each scaled to norm 1; singular values below `RCOND` times the
+    Rows of W count where σ determines z. W and K are each scaled to norm 1; singular values below `RANK_RCOND` of the
     largest are zero.
 
     Args:
@@ -93,7 +93,7 @@ def _dense_rank(layer: Layer, dz: Tensor, z: Tensor) -> int:
         A = sp.csr_array((system / system.norm().clamp(min=1e-300)).numpy())
         gram += (A.T @ A).toarray()
     S = torch.linalg.eigvalsh(torch.from_numpy(gram)).clamp(min=0).sqrt()
-    return int((S > RCOND * S.max()).sum())
+    return int((S > RANK_RCOND * S.max()).sum())
 
 
 def least_width(
