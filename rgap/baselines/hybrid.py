@@ -22,7 +22,6 @@ from rgap.results import Candidate, Reconstruction
 NOISE_TV = 0.01
 """Weight of the total variation for gradients that are noisier than rounding."""
 
-
 REFINE_ABOVE_RESIDUAL = 0.03
 """Gradient residual above which matching refines the image; below, it made images of LeakyReLU networks worse."""
 
@@ -47,28 +46,28 @@ def hybrid(
     """Closed form, then gradient matching where the closed form left something open or missed the gradient.
 
     1. `rgap.reconstruct`. Where its result is consistent and nothing is open, that is all.
-    2. At a rank-deficient layer the input is x_mn + N t, and only t is optimised: what the layer determines is not put
-       at risk, and there are as many variables as equations are missing (280 in CNN6-d, not 3,072 pixels).
-    3. Where the gradient is still missed by more than 3 %, or noisy beyond rounding: L-BFGS on the squared distance and
-       total variation, from the best image so far. The recursion hands the noise of each layer on to the next; matching
-       weighs all equations at once.
+    2. At a rank-deficient layer the input is x_mn + N t, and only t is optimised: what the layer determines stays, and
+       there are as many variables as equations are missing (280 in CNN6-d, not 3,072 pixels).
+    3. Where the gradient is still missed by more than 3 %, or is noisier than rounding: L-BFGS on the squared distance
+       and total variation, from the best image so far. The recursion passes the noise of each layer on to the next;
+       matching weighs all equations at once.
 
     Args:
         model: The network, a chain that `rgap.reconstruct` takes, or a `Chain`.
         gradients: One tensor for each parameter, in the order of `model.parameters()`, or a mapping from name.
         image_shape: (C, H, W) of one image; may be left out with a `Chain`.
-        loss: As for `rgap.reconstruct`.
+        loss: A name in `rgap.client.LOSSES`.
         labels: The label if it is known, (1,).
         steps: Most evaluations in each of stages 2 (for each open layer) and 3.
         tv_weight: Weight of the total variation in stage 3, the mean absolute difference of neighbouring pixels; by
             default 0.01 where the gradient is noisier than rounding, else 0.
         virtual_constraints: Whether the closed form may use them; then stage 2 has less to do.
         pixel_range: Smallest and largest value of a pixel.
-        rcond: As for `rgap.reconstruct`.
+        rcond: Singular values below rcond times the largest count as zero.
         noise_std: Standard deviation of noise known to be on every gradient entry.
-        dtype: In which stage 3 works, torch.float32 or torch.float64.
-        seed: As for `rgap.reconstruct`; the optimiser starts from what was found, not at random.
-        device: On which stage 3 works, by default the CPU.
+        dtype: The precision of stage 3, torch.float32 or torch.float64.
+        seed: Of the closed form; the optimiser starts from what it found, not at random.
+        device: Where stage 3 runs, by default the CPU.
 
     Returns:
         An `Optimised` of one image; its candidates are the closed form and each stage's result, best first by gradient

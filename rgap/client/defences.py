@@ -16,14 +16,12 @@ from torch import Tensor
 
 from rgap.client.gradients import named_tensors
 from rgap.results import GradientMismatchError
+from rgap.shared_gradient import INT8_LEVELS
 
 Gradients = TypeVar("Gradients", Sequence[Tensor], Mapping[str, Tensor])
 
 FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 """The floating-point formats of `quantise`."""
-
-INT8_LEVELS = 127
-"""Steps of int8 on either side of zero; −128 stays unused, so that the grid is symmetric."""
 
 
 def gaussian_noise(gradients: Gradients, std: float, seed: int = 0) -> Gradients:
