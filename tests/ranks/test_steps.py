@@ -149,7 +149,7 @@ def test_where_no_step_stands_alone_there_is_no_index():
         (nn.PReLU(init=-0.5), "not invertible"),
         (nn.ELU(-1.0), "not invertible"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # an address would differ from worker to worker
 )
 def test_whether_an_activation_is_invertible_depends_on_its_arguments(function, note):
     class Net(nn.Module):
