@@ -27,7 +27,8 @@ class DeficientLayer:
     Attributes:
         x: Minimum-norm solution, (n,).
         N: Basis of what is open, (n, d): the null space, then directions that the layer determines only badly.
-        known: Standard deviation with which the layer itself determines the last of these, (w,), w ≤ d; about 0.
+        known: Standard deviation with which the layer itself determines the coefficients of the last w of these, which
+            are about 0, (w,).
         activation: σ between the layer before and this one.
         previous: Factors of the layer before.
         G: That layer's gradient, (O, C, kh, kw).
@@ -70,13 +71,13 @@ class Rows:
 def assemble(
     problem: DeficientLayer, fitted: Fit, m: NDArray, image: NDArray, channels: NDArray, prior, noise: float
 ) -> Rows:
-    """The rows of one step: range of W, the earlier layer's gradient scaled to unit rows, the prior.
+    """The rows of one step: range of W, gradient of the layer before scaled to unit rows, prior.
 
     Args:
         problem: What is open.
         fitted: Fits to σ⁻¹ and σ′ under the present belief.
         m: Its means, (n,).
-        image: Present estimate of the earlier layer's input, (n_x,).
+        image: Present estimate of the input of the layer before, (n_x,).
         channels: Output channels whose gradient is used.
         prior: Rows of `smooth_image_rows`, or None.
         noise: Relative noise of the data.
@@ -131,7 +132,7 @@ def _with_known(problem: DeficientLayer, rows: Rows) -> Rows:
 
 
 def _responses(problem: DeficientLayer, image: NDArray, channels: NDArray, weight: NDArray, first: int) -> list:
-    """How a change of σ′ at each entry moves the gradient rows of its channel: δx times what that position reads."""
+    """How the gradient rows of a channel change with σ′ at each of its entries: by δx times what that entry reads."""
     patches = problem.previous.patches(image)
     taps, pixels = patches.shape
     result = []
@@ -155,7 +156,7 @@ def _covariance(rows: Rows, fitted: Fit) -> NDArray:
             S[:, at] += cross
             S[at] += cross.T
     diagonal = np.diag_indices_from(S)
-    S[diagonal] = S[diagonal] * (1 + 1e-12) + rows.floor**2  # the factor keeps S positive definite
+    S[diagonal] = S[diagonal] * (1 + 1e-12) + rows.floor**2  # 1e-12 keeps S positive definite
     return S
 
 
@@ -198,7 +199,7 @@ def independent_gradients(problem: DeficientLayer, m: NDArray, channels: NDArray
     """Gradient equations that the deficient layer's own constraints do not contain already.
 
     ⟨G′[o], W′[o′]⟩ = ⟨δz′[o], z′[o′]⟩ = ⟨δx[o], x[o′]⟩ holds for o = o′ where σ is homogeneous and there is no bias,
-    and for o ≠ o′ where both channels keep one sign throughout: those equations are known.
+    and for o ≠ o′ where each of the two channels has one sign throughout: those equations are known.
     """
     slopes = slope(problem.activation, m).reshape(problem.dx.shape)
     rank = problem.previous.gradient_rank((slopes * problem.dx)[channels])

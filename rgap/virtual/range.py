@@ -2,9 +2,9 @@
 
 x_b = σ(W′ x′_b + b′) with more outputs than inputs: with `left` the complement of the range of W′,
 `left`ᵀ (σ⁻¹(x_b) − b′) = 0 for each image, linear once the signs of x are known (for smooth activations, near the
-solution). The rows join the layer's own system, which shares its open directions among the images: they close what it
-leaves open, and where it leaves nothing they take off error, for they hold exactly whatever the gradient's precision
-(both ours; the paper counts such constraints).
+solution). The rows join the layer's own system, whose open directions the images share: they close what it leaves open,
+and where it leaves nothing open they reduce the error, for they hold exactly whatever the gradient's precision (both
+ours; the paper counts such constraints).
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ UNDECIDED_SIGN_STDS = 3.0
 
 @dataclass(frozen=True)
 class RangeSolution:
-    """The input of a layer after the range constraints of the layer before joined its system.
+    """The inputs of a layer after the range constraints of the layer before have joined its system.
 
     Attributes:
-        x: (B, n).
-        certified: Signs kept, full column rank, more equations than unknowns, and the range constraints hold.
+        x: The inputs, (B, n).
+        certified: Residual at noise level, more equations than unknowns, full column rank, every sign kept.
         equations: Range constraints, over the batch.
-        iterations: Solves.
-        residual: Root-mean-square of the range constraints relative to σ⁻¹(x).
-        condition: Of the joint system.
+        iterations: Systems that were solved.
+        residual: Root-mean-square residual of the range constraints relative to σ⁻¹(x).
+        condition: Condition number of the joint system.
     """
 
     x: Tensor
