@@ -38,6 +38,7 @@ class PatchEmbedding:
     Every entry of a patch reads one pixel: entry = shift + scale · pixel, with what normalises the image in them.
 
     Attributes:
+        model: The network.
         name: Path of the layer that embeds the patches.
         weight_name: Parameter name of E, (D, n) when flattened.
         bias_name: Parameter name of b, None without bias.
@@ -49,6 +50,7 @@ class PatchEmbedding:
         scale: (T, n); 0 where the entry reads padding.
     """
 
+    model: nn.Module
     name: str
     weight_name: str
     bias_name: str | None
@@ -99,7 +101,7 @@ def recognise(model: nn.Module, image_shape: tuple[int, int, int]) -> PatchEmbed
     if reason := _why_not(name, weight_name, watch):
         raise UnsupportedLayerError(reason)
     pixels = _pixels(model, tuple(image_shape), name)
-    found = PatchEmbedding(name, weight_name, bias_name, *watch.position, tuple(image_shape), *pixels)
+    found = PatchEmbedding(model, name, weight_name, bias_name, *watch.position, tuple(image_shape), *pixels)
     if unread := int((found.readings == 0).sum()):
         raise UnsupportedLayerError(
             f"{name!r} reads no patch with {unread} of the pixels of {tuple(image_shape)}; give an image_shape that "

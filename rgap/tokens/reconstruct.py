@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rgap.client import UpdateGradients, check_loss
 from rgap.results import Candidate, GradientMismatchError, LayerReport, Reconstruction, UnsupportedLayerError
@@ -36,7 +36,6 @@ NOISE_RESIDUAL_FACTOR = 5.0
 
 
 def reconstruct_tokens(
-    model: nn.Module,
     embedding: PatchEmbedding,
     gradients: Sequence[Tensor] | Mapping[str, Tensor],
     loss: str = "cross_entropy",
@@ -57,8 +56,7 @@ def reconstruct_tokens(
     single gradient reproduces them, so that they are not certified.
 
     Args:
-        model: The network.
-        embedding: From `recognise`.
+        embedding: The network, from `recognise`.
         gradients: One tensor for each parameter, in the order of `model.parameters()`, or a mapping from name.
         loss: A name in `rgap.client.LOSSES`.
         batch_size: 1; the position embedding's gradient is a sum over the images of a batch.
@@ -84,13 +82,13 @@ def reconstruct_tokens(
             f"batch_size is {batch_size}: the gradient of the position embedding {embedding.position_name!r} is a sum "
             "over the images of a batch, of which no way to the single ones is known; 1 is supported"
         )
-    received = _receive(model, embedding, gradients, noise_std)
+    received = _receive(embedding, gradients, noise_std)
     started, certified = time.perf_counter(), MAX_CERTIFIED_ERROR * _width(pixel_range)
     shared = {name: received.gradients[name] for name in _used(embedding)}
     system = patch_system(embedding, shared, replace(received, gradients=shared, has_zeros=False).entry_std)
     solution = solve_patches(system, received.precision, rcond)
     report = _report(embedding, solution, time.perf_counter() - started)
-    replay = Replay(model, received, loss)
+    replay = Replay(embedding.model, received, loss)
     label, about_label = replay.find_label(embedding.image(solution.patches), labels)
     notes = [*received.notes, *_about(embedding, solution, shared), *about_label]
     patches = {"": (solution.patches, report.predicted_error)}
@@ -120,12 +118,12 @@ def _used(embedding: PatchEmbedding) -> list[str]:
     return [n for n in (embedding.weight_name, embedding.position_name, embedding.bias_name) if n]
 
 
-def _receive(model: nn.Module, embedding: PatchEmbedding, gradients, noise_std: float | None) -> SharedGradient:
+def _receive(embedding: PatchEmbedding, gradients, noise_std: float | None) -> SharedGradient:
     """The gradients, checked, with the precision of those that give the patches.
 
     Others may be nothing but rounding, as that of a key's bias is, and seem to be in a coarser format.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(embedding.model.named_parameters())
     received = receive_gradients(parameters, gradients, noise_std=noise_std)
     if not all(received.gradients[name].any() for name in (embedding.weight_name, embedding.position_name)):
         reached = [name for name, g in received.gradients.items() if g.any()]

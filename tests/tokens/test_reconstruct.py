@@ -21,7 +21,7 @@ def attack(model, image, label=2, loss="cross_entropy", defend=None, **options):
     some = next(model.parameters())
     gradients = rgap.client_gradients(model, image.to(some), torch.tensor([label]), loss)
     gradients = gradients if defend is None else defend(gradients)
-    result = reconstruct_tokens(model, recognise(model, SHAPE), gradients, loss, **options)
+    result = reconstruct_tokens(recognise(model, SHAPE), gradients, loss, **options)
     return result, psnr_db(result.images, image).item()
 
 
@@ -61,7 +61,7 @@ def test_width_at_most_the_number_of_patches_is_short_of_rank(width):
 def test_the_layers_above_close_a_small_deficit(width, deficit):
     model, image = torchvision_vit(width, seed=2, size=8, patch=2).double(), photograph()[..., 4:12, 4:12]
     gradients = rgap.client_gradients(model, image.double(), torch.tensor([2]), "cross_entropy")
-    result = reconstruct_tokens(model, recognise(model, (3, 8, 8)), gradients)
+    result = reconstruct_tokens(recognise(model, (3, 8, 8)), gradients)
     assert result.verdict == "exact"
     assert psnr_db(result.images, image).item() > 150
     report = result.layers[0]
@@ -105,7 +105,7 @@ def test_another_networks_weights_are_not_certified():
     """The patches' equations know nothing of the weights above: the image is right, and nothing proves it."""
     gradients = rgap.client_gradients(torchvision_vit(seed=1), photograph(), torch.tensor([2]), "cross_entropy")
     model = torchvision_vit()
-    result = reconstruct_tokens(model, recognise(model, SHAPE), gradients)
+    result = reconstruct_tokens(recognise(model, SHAPE), gradients)
     assert result.verdict == "inconsistent"
 
 
@@ -113,7 +113,7 @@ def test_two_images_averaged_are_not_certified():
     images = torch.cat([photograph(0), photograph(1)])
     gradients = rgap.client_gradients(torchvision_vit(), images, torch.tensor([2, 3]), "cross_entropy")
     model = torchvision_vit()
-    assert reconstruct_tokens(model, recognise(model, SHAPE), gradients).verdict == "inconsistent"
+    assert reconstruct_tokens(recognise(model, SHAPE), gradients).verdict == "inconsistent"
 
 
 def test_batches_are_refused():
@@ -160,7 +160,7 @@ def test_updates_of_several_steps_give_the_image(steps, momentum):
     before = torchvision_vit().double()
     after = local_steps(torchvision_vit().double(), image, steps, momentum)
     update = gradients_from_update(before, after, 0.05)
-    result = reconstruct_tokens(before, recognise(before, SHAPE), update)
+    result = reconstruct_tokens(recognise(before, SHAPE), update)
     assert psnr_db(result.images, photograph()).item() > 120
     assert result.verdict == ("exact" if steps == 1 else "inconsistent")
     if steps > 1:
