@@ -13,6 +13,7 @@ from rgap.network.chain import Chain, prepare
 from rgap.network.layer import Layer
 from rgap.results import UnsupportedLayerError
 from rgap.separation.subspaces import first_dense
+from rgap.tokens import PatchEmbedding, recognise
 
 
 def checked_chain(model: nn.Module | Chain, image_shape: tuple[int, ...] | None) -> Chain:
@@ -26,8 +27,20 @@ def checked_chain(model: nn.Module | Chain, image_shape: tuple[int, ...] | None)
     return prepare(model, image_shape)
 
 
-def check_arguments(chain: Chain, loss, batch_size, labels, pixel_range, rcond, noise_std) -> None:
-    """Refuses what is out of range, by name."""
+def checked_network(model, image_shape: tuple[int, ...] | None) -> Chain | PatchEmbedding:
+    """The network as it is attacked: a chain of layers, or patches with learned positions; or the chain's refusal."""
+    if isinstance(model, PatchEmbedding):
+        return model
+    try:
+        return checked_chain(model, image_shape)
+    except UnsupportedLayerError:
+        if (found := recognise(model, image_shape)) is None:
+            raise
+        return found
+
+
+def check_options(loss, batch_size, pixel_range, rcond, noise_std) -> None:
+    """Refuses what is out of range whatever the network, by name."""
     check_loss(loss)
     if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
         raise ValueError(f"batch_size is {batch_size}; give a positive integer, or None to find it from the gradient")
@@ -38,6 +51,10 @@ def check_arguments(chain: Chain, loss, batch_size, labels, pixel_range, rcond, 
         raise ValueError(f"rcond is {rcond}; it must be at least 0 and below 1")
     if noise_std is not None and not 0 <= noise_std < math.inf:
         raise ValueError(f"noise_std is {noise_std}; it must be at least 0 and finite")
+
+
+def check_arguments(chain: Chain, loss, batch_size, labels) -> None:
+    """Refuses what does not fit a chain, by name."""
     head = chain.layers[-1]
     if not outputs_fit(loss, outputs := head.output_shape[0]):
         least = "2 or more" if loss == "cross_entropy" else "1"

@@ -23,7 +23,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rgap.attack.arguments import check_arguments, check_batch, checked_batch_labels, checked_chain, checked_labels
+from rgap.attack.arguments import (
+    check_arguments,
+    check_batch,
+    check_options,
+    checked_batch_labels,
+    checked_labels,
+    checked_network,
+)
 from rgap.attack.candidates import weigh
 from rgap.attack.descent import Closer, Descent, close_by_virtual_constraints, descend
 from rgap.attack.propagation import start_probe
@@ -36,6 +43,7 @@ from rgap.results import GradientMismatchError, PixelRange, Reconstruction
 from rgap.separation.read import read_batch
 from rgap.separation.subspaces import find_batch_size
 from rgap.shared_gradient import SharedGradient, receive
+from rgap.tokens import PatchEmbedding, reconstruct_tokens
 
 NOISE_REESTIMATE_RATIO = 3.0
 """Times the noise that was known of from which the misfit of surplus equations is taken for the noise."""
@@ -62,7 +70,8 @@ def reconstruct(
     """Computes a client's images back from their gradient (R-GAP; Zhu & Blaschko, ICLR 2021).
 
     The attack knows the network and the gradient. It solves for the input of each layer in turn, from the last to the
-    first, for every hypothesis on label and scale that the last layers' gradients allow, in float64 throughout.
+    first, for every hypothesis on label and scale that the last layers' gradients allow, in float64 throughout. Of a
+    vision transformer with learned position embeddings it solves for the patches at once (`rgap.tokens`).
 
     Args:
         model: The network, or a `Chain` from `rgap.prepare`, which keeps its factorisations for the next attack.
@@ -84,12 +93,19 @@ def reconstruct(
         A `Reconstruction`; read its `verdict` before its images.
 
     Raises:
-        UnsupportedLayerError: If the network is not a chain of invertible layers, or a batch cannot be separated.
+        UnsupportedLayerError: If the network is neither a chain of invertible layers nor such a transformer, or a batch
+            cannot be separated.
         GradientMismatchError: If the gradients do not belong to the network or are not finite.
         ValueError: If another argument is out of range.
     """
-    chain = checked_chain(model, image_shape)
-    check_arguments(chain, loss, batch_size, labels, pixel_range, rcond, noise_std)
+    chain = checked_network(model, image_shape)
+    check_options(loss, batch_size, pixel_range, rcond, noise_std)
+    if isinstance(chain, PatchEmbedding):
+        return reconstruct_tokens(
+            chain, gradients, loss, batch_size=batch_size, labels=labels, virtual_constraints=virtual_constraints,
+            pixel_range=pixel_range, rcond=rcond, noise_std=noise_std, device=device,
+        )  # fmt: skip
+    check_arguments(chain, loss, batch_size, labels)
     close = close_by_virtual_constraints if virtual_constraints else None
     received = receive(chain, gradients, rcond, noise_std)
     received, starts, notes = read(chain, received, loss, batch_size, labels, seed)

@@ -29,7 +29,7 @@ MAX_HALVINGS = 4
 MIN_GAIN = 0.95
 """Ratio of residuals, after and before a step, from which no further one is made."""
 
-QUOTIENT_STEP = 1e-6
+DIFFERENCE_STEP = 1e-6
 """Step of the difference quotients, in pixel units."""
 
 MIN_SIGMA_RATIO = 1e-5
@@ -82,10 +82,10 @@ def close_by_gradient(
     now, steps, spread = miss(patches), 0, torch.inf
     while steps < MAX_STEPS:
         base = torch.cat(now)
-        directions = (QUOTIENT_STEP * torch.eye(unknowns, dtype=null.dtype)).reshape(
+        directions = (DIFFERENCE_STEP * torch.eye(unknowns, dtype=null.dtype)).reshape(
             -1, *null.shape[1:], patches.shape[1]
         )
-        J = torch.stack([(torch.cat(miss(patches + null @ C)) - base) / QUOTIENT_STEP for C in directions], 1)
+        J = torch.stack([(torch.cat(miss(patches + null @ C)) - base) / DIFFERENCE_STEP for C in directions], 1)
         sigmas = torch.linalg.svdvals(J)
         if not sigmas[-1] > MIN_SIGMA_RATIO * sigmas[0]:
             return None

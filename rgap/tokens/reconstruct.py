@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from rgap.client import UpdateGradients, check_loss
-from rgap.results import Candidate, GradientMismatchError, LayerReport, Reconstruction, UnsupportedLayerError
+from rgap.results import (
+    Candidate,
+    GradientMismatchError,
+    LayerReport,
+    PixelRange,
+    Reconstruction,
+    UnsupportedLayerError,
+)
 from rgap.shared_gradient import SharedGradient, receive_gradients
 from rgap.tokens.closure import close_by_gradient
 from rgap.tokens.embedding import PatchEmbedding
@@ -82,30 +89,30 @@ def reconstruct_tokens(
             f"batch_size is {batch_size}: the gradient of the position embedding {embedding.position_name!r} is a sum "
             "over the images of a batch, of which no way to the single ones is known; 1 is supported"
         )
-    received = _receive(embedding, gradients, noise_std)
-    started, certified = time.perf_counter(), MAX_CERTIFIED_ERROR * _width(pixel_range)
-    shared = {name: received.gradients[name] for name in _used(embedding)}
-    system = patch_system(embedding, shared, replace(received, gradients=shared, has_zeros=False).entry_std)
-    solution = solve_patches(system, received.precision, rcond)
+    pixels = PixelRange(*pixel_range)
+    certified = MAX_CERTIFIED_ERROR * pixels.width
+    received, shared = _receive(embedding, gradients, noise_std)
+    started = time.perf_counter()
+    system = patch_system(embedding, shared.gradients, shared.entry_std)
+    solution = solve_patches(system, shared.precision, rcond)
     report = _report(embedding, solution, time.perf_counter() - started)
     replay = Replay(embedding.model, received, loss)
     label, about_label = replay.find_label(embedding.image(solution.patches), labels)
-    notes = [*received.notes, *_about(embedding, solution, shared), *about_label]
+    notes = [*received.notes, *_about(embedding, solution, shared.gradients), *about_label]
     patches = {"": (solution.patches, report.predicted_error)}
     if report.deficit and virtual_constraints and received.precision <= MAX_CLOSED_PRECISION:
-        report, closed = _close(embedding, replay, label, solution, report, pixel_range)
+        report, closed = _close(embedding, replay, label, solution, report, pixels)
         if report.virtual_constraints:
             patches = {"": (closed, report.predicted_error)}
             notes.append(f"the gradients of the layers above close the deficit in {report.iterations} steps")
     if report.predicted_error > certified or (report.deficit and not report.virtual_constraints):
-        priors = {"the smoothest image": smooth_prior, "ridge regression": ridge_prior}
-        found = {
-            n: regularised_patches(system, p(embedding, pixel_range), solution.excess or 1.0) for n, p in priors.items()
-        }
-        patches = {name: (P, std / embedding.scale.square().mean().sqrt().item()) for name, (P, std) in found.items()}
+        patches, size = {}, embedding.scale.square().mean().sqrt().item()
+        for name, prior in (("the smoothest image", smooth_prior), ("ridge regression", ridge_prior)):
+            found, std = regularised_patches(system, prior(embedding, pixels), solution.excess or 1.0)
+            patches[name] = found, std / size
         notes.append(f"candidates, in their order: {' and '.join(patches)}, matched to the noise of the gradient")
     candidates = tuple(
-        _candidate(replay, embedding.image(P), label, replace(report, predicted_error=error), pixel_range, device)
+        _candidate(replay, embedding.image(P), label, replace(report, predicted_error=error), pixels, device)
         for P, error in patches.values()
     )
     verdict, why = _verdict(candidates, report, certified, isinstance(gradients, UpdateGradients))
@@ -118,8 +125,8 @@ def _used(embedding: PatchEmbedding) -> list[str]:
     return [n for n in (embedding.weight_name, embedding.position_name, embedding.bias_name) if n]
 
 
-def _receive(embedding: PatchEmbedding, gradients, noise_std: float | None) -> SharedGradient:
-    """The gradients, checked, with the precision of those that give the patches.
+def _receive(embedding: PatchEmbedding, gradients, noise_std: float | None) -> tuple[SharedGradient, SharedGradient]:
+    """The gradients, checked, with the precision of those that give the patches; and these alone.
 
     Others may be nothing but rounding, as that of a key's bias is, and seem to be in a coarser format.
     """
@@ -138,8 +145,9 @@ def _receive(embedding: PatchEmbedding, gradients, noise_std: float | None) -> S
     used = {name: received.gradients[name] for name in _used(embedding)}
     if received.noise_std:
         used = UpdateGradients(used, {name: received.noise_std[name] for name in used})
-    first = receive_gradients({name: parameters[name] for name in used}, used, noise_std=noise_std)
-    return replace(received, precision=first.precision)
+    own = {name: parameters[name] for name in used}
+    shared = receive_gradients(own, used, noise_std=noise_std, has_zeros=False)
+    return replace(received, precision=shared.precision), shared
 
 
 def _report(embedding: PatchEmbedding, solution: PatchSolution, seconds: float) -> LayerReport:
@@ -176,7 +184,12 @@ def _about(embedding: PatchEmbedding, solution: PatchSolution, shared: Mapping[s
 
 
 def _close(
-    embedding: PatchEmbedding, replay: Replay, label: Tensor, solution: PatchSolution, report: LayerReport, pixel_range
+    embedding: PatchEmbedding,
+    replay: Replay,
+    label: Tensor,
+    solution: PatchSolution,
+    report: LayerReport,
+    pixels: PixelRange,
 ) -> tuple[LayerReport, Tensor]:
     """The report and patches with the deficit closed by the layers above, or the report as it was."""
     more = {n: g for n, g in replay.shared.items() if g.norm() >= (1 - MIN_RELATIVE_RMS) * replay.sizes[n]}
@@ -188,23 +201,23 @@ def _close(
     if closed is None:
         return report, solution.patches
     error = math.hypot(closed.error / embedding.scale.square().mean().sqrt().item(), report.predicted_error)
-    if error > MAX_CERTIFIED_ERROR * _width(pixel_range) or not _inside(
-        embedding.image(closed.patches), error, pixel_range
-    ):
+    inside = pixels.contains(embedding.image(closed.patches), _slack(pixels, error))
+    if error > MAX_CERTIFIED_ERROR * pixels.width or not inside:
         return report, solution.patches
     report = replace(report, virtual_constraints=closed.equations, iterations=closed.steps, predicted_error=error)
     return report, closed.patches
 
 
-def _inside(image: Tensor, error: float, pixel_range: tuple[float, float]) -> bool:
-    """Whether an image lies in the pixel range, up to its predicted error."""
-    slack = MAX_CERTIFIED_ERROR * _width(pixel_range) + NOISE_RESIDUAL_FACTOR * error
-    return bool((image >= pixel_range[0] - slack).all() and (image <= pixel_range[1] + slack).all())
+def _slack(pixels: PixelRange, error: float) -> float:
+    """By how much an image of that predicted error may leave the pixel range."""
+    return MAX_CERTIFIED_ERROR * pixels.width + NOISE_RESIDUAL_FACTOR * error
 
 
-def _candidate(replay: Replay, image: Tensor, label: Tensor, report: LayerReport, pixel_range, device) -> Candidate:
+def _candidate(
+    replay: Replay, image: Tensor, label: Tensor, report: LayerReport, pixels: PixelRange, device
+) -> Candidate:
     """Weighs an image by the gradient that it has."""
-    inside = _inside(image, report.predicted_error, pixel_range)
+    inside = pixels.contains(image, _slack(pixels, report.predicted_error))
     residual = replay.residual(image, label)
     open_layers = (report.name,) if report.deficit and not report.virtual_constraints else ()
     image, label = image.to(device or "cpu"), label.to(device or "cpu")
@@ -235,8 +248,3 @@ def _verdict(
             "certifies it but their residual and the sum of the tokens' gradients"
         )
     return "inconsistent", [why]
-
-
-def _width(pixel_range: tuple[float, float]) -> float:
-    width = pixel_range[1] - pixel_range[0]
-    return width if math.isfinite(width) else 1.0

@@ -51,7 +51,7 @@ class Replay:
     @cached_property
     def shared(self) -> dict[str, Tensor]:
         """The shared gradients that did not underflow."""
-        return {n: g for n, g in self.received.gradients.items() if n not in self.received.underflowed}
+        return self.received.usable
 
     @cached_property
     def sizes(self) -> dict[str, float]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rgap.linalg import svd
+from rgap.results import PixelRange
 from rgap.tokens.embedding import PatchEmbedding
 
 MIN_SURPLUS_EQUATIONS = 30
@@ -148,9 +149,9 @@ class PatchPrior:
     channels: Tensor
 
 
-def ridge_prior(embedding: PatchEmbedding, pixel_range: tuple[float, float]) -> PatchPrior:
+def ridge_prior(embedding: PatchEmbedding, pixels: PixelRange) -> PatchPrior:
     """Pixels that are independent of each other: ridge regression."""
-    low, high = pixel_range if math.isfinite(pixel_range[1] - pixel_range[0]) else (0.0, 1.0)
+    low, high = (pixels.low, pixels.high) if math.isfinite(pixels.high - pixels.low) else (0.0, 1.0)
     (T, n), dtype = embedding.scale.shape, embedding.scale.dtype
     mean = embedding.shift + embedding.scale * (low + high) / 2
     std = PIXEL_STD_SHARE * (high - low) * embedding.scale.abs()
@@ -159,9 +160,9 @@ def ridge_prior(embedding: PatchEmbedding, pixel_range: tuple[float, float]) -> 
     return PatchPrior(mean, std, torch.eye(T, dtype=dtype), torch.eye(n, dtype=dtype), channels)
 
 
-def smooth_prior(embedding: PatchEmbedding, pixel_range: tuple[float, float]) -> PatchPrior:
+def smooth_prior(embedding: PatchEmbedding, pixels: PixelRange) -> PatchPrior:
     """Pixels whose correlation falls exponentially with their distance, within a patch and from patch to patch."""
-    prior = ridge_prior(embedding, pixel_range)
+    prior = ridge_prior(embedding, pixels)
     places = torch.stack(_coordinates(embedding)[1:], -1)  # (T, n, 2)
     length = CORRELATION_LENGTH_SHARE * max(embedding.image_shape[1:])
     tokens, entries = (

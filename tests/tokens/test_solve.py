@@ -4,6 +4,7 @@ import pytest
 import torch
 from vits import SHAPE, small
 
+from rgap.results import PixelRange
 from rgap.tokens import recognise
 from rgap.tokens.solve import PatchSystem, regularised_patches, ridge_prior, smooth_prior, solve_patches
 
@@ -84,8 +85,8 @@ def test_ridge_beats_least_squares_and_the_smooth_prior_both(noise):
         return (embedding.image(patches) - image).square().mean().sqrt().item()
 
     plain = error(solve_patches(system, noise, rcond=0.0).patches)
-    ridge, _ = regularised_patches(system, ridge_prior(embedding, (0.0, 1.0)))
-    smooth, predicted = regularised_patches(system, smooth_prior(embedding, (0.0, 1.0)))
+    ridge, _ = regularised_patches(system, ridge_prior(embedding, PixelRange()))
+    smooth, predicted = regularised_patches(system, smooth_prior(embedding, PixelRange()))
     assert error(smooth) < error(ridge) < plain
     assert error(smooth) < 2 * predicted
 
@@ -93,6 +94,6 @@ def test_ridge_beats_least_squares_and_the_smooth_prior_both(noise):
 def test_without_noise_a_prior_changes_nothing():
     image, embedding, system = noisy_transformer(1e-12)
     for prior in (ridge_prior, smooth_prior):
-        patches, predicted = regularised_patches(system, prior(embedding, (0.0, 1.0)))
+        patches, predicted = regularised_patches(system, prior(embedding, PixelRange()))
         assert (embedding.image(patches) - image).abs().max() < 1e-6
         assert predicted < 1e-6
