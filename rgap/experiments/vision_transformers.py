@@ -14,7 +14,6 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from rgap import client
 from rgap.attack.reconstruct import reconstruct
@@ -25,6 +24,7 @@ from rgap.experiments.common import (
     choice,
     finish,
     mark,
+    progress,
     seeded,
 )
 from rgap.metrics import psnr_db
@@ -128,7 +128,7 @@ def attack_widths(widths: Sequence[int], images: Tensor, labels: Tensor, seed: i
         The rows of `attack_images` with width, tokens and dtype before them.
     """
     tables = []
-    for width in tqdm(widths, desc="widths", disable=None):
+    for width in progress(widths, "widths"):
         for dtype in ("float32", "float64"):
             model = small_transformer(width, 6 if width >= 128 else 4, seed, size=images.shape[-1])
             table, _ = attack_images(model, images, labels, dtype, **options)
@@ -154,7 +154,7 @@ def attack_defended(
         regression and of the smoothest image; and of every defence the first image by least squares and by the attack.
     """
     rows, pictures = [], {}
-    for name, defence in tqdm(defences.items(), desc="defences", disable=None):
+    for name, defence in progress(defences.items(), "defences"):
         quality: dict[str, list[float]] = {}
         exact, shown = 0, []
         for index, (image, label) in enumerate(zip(images.split(1), labels.split(1), strict=True)):
@@ -205,7 +205,7 @@ def attack_updates(
     """
     rows, some = [], next(model.parameters())
     cases = [(k, m, i) for k in steps for m in momenta for i in range(len(images)) if k > 1 or m == 0]
-    for count, momentum, index in tqdm(cases, desc="updates", disable=None):
+    for count, momentum, index in progress(cases, "updates"):
         image, label = images[index : index + 1].to(some.dtype), labels[index : index + 1]
         after = local_steps(model, image, label, count, learning_rate, momentum)
         update = client.gradients_from_update(model, after, learning_rate)
@@ -251,7 +251,7 @@ def sample_transformers(count: int = 100, seed: int = 0) -> pd.DataFrame:
         case, trouble, verdict, psnr_db, ok and why: a false certificate is not ok.
     """
     generator = torch.Generator().manual_seed(seed)
-    numbers = tqdm(range(count), desc="transformers", disable=None)
+    numbers = progress(range(count), "transformers")
     return pd.DataFrame([_attack_random_transformer(generator, number) for number in numbers])
 
 
