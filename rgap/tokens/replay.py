@@ -44,9 +44,7 @@ class Replay:
         parameters = dict(self.model.named_parameters())
         large = sum(p.numel() for p in parameters.values()) > MAX_FLOAT64_PARAMETERS
         coarse = self.received.precision >= torch.finfo(torch.float32).eps
-        return {
-            n: p.detach().to("cpu", torch.float32 if large and coarse else torch.float64) for n, p in parameters.items()
-        }
+        return {n: p.detach().to(torch.float32 if large and coarse else torch.float64) for n, p in parameters.items()}
 
     @cached_property
     def shared(self) -> dict[str, Tensor]:
@@ -62,7 +60,8 @@ class Replay:
 
     def gradients(self, image: Tensor, label: Tensor) -> dict[str, Tensor]:
         """The gradient that an image has."""
-        return gradients_of(self.model, self.parameters, image, label, self.loss)
+        mine = gradients_of(self.model, self.parameters, image, label, self.loss)
+        return {name: g.cpu() for name, g in mine.items()}
 
     def residual(self, image: Tensor, label: Tensor) -> float:
         """Largest over the tensors of ‖g′ − g‖ / ‖g‖."""

@@ -165,3 +165,32 @@ def test_updates_of_several_steps_give_the_image(steps, momentum):
     assert result.verdict == ("exact" if steps == 1 else "inconsistent")
     if steps > 1:
         assert "several steps" in result.notes[-1]
+
+
+def test_the_same_call_as_for_chains():
+    model, image = torchvision_vit(), photograph()
+    gradients = rgap.client_gradients(model, image, torch.tensor([2]), "cross_entropy")
+    named = dict(zip(dict(model.named_parameters()), gradients, strict=True))
+    prepared = recognise(model, SHAPE)
+    results = [
+        rgap.reconstruct(model, gradients, SHAPE, "cross_entropy"),
+        rgap.reconstruct(prepared, named, loss="cross_entropy", labels=[2]),
+    ]
+    assert all(result.verdict == "exact" for result in results)
+    assert torch.equal(results[0].images, results[1].images)
+    assert results[0].to_frame()["name"].tolist() == ["conv_proj"]
+
+
+def test_what_is_neither_a_chain_nor_a_transformer_keeps_the_chains_refusal():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4 * 49, 1))
+    gradients = rgap.client_gradients(network, photograph(), torch.tensor([1]))
+    with pytest.raises(UnsupportedLayerError, match="MaxPool2d"):
+        rgap.reconstruct(network, gradients, SHAPE)
+
+
+@pytest.mark.parametrize(("name", "value"), [("rcond", 2.0), ("noise_std", -1.0), ("pixel_range", (1.0, 0.0))])
+def test_options_out_of_range_are_refused(name, value):
+    model = torchvision_vit()
+    gradients = rgap.client_gradients(model, photograph(), torch.tensor([2]), "cross_entropy")
+    with pytest.raises(ValueError, match=name):
+        rgap.reconstruct(model, gradients, SHAPE, "cross_entropy", **{name: value})
