@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -59,7 +60,7 @@ def training(
     steps = OPTIMISERS[optimiser](student.parameters(), learning_rate)
     generator = torch.Generator().manual_seed(seed)
     total = epochs * math.ceil(len(images) / batch_size)
-    with tqdm(total=total, desc="training", disable=None) as bar:
+    with tqdm(total=total, desc="training", disable=not sys.stderr.isatty()) as bar:
         yield _state(student, images, labels, loss, 0)
         for epoch in range(1, epochs + 1):
             student.train()
