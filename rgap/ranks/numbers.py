@@ -93,13 +93,8 @@ def numerical_ranks(layer: Layer, batch: int = 1, dtype: torch.dtype = torch.flo
     return RankNumbers(*(sum(column) for column in list(zip(*ranks, strict=True))[:3]), max(r[3] for r in ranks))
 
 
-def rank_and_ratio(A: Tensor, eps: float) -> tuple[int, float]:
-    """Numerical rank of A, and its smallest singular value kept over the largest.
-
-    Args:
-        A: (m, n).
-        eps: Singular values below max(m, n)·eps of the largest count as zero.
-    """
+def _rank_and_ratio(A: Tensor, eps: float) -> tuple[int, float]:
+    """Rank of A (m, n), singular values below max(m, n)·eps of the largest being zero, and its σ_min kept / σ_max."""
     if min(A.shape) == 0:
         return 0, 0.0
     if min(A.shape) <= MAX_SVD_SIDE:
@@ -135,7 +130,7 @@ def _group(layer: Layer, dz: Tensor, eps: float) -> tuple[int, int, int, float]:
     if rank_w == layer.unknowns and ratio_w > WEIGHTS_SUFFICE_RATIO:
         return batch * rank_w, gradients, unknowns, 1 / ratio_w
     A = torch.cat([weight_columns(layer, image) for image in alone.V])
-    rank, ratio = rank_and_ratio(A, eps)
+    rank, ratio = _rank_and_ratio(A, eps)
     both = unknowns if rank_w == layer.unknowns else gradients + rank
     return batch * rank_w, gradients, both, 1 / ratio if ratio else math.inf
 
@@ -151,7 +146,7 @@ def _weight_rank(layer: Layer, eps: float) -> tuple[int, float]:
         if condition * W.shape[0] * eps < 1:
             return W.shape[1], 1 / condition
     if min(W.shape) <= MAX_SVD_SIDE or layer.is_dense or W.nnz > 0.2 * math.prod(W.shape):
-        return rank_and_ratio(W if isinstance(W, Tensor) else torch.from_numpy(W.toarray()), eps)
+        return _rank_and_ratio(W if isinstance(W, Tensor) else torch.from_numpy(W.toarray()), eps)
     gram = W @ W.T if W.shape[0] < W.shape[1] else W.T @ W
     return _gram_rank(torch.from_numpy(gram.toarray()), max(W.shape) * eps)
 
@@ -171,11 +166,11 @@ def _gram_rank(gram: Tensor, cut: float) -> tuple[int, float]:
     if not failed:
         rcond, _ = scipy.linalg.lapack.dpocon(factor, np.abs(G).sum(0).max(), uplo="L")
         if rcond**0.5 > 10 * cut:  # an estimate in the 1-norm, within a small factor of (σ_min / σ_max)²
-            return len(G), power_ratio(G, factor)
+            return len(G), _power_ratio(G, factor)
     return _count(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt(), cut)
 
 
-def power_ratio(G: np.ndarray, factor: np.ndarray, steps: int = 12) -> float:
+def _power_ratio(G: np.ndarray, factor: np.ndarray, steps: int = 12) -> float:
     """σ_min / σ_max of A from AᵀA and its Cholesky factor, by power iteration (an upper bound, close)."""
     large = small = np.random.default_rng(0).standard_normal((len(G), 4))
     for _ in range(steps):
