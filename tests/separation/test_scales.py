@@ -2,11 +2,18 @@ import math
 
 import pytest
 import torch
-from cases import SHAPE, batch, by_name, fcn
+from cases import SHAPE, batch, by_name, fcn, randn
 from torch.testing import assert_close
 
 import rgap
-from rgap.separation.scales import output_gradients, output_jacobians, scale_hypotheses, share_residual
+from rgap.separation.scales import (
+    MAX_REFINED_IMAGES,
+    output_gradients,
+    output_jacobians,
+    refine_inputs,
+    scale_hypotheses,
+    share_residual,
+)
 
 CASES = [(loss, outputs, bias) for loss, outputs in (("logistic", 1), ("cross_entropy", 2), ("cross_entropy", 5))
          for bias in (False, True)]  # fmt: skip
@@ -79,3 +86,33 @@ def test_shares_that_no_image_has_are_said():
     assert not found and "no root" in notes[0]
     with pytest.raises(ValueError, match="a batch with the mse loss cannot be taken apart yet; logistic and cross"):
         scale_hypotheses("mse", f, c, False)
+
+
+def off_by(error, count, bias=False):
+    """A batch of ten classes: layers, gradients, the true inputs, and mixtures of them that are off by so much."""
+    network, (images, labels) = fcn((60, 40), 10, bias), batch(count, 10)
+    layers = rgap.prepare(network, SHAPE).layers
+    named = by_name(network, rgap.client_gradients(network, images, labels, "cross_entropy"))
+    x = images.flatten(1)
+    return layers, named, x, x + error * randn(count, count) @ x, labels
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("error", [1e-6, 1e-3])
+def test_refinement_reaches_the_true_inputs_across_kinks(error, bias):
+    layers, named, x, start, labels = off_by(error, 10, bias)
+    switched = (layers[0].weight.flatten(1) @ (start - x).T).abs() > (layers[0].weight.flatten(1) @ x.T).abs()
+    assert switched.any() or error < 1e-3
+    found = refine_inputs(layers, named, start, labels, "cross_entropy")
+    assert found.residual < 1e-12
+    assert_close(found.x, x, rtol=0, atol=1e-9)
+    c, _ = true_output_gradients(fcn((60, 40), 10, bias), x.reshape(-1, *SHAPE), labels, "cross_entropy")
+    dz = torch.einsum("bco,bc->bo", output_jacobians(layers, x)[1][0], c)
+    assert_close(found.dx, dz @ layers[0].weight.flatten(1), rtol=0, atol=1e-9)
+
+
+def test_large_batches_stay_as_they_were_found():
+    layers, named, _, start, labels = off_by(1e-6, MAX_REFINED_IMAGES + 1)
+    found = refine_inputs(layers, named, start, labels, "cross_entropy")
+    assert_close(found.x, start)
+    assert 1e-9 < found.residual < 1e-3
