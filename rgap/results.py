@@ -1,7 +1,4 @@
-"""What an attack or an analysis returns, and the errors that stand at the door.
-
-Everything here is frozen: a result is a record, not a workspace.
-"""
+"""Records that an attack or an analysis returns, all frozen, and the errors with which either refuses its arguments."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ class PixelRange:
 
 
 class UnsupportedLayerError(ValueError):
-    """A module of the network has no closed-form inverse here; the message names its path and the reason."""
+    """The network has a module without closed-form inverse; the message names its path and the reason."""
 
 
 class GradientMismatchError(ValueError):
@@ -47,7 +44,7 @@ class GradientMismatchError(ValueError):
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one layer's input was recovered. Fields are None where the path taken had no need of them.
+    """How one layer's input was recovered. A field is None where the way that was taken does not compute it.
 
     Attributes:
         name: The layer's path in the model.
@@ -96,7 +93,7 @@ class Candidate:
         gradient_residual: Largest over the tensors of ‖g′ − g‖ / ‖g‖, with g′ the gradient of this candidate.
         in_pixel_range: Whether every pixel lies in the pixel range, up to the accuracy that the gradient allows.
         layer_inputs: Layer name -> recovered input of that layer, (B, C, H, W) or (B, n); the first is the image.
-        layers: The reports of this candidate's way down, from the last layer to the first.
+        layers: The reports of this candidate's descent, from the last layer to the first.
         open_layers: Names of rank-deficient layers whose null space nothing closed.
         beliefs: Name of a layer that virtual constraints closed -> belief on its input after each step, (steps, n).
         residual_allowed: Residual up to which the candidate is consistent: by the gradient's format, or by what its
@@ -132,7 +129,7 @@ class Reconstruction:
         candidates: Every consistent hypothesis, best first; where none is consistent, the least inconsistent one
             and its twin.
         layers: A report for each layer of the best candidate, from the last layer to the first.
-        notes: Sentences on what was decided and on what received.
+        notes: Sentences on what was decided, and on what evidence.
         per_image: For a mini-batch, a (verdict, candidates) pair for each image found.
     """
 
@@ -151,7 +148,7 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class LayerRank:
-    """What one step of a network says about its own input, before any attack.
+    """How far one step of a network determines its own input, before any attack.
 
     Counts are those of the whole batch. Steps that are not counted (activations, modules inside a residual block, what
     cannot be analysed) have no `ra_index`.

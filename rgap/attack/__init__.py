@@ -1,4 +1,4 @@
-"""From gradient to images: read the head, descend, weigh, judge."""
+"""From a shared gradient to the images behind it, and a verdict on them."""
 
 from rgap.attack.reconstruct import reconstruct
 

@@ -1,4 +1,4 @@
-"""Checks at the door of `rgap.reconstruct`: what was given, what is needed, before any work starts."""
+"""Checks of the arguments of `rgap.reconstruct`, before any work starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rgap.tokens import PatchEmbedding, recognise
 
 
 def checked_chain(model: nn.Module | Chain, image_shape: tuple[int, ...] | None) -> Chain:
-    """The prepared network, or a refusal."""
+    """The prepared network, or an error that says what is missing."""
     if isinstance(model, Chain):
         return model if image_shape is None else model.fitting(image_shape)
     if not isinstance(model, nn.Module):
@@ -40,7 +40,7 @@ def checked_network(model, image_shape: tuple[int, ...] | None) -> Chain | Patch
 
 
 def check_options(loss, batch_size, pixel_range, rcond, noise_std) -> None:
-    """Refuses what is out of range whatever the network, by name."""
+    """Refuses options that are out of range for any network, by name."""
     check_loss(loss)
     if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
         raise ValueError(f"batch_size is {batch_size}; give a positive integer, or None to find it from the gradient")
@@ -129,7 +129,7 @@ def _check_separable(layers: Sequence[Layer], loss: str) -> None:
 
 
 def checked_batch_labels(labels: Tensor | Sequence[int] | None, size: int) -> list[int] | None:
-    """Labels that are given for a batch, sorted, for their order says nothing.
+    """Labels that were given for a batch, sorted: their order has no meaning.
 
     Raises:
         ValueError: If they are not as many integers as the batch has images.

@@ -1,4 +1,4 @@
-"""Layer after layer, from a start down to the images: one image and a batch alike."""
+"""Layer by layer from a start down to the images, for one image and a batch alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rgap.attack.pattern import settle_signs
-from rgap.attack.propagation import NoiseProbe, decide_activation_pattern, propagate
+from rgap.attack.propagation import NoiseProbe, Slopes, decide_activation_pattern, propagate
 from rgap.equations import LayerSolution, bias_residual, identity_residual, solve_layer
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
 from rgap.head.hypothesis import Start
@@ -23,16 +23,16 @@ from rgap.virtual.closure import ERROR_AMPLIFICATION, VirtualSolution, close_by_
 from rgap.virtual.range import RangeSolution, close_by_range, range_factor
 
 MAX_PRECISION_CONDITION = 1e-5
-"""Precision times condition of a batch's system from which the range of the layer before joins it undeficient."""
+"""Precision times condition number from which range constraints join a batch's system even without a deficit."""
 
 DOUBT_RATIO = 1e4
-"""Size of outputs that may have the wrong sign, in units of the precision times their root mean square."""
+"""Outputs smaller than this times the precision times their root mean square may have the wrong sign."""
 
 MIN_DOUBT = 1e-8
-"""Least such size, relative to the root mean square."""
+"""Smallest such size that is considered, relative to the root mean square."""
 
 Closer = Callable[[Layer, SharedGradient, LayerSolution, Tensor, Tensor], "VirtualSolution | RangeSolution | None"]
-"""(layer before, gradients, solution, z of the layer, δx by the layer's input) -> what it makes of the solution."""
+"""(layer before, gradients, a layer's solution, its z, δx by its input) -> the closed solution, None where none is."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Descent:
         beliefs: Name of a layer that virtual constraints closed -> belief on its input after each step, (steps, n).
         noise_stds: Noise on the gradient's entries by the misfit of each layer whose gradient equations alone determine
             it with some to spare, from the last on.
-        probe: What a draw of the noise makes of the image.
+        probe: What a draw of the noise changes in the image.
         positive: Name of a layer whose activation has two slopes -> which of its pre-activations are positive, (B, …).
     """
 
@@ -100,10 +100,7 @@ def descend(
             x = settle_signs(layer, G, x, dx, doubt=max(DOUBT_RATIO * received.precision, MIN_DOUBT))
             inputs[above.name] = x.reshape(-1, *above.feature_shape)
         z, known = _inverted(layer, x, _accuracy(reports[-1], received))
-        slopes = None
-        if probe is not None and has_gradient:
-            noise = rms(layer.gradient(probe.noise)).item()
-            slopes = decide_activation_pattern(layer, G, x, dx, probe.error, noise)
+        slopes = _decided_slopes(layer, G, x, dx, probe) if has_gradient else None
         dz = (layer.activation.derivative(z) if slopes is None else slopes.values) * dx
         if slopes is not None or layer.activation.has_kink:
             positive[layer.name] = z > 0 if slopes is None else slopes.positive
@@ -174,6 +171,13 @@ def _above(chain: Chain, start: Start) -> tuple[dict[str, Tensor], dict[str, Ten
 def _inverted(layer: Layer, x: Tensor, accuracy: float) -> tuple[Tensor, Tensor | None]:
     """σ⁻¹(x) and where it is known; a batch is taken through activations that have an inverse everywhere."""
     return layer.activation.invert(x, accuracy) if len(x) == 1 else (layer.activation.inverse(x), None)
+
+
+def _decided_slopes(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, probe: NoiseProbe | None) -> Slopes | None:
+    """The slopes that the likelihood decides, None without a probe or a kink."""
+    if probe is None:
+        return None
+    return decide_activation_pattern(layer, G, x, dx, probe.error, rms(layer.gradient(probe.noise)).item())
 
 
 def _accuracy(report: LayerReport, received: SharedGradient) -> float:

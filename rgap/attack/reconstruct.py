@@ -1,17 +1,18 @@
-"""From a gradient to the client's images, in five steps; this file is the way from top to bottom.
+"""From a shared gradient to the images behind it, in five steps from top to bottom of this file.
 
-    receive   the gradient, checked and in float64, with its precision and the noise of every entry
-    read      the last layer's gradient, of rank one for one image: label, scale, input and δx; the first two fully
-              connected layers tell the images of a batch apart. Each hypothesis on all images is a `Start`.
-    follow    every start down the chain: layer by layer the weight equations W x = z − b and the gradient equations
-              Σ_b K(δz_b) x_b = vec(G) give the layer's inputs, and δx = Wᵀ δz those of the layer below. The equations
-              that are to spare refute wrong labels.
-    weigh     the images by the gradient that they have themselves, and by what noise makes of both
-    judge     the candidates: a verdict that needs no ground truth
+    receive   checks the gradient, takes it to float64, and estimates its precision and the noise of every entry.
+    read      finds where a descent may start. For one image the last layer's gradient has rank one and gives that
+              layer's input, with label and scale; for a batch the first two fully connected layers separate the images.
+              Each hypothesis is a `Start`: the inputs x of one layer and the gradients δx by them, for all images.
+    follow    descends from each start. With z = σ⁻¹(x) and δz = σ′(z) δx, a layer's own inputs solve the weight
+              equations W x_b = z_b − b and the gradient equations Σ_b K(δz_b) x_b = vec(G); Wᵀ δz is the next δx.
+              Surplus equations refute wrong labels.
+    weigh     compares the gradient of the recovered images with the shared one, and with what noise makes of both.
+    judge     gives a verdict, without any ground truth.
 
-One image is a batch of one, but for the reading of the head, and for what a batch lacks: activations without inverse,
-a probe that predicts the error of every layer, and estimates of unknown noise. The recursion, and the verdict by the
-rank, are the paper's (Zhu & Blaschko, ICLR 2021); scales, twins, batches, predicted errors and their checks are ours.
+One image is a batch of one. Only a single image, though, goes through activations without an inverse, and only a single
+image has a noise probe, which predicts the error of every layer, and unknown noise estimated. The recursion is the
+paper's (R-GAP; Zhu & Blaschko, ICLR 2021); scales, twins, batches, predicted errors and verdicts are ours.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from rgap.shared_gradient import SharedGradient, receive
 from rgap.tokens import PatchEmbedding, reconstruct_tokens
 
 NOISE_REESTIMATE_RATIO = 3.0
-"""Times the noise that was known of from which the misfit of surplus equations is taken for the noise."""
+"""Noise shown by surplus equations, in units of the noise that was known of, from which it replaces that."""
 
 MAX_IDENTITY_RESIDUAL = 0.3
 """Residual of a layer's identities (0 for the right label, about 0.9 for a wrong one) that refutes a start."""
@@ -125,10 +126,10 @@ def read(
     labels: Tensor | Sequence[int] | None,
     seed: int,
 ) -> tuple[SharedGradient, list[Start], list[str]]:
-    """Reads the last layer's gradient, or for a batch the first two fully connected layers' gradients.
+    """Finds every start that the last layer's gradient allows, or for a batch those of the fully connected layers.
 
     Returns:
-        The gradients, now with the rounding of the head's δz; every start that they allow; and notes.
+        The gradients, now with the rounding of the head's δz; the starts, for a batch a single one; and notes.
     """
     notes: tuple[str, ...] = ()
     if batch_size != 1:
@@ -208,7 +209,7 @@ def _with_noise_found(
     followed: list[tuple[Start, Descent]],
     notes: list[str],
 ) -> tuple[SharedGradient, list[tuple[Start, Descent]], list[str]]:
-    """Follows the starts once more where surplus equations show more noise than was known of."""
+    """Follows the starts once more where surplus equations show more noise than was known of; one image only."""
     found = min((descent.noise_stds[0] for _, descent in followed if descent.noise_stds), default=0.0)
     if starts[0].batch_size > 1 or found <= NOISE_REESTIMATE_RATIO * max(map(rms, received.entry_std.values())):
         return received, followed, notes

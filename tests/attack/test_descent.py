@@ -162,11 +162,11 @@ def attack(model, count, dtype=torch.float64, close=close_by_virtual_constraints
     cut = next(i for i, m in enumerate(model) if isinstance(m, nn.Flatten)) + 1
     features = model[:cut](images.to(dtype)).detach().requires_grad_()
     nn.functional.cross_entropy(model[cut:](features), labels).backward()
-    evidence_of = rgap.client_gradients(model, images.to(dtype), labels, loss="cross_entropy")
+    gradients = rgap.client_gradients(model, images.to(dtype), labels, loss="cross_entropy")
     chain = rgap.prepare(model, (3, 12, 12))
     below = next(i for i, layer in enumerate(chain.layers) if layer.is_dense)
     x, dx = features.detach().double(), features.grad.double()
-    return images, chain, descend(chain, receive(chain, evidence_of), start_at(below, x, dx), close=close)
+    return images, chain, descend(chain, receive(chain, gradients), start_at(below, x, dx), close=close)
 
 
 SECOND = (TALL, (16, 3, 2, 1), (16, 3, 1, 1))
