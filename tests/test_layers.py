@@ -12,10 +12,9 @@ ROOT = Path(rgap.__file__).parent
 LEVELS = {
     **dict.fromkeys(("results", "linalg", "shared_gradient", "data", "models", "metrics", "artifact"), 0),
     **dict.fromkeys(("network", "client"), 1),
-    "equations": 2,
+    **dict.fromkeys(("equations", "tokens"), 2),
     **dict.fromkeys(("head", "virtual", "ranks"), 3),
     "separation": 4,
-    "tokens": 4,
     "attack": 5,
     "baselines": 6,
     **dict.fromkeys(("experiments", "commands", "__main__"), 7),

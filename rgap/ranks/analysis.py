@@ -18,6 +18,7 @@ from rgap.network.layer import Chain
 from rgap.network.tracing import Step, trace
 from rgap.ranks.exposure import verdict
 from rgap.ranks.numbers import MAX_UNKNOWNS, numerical_ranks, pooling_rank, too_large
+from rgap.ranks.patches import BYPASSED, patch_ranks
 from rgap.ranks.steps import SHARED, CountedStep, counted_steps, is_layer, kind_of, pooling_of
 from rgap.results import LayerRank, RankAnalysis, UnsupportedLayerError
 
@@ -37,10 +38,11 @@ def rank_analysis(
     """Finds for every layer whether its input follows from what is known of its output; needs no data and no attack.
 
     The network is analysed in eval mode. Ranks assume that z and ∂ℓ/∂z are known at the layer's output; those by law
-    also assume generic weights. Under activations that are not invertible they are upper bounds.
+    also assume generic weights. Under activations that are not invertible they are upper bounds. Of a transformer with
+    learned position embeddings the patches are analysed (`rgap.ranks.patches`); what stands above them is only listed.
 
     Args:
-        model: Any module that `torch.fx` can trace.
+        model: Any module that `torch.fx` can trace, or such a transformer.
         image_shape: Shape of one image without the batch dimension, e.g. (C, H, W).
         batch_size: Images behind one gradient. It multiplies unknowns and weight constraints, not gradient constraints.
         dtype: Precision of the gradient; numerical ranks count singular values below its resolution as zero.
@@ -55,11 +57,19 @@ def rank_analysis(
         UnsupportedLayerError: If it cannot be traced, or has no layer with weights.
         ValueError: If the image shape or the batch size does not fit.
     """
-    steps = _checked_steps(model, image_shape, batch_size)
+    patches = patch_ranks(model, image_shape, batch_size)
+    try:
+        steps = _checked_steps(model, image_shape, batch_size)
+    except UnsupportedLayerError:
+        if not patches:
+            raise
+        steps = []
     ranks: dict[str, LayerRank] = {}
     for step in steps:
-        ranks[step.step.name] = _layer_rank(step, batch_size, dtype, limit, seed, ranks)
+        ranks[step.step.name] = _layer_rank(step, batch_size, dtype, 0 if patches else limit, seed, ranks)
     layers = _with_index(list(ranks.values()), [step.counted for step in steps])
+    if patches:
+        layers = [*patches, *(replace(layer, ra_index=None, note=BYPASSED) for layer in layers)]
     counted = [layer for layer in layers if layer.ra_index is not None]
     return RankAnalysis(
         layers=tuple(layers),

@@ -1,0 +1,64 @@
+"""Vision transformers: the gradient of a learned position embedding gives the patches where the width exceeds them.
+
+Every path from a token to the loss passes a layer norm, whose backward pass is orthogonal to the ones, so that the T
+tokens' gradients have rank min(T, D − 1); each of a patch's n entries is determined by them alone (`rgap.tokens`).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rgap.results import LayerRank
+from rgap.tokens.embedding import recognise
+
+BYPASSED = "inside the transformer, which plays no part in it"
+"""Note of the steps that the tokens' gradients bypass."""
+
+
+def patch_ranks(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> list[LayerRank]:
+    """The rank of a transformer's patches by law; behind it, where they lack equations, what may add some.
+
+    Args:
+        model: Any module.
+        image_shape: Shape of one image.
+        batch_size: Images behind one gradient; of more than one the position embedding shares a sum.
+
+    Returns:
+        Nothing where the gradients do not give those of single tokens.
+    """
+    if batch_size != 1 or len(image_shape) != 3 or not _may_attend(model):
+        return []
+    try:
+        found = recognise(model, tuple(image_shape))
+    except ValueError:  # UnsupportedLayerError among them
+        return []
+    if found is None:
+        return []
+    tokens, width = found.position_entries.shape
+    entries, rank = found.pixels.shape[1], min(tokens, width - 1)
+    patches = LayerRank(
+        found.name,
+        "convolution" if model.get_parameter(found.weight_name).ndim > 2 else "linear",
+        unknowns=tokens * entries,
+        weight_rows=0,
+        gradient_rows=width * entries,
+        ra_index=(tokens - width) * entries,
+        deficit=(tokens - rank) * entries,
+        virtual_constraints=0,
+        law_weights=0,
+        law_gradients=rank * entries,
+        law_rank=rank * entries,
+        note=f"{tokens} patches of width {width}, by the gradient of {found.position_name!r}, that of every token",
+    )
+    if not patches.deficit:
+        return [patches]
+    note = "attention and layer norms add equations that no rank counts"
+    return [LayerRank(found.position_name, "not analysed", 0, 0, note=note), patches]
+
+
+def _may_attend(model: nn.Module) -> bool:
+    """Whether a network has a parameter that is no layer's weight or bias, as a position embedding is."""
+    return isinstance(model, nn.Module) and any(
+        isinstance(module, nn.Embedding) or set(dict(module.named_parameters(recurse=False))) - {"weight", "bias"}
+        for module in model.modules()
+    )
