@@ -85,6 +85,7 @@ def test_pooling_normalisation_and_smooth_activations():
     assert result.verdict == "exact" and quality(result, images, labels) > 120
 
 
+@pytest.mark.slow
 def test_virtual_constraints_close_a_layer_or_it_is_named():
     model = batch_cnn(((16, 4, 2, 1), (6, 3, 1, 1)), head=(80, 9))
     limit = rgap.largest_batch(model, CNN_SHAPE)

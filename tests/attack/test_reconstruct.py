@@ -56,6 +56,7 @@ def test_fcn3_gives_faces_back():
         assert result.verdict == "exact" and result.labels.equal(label)
 
 
+@pytest.mark.slow
 def test_cnn6_d_is_rank_deficient_and_says_where():
     images, labels = rgap.data.load_images("embedded", index=0, classes=2)
     model = rgap.models.cnn6_d().double()

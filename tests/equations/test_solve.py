@@ -46,6 +46,7 @@ def check(layer, count, seed, size, limits):
     assert_close(found.x.flatten(), x.flatten() - N @ (N.T @ x.flatten()), rtol=0, atol=1e-5 if count == 1 else 1e-4)
 
 
+@pytest.mark.slow
 @settings(drawn, max_examples=80)
 @given(conv_layers(), st.integers(1, 3), st.integers(0, 1000), st.sampled_from([1.0, 1e-6]))
 def test_rank_and_solution_are_those_of_the_dense_system(layer, count, seed, size):

@@ -40,6 +40,7 @@ def test_one_hypothesis_is_the_sample(dtype, case):
     assert len(found.hypotheses) <= 4 and z.isfinite().all()
 
 
+@pytest.mark.slow
 @settings(drawn, max_examples=15)
 @given(heads(losses=["cross_entropy", "mse"]))
 def test_every_label_of_three_or_more_classes_is_inferred(case):

@@ -75,6 +75,7 @@ def test_ranks_by_number_are_those_of_the_models_own_weights():
     assert layer.rank_weights == 0 and layer.rank == layer.rank_gradients == 108 and layer.deficit == 20
 
 
+@pytest.mark.slow
 def test_an_ill_conditioned_square_layer_still_has_full_rank():
     layer = row(rgap.rank_analysis(models.lenet(), (3, 32, 32)), "0")  # σ_max / σ_min of W is 5e7
     assert (layer.rank_weights, layer.rank, layer.law_weights) == (3072, 3072, 3072) and layer.condition < 100

@@ -57,6 +57,7 @@ def test_width_at_most_the_number_of_patches_is_short_of_rank(width):
     assert "lack" in result.notes[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "deficit"), [(16, 12), (14, 36)])
 def test_the_layers_above_close_a_small_deficit(width, deficit):
     model, image = torchvision_vit(width, seed=2, size=8, patch=2).double(), photograph()[..., 4:12, 4:12]

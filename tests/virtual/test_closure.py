@@ -89,6 +89,7 @@ def test_layers_without_activations_are_closed_by_linear_algebra():
     assert result.verdict == "exact" and psnr >= 90 and reports["2"].deficit == 60
 
 
+@pytest.mark.slow
 def test_a_tight_system_starts_from_what_photographs_are_like():
     """16 pixels a side: the image that comes back is noise, so that the start can mislead but not decide."""
     _, result, psnr, reports = attack(convs(TALL, (6, 3, 2, 1), (16, 3, 1, 1), size=16), size=16)
@@ -96,6 +97,7 @@ def test_a_tight_system_starts_from_what_photographs_are_like():
     assert result.verdict == "exact" and psnr >= 90
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "specs",
     [
@@ -113,6 +115,7 @@ def test_what_the_layer_before_cannot_close_is_called_rank_deficient(specs):
     assert "what they leave open was not determined" in result.notes[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_over_widths_and_seeds_exact_means_the_image(seed):
     """From full rank to far beyond the limit; the layer before supplies 3 to 5 equations an output position."""
@@ -127,6 +130,7 @@ def test_over_widths_and_seeds_exact_means_the_image(seed):
     assert verdicts[2] == "rank-deficient" and verdicts[8] == "exact"
 
 
+@pytest.mark.slow
 def test_cnn6_d_gives_a_face_back():
     images, labels = rgap.data.load_images("embedded", index=0, classes=2)
     model = rgap.models.cnn6_d()
