@@ -7,8 +7,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
+from rgap.attack.candidates import weigh
 from rgap.attack.descent import descend
-from rgap.attack.verdict import judge, weigh
+from rgap.attack.verdict import judge
 from rgap.experiments.batch_fcn import combination
 from rgap.network.chain import Chain
 from rgap.results import PixelRange
