@@ -1,7 +1,7 @@
-"""Which change of a network would keep the image from following from the gradient, by analysing changed copies.
+"""Which change of a network would keep the gradient from determining the image, found by analysing changed copies.
 
 Every sentence is the outcome of the rank analysis of a network that was built. It concerns the linear equations, layer
-by layer, and is no guarantee: a prior on natural images helps an attacker as well.
+by layer, and is no guarantee: an attacker may also use a prior on natural images.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from rgap.ranks.steps import is_layer
 from rgap.results import UnsupportedLayerError, reports_frame
 
 CONVOLUTIONS_CHANGED = 3
-"""Convolutions that are changed, counted from the image."""
+"""Number of convolutions that are changed, counted from the image."""
 
 STRIDES_TRIED = 3
-"""Strides beyond its own that a convolution is tried with."""
+"""Number of strides above its own with which a convolution is tried."""
 
 MAX_BATCH_ADVISED = 1024
 """Largest batch size tried."""
@@ -41,8 +41,8 @@ class Change:
         layer: Path of the layer, empty for the batch size.
         before: The present value.
         after: The nearest value at which the analysis says "stops".
-        stops_at: The step that then stays open, the first from the output down.
-        unknowns, deficit, supply: Of this step, as in `StepExposure`.
+        stops_at: The first step from the output down that then stays open.
+        unknowns, deficit, supply: Of that step, as in `StepExposure`.
     """
 
     what: str
@@ -67,46 +67,37 @@ class Change:
 def advise(model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1) -> list[Change]:
     """Finds the smallest changes after which the rank analysis no longer says that a network leaks.
 
-    Tried are larger batches and, if the network is a chain of layers, fewer output channels and larger strides of the
+    Larger batches are tried and, if the network is a chain of layers, fewer output channels and larger strides of the
     convolutions nearest to the image, one change at a time. Ranks are those by law, so that weights do not matter.
-
-    Args:
-        model: The network; it is left as it is.
-        image_shape: Shape of one image, without the batch dimension.
-        batch_size: Images behind one gradient.
+    The model stays unchanged; raises what `rgap.rank_analysis` raises.
 
     Returns:
         At most one change for each layer and kind, widths first, from the image on; none if the analysis does not say
         that the network leaks, or if no change that was tried closes the leak.
-
-    Raises:
-        TypeError, UnsupportedLayerError, ValueError: As `rgap.rank_analysis` does.
     """
     if _judge(model, image_shape, batch_size).outcome != "leaks":
         return []
     found = []
     convolutions = [s for s in chain_steps(model, image_shape) if is_layer(s) and not isinstance(s.module, nn.Linear)]
-    for step in convolutions[:CONVOLUTIONS_CHANGED]:
-        width = step.module.out_channels
-        built = partial(_changed, model, image_shape, batch_size, step.path, "output channels")
-        found.append(_change("output channels", step.path, width, _bisect(width, 0, built)))
-    for step in convolutions[:CONVOLUTIONS_CHANGED]:
-        stride = max(step.module.stride)
-        built = partial(_changed, model, image_shape, batch_size, step.path, "stride")
-        found.append(_change("stride", step.path, stride, _first(range(stride + 1, stride + 1 + STRIDES_TRIED), built)))
-    judged = partial(_judge, model, image_shape)
-    found.append(_change("batch size", "", batch_size, _first_batch(batch_size, judged)))
+    for what in ARGUMENTS:
+        for step in convolutions[:CONVOLUTIONS_CHANGED]:
+            built = partial(_changed, model, image_shape, batch_size, step.path, what)
+            if what == "stride":
+                before = max(step.module.stride)
+                tried = ((value, built(value)) for value in range(before + 1, before + 1 + STRIDES_TRIED))
+                best = next((pair for pair in tried if _stops(pair[1])), None)
+            else:
+                before = step.module.out_channels
+                best = _bisect(before, 0, built)
+            found.append(_change(what, step.path, before, best))
+    found.append(_change("batch size", "", batch_size, _first_batch(batch_size, partial(_judge, model, image_shape))))
     return [change for change in found if change is not None]
 
 
 def changed(model: nn.Module, image_shape: tuple[int, ...], change: Change, seed: int = 0) -> nn.Module:
-    """A copy of a network with a new width or stride; the network itself where the change is a batch size.
+    """A copy of a network with the new width or stride, or the network itself where the change is a batch size.
 
-    Args:
-        model: The network that was advised on; it is left as it is.
-        image_shape: Shape of one image, without the batch dimension.
-        change: From `advise`.
-        seed: Of the weights of the layers that change.
+    The seed is that of the weights of the layers that change.
     """
     if change.what not in ARGUMENTS:
         return model
@@ -137,9 +128,9 @@ def _stops(found: Exposure | None) -> bool:
 
 
 def _bisect(start: int, end: int, judge: Callable[[int], Exposure | None]) -> tuple[int, Exposure] | None:
-    """The value nearest to `start` that stops, between it and `end` (both excluded), by bisection."""
+    """The value nearest to `start` at which the leak stops, between it and `end` (both excluded), by bisection."""
     step = 1 if end > start else -1
-    near, far = start, end - step  # near leaks, far is to stop
+    near, far = start, end - step  # near leaks, far stops
     if far == start or not _stops(best := judge(far)):
         return None
     while abs(far - near) > 1:
@@ -151,12 +142,8 @@ def _bisect(start: int, end: int, judge: Callable[[int], Exposure | None]) -> tu
     return far, best
 
 
-def _first(values: Iterable[int], judge: Callable[[int], Exposure | None]) -> tuple[int, Exposure] | None:
-    return next(((value, found) for value in values if _stops(found := judge(value))), None)
-
-
 def _first_batch(batch_size: int, judge: Callable[[int], Exposure | None]) -> tuple[int, Exposure] | None:
-    """Doubles until it stops, then bisects between the last two."""
+    """Doubles the size until the leak stops, then bisects between the last two sizes."""
     size = batch_size
     while size < MAX_BATCH_ADVISED:
         if _stops(judge(2 * size)):

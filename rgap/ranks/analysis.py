@@ -7,6 +7,7 @@ numerical ranks (`rgap.ranks.numbers`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -35,7 +36,7 @@ def rank_analysis(
     limit: int = MAX_UNKNOWNS,
     seed: int = 0,
 ) -> RankAnalysis:
-    """Finds for every layer whether its input follows from what is known of its output; needs no data and no attack.
+    """Finds for every layer whether its output determines its input; needs no data and no attack.
 
     The network is analysed in eval mode. Ranks assume that z and ∂ℓ/∂z are known at the layer's output; those by law
     also assume generic weights. Under activations that are not invertible they are upper bounds. Of a transformer with
@@ -67,7 +68,7 @@ def rank_analysis(
     ranks: dict[str, LayerRank] = {}
     for step in steps:
         ranks[step.step.name] = _layer_rank(step, batch_size, dtype, 0 if patches else limit, seed, ranks)
-    layers = _with_index(list(ranks.values()), [step.counted for step in steps])
+    layers = _with_index(ranks.values(), [step.counted for step in steps])
     if patches:
         layers = [*patches, *(replace(layer, ra_index=None, note=BYPASSED) for layer in layers)]
     counted = [layer for layer in layers if layer.ra_index is not None]
@@ -96,20 +97,12 @@ def _checked_steps(model: nn.Module | Chain, image_shape: tuple[int, ...], batch
 
 
 def counting_index(unknowns: int, outputs: int, weights: int, virtual: int) -> tuple[int, int]:
-    """RA_i = |x| − |W| − |z| − v_i, and v_{i+1} for the next layer.
+    """RA_i = |x| − |W| − |z| − v_i, > 0 where equations are fewer than unknowns, and v_{i+1} of the next layer.
 
     This is the counting form of later implementations of the paper's index; the paper's own text was not consulted. It
     counts equations, not ranks, and proves nothing in either direction: CNN6-d's second layer has more equations than
-    unknowns and lacks 280 of rank. For linear layers only its sign has a meaning; for mini-batches it is no limit.
-
-    Args:
-        unknowns: |x|, entries of the layer's input, over the batch.
-        outputs: |z|, over the batch.
-        weights: |W|; a batch shares one gradient.
-        virtual: v_i, virtual constraints left by the layers before; 0 for the first.
-
-    Returns:
-        RA_i, which is > 0 where equations are fewer than unknowns, and v_{i+1}.
+    unknowns, yet its rank falls 280 short. For linear layers only its sign has a meaning; for mini-batches it is no
+    limit. |x| and |z| are counted over the batch, which shares one gradient (|W|); v_i is 0 for the first layer.
     """
     lacking = unknowns - weights - outputs
     return lacking - virtual, virtual + max(max(outputs - unknowns, 0) - max(lacking, 0), 0)
@@ -160,14 +153,8 @@ def _with_ranks(rank: LayerRank, step: CountedStep, batch: int, dtype: torch.dty
         why_no_number = too_large(layer, batch, limit)
     if not why_no_number:
         layer = replace(layer, weight=layer.weight.to("cpu", torch.float64))
-        numbers = numerical_ranks(layer, batch, dtype, seed)
-        rank = replace(
-            rank,
-            rank_weights=numbers.weights,
-            rank_gradients=numbers.gradients,
-            rank=numbers.both,
-            condition=numbers.condition,
-        )
+        weights, gradients, both, condition = numerical_ranks(layer, batch, dtype, seed)
+        rank = replace(rank, rank_weights=weights, rank_gradients=gradients, rank=both, condition=condition)
     best = rank.law_rank if rank.rank is None else rank.rank
     note = "; ".join(text for text in (rank.note, why_no_law, why_no_number) if text)
     return replace(rank, deficit=None if best is None else rank.unknowns - best, note=note)
@@ -191,7 +178,7 @@ def _laws(module: nn.Module, input_shape: tuple[int, ...], batch: int) -> tuple[
 
 
 def _pooling(rank: LayerRank, step: Step, batch: int) -> LayerRank:
-    """A layer without weights: average pooling is a known matrix, max pooling has a bound."""
+    """A layer without weights: average pooling is a known matrix, for max pooling there is a bound."""
     if pooling_of(step) == "max":
         lacking = rank.unknowns - rank.weight_rows
         note = "at most one equation an output, for positions that are known; the deficit is a lower bound"
@@ -213,21 +200,16 @@ def _residual(rank: LayerRank, step: CountedStep, ranks: dict[str, LayerRank]) -
     return replace(rank, note=f"{rank.note}; {note}")
 
 
-def _with_index(layers: list[LayerRank], counted: list[bool]) -> list[LayerRank]:
+def _with_index(layers: Iterable[LayerRank], counted: list[bool]) -> list[LayerRank]:
     """Adds the counting index, and the virtual constraints that each counted step gets from the one before."""
-    virtual, before = 0, None
+    virtual, supplied = 0, 0
     result = []
     for layer, counts in zip(layers, counted, strict=True):
         if counts:
             index, virtual = counting_index(layer.unknowns, layer.weight_rows, layer.gradient_rows, virtual)
-            layer, before = replace(layer, ra_index=index, virtual_constraints=_range_constraints(before)), layer
+            layer = replace(layer, ra_index=index, virtual_constraints=supplied)
+            rank = layer.law_weights if layer.rank_weights is None else layer.rank_weights
+            # |z| − rank W combinations of the step's outputs vanish for every input.
+            supplied = None if rank is None else layer.weight_rows - rank
         result.append(layer)
     return result
-
-
-def _range_constraints(before: LayerRank | None) -> int | None:
-    """|z| − rank W of the step before: combinations of its outputs that vanish for every input."""
-    if before is None:
-        return 0
-    rank = before.law_weights if before.rank_weights is None else before.rank_weights
-    return None if rank is None else before.weight_rows - rank

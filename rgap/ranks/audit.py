@@ -19,14 +19,7 @@ COLUMNS = ["name", "kind", "unknowns", "weight_rows", "gradient_rows", "ra_index
 
 @dataclass(frozen=True)
 class Audit:
-    """A rank analysis with what it means and what would help.
-
-    Attributes:
-        image_shape: Shape of one image, without the batch dimension.
-        analysis: The rank analysis.
-        exposure: What it means for the whole network.
-        advice: Changes that would close the leak.
-    """
+    """A rank analysis for images of `image_shape`, what it means for the network, and changes that would help."""
 
     image_shape: tuple[int, ...]
     analysis: RankAnalysis
@@ -45,13 +38,9 @@ class Audit:
     @property
     def sentences(self) -> tuple[str, ...]:
         """The outcome and the advice in words."""
-        if not self.advice:
-            return (self.exposure.sentence,)
-        return (
-            self.exposure.sentence,
-            "the analysis would say that it stops after any of:",
-            *(f"  {change.sentence}" for change in self.advice),
-        )
+        changes = [f"  {change.sentence}" for change in self.advice]
+        intro = ["the analysis would say that it stops after any of:"] if changes else []
+        return (self.exposure.sentence, *intro, *changes)
 
     def to_dict(self) -> dict:
         """Everything in JSON's types, None where something is not known."""
@@ -76,21 +65,10 @@ class Audit:
 def audit(model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1, *, limit: int = MAX_UNKNOWNS) -> Audit:
     """Analyses a network, judges it, and looks for changes that would close the leak.
 
-    Args:
-        model: Any module that `torch.fx` can trace.
-        image_shape: Shape of one image, without the batch dimension.
-        batch_size: Images behind one gradient.
-        limit: Most unknowns of a layer for which ranks are computed by number too; 0 for laws alone, which are quick.
-
-    Returns:
-        An `Audit`.
-
-    Raises:
-        TypeError, UnsupportedLayerError, ValueError: As `rgap.rank_analysis` does.
+    Arguments and errors are those of `rgap.rank_analysis`; with `limit` 0 there are laws alone, which are quick.
     """
     analysis = rank_analysis(model, image_shape, batch_size, limit=limit)
-    changes = tuple(advise(model, image_shape, batch_size))
-    return Audit(tuple(image_shape), analysis, exposure(analysis), changes)
+    return Audit(tuple(image_shape), analysis, exposure(analysis), tuple(advise(model, image_shape, batch_size)))
 
 
 def _plain(value):

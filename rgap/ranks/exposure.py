@@ -15,7 +15,7 @@ import pandas as pd
 from rgap.results import LayerRank, RankAnalysis, reports_frame
 
 MAX_NAMED_REASONS = 3
-"""Reasons that a sentence names before it counts the rest."""
+"""Number of reasons that a sentence names; it counts the rest."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,10 @@ class StepExposure:
     """What is known of one counted step's input.
 
     Attributes:
-        name: Its path in the model.
-        kind: As in `LayerRank`.
-        unknowns: Entries of its input, over the batch.
-        deficit: Unknowns that its own equations leave open; None where no rank is known.
+        name, kind, unknowns, deficit: As in `LayerRank`.
         supply: The most virtual constraints that the step before can supply; None where that is not known.
         status: "determined" (its own equations suffice), "closable" (with the supply they suffice, by count; an attack
-            may still fail to find the solution, above all for mini-batches), "open" (they do not suffice even so), or
-            "unknown".
+            may still fail to find the solution, above all for mini-batches), "open" (not even with it), or "unknown".
     """
 
     name: str
@@ -62,7 +58,7 @@ class Exposure:
         steps: The counted steps, from the image to the output.
         outcome: "leaks": every step is determined or closable, so that the image follows from the gradient. "stops":
             a step is open, and nothing below it follows. "unknown": neither is shown.
-        not_analysed: Names of steps on the way of which the analysis knows no kind.
+        not_analysed: Names of steps on the way that are of no kind known to the analysis.
         lossy: Whether an activation on the way is not invertible; "leaks" is then the most that can leak.
     """
 
@@ -94,29 +90,26 @@ class Exposure:
 def exposure(analysis: RankAnalysis) -> Exposure:
     """Judges a rank analysis: which steps are determined, closable by the step before, or open.
 
-    Only the step directly before is drawn on, as in `rgap.reconstruct`. If an activation between the two is not
-    invertible, its zeros may add equations that no rank counts: such a step is never called open.
-
-    Args:
-        analysis: From `rgap.rank_analysis`.
+    Only the step directly before may supply equations, as in `rgap.reconstruct`. If an activation between the two is
+    not invertible, its zeros may add equations that no rank counts: such a step is never called open.
     """
     steps: list[StepExposure] = []
-    before: LayerRank | None = None
-    between: list[LayerRank] = []
+    before, between = None, []
     for layer in analysis.layers:
-        if layer.note.startswith("inside "):
-            continue
-        if layer.ra_index is None:
+        if layer.ra_index is not None:
+            steps.append(_step(layer, before, between))
+            before, between = layer, []
+        elif not layer.note.startswith("inside "):
             between.append(layer)
-            continue
-        steps.append(_step(layer, before, between))
-        before, between = layer, []
     not_analysed = _not_analysed(analysis.layers)
-    return Exposure(tuple(steps), _outcome(steps, not_analysed), not_analysed, any(map(_is_lossy, analysis.layers)))
+    statuses = {step.status for step in steps}
+    shown = steps and "unknown" not in statuses and not not_analysed
+    outcome = "stops" if "open" in statuses else "leaks" if shown else "unknown"
+    return Exposure(tuple(steps), outcome, not_analysed, any(map(_is_lossy, analysis.layers)))
 
 
 def verdict(layers: Sequence[LayerRank]) -> str:
-    """How far down a gradient can be followed by each step's own equations: `RankAnalysis.verdict`."""
+    """`RankAnalysis.verdict`: how far down each step's own equations alone determine the inputs, in words."""
     counted = [layer for layer in layers if layer.ra_index is not None]
     short = [layer for layer in reversed(counted) if layer.deficit != 0]
     if not counted:
@@ -138,11 +131,7 @@ def verdict(layers: Sequence[LayerRank]) -> str:
 
 
 def available_virtual_constraints(before: LayerRank | None) -> int | None:
-    """The most equations that a step can supply to the one after it; None where its ranks are unknown.
-
-    Args:
-        before: The step, None at the image.
-    """
+    """The most equations that a step (None at the image) can supply to the next; None where its ranks are unknown."""
     if before is None:
         return 0
     numbers = before.rank_gradients, before.rank
@@ -162,13 +151,6 @@ def _step(layer: LayerRank, before: LayerRank | None, between: Sequence[LayerRan
         elif {layer.kind, before.kind} <= {"convolution", "linear"}:
             status = "closable"
     return StepExposure(layer.name, layer.kind, layer.unknowns, layer.deficit, supply, status)
-
-
-def _outcome(steps: Sequence[StepExposure], not_analysed: Sequence[str]) -> str:
-    statuses = {step.status for step in steps}
-    if "open" in statuses:
-        return "stops"
-    return "leaks" if steps and "unknown" not in statuses and not not_analysed else "unknown"
 
 
 def _lack(step: LayerRank | StepExposure) -> str:

@@ -17,21 +17,17 @@ from rgap.network.chain import Chain, Layer, prepare
 from rgap.ranks.numbers import MAX_UNKNOWNS, numerical_ranks, too_large
 
 MAX_BATCH_TRIED = 512
-"""Largest batch size tried."""
+"""Largest batch size that is tried."""
 
 RECOMMENDED_UNITS_PER_IMAGE = 4
-"""Hidden units an image from which batches are separated as a rule; with fewer it depends on the images."""
+"""Hidden units per image from which batches are usually separated; with fewer it depends on the images."""
 
 
 @dataclass(frozen=True)
 class BatchLimit:
-    """What one layer allows.
+    """The largest batch that the layer `name` lets through, and what stops the next larger one.
 
-    Attributes:
-        name: Path of the layer in the model.
-        limit: Largest batch that it lets through, 0 for none; None where no rank is known.
-        alone: The same without virtual constraints.
-        reason: What stops the next larger batch.
+    The limit is 0 for none and None where no rank is known; `alone` is the limit without virtual constraints.
     """
 
     name: str

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -27,31 +28,23 @@ MAX_UNKNOWNS = 4000
 """Most unknowns of a group of channels, over the whole batch, for which numerical ranks are computed."""
 
 MAX_BLOCK_COLUMNS = 1200
-"""Most columns of a block of M for which they are."""
+"""Most columns of a block of M, likewise."""
 
 MAX_GROUPS = 64
-"""Most groups of channels for which they are."""
+"""Most groups of channels, likewise."""
 
 MAX_SVD_SIDE = 400
 """Largest shorter side of a matrix whose singular values are computed directly, not from its Gram matrix."""
 
 GRAM_RESOLUTION = 1e-6
-"""Smallest σ / σ_max that the eigenvalues of a float64 Gram matrix of a few thousand rows can tell from zero."""
+"""Smallest σ / σ_max that the eigenvalues of a float64 Gram matrix of a few thousand rows distinguish from zero."""
 
 WEIGHTS_SUFFICE_RATIO = 1e-4
 """Ratio σ_min / σ_max of W above which W alone is taken to determine a layer, whatever its gradient adds."""
 
 
-@dataclass(frozen=True)
-class RankNumbers:
-    """Numerical ranks of a layer.
-
-    Attributes:
-        weights: Of W.
-        gradients: Of K.
-        both: Of [W; K].
-        condition: Largest over smallest singular value kept, of the system that decides the rank of [W; K].
-    """
+class RankNumbers(NamedTuple):
+    """Ranks of W, K and [W; K], and σ_max over the smallest σ kept of the system that decides the last of them."""
 
     weights: int
     gradients: int
@@ -72,29 +65,22 @@ def too_large(layer: Layer, batch: int, limit: int) -> str:
 
 
 def numerical_ranks(layer: Layer, batch: int = 1, dtype: torch.dtype = torch.float64, seed: int = 0) -> RankNumbers:
-    """Ranks of W, K and [W; K] of one layer, with its own weights and a Gaussian δz.
+    """Ranks of W, K and [W; K] of one layer, with its own float64 weights and a Gaussian δz of the given seed.
 
-    Args:
-        layer: The layer, its weight in float64.
-        batch: Images behind one gradient.
-        dtype: Singular values below max(m, n) times its machine precision, relative to the largest of an m×n matrix,
-            count as zero. The arithmetic is float64.
-        seed: Of δz.
-
-    Returns:
-        `RankNumbers`, sums over the groups; the condition is the worst group's.
+    Ranks are sums over the groups, the condition is the worst group's. The arithmetic is float64; singular values below
+    max(m, n) times the machine precision of `dtype`, relative to the largest of an m×n matrix, count as zero.
     """
     generator = torch.Generator().manual_seed(seed)
-    eps = torch.finfo(dtype).eps
     ranks = []
     for part in split_groups(layer):
         dz = torch.randn(batch, *part.output_shape, generator=generator, dtype=torch.float64)
-        ranks.append(_group(part, dz, eps))
-    return RankNumbers(*(sum(column) for column in list(zip(*ranks, strict=True))[:3]), max(r[3] for r in ranks))
+        ranks.append(_group(part, dz, torch.finfo(dtype).eps))
+    *counts, conditions = zip(*ranks, strict=True)
+    return RankNumbers(*map(sum, counts), max(conditions))
 
 
 def _rank_and_ratio(A: Tensor, eps: float) -> tuple[int, float]:
-    """Rank of A (m, n), singular values below max(m, n)·eps of the largest being zero, and its σ_min kept / σ_max."""
+    """Rank of A (m, n) with singular values below max(m, n)·eps·σ_max as zero, and its smallest σ kept / σ_max."""
     if min(A.shape) == 0:
         return 0, 0.0
     if min(A.shape) <= MAX_SVD_SIDE:
@@ -103,12 +89,7 @@ def _rank_and_ratio(A: Tensor, eps: float) -> tuple[int, float]:
 
 
 def pooling_rank(pool: Callable[[Tensor], Tensor], input_shape: tuple[int, ...]) -> int:
-    """Rank of average pooling as a matrix: the product of its ranks along the axes, times the channels.
-
-    Args:
-        pool: The module, or a function of one tensor.
-        input_shape: (C, pixels along each axis).
-    """
+    """Rank of average pooling of (C, pixels along each axis) as a matrix: C times its ranks along the axes."""
     rank, *pixels = input_shape
     for axis, size in enumerate(pixels):
         shape = [size if a == axis else 1 for a in range(len(pixels))]
@@ -117,7 +98,7 @@ def pooling_rank(pool: Callable[[Tensor], Tensor], input_shape: tuple[int, ...])
     return rank
 
 
-def _group(layer: Layer, dz: Tensor, eps: float) -> tuple[int, int, int, float]:
+def _group(layer: Layer, dz: Tensor, eps: float) -> RankNumbers:
     batch, (filters, channels) = len(dz), layer.weight.shape[:2]
     unknowns = batch * layer.unknowns
     rank_w, ratio_w = _weight_rank(layer, eps)
@@ -126,17 +107,17 @@ def _group(layer: Layer, dz: Tensor, eps: float) -> tuple[int, int, int, float]:
     alone = solve_gradients(one, torch.zeros_like(one.weight), dz, longest * eps, trusted_ratio=0.0)
     gradients = channels * alone.rank
     if alone.V.shape[-1] == 0:
-        return batch * rank_w, gradients, unknowns, 1 / alone.sigma_min_kept
+        return RankNumbers(batch * rank_w, gradients, unknowns, 1 / alone.sigma_min_kept)
     if rank_w == layer.unknowns and ratio_w > WEIGHTS_SUFFICE_RATIO:
-        return batch * rank_w, gradients, unknowns, 1 / ratio_w
+        return RankNumbers(batch * rank_w, gradients, unknowns, 1 / ratio_w)
     A = torch.cat([weight_columns(layer, image) for image in alone.V])
     rank, ratio = _rank_and_ratio(A, eps)
     both = unknowns if rank_w == layer.unknowns else gradients + rank
-    return batch * rank_w, gradients, both, 1 / ratio if ratio else math.inf
+    return RankNumbers(batch * rank_w, gradients, both, 1 / ratio if ratio else math.inf)
 
 
 def _weight_rank(layer: Layer, eps: float) -> tuple[int, float]:
-    """Rank of W; the Gram matrix of its shorter side comes from the sparse W where that is the cheaper way.
+    """Rank and ratio of W; the Gram matrix of its shorter side comes from the sparse W where that is cheaper.
 
     A square W may be too ill-conditioned for a Gram matrix (LeNet's first layer: 5·10⁷); its own factors resolve it.
     """
@@ -152,14 +133,14 @@ def _weight_rank(layer: Layer, eps: float) -> tuple[int, float]:
 
 
 def _count(S: Tensor, cut: float) -> tuple[int, float]:
-    """How many of the singular values exceed cut times the largest, and the smallest of these over the largest."""
+    """Number of singular values above cut·σ_max, and the smallest of these over σ_max."""
     largest = S.max().item()
     kept = S[S > cut * largest] if largest > 0 else S[:0]
     return len(kept), kept.min().item() / largest if len(kept) else 0.0
 
 
 def _gram_rank(gram: Tensor, cut: float) -> tuple[int, float]:
-    """Rank and ratio of A from AᵀA: a Cholesky factor where A has full rank, eigenvalues where it has not."""
+    """Rank and ratio of A from AᵀA: by a Cholesky factor where A has full rank, by eigenvalues otherwise."""
     cut = max(cut, GRAM_RESOLUTION)
     G = gram.numpy()
     factor, failed = scipy.linalg.lapack.dpotrf(G, lower=1)

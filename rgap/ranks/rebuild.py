@@ -15,23 +15,11 @@ from rgap.ranks.steps import is_layer
 from rgap.results import UnsupportedLayerError
 
 CONVOLUTIONS = {nn.Conv1d: nn.LazyConv1d, nn.Conv2d: nn.LazyConv2d, nn.Conv3d: nn.LazyConv3d}
-NORMS = {
-    nn.BatchNorm1d: nn.LazyBatchNorm1d,
-    nn.BatchNorm2d: nn.LazyBatchNorm2d,
-    nn.BatchNorm3d: nn.LazyBatchNorm3d,
-}
+NORMS = {nn.BatchNorm1d: nn.LazyBatchNorm1d, nn.BatchNorm2d: nn.LazyBatchNorm2d, nn.BatchNorm3d: nn.LazyBatchNorm3d}
 
 
 def chain_steps(model: nn.Module, image_shape: tuple[int, ...]) -> list[Step]:
-    """The operations of a network that is a chain; none where paths part or meet, or a layer is used twice.
-
-    Args:
-        model: Any module that `torch.fx` can trace.
-        image_shape: Shape of one image, without the batch dimension.
-
-    Returns:
-        The steps in order, or an empty list if the network is no chain.
-    """
+    """The steps of a network that is a chain, in order; none where paths part or meet, or a layer is used twice."""
     steps = [step for step in trace(model, image_shape, any_shape=True) if step.output_shape]
     follows = all(after.sources == (before.name,) for before, after in itertools.pairwise(steps))
     once = len({id(step.module) for step in steps if is_layer(step)}) == sum(map(is_layer, steps))
@@ -47,21 +35,11 @@ def with_convolution(
     stride: int | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Copies a network that is a chain, with another width or stride of one convolution.
+    """Copies a network that is a chain, with another width or stride of the convolution at `path`, in eval mode.
 
     The next layer and the normalisations before it take the new channels, the first linear layer the new number of
-    features. Changed layers get torch's default initialisation, all others share their weights with the model.
-
-    Args:
-        model: The network; it is left as it is.
-        image_shape: Shape of one image, without the batch dimension.
-        path: Path of the convolution.
-        out_channels: Its new number of filters, None to keep it.
-        stride: Its new stride along every axis, None to keep it.
-        seed: Of the new weights.
-
-    Returns:
-        The copy, in eval mode.
+    features. Changed layers get torch's default initialisation from the seed, all others share their weights with the
+    model, which stays unchanged.
 
     Raises:
         UnsupportedLayerError: If the network is no chain, the path is no convolution without groups, or something that
@@ -87,7 +65,7 @@ def with_convolution(
 
 
 def _adapt(model: nn.Module, following: Sequence[Step], *, channels: bool, sizes: bool) -> None:
-    """Replaces what depends on new channels or sizes by lazy modules, which find theirs in their first run."""
+    """Replaces what depends on new channels or sizes by lazy modules, which infer theirs in their first run."""
     for step in following:
         if is_layer(step):
             is_linear = isinstance(step.module, nn.Linear)

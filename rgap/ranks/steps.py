@@ -18,12 +18,10 @@ MIXING = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Sof
 
 @dataclass(frozen=True)
 class CountedStep:
-    """A traced step with its kind.
+    """A traced step with its path as `name`, its kind and a note on it, as in `LayerRank`.
 
     Attributes:
         step: The traced step; for a residual block the sum at its end.
-        name: Its path, or the block's.
-        kind, note: As in `LayerRank`.
         inside: Name of the block or join that it is part of; empty on the main line.
         input_shape: Shape of its input; for a residual block at the fork of its paths.
         weights: Modules whose weights count: one, or for a block the last convolution and that of the other path.
@@ -62,30 +60,20 @@ class _Join:
 
 
 def counted_steps(steps: list[Step]) -> list[CountedStep]:
-    """Classifies every step but the input.
-
-    Args:
-        steps: From `rgap.network.tracing.trace`.
-
-    Returns:
-        One entry a step, in the order of execution; none is dropped.
-    """
+    """Classifies every traced step but the input, in the order of execution; none is dropped."""
     joins = _joins(steps)
     inside: dict[str, str] = {}
     for step in steps:  # the outermost block wins: only that one is counted
         if step.name in joins:
             inside |= dict.fromkeys(joins[step.name].inside, joins[step.name].name)
     uses = Counter(id(step.module.weight) for step in steps if is_layer(step))
-    result = []
-    for step in steps:
-        if step.kind == "input":
-            continue
-        within = inside.get(step.name, "")
-        if step.name in joins:
-            result.append(_joined(step, joins[step.name], within))
-        else:
-            result.append(_single(step, within, uses))
-    return result
+    return [
+        _joined(step, joins[step.name], inside.get(step.name, ""))
+        if step.name in joins
+        else _single(step, inside.get(step.name, ""), uses)
+        for step in steps
+        if step.kind != "input"
+    ]
 
 
 def is_layer(step: Step) -> bool:
@@ -131,17 +119,14 @@ def pooling_of(step: Step) -> str:
     return pooling(step.module or step.operation)
 
 
-def _called(step: Step) -> str:
-    """Name of the module's type, or of the function."""
-    if step.module is not None:
-        return type(step.module).__name__
-    return step.operation if isinstance(step.operation, str) else getattr(step.operation, "__name__", step.name)
-
-
 def _reason(step: Step) -> str:
-    if step.module is None and step.operation is None:
+    """Why a step is not analysed."""
+    if step.module is not None:
+        return f"{type(step.module).__name__} is not a layer kind known here"
+    if step.operation is None:
         return "a parameter or buffer that the network reads by itself"
-    return f"{'the operation ' if step.module is None else ''}{_called(step)} is not a layer kind known here"
+    name = step.operation if isinstance(step.operation, str) else getattr(step.operation, "__name__", step.name)
+    return f"the operation {name} is not a layer kind known here"
 
 
 def _single(step: Step, inside: str, uses: Counter[int]) -> CountedStep:
@@ -149,8 +134,8 @@ def _single(step: Step, inside: str, uses: Counter[int]) -> CountedStep:
     weights = ()
     if kind in {"convolution", "linear"}:
         weights = (step.module,)
-        if uses[id(step.module.weight)] > 1:
-            note = f"{SHARED} {uses[id(step.module.weight)]} times: its gradient is a sum, for which there is no rank"
+        if (count := uses[id(step.module.weight)]) > 1:
+            note = f"{SHARED} {count} times: its gradient is a sum, for which there is no rank"
     if inside:
         note = f"inside {inside}" + (f"; {note}" if note else "")
     return CountedStep(step, step.path, kind, note, inside, step.input_shape, weights)
@@ -164,11 +149,10 @@ def _joined(step: Step, join: _Join, inside: str) -> CountedStep:
     other, main = sorted(join.paths, key=lambda path: sum(map(is_layer, path)))
     layers = [[s for s in path if is_layer(s)] for path in (main, other)]
     counted = (layers[0][-1], *layers[1])
-    note = (
-        f"one step, with the weights of {' and '.join(repr(s.path) for s in counted)}; {len(join.inside)} steps inside"
-    )
+    note = f"{where}one step, with the weights of {' and '.join(repr(s.path) for s in counted)}; "
+    note += f"{len(join.inside)} steps inside"
     weights = tuple(s.module for s in counted)
-    return CountedStep(step, join.name, "residual block", where + note, inside, join.fork.output_shape, weights, main)
+    return CountedStep(step, join.name, "residual block", note, inside, join.fork.output_shape, weights, main)
 
 
 def _joins(steps: list[Step]) -> dict[str, _Join]:
@@ -195,6 +179,5 @@ def _joins(steps: list[Step]) -> dict[str, _Join]:
 def _common_path(steps: list[Step]) -> str:
     """The longest path of which all modules are parts, e.g. layer1.0."""
     paths = [step.path.split(".")[:-1] for step in steps if step.module is not None]
-    return ".".join(
-        names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
-    )
+    common = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return ".".join(names[0] for names in common)
