@@ -1,4 +1,4 @@
-"""The images of a batch told apart in the fully connected layers."""
+"""The images of a batch, separated in its fully connected layers."""
 
 from rgap.separation.read import read_batch
 from rgap.separation.search import separate

@@ -1,9 +1,9 @@
-"""Images that switch the same hidden units: told apart by the softmax, all at once (ours).
+"""Images with the same activation pattern: told apart by the softmax, all at once (ours).
 
-Where two images have the same signs, every mixture of them fits the spaces of both gradients, and no search through
-these finds them. But ∂ℓ/∂f of an image is softmax(f) − onehot, and f follows from the image: B·(C − 1) equations for
-the B² coordinates of B inputs in the row space of the first gradient. Near the initialisation, where features of all
-images look alike, the outputs do too, and that is where a start comes from.
+Where two images have the same signs, every mixture of them lies in the row and column spaces of both gradients, and no
+search of these spaces separates them. But ∂ℓ/∂f of an image is softmax(f) − onehot, and f follows from the image:
+B·(C − 1) equations for the B² coordinates of B inputs in the row space of the first gradient. Near the initialisation
+the features of all images are alike, and so are their outputs: guesses of these give the starts.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from rgap.separation.scales import FittedInputs, output_jacobians, refine_inputs
 from rgap.separation.subspaces import Span
 
 MAX_STARTS = 12
-"""Starts, each with other guesses of the outputs; where all labels differ one is usual."""
+"""Starts, each with other guesses of the outputs; where all labels differ one usually suffices."""
 
 GUESS_STD = 0.1
 """Standard deviation of the guessed outputs."""
 
 MAX_LABEL_GUESSES = 3
-"""Guesses of the labels that are tried."""
+"""Guesses of the labels that are tried at each start."""
 
 REFIT_RESIDUALS = (1e-13, 1e-5)
-"""Residuals of a fit between which its inputs are improved by the ∂ℓ/∂z_1 that follow from it."""
+"""Residuals of a fit between which its inputs are computed once more, from the ∂ℓ/∂z_1 that follow from it."""
 
 OUTPUT_ALTERNATIONS = 6
-"""Rounds in which outputs and inputs are guessed in turn before they are fitted together."""
+"""Rounds in which inputs and outputs are updated in turn before they are fitted together."""
 
 
 def fit_joint_softmax(
@@ -43,32 +43,22 @@ def fit_joint_softmax(
     precision: float,
     seed: int = 0,
 ) -> tuple[Tensor, FittedInputs] | None:
-    """Finds all inputs of the fully connected layers and their labels under cross-entropy.
+    """All inputs of the fully connected layers and their labels (B,) under cross-entropy.
 
-    Args:
-        layers: The fully connected layers, in order.
-        gradients: Parameter name -> gradient of the mean loss, float64.
-        span: `row_span` of the first layer; its rank is the number of images.
-        labels: Labels if they are known, in any order.
-        precision: Relative error of the gradients' entries.
-        seed: Of the starts.
-
-    Returns:
-        Labels (B,) and the `FittedInputs`, or None where no start reproduces these layers' gradients, or there are no
-        more equations than unknowns.
+    None where no start reproduces the layers' gradients, or there are no surplus equations. B is the rank of `span`,
+    the first layer's `row_span`; `labels` are given in any order, if they are known.
     """
     count, classes = span.rank, layers[-1].output_shape[0]
     if count >= classes - 1:
         return None
-    every = [torch.tensor(labels)] if labels is not None else _likely_labels(layers[-1], gradients, count)
-    every = [one for one in every if len(one) == count]
+    guesses = [torch.tensor(labels)] if labels is not None else _likely_labels(layers[-1], gradients, count)
+    guesses = [guess for guess in guesses if len(guess) == count]
     generator = torch.Generator().manual_seed(seed)
     for number in range(MAX_STARTS):
         noise = torch.randn(count, classes, generator=generator, dtype=torch.float64)
-        for chosen in every:
+        for chosen in guesses:
             different = len(chosen.unique()) == count
-            guess = GUESS_STD * (number / MAX_STARTS if different else 1.0) * noise
-            starts = _starts(layers, span, chosen, guess)
+            starts = _starts(layers, span, chosen, GUESS_STD * (number / MAX_STARTS if different else 1.0) * noise)
             if not (different or number):
                 starts += _starts_within_classes(layers, gradients, span, chosen, noise)
             for x in starts:
@@ -79,16 +69,10 @@ def fit_joint_softmax(
 
 
 def fit_and_refit(layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Tensor, labels: Tensor) -> FittedInputs:
-    """Refines inputs under cross-entropy, and once more from the inputs that follow from their ∂ℓ/∂z_1.
+    """Refines inputs x (B, n) under cross-entropy, and once more from the inputs that follow from their ∂ℓ/∂z_1.
 
-    A direction of the span that hardly shows in the gradient is not known well, and the fit stays in the span; the
-    ∂ℓ/∂z_1 that it leads to are better than that.
-
-    Args:
-        layers: The fully connected layers, in order.
-        gradients: Parameter name -> gradient of the mean loss, float64.
-        x: Inputs of the first, (B, n).
-        labels: (B,).
+    The fit stays in the span of x, whose directions with small singular values are inaccurate; the fitted ∂ℓ/∂z_1 are
+    more accurate than these, and with them the gradient gives better inputs.
     """
     head = refine_inputs(layers, gradients, x, labels, "cross_entropy")
     if REFIT_RESIDUALS[0] < head.residual < REFIT_RESIDUALS[1]:
@@ -104,8 +88,8 @@ def _starts_within_classes(
 ) -> list[Tensor]:
     """Starts for images of one class: first fitted as if they were equal, then moved apart along the rest of the span.
 
-    Their ∂ℓ/∂z_1 are nearly parallel, so that what tells them apart is a hardly visible direction of the span, along
-    which the residual has no slope where the images are equal.
+    Their ∂ℓ/∂z_1 are nearly parallel: they differ along a direction of the span with a small singular value, in which
+    the residual is stationary where the images are equal.
     """
     Q, found = torch.linalg.qr(span.V[: layers[0].unknowns])[0], []
     for start in _starts(layers, span, labels, torch.zeros_like(noise)):
@@ -120,10 +104,10 @@ def _starts_within_classes(
 
 
 def _likely_labels(last: Layer, gradients: Mapping[str, Tensor], count: int) -> list[Tensor]:
-    """Labels by the rows of the last gradient, the likelier first, for outputs that differ little among images.
+    """Labels from the rows of the last gradient, the likeliest first, for outputs that differ little among images.
 
-    The rows of classes without an image are then nearly equal, a multiple of the mean hidden vector; how far the others
-    are from that row tells which classes there are, and their component along it how many images each has.
+    The rows of classes without an image are then nearly equal, a multiple of the mean hidden vector. The distances of
+    the others from that row show which classes are present, and their components along it how many images each has.
     """
     G = gradients[last.weight_name].flatten(1)
     classes = len(G)
@@ -142,7 +126,7 @@ def _likely_labels(last: Layer, gradients: Mapping[str, Tensor], count: int) -> 
 
 
 def _whole_numbers(counts: Tensor, present: Tensor, total: int) -> list[Tensor]:
-    """Whole numbers of images, at least one of each present class, that come closest to these counts; and the next."""
+    """The numbers of images, at least one of each present class, nearest to these counts, and the second nearest."""
     whole = torch.zeros(len(counts), dtype=torch.int64)
     whole[present] = 1
     for _ in range(total - len(present)):
@@ -160,7 +144,7 @@ def _whole_numbers(counts: Tensor, present: Tensor, total: int) -> list[Tensor]:
 
 
 def _starts(layers: Sequence[Layer], span: Span, labels: Tensor, outputs: Tensor) -> list[Tensor]:
-    """Inputs (B, n) that guessed outputs (B, C) lead to, for both directions of what the inputs have in common."""
+    """Inputs (B, n) that follow from guessed outputs (B, C), for either sign of the component that all inputs share."""
     n = layers[0].unknowns
     V, K = span.V[:n], span.U * span.S
     if layers[0].bias is not None:

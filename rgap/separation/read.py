@@ -16,19 +16,13 @@ from rgap.head.hypothesis import Start, Twin
 from rgap.network.layer import Chain, Layer
 from rgap.results import LayerReport
 from rgap.separation.joint_softmax import fit_joint_softmax
-from rgap.separation.scales import (
-    output_gradients,
-    output_jacobians,
-    refine_inputs,
-    scale_hypotheses,
-    share_residual,
-)
+from rgap.separation.scales import output_gradients, output_jacobians, refine_inputs, scale_hypotheses, share_residual
 from rgap.separation.search import Separation, separate
 from rgap.separation.subspaces import BatchSize, first_dense
 from rgap.shared_gradient import SharedGradient
 
 MAX_COMBINATIONS = 64
-"""Most combinations of scale hypotheses between which the last convolution chooses."""
+"""Largest number of combinations of scale hypotheses between which the last convolution decides."""
 
 
 def read_batch(
@@ -45,24 +39,24 @@ def read_batch(
         received: The gradients.
         size: Images in the batch.
         loss: "logistic" or "cross_entropy".
-        known: Labels if they are known, for images that only their outputs tell apart.
+        known: Labels if they are known; used where only the outputs distinguish the images.
         seed: Of random starts.
 
     Returns:
-        The `Start`, and notes. With convolutions below it holds no image where not all have come apart or one has no
-        scale; else those that were found.
+        The `Start` with the images that were found, and notes. With convolutions below it has no image if one was not
+        found or has no scale.
     """
     below, count, begin = first_dense(chain), size.size, time.perf_counter()
-    tail = chain.layers[below:]
+    tail, none = chain.layers[below:], torch.zeros(0, chain.layers[below].unknowns, dtype=torch.float64)
     apart = separate(*tail[:2], received.gradients, precision=received.precision, seed=seed, span=size.span)
+    start, notes = None, []
     if below == 0:
         start, notes = _each_alone(tail, received, apart, count, loss)
     elif len(apart.inputs) == count:
         start, notes = _fitted(chain, received, apart, loss)
     elif apart.first.rank == count and loss == "cross_entropy":
         start, notes = _read_together(chain, received, apart, known, seed)
-    else:
-        start, notes = _no_image(chain), []
+    start = start or Start(below, torch.zeros(0, dtype=torch.int64), none, none, (), ())
     reports = _reports(tail, apart, count, time.perf_counter() - begin)
     ranks = (apart.first.rank, apart.second.rank)
     start = replace(start, reports=reports, batch_size=count, ranks=ranks)
@@ -74,62 +68,51 @@ def read_batch(
                 "fully connected layers was determined"
             )
         if ranks[0] < count:
-            notes.append(f"if the batch has {ranks[0]} images, say batch_size={ranks[0]} or None")
+            notes.append(f"if the batch has {ranks[0]} images, give batch_size={ranks[0]} or None")
     return start, notes
-
-
-def _no_image(chain: Chain) -> Start:
-    below = first_dense(chain)
-    none = torch.zeros(0, chain.layers[below].unknowns, dtype=torch.float64)
-    return Start(below, torch.zeros(0, dtype=torch.int64), none, none, (), ())
 
 
 def _each_alone(
     tail: Sequence[Layer], received: SharedGradient, apart: Separation, size: int, loss: str
 ) -> tuple[Start, list[str]]:
-    """The images of a fully connected network, which lie in its first layer: those found, each by its own share."""
+    """The images that were found of a fully connected network, each with label and scale from its own share."""
     complete = len(apart.inputs) == apart.first.rank
     c, f = output_gradients(tail, received.gradients, apart.inputs, apart.dz, complete=complete)
     hypotheses, notes = _hypotheses(tail[0], loss, f, size * c)
     twins, scales = [], []
     for x, f_b, c_b, found in zip(apart.inputs, f, size * c, hypotheses, strict=True):
-        # Where no scale fits, the direction is still right: shown as large as the pixel range allows.
+        # Where no scale fits, the direction is still right: scaled as far as the pixel range allows.
         found = found or [(int(c_b.argmin()) if len(c_b) > 1 else int(c_b[0] < 0), 1.0 / x.abs().max().item())]
         scales.append(found[0][1])
         misses = [share_residual(loss, f_b, c_b, *one) for one in found]
         twins.append(tuple(Twin(k, a / scales[-1], miss) for (k, a), miss in zip(found, misses, strict=True)))
     labels = torch.tensor([each[0].label for each in twins], dtype=torch.int64)
     scale = apart.inputs.new_tensor(scales)[:, None]
-    dx = apart.dz / scale @ tail[0].weight.flatten(1)
-    return Start(0, labels, scale * apart.inputs, dx, tuple(twins), ()), notes
+    return Start(0, labels, scale * apart.inputs, apart.dz / scale @ tail[0].weight.flatten(1), tuple(twins), ()), notes
 
 
-def _hypotheses(
-    first: Layer, loss: str, outputs: Tensor, output_gradients: Tensor
-) -> tuple[list[list[tuple[int, float]]], list[str]]:
+def _hypotheses(first: Layer, loss: str, f: Tensor, c: Tensor) -> tuple[list[list[tuple[int, float]]], list[str]]:
     """The (label, scale) hypotheses of every image, and notes without repetitions."""
-    options = [
-        scale_hypotheses(loss, f, c, first.bias is not None) for f, c in zip(outputs, output_gradients, strict=True)
-    ]
+    options = [scale_hypotheses(loss, f_b, c_b, first.bias is not None) for f_b, c_b in zip(f, c, strict=True)]
     return [found for found, _ in options], list(dict.fromkeys(note for _, notes in options for note in notes))
 
 
-def _fitted(chain: Chain, received: SharedGradient, apart: Separation, loss: str) -> tuple[Start, list[str]]:
-    """Labels and scales of the separated inputs, then all of it fitted together; no image where one has no scale."""
+def _fitted(chain: Chain, received: SharedGradient, apart: Separation, loss: str) -> tuple[Start | None, list[str]]:
+    """Labels and scales of the separated inputs, then a joint fit; None where an image has no scale."""
     below, count = first_dense(chain), len(apart.inputs)
     tail = chain.layers[below:]
     c, f = output_gradients(tail, received.gradients, apart.inputs, apart.dz, complete=True)
     hypotheses, notes = _hypotheses(tail[0], loss, f, count * c)
     if not all(hypotheses):
-        return _no_image(chain), [*notes, "without a scale for every image the convolutions were not solved"]
+        return None, [*notes, "without a scale for every image the convolutions were not solved"]
     combinations = list(itertools.islice(itertools.product(*hypotheses), MAX_COMBINATIONS))
     if len(combinations) > 1 and not chain.homogeneous:
         dz = torch.einsum("bco,bc->bo", output_jacobians(tail, apart.inputs)[1][0], c)
         misses = [_identity_residual(chain, received, apart.inputs, dz, one) for one in combinations]
         best = min(range(len(misses)), key=misses.__getitem__)
         notes.append(
-            f"the last convolution chose between {len(combinations)} combinations of scales: it misses its identities "
-            f"by {misses[best]:.2g}, with the next one by {sorted(misses)[1]:.2g}"
+            f"the last convolution decided between {len(combinations)} combinations of scales: the residual of its "
+            f"identities is {misses[best]:.2g}, with the next one {sorted(misses)[1]:.2g}"
         )
         hypotheses = [[one] for one in combinations[best]]
     heads = []
@@ -140,33 +123,30 @@ def _fitted(chain: Chain, received: SharedGradient, apart: Separation, loss: str
         heads.append((labels, refine_inputs(tail, received.gradients, scales[:, None] * apart.inputs, labels, loss)))
     labels, head = heads[0]
     factors = [((other.x * head.x).sum(1) / head.x.square().sum(1)).tolist() for _, other in heads]
+    factors[0] = [1.0] * count
     twins = tuple(
-        tuple(Twin(found[n][0], factors[n][b] if n else 1.0) for n in range(len(found)))
-        for b, found in enumerate(hypotheses)
+        tuple(Twin(label, factors[n][b]) for n, (label, _) in enumerate(found)) for b, found in enumerate(hypotheses)
     )
     return Start(below, labels, head.x, head.dx, twins, ()), notes
 
 
 def _read_together(
     chain: Chain, received: SharedGradient, apart: Separation, known: list[int] | None, seed: int
-) -> tuple[Start, list[str]]:
-    """The head of images that the search cannot tell apart, by their outputs."""
-    below, precision = first_dense(chain), received.precision
-    tail = chain.layers[below:]
-    found = fit_joint_softmax(tail, received.gradients, apart.first, labels=known, precision=precision, seed=seed)
+) -> tuple[Start | None, list[str]]:
+    """The head of images that the search cannot separate, by their outputs; None where that fails too."""
+    below, options = first_dense(chain), {"labels": known, "precision": received.precision, "seed": seed}
+    found = fit_joint_softmax(chain.layers[below:], received.gradients, apart.first, **options)
     if found is None:
-        return _no_image(chain), ["nor were all images found together, by the softmax of their outputs"]
+        return None, ["nor were all images found together, by the softmax of their outputs"]
     labels, head = found
-    note = (
-        f"all images found together, by the softmax of their outputs; their gradients are missed by {head.residual:.2g}"
-    )
+    note = f"all images found together, by the softmax of their outputs; residual of the gradients {head.residual:.2g}"
     return Start(below, labels, head.x, head.dx, tuple((Twin(label),) for label in labels.tolist()), ()), [note]
 
 
 def _identity_residual(
     chain: Chain, received: SharedGradient, inputs: Tensor, dz: Tensor, chosen: Sequence[tuple[int, float]]
 ) -> float:
-    """How far a combination of scales misses the identities of the last convolution, before anything is solved."""
+    """Residual of the last convolution's identities with one combination of scales, before any layer is solved."""
     below = first_dense(chain)
     layer, scales = chain.layers[below - 1], inputs.new_tensor([scale for _, scale in chosen])[:, None]
     x, dx = scales * inputs, dz @ chain.layers[below].weight.flatten(1) / scales
@@ -176,16 +156,13 @@ def _identity_residual(
 
 
 def _what_was_found(layers: Sequence[Layer], apart: Separation, size: int) -> list[str]:
-    """Notes on how many images the separation has found, and what stood in its way."""
+    """Notes on how many images the separation has found, and why not more."""
     count, rank = len(apart.inputs), apart.first.rank
     notes = [f"{count} of {size} images found, in {apart.starts} random starts and {apart.steps} steps"]
     if apart.second.rank < rank:
         width = layers[1].output_shape[0]
-        why = (
-            f"it has only {width} rows"
-            if apart.second.rank == width
-            else "images that switch the same units of the layer after it share a row, or it drowns in rounding"
-        )
+        why = "images with the same activation pattern in it share a row, or one is lost in rounding"
+        why = f"it has only {width} rows" if apart.second.rank == width else why
         notes.append(
             f"the gradient of {layers[1].name!r} has rank {apart.second.rank}, below {rank} of the layer before: {why}"
         )
@@ -196,7 +173,7 @@ def _what_was_found(layers: Sequence[Layer], apart: Separation, size: int) -> li
             f"the ranks {rank} and {apart.second.rank} need {rank + apart.second.rank + SPARE_UNITS}"
         )
     if count < rank:
-        notes.append(f"{rank - count} that the gradient holds were not found")
+        notes.append(f"{rank - count} of the {rank} images that the gradient holds were not found")
     return notes
 
 
@@ -204,7 +181,7 @@ def _reports(layers: Sequence[Layer], apart: Separation, size: int, seconds: flo
     """Reports of the two layers that were separated, the later one first."""
     worst = apart.residuals.amax(0) if len(apart.residuals) else apart.residuals.new_ones(2)
     rows = []
-    for layer, span, miss in zip(layers[:2], (apart.first, apart.second), (worst[1], worst[0]), strict=True):
+    for layer, span, miss in zip(layers[:2], (apart.first, apart.second), worst.flip(0), strict=True):
         singular_values = {"sigma_above_cut": span.above_cut, "sigma_below_cut": span.below_cut}
         ranks = {"rank_gradients": span.rank, "rank": span.rank, "deficit": size - span.rank}
         outcome = {"iterations": apart.steps, "condition": 1 / span.above_cut, "residual": miss.item()}

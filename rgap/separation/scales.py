@@ -1,4 +1,4 @@
-"""What the layers above and the loss determine of separated inputs: ∂ℓ/∂f, label and scale, and a joint refinement."""
+"""Separated inputs, completed by the layers above and the loss: ∂ℓ/∂f, label and scale, and a joint refinement."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import least_squares
 from torch import Tensor
 
@@ -19,16 +20,16 @@ MAX_SCALE_RESIDUAL = 1e-2
 """Residual, relative to the gradient's size, above which a root of the equations of two classes is no hypothesis."""
 
 UNRELATED_RESIDUAL = 0.3
-"""The same for any number of classes: no image has such a gradient."""
+"""The same for any number of classes: no image has a gradient with such a residual."""
 
 OUTPUT_GRADIENT_ERROR = 1e-6
 """Relative error of ∂ℓ/∂f, by which the softmax equations are weighted; only its order matters."""
 
 MAX_REFINED_IMAGES = 24
-"""Most images whose inputs are refined: the Jacobian has B² columns."""
+"""Largest batch whose inputs are refined: the Jacobian has B² columns."""
 
 MAX_REFINEMENTS = 60
-"""Most evaluations of a refinement; two or three are usual from separated inputs."""
+"""Limit on the evaluations of a refinement; from separated inputs two or three are usual."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,7 @@ class FittedInputs:
 
 
 def output_jacobians(layers: Sequence[Layer], inputs: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Every layer's input for a batch of first inputs, and ∂f/∂z of every layer.
-
-    Args:
-        layers: Fully connected layers, in order; the last gives the outputs f.
-        inputs: Inputs of the first, (B, n).
-
-    Returns:
-        Inputs of each layer, (B, n_i) each; ∂f/∂z_i, (B, C, n_{i+1}) each; and f (B, C).
-    """
+    """For inputs (B, n) of the first layer: every layer's input (B, n_i) and ∂f/∂z_i (B, C, n_{i+1}), and f (B, C)."""
     received, slopes, f = _forward(layers, inputs, layers[0].weight.flatten(1))
     jacobians = [torch.eye(f.shape[1], dtype=f.dtype).expand(len(f), -1, -1)]
     for layer, slope in zip(reversed(layers[1:]), reversed(slopes[:-1]), strict=True):
@@ -68,19 +61,10 @@ def output_gradients(
 ) -> tuple[Tensor, Tensor]:
     """∂ℓ/∂f of every image, from all gradients together (ours).
 
-    Given the inputs, every gradient is linear in the B·C numbers c = ∂ℓ/∂f: G_i = Σ_b (∂f_b/∂z_i)ᵀ c_b x_{i,b}ᵀ. The
-    normal equations need inner products only, and two steps of refinement against the gradients themselves restore what
-    they lose.
-
-    Args:
-        layers: Fully connected layers, in order; the last gives the outputs.
-        gradients: Parameter name -> gradient of the batch's loss, float64.
-        inputs: Inputs of the first layer, (B, n).
-        dz: ∂ℓ/∂z of the first layer, (B, h).
-        complete: Whether these are all images of the batch. Otherwise only `dz` counts, which is free of the others.
-
-    Returns:
-        c (B, C) and the outputs f (B, C).
+    Given the inputs (B, n), every gradient is linear in the B·C numbers c = ∂ℓ/∂f: G_i = Σ_b (∂f_b/∂z_i)ᵀ c_b x_{i,b}ᵀ.
+    The normal equations need inner products only, and two steps of iterative refinement against the gradients restore
+    the lost digits. Where images of the batch are missing (not `complete`), c follows from `dz` (B, h) of the first
+    layer alone, which does not depend on them. Gives c (B, C) and the outputs f (B, C).
     """
     received, jacobians, outputs = output_jacobians(layers, inputs)
     if not len(inputs):
@@ -90,12 +74,10 @@ def output_gradients(
         return c, outputs
     tiny = torch.finfo(torch.float64).tiny
     sizes = [gradients[layer.weight_name].square().sum().clamp(min=tiny) for layer in layers]
-    batch, classes = c.shape
-    gram = c.new_zeros(batch * classes, batch * classes)
+    gram = c.new_zeros(c.numel(), c.numel())
     for layer, x, J, size in zip(layers, received, jacobians, sizes, strict=True):
-        flat = J.reshape(batch * classes, -1)
-        same = x @ x.T + (layer.bias is not None)
-        same = same.repeat_interleave(classes, 0).repeat_interleave(classes, 1)
+        flat, classes = J.flatten(0, 1), c.shape[1]
+        same = (x @ x.T + (layer.bias is not None)).repeat_interleave(classes, 0).repeat_interleave(classes, 1)
         gram += flat @ flat.T * same / size
     scale = gram.diagonal().rsqrt()
     scaled = scale[:, None] * gram * scale
@@ -114,21 +96,11 @@ def output_gradients(
 
 
 def scale_hypotheses(loss: str, f: Tensor, c: Tensor, fixed_scale: bool) -> tuple[list[tuple[int, float]], list[str]]:
-    """Every (label, α) with which an image α x̂ explains its share of the gradient.
+    """Every (label, α) with which an image α x̂ explains its share of the gradient, the best first, and notes.
 
-    x̂ has the outputs f and c = ∂ℓ/∂f; α x̂, α > 0, has the outputs α f and, since the share stays, ∂ℓ/∂f = c / α.
-
-    Args:
-        loss: "logistic" or "cross_entropy".
-        f: Outputs of x̂, (C,).
-        c: ∂ℓ/∂f of x̂ for this image's own loss (the batch's, times B), (C,).
-        fixed_scale: Whether x̂ has its true length (with biases it has), so that α = 1.
-
-    Returns:
-        The hypotheses, the best first, and notes on what no image can have.
-
-    Raises:
-        ValueError: If the loss is another one.
+    x̂ has the outputs f (C,) and c = ∂ℓ/∂f (C,) of the image's own loss (the batch's, times B). α x̂, α > 0, has the
+    outputs α f and, since its share of the gradient is the same, ∂ℓ/∂f = c / α. With biases (`fixed_scale`) x̂ has its
+    true length, and α = 1. Raises ValueError if the loss is neither "logistic" nor "cross_entropy".
     """
     if loss not in SCALES:
         raise ValueError(f"a batch with the {loss} loss cannot be taken apart yet; {' and '.join(SCALES)} can")
@@ -141,18 +113,9 @@ def scale_hypotheses(loss: str, f: Tensor, c: Tensor, fixed_scale: bool) -> tupl
 def share_residual(loss: str, f: Tensor, c: Tensor, label: int, alpha: float) -> float:
     """‖∂ℓ/∂f at (α f, label) − c / α‖ over the norm of the latter: whether one image α x̂ has this share.
 
-    With biases, or three classes or more, it is an independent test: of equal images, and of the batch size.
-
-    Args:
-        loss: A loss that `scale_hypotheses` knows.
-        f: Outputs of x̂, (C,).
-        c: ∂ℓ/∂f of x̂ for this image's own loss, (C,).
-        label: The label.
-        alpha: The scale α.
+    With biases, or three classes or more, it is an independent test for equal images and of the batch size.
     """
-    outputs = (alpha * f)[None].detach().requires_grad_()
-    with torch.enable_grad():
-        (mine,) = torch.autograd.grad(loss_value(loss, outputs, torch.tensor([label])), outputs)
+    mine = torch.func.grad(lambda f: loss_value(loss, f, torch.tensor([label])))((alpha * f)[None])
     return ((mine[0] - c / alpha).norm() / (c / alpha).norm().clamp(min=1e-300)).item()
 
 
@@ -184,19 +147,9 @@ def refine_inputs(
 ) -> FittedInputs:
     """Fits the inputs of the first fully connected layer, all together, to all gradients of these layers (ours).
 
-    The search finds one input after the other, and each scale by itself. Together they are B·B numbers, the coordinates
-    of B inputs in the row space of the first gradient, and the fully connected gradients are smooth functions of these:
-    a few trust-region steps take off the errors of the separate ones.
-
-    Args:
-        layers: The fully connected layers, in order; the last gives the outputs.
-        gradients: Parameter name -> gradient of the mean loss, float64.
-        x: Inputs as found, (B, n), linearly independent, with their scales.
-        labels: (B,), int64.
-        loss: A loss of `rgap.client`.
-
-    Returns:
-        The `FittedInputs`; x stays in the span of what was given.
+    The search finds one input after the other, and each scale by itself. Together they are B² numbers, the coordinates
+    of B linearly independent inputs x (B, n) in their span, and the fully connected gradients are smooth functions of
+    these between the kinks: a few trust-region steps remove the errors of the separate solutions.
     """
     Q, R = torch.linalg.qr(x.T)
     W = layers[0].weight.flatten(1) @ Q
@@ -209,29 +162,24 @@ def refine_inputs(
         mine, _ = _gradients(layers, W, T.reshape(R.shape), labels, loss)
         return [((a - b) / size).flatten() for a, b, size in zip(mine, target, sizes, strict=True)]
 
-    def jacobian(T: Tensor) -> Tensor:  # of T -> Jᵀ r, which has fewer rows than r: B² passes in place of one an entry
-        miss, pull = torch.func.vjp(lambda t: torch.cat(misses(t)), T)
-        return torch.func.jacrev(lambda r: pull(r)[0])(torch.zeros_like(miss)).T
+    def residuals(T: NDArray) -> NDArray:
+        return torch.cat(misses(torch.from_numpy(T))).numpy()
+
+    def jacobian(T: NDArray) -> NDArray:  # that of r -> Jᵀ r, transposed: B² passes instead of one per residual
+        miss, pull = torch.func.vjp(lambda t: torch.cat(misses(t)), torch.from_numpy(T))
+        return torch.func.jacrev(lambda r: pull(r)[0])(torch.zeros_like(miss)).T.numpy()
 
     T = R.T.flatten()
     if len(x) <= MAX_REFINED_IMAGES and torch.cat(misses(T)).isfinite().all():
-        found = least_squares(
-            lambda t: torch.cat(misses(torch.from_numpy(t))).numpy(),
-            T.numpy(),
-            lambda t: jacobian(torch.from_numpy(t)).numpy(),
-            ftol=1e-3,
-            xtol=1e-13,
-            gtol=None,
-            max_nfev=MAX_REFINEMENTS,
-        )
-        T = torch.from_numpy(found.x)
+        options = {"ftol": 1e-3, "xtol": 1e-13, "gtol": None, "max_nfev": MAX_REFINEMENTS}
+        T = torch.from_numpy(least_squares(residuals, T.numpy(), jacobian, **options).x)
     _, dz = _gradients(layers, W, T.reshape(R.shape), labels, loss)
     dx = dz @ layers[0].weight.flatten(1)
     return FittedInputs(T.reshape(R.shape) @ Q.T, dx, max(part.norm().item() for part in misses(T)))
 
 
 def _gradients(layers: Sequence[Layer], W: Tensor, T: Tensor, labels: Tensor, loss: str) -> tuple[list[Tensor], Tensor]:
-    """The gradients by all weights, then by all biases, for first inputs T (B, B) and weight W, and ∂ℓ/∂z_1 (B, h)."""
+    """The gradients of all weights, then of all biases, for first inputs T (B, B) and weight W, and ∂ℓ/∂z_1 (B, h)."""
     received, slopes, f = _forward(layers, T, W)
     dz = torch.func.grad(lambda f: loss_value(loss, f, labels))(f)
     weights, biases = [], []

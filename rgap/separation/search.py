@@ -1,4 +1,4 @@
-"""Two consecutive fully connected layers: the inputs of the first, one by one, from gradients that mix a batch.
+"""Two consecutive fully connected layers: the inputs of the first, one by one, from gradients summed over a batch.
 
 A batch of B has G_1 = Δ_1ᵀ X and G_2 = Δ_2ᵀ H, H = σ(X W_1ᵀ): every input x lies in the row space of G_1 and every
 hidden vector σ(W_1 x) in that of G_2, and almost nothing else does both. Everything in this module is ours.
@@ -14,12 +14,11 @@ from torch import Tensor
 
 from rgap.equations.rank_laws import SPARE_UNITS
 from rgap.network.layer import Layer
-from rgap.separation.partial import extend_basis, inputs_from_gradients
 from rgap.separation.state import ANGLE_GAP_RATIO, PartialInput, SearchState
-from rgap.separation.subspaces import Span, null_of_rows, row_span
+from rgap.separation.subspaces import Span, inputs_from_gradients, null_of_rows, row_span
 
 MAX_FAILED_STARTS = 60
-"""Starts in a row without a new input, or a new ∂ℓ/∂z_1 of one, that end the search."""
+"""Starts in a row without a new input, or a new ∂ℓ/∂z_1 of one, after which the search ends."""
 
 STARTS_AT_ONCE = 6
 """Starts that are iterated together."""
@@ -34,12 +33,11 @@ class Separation:
 
     Attributes:
         inputs: (F, n), float64: of unit length without bias, else with their true length.
-        dz: ∂ℓ/∂z_1 that belongs to these inputs, (F, h): Σ dz_bᵀ x_b is what the found inputs add to G_1.
-        residuals: Sines of the angles by which (hidden vector, dz) miss the spaces that they must lie in, (F, 2); for
-            an input that follows from its dz, the first is that of all such inputs together.
-        first, second: Row and column spaces of the two gradients, with their ranks.
-        starts: Random starts that were used.
-        steps: Steps of the fixed point over all starts.
+        dz: ∂ℓ/∂z_1 of these inputs, (F, h): Σ dz_bᵀ x_b is their part of G_1.
+        residuals: Sines of the angles between (hidden vector, dz) and the spaces in which they must lie, (F, 2); for an
+            input that follows from its dz, the first is that of all such inputs together.
+        first, second: Row and column spaces of the two gradients.
+        starts, steps: Random starts, and steps of the fixed point over all of them.
     """
 
     inputs: Tensor
@@ -63,30 +61,26 @@ def separate(
     """Separates the inputs of a fully connected layer from the gradients of it and the next one.
 
     Write x = V_x q and s for the signs of z = W_1 x. The hidden vector D_s z, with D_s the slopes that the signs
-    choose, must lie in the row space of G_2. For given s that is a smallest principal angle between two subspaces; its
-    direction gives new signs, until they stay. Starts are random. The same signs give ∂ℓ/∂z_1 = D_s W_2ᵀ ∂ℓ/∂z_2,
-    which must lie in the column space of G_1: a second, independent test. It also allows *deflation*: with
-    u = ∂ℓ/∂z_1 of one input, all others fulfil uᵀ G_1⁺ x = 0 (Wedderburn's rank reduction), so that the next start
-    looks among the others only, and little more than B starts are needed.
+    choose, must lie in the row space of G_2. For given s that is a smallest principal angle between two subspaces,
+    whose direction gives new signs, and so on until they no longer change. Starts are random. The same signs give
+    ∂ℓ/∂z_1 = D_s W_2ᵀ ∂ℓ/∂z_2, which must lie in the column space of G_1: a second, independent test. It also allows
+    *deflation*: with u = ∂ℓ/∂z_1 of one input, all others satisfy uᵀ G_1⁺ x = 0 (Wedderburn's rank reduction), so that
+    the next start searches among the others only, and little more than B starts are needed.
 
-    Where the second gradient has a lower rank than the first, single hidden vectors are not in its row space, and the
-    second test leads: ∂ℓ/∂z_1 are collected, and the inputs follow from them (`inputs_from_gradients`).
+    Where the second gradient has a lower rank than the first, single hidden vectors are not in its row space. Then the
+    second test comes first: ∂ℓ/∂z_1 are collected, and the inputs follow from them (`inputs_from_gradients`).
 
-    The first layer must have `SPARE_UNITS` more outputs than the ranks of both gradients together. What is not found is
-    missing from the result; an input that is in it has passed both tests, or, where it follows from its ∂ℓ/∂z_1, the
-    second one and that of the signs of all its units.
+    The first layer must have `SPARE_UNITS` more outputs than the ranks of both gradients together. Every input that is
+    returned has passed both tests, or, where it follows from its ∂ℓ/∂z_1, the second one and that of the signs of all
+    its units.
 
     Args:
-        first: A fully connected layer with a positively homogeneous activation that is not linear (LeakyReLU, PReLU,
-            ReLU).
+        first: A fully connected layer followed by LeakyReLU, PReLU or ReLU.
         second: The fully connected layer after it.
         gradients: Parameter name -> gradient, float64, at least of these two layers.
         precision: Relative error of the gradients' entries.
         seed: Of the starts.
-        span: `row_span` of the first layer, where it is at hand.
-
-    Returns:
-        A `Separation`.
+        span: `row_span` of the first layer, where it is known already.
 
     Raises:
         UnsupportedLayerError: If the activation between the layers is linear or not homogeneous.
@@ -109,10 +103,10 @@ def separate(
 
 
 class Search(SearchState):
-    """The fixed point, and what becomes of the activation patterns that it finds."""
+    """The fixed point, and the tests of the activation patterns that it finds."""
 
     def run_starts(self, count: int, generator: torch.Generator, *, whole: bool) -> None:
-        """Iterates random starts, among the inputs that are left, or among all of them (`whole`)."""
+        """Iterates random starts, among the inputs not yet found, or among all of them (`whole`)."""
         rest = torch.eye(self.first.rank, dtype=self.Z.dtype)
         rest_next = torch.eye(self.H.shape[1], dtype=self.Z.dtype)
         if not whole:
@@ -123,13 +117,13 @@ class Search(SearchState):
         start = torch.randn(count, Z.shape[1], generator=generator, dtype=Z.dtype)
         signs = self.iterate(Z, self.H @ rest_next, start @ Z.T > 0)
         if not whole and len(self.q) and not self.lacking:
-            # deflation carries the errors of what was found; the whole spaces do not
+            # deflated spaces carry the errors of the inputs found; the whole ones do not
             signs = self.iterate(torch.linalg.qr(self.Z)[0], self.H, signs)
         for s in signs:
             self.accept(s)
 
     def iterate(self, Z: Tensor, H: Tensor, signs: Tensor) -> Tensor:
-        """Turns signs (S, units) into those of the vector D_s Z q nearest to the range of H, until they stay."""
+        """Replaces signs (S, units) by those of the vector D_s Z q nearest to the range of H, until they are stable."""
         live = torch.arange(len(signs))
         floor = 1e-13 * torch.eye(Z.shape[1], dtype=Z.dtype)
         for _ in range(MAX_STEPS):
@@ -174,13 +168,13 @@ class Search(SearchState):
             self.keep_partial(signs, dz, miss_back)
 
     def keep_partial(self, signs: Tensor, dz: Tensor, residual: float) -> None:
-        """Keeps a new ∂ℓ/∂z_1 that has passed its test, for G_2 may not hold the hidden vector that belongs to it."""
+        """Keeps a new ∂ℓ/∂z_1 that has passed its test, for its hidden vector may lie outside G_2's row space."""
         known = torch.cat([self.dz, *(one.dz[None] for one in self.partial)])
         if not (known @ dz > (1 - 1e-6) * known.norm(dim=1) * dz.norm()).any():
             self.partial.append(PartialInput(signs, dz / dz.norm(), residual))
 
     def resolve_partial(self) -> None:
-        """Finds the inputs that belong to the partial ones, where these are enough; see `inputs_from_gradients`."""
+        """Completes the partial inputs where there are enough of them; see `inputs_from_gradients`."""
         partial, complete = self.partial, self.known == self.first.rank
         count = len(partial) if complete else self.lacking + 1  # more would be less independent
         columns = count * (self.first.rank - self.known + 1)
@@ -193,8 +187,8 @@ class Search(SearchState):
         sure = ~torch.stack(undetermined).any(0)
         H = torch.linalg.qr(self.H[sure])[0]
         q, which, miss = inputs_from_gradients(self.Z[sure], H, slopes[:, sure], duals, self.tolerance, ANGLE_GAP_RATIO)
-        right = {j: self.oriented(q_j, taken[j].signs, undetermined[j]) for q_j, j in zip(q, which, strict=True)}
-        right = {j: q_j for j, q_j in right.items() if q_j is not None}
+        turned = {j: self.oriented(q_j, taken[j].signs, undetermined[j]) for q_j, j in zip(q, which, strict=True)}
+        right = {j: q_j for j, q_j in turned.items() if q_j is not None}
         if complete:
             miss = self.row_space_residual(torch.stack(list(right.values()))) if len(right) == len(partial) else 1.0
         if not right or miss > self.tolerance:
@@ -203,13 +197,17 @@ class Search(SearchState):
         for j, q_j in right.items():
             signs = torch.where(undetermined[j], self.Z @ q_j > 0, taken[j].signs)
             self.add(q_j, signs, taken[j].dz, (miss, taken[j].residual))
-        self.H = extend_basis(self.H, self.hidden(torch.stack(list(right.values()))), self.lacking)
+        hidden = self.hidden(torch.stack(list(right.values())))
+        hidden = (hidden / hidden.norm(dim=1, keepdim=True)).T
+        left, sizes, _ = torch.linalg.svd(hidden - self.H @ (self.H.T @ hidden), full_matrices=False)
+        new = left[:, sizes > 1e-3 * sizes[0]][:, : self.lacking]  # hidden vectors outside the range of H extend it
+        self.H = torch.linalg.qr(torch.cat([self.H, new], 1))[0]
         for j, one in enumerate(taken + partial[:-count]):
             if j not in right:
                 self.accept(one.signs)
 
     def row_space_residual(self, q: Tensor) -> float:
-        """The part of G_2's rows, by norm, outside the span of the hidden vectors of these inputs and those found."""
+        """Share of G_2's rows, by norm, outside the span of the hidden vectors of these inputs and those found."""
         rows = self.second.V[: len(self.Z)] * self.second.S
         Q = torch.linalg.qr(self.hidden(torch.cat([q, self.q])).T)[0]
         return ((rows - Q @ (Q.T @ rows)).norm() / rows.norm()).item()

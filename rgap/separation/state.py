@@ -1,4 +1,4 @@
-"""What a search has found so far of a fully connected layer's inputs, and the two tests that each must pass (ours)."""
+"""State of a search for a fully connected layer's inputs, and the two tests that each input must pass (ours)."""
 
 from __future__ import annotations
 
@@ -14,35 +14,25 @@ from rgap.separation.subspaces import Span, smallest_principal_angle
 
 ANGLE_GAP_RATIO = 1e-3
 """Sine of the angle, in units of the next one, up to which a direction is accepted: about its error. Where two images
-switch the same units every mixture of them fits, and the next angle is as small."""
+have the same activation pattern every mixture of them fits, and the next angle is as small."""
 
 MAX_CONTRADICTING_SIGNS = 8
-"""Units next to 0 whose signs may differ from those of an input that was computed from the others."""
+"""Units close to 0 that may have another sign than the input that follows from all other units."""
 
 MAX_SIGN_STEPS = 30
 """Steps of the fixed point over the signs of one ∂ℓ/∂z_1; it takes about four."""
 
 
 class PartialInput(NamedTuple):
-    """An input of which only the activation pattern and ∂ℓ/∂z_1 are known.
+    """An input of which only the activation pattern and ∂ℓ/∂z_1 are known."""
 
-    Attributes:
-        signs: Which units are positive, (units,).
-        dz: ∂ℓ/∂z_1 of unit length, (h,).
-        residual: Sine of the angle by which it misses the column space of G_1.
-    """
-
-    signs: Tensor
-    dz: Tensor
-    residual: float
+    signs: Tensor  # which units are positive, (units,)
+    dz: Tensor  # of unit length, (h,)
+    residual: float  # sine of the angle between dz and the column space of G_1
 
 
 def slopes(layer: Layer) -> tuple[Tensor, Tensor]:
-    """Slopes (h,) of the layer's activation for positive and for negative z.
-
-    Raises:
-        UnsupportedLayerError: If the activation is not positively homogeneous, or is linear.
-    """
+    """Slopes (h,) of the activation for positive and for negative z; refused if it is linear or not homogeneous."""
     if not layer.activation.homogeneous:
         raise UnsupportedLayerError(
             f"layer {layer.name!r}: inputs of a batch are separated through LeakyReLU, PReLU or ReLU, "
@@ -52,7 +42,7 @@ def slopes(layer: Layer) -> tuple[Tensor, Tensor]:
     up, down = layer.activation.forward(one).flatten(), -layer.activation.forward(-one).flatten()
     if torch.equal(up, down):
         raise UnsupportedLayerError(
-            f"layer {layer.name!r} has no activation that bends: any mixture of the batch has the same gradient"
+            f"layer {layer.name!r} has a linear activation: any mixture of the batch has the same gradient"
         )
     return up, down
 
@@ -60,12 +50,12 @@ def slopes(layer: Layer) -> tuple[Tensor, Tensor]:
 class SearchState:
     """Inputs found, in coordinates q of the row space of G_1, x = V q, and partial inputs.
 
-    `signs` are over the layer's h units and, where both layers have biases, one more that is always on: the constant
-    that the next layer's bias multiplies.
+    `signs` are those of the layer's h units and, where both layers have biases, of one more that is always positive:
+    the constant that the next layer's bias multiplies.
     """
 
     def __init__(self, first: Layer, second: Layer, spans: tuple[Span, Span], precision: float):
-        """Takes the spaces of both layers' gradients; see `separate` for the arguments."""
+        """Takes two layers and the spaces of their gradients; see `separate`."""
         self.up, self.down = slopes(first)
         self.tolerance = min(max(1e-8, 1e4 * precision), 1e-2)
         self.has_constant = first.bias is not None
@@ -82,7 +72,7 @@ class SearchState:
                 self.up, self.down = torch.cat([self.up, one]), torch.cat([self.down, one])
         elif second.bias is not None:
             H = torch.linalg.qr(H)[0]
-        self.Z, self.H = Z, H  # pre-activations per coordinate, and a basis of where hidden vectors lie
+        self.Z, self.H = Z, H  # pre-activations per coordinate, and a basis of the space of hidden vectors
         self.E = W_next.T @ self.second.U
         rank, rank_next = self.first.rank, self.second.rank
         self.q, self.dual = Z.new_zeros(0, rank), Z.new_zeros(0, rank)
@@ -98,12 +88,12 @@ class SearchState:
 
     @property
     def unknown(self) -> int:
-        """Inputs that the first gradient holds and that are not known even in part."""
+        """Inputs in the first gradient that are not known even in part."""
         return self.first.rank - self.known
 
     @property
     def lacking(self) -> int:
-        """Dimensions that the row space of the second gradient lacks to hold every hidden vector."""
+        """Dimensions missing from the row space of the second gradient to contain every hidden vector."""
         return self.first.rank - self.H.shape[1]
 
     @property
@@ -122,17 +112,17 @@ class SearchState:
         return torch.where(z > 0, self.up, self.down) * z
 
     def is_known(self, q: Tensor) -> bool:
-        """Whether most of q is an input that was found: its dual times q is ‖q‖ for it, and 0 for every other one."""
+        """Whether q is mostly an input that was found: that one's dual times q is ‖q‖, and 0 for every other input."""
         return bool(((self.dual @ q).abs() * self.q.norm(dim=1) > 0.5 * q.norm()).any())
 
     def undetermined_signs(self, dz: Tensor) -> Tensor:
-        """Units whose signs a ∂ℓ/∂z_1 does not determine, because it is almost 0 there, (units,)."""
+        """Units where a ∂ℓ/∂z_1 is almost 0 and hence does not determine the sign, (units,)."""
         bend = (self.up - self.down)[: len(dz)].abs()
         small = dz.abs() * bend <= 2 * self.tolerance * dz.square().mean().sqrt()
         return torch.cat([small, small.new_zeros(len(self.Z) - len(dz))])
 
     def oriented(self, q: Tensor, signs: Tensor, undetermined: Tensor) -> Tensor | None:
-        """±q, scaled, whichever has these signs; None if more than a few of the determined units have others."""
+        """Whichever of q and −q has these signs, scaled; None if more than a few determined units contradict."""
         z = self.Z @ q
         if ((z > 0) == signs).sum() * 2 < len(signs):
             q, z = -q, -z
@@ -152,16 +142,11 @@ class SearchState:
         return smallest_principal_angle(torch.where(signs, self.up, self.down)[:, None] * self.Z, self.H)
 
     def backward(self, signs: Tensor) -> tuple[Tensor, Tensor | None, float]:
-        """Turns signs until D_s E b, for the best b, lies as near to the column space of G_1 as it gets.
+        """The signs (units,) for which D_s E b, with the best b, is nearest to the column space of G_1, b and the sine.
 
         For given signs that is a smallest principal angle. Its two vectors, u in the column space and v = E b, show for
-        every unit whether u = up·v or u = down·v is nearer. Units where v is almost 0 stay as they are.
-
-        Args:
-            signs: (units,).
-
-        Returns:
-            The signs, b or None where D_s E b is not in the column space of G_1, and the sine of the angle.
+        every unit whether u = up·v or u = down·v is nearer; units where v is almost 0 keep their sign. b is None where
+        D_s E b is not in the column space.
         """
         count, U = len(self.E), self.first.U
         up, down = self.up[:count], self.down[:count]
@@ -190,7 +175,7 @@ class SearchState:
         self.residuals = torch.cat([self.residuals, q.new_tensor([residuals])])
 
     def project_to_pattern(self, q: Tensor, signs: Tensor) -> Tensor:
-        """The input V q, moved by less than its error to the side of 0 that was found for each unit."""
+        """The input V q, moved by less than its error so that every unit has the sign that was found."""
         x, z = self.first.V @ q, self.Z @ q
         x = x[:-1] if self.has_constant else x
         for unit in torch.nonzero((z > 0) != signs).flatten().tolist():

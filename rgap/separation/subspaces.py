@@ -1,4 +1,4 @@
-"""Row and column spaces of a gradient that mixes a batch, and the batch size that their rank tells."""
+"""Row and column spaces of a gradient summed over a batch, and the batch size that follows from their rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Span:
         S: Singular values, (rank,).
         V: Orthonormal basis of the row space, (inputs, rank); with a bias the last row is that of the constant 1.
         above_cut: Smallest singular value kept, relative to the largest.
-        below_cut: Largest one dropped, relative to the largest; 0 where none is left.
+        below_cut: Largest one dropped, relative to the largest; 0 where none is dropped.
     """
 
     U: Tensor
@@ -49,7 +49,7 @@ class BatchSize:
 
     Attributes:
         size: Images in the batch.
-        notes: What that rests on, sentences for the report.
+        notes: The evidence for it, sentences for the report.
         span: Spaces of the first fully connected layer's gradient.
     """
 
@@ -61,13 +61,8 @@ class BatchSize:
 def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float) -> Span:
     """The row and column spaces of one fully connected layer's gradient.
 
-    Rounding leaves singular values of about a tenth of `precision` relative to the largest; those above `precision`
-    count.
-
-    Args:
-        layer: A fully connected layer.
-        gradients: Parameter name -> gradient, float64.
-        precision: Relative error of the gradients' entries.
+    Entries with relative errors of `precision` have spurious singular values of about a tenth of it, relative to the
+    largest; those above `precision` count.
     """
     G = gradients[layer.weight_name].flatten(1)
     if layer.bias_name is not None:
@@ -81,14 +76,9 @@ def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float) ->
 
 
 def smallest_principal_angle(A: Tensor, V: Tensor) -> tuple[Tensor, float, float]:
-    """The unit vector A a that lies closest to the range of V.
+    """The a (k,) whose unit vector A a, A (m, k) of full column rank, is nearest to the range of V (m, l), orthonormal.
 
-    Args:
-        A: (m, k), of full column rank.
-        V: (m, l), orthonormal.
-
-    Returns:
-        a (k,), the sine of the smallest principal angle between the two ranges, and that of the next one (1 for k = 1).
+    Also the sines of the smallest principal angle between the two ranges and of the next one (1 for k = 1).
     """
     Q, R = torch.linalg.qr(A)
     _, sines, directions = torch.linalg.svd(Q - V @ (V.T @ Q), full_matrices=False)
@@ -103,6 +93,44 @@ def null_of_rows(rows: Tensor) -> Tensor:
     return torch.linalg.qr(rows.T, mode="complete")[0][:, len(rows) :]
 
 
+def inputs_from_gradients(
+    Z: Tensor, H: Tensor, slopes: Tensor, duals: Tensor, tolerance: float, gap_ratio: float
+) -> tuple[Tensor, list[int], float]:
+    """Inputs from activation patterns and ∂ℓ/∂z_1 where only sums of hidden vectors are in the range of H (ours).
+
+    Where images have the same activation pattern in the second layer, or outnumber its units, G_2 has a lower rank than
+    G_1; but every ∂ℓ/∂z_1 = D_s W_2ᵀ δ, with δ in the column space of G_2, still lies in the column space of G_1.
+    The duals of all other known inputs annihilate q_j: q_j = N_j a_j. That Σ_j D_j Z N_j a_j is in the range of H is
+    one smallest principal angle for all j. J inputs have J − l solutions where H lacks l dimensions; each gives the
+    same q_j, up to its size. Where all duals are known, N_j is q_j itself.
+
+    Z (h, R) gives pre-activations from coordinates in the row space of G_1, H (h, r) is an orthonormal basis of the row
+    space of G_2, `slopes` (J, h) holds the D_j, and `duals` (K, R) the G_1⁺ᵀ ∂ℓ/∂z_1 in coordinates, those of the J
+    inputs first. A sine up to `tolerance`, and up to `gap_ratio` times the next, counts as 0. Gives q (J', R) of unit
+    length, which of the J these are, and the largest sine of the solutions.
+    """
+    count, rank = len(slopes), Z.shape[1]
+    duals = duals / duals.norm(dim=1, keepdim=True)
+    spaces = [null_of_rows(torch.cat([duals[:j], duals[j + 1 :]])) for j in range(count)]
+    if len(duals) == rank:
+        return torch.stack([N[:, 0] for N in spaces]), list(range(count)), 0.0
+    factors = [torch.linalg.qr(D[:, None] * (Z @ N)) for D, N in zip(slopes, spaces, strict=True)]
+    Q, R = torch.linalg.qr(torch.cat([factor[0] for factor in factors], 1))
+    _, sines, directions = torch.linalg.svd(Q - H @ (H.T @ Q), full_matrices=False)
+    solutions = int((sines <= tolerance).sum())
+    if not solutions or solutions == len(sines) or sines[-solutions] > gap_ratio * sines[-solutions - 1]:
+        return Z.new_zeros(0, rank), [], 1.0
+    a = torch.linalg.lstsq(R, directions[-solutions:].T, driver="gelsd").solution
+    found, which = [], []
+    for j, part in enumerate(a.reshape(count, -1, solutions)):
+        left, sizes, _ = torch.linalg.svd(part, full_matrices=False)
+        if sizes[0] > 1e-3 and (solutions == 1 or sizes[1] <= 0.05 * sizes[0]):
+            found.append(spaces[j] @ torch.linalg.lstsq(factors[j][1], left[:, :1], driver="gelsd").solution[:, 0])
+            which.append(j)
+    q = torch.stack([Z.new_zeros(rank), *found])[1:]
+    return q / q.norm(dim=1, keepdim=True), which, sines[-solutions].item()
+
+
 def first_dense(chain: Chain) -> int:
     """Index of the first layer from which on all layers are fully connected."""
     after = [i + 1 for i, layer in enumerate(chain.layers) if not layer.is_dense]
@@ -112,8 +140,8 @@ def first_dense(chain: Chain) -> int:
 def find_batch_size(chain: Chain, received: SharedGradient, given: int | None) -> BatchSize:
     """The batch size: as given, checked against the rank of the first fully connected layer's gradient, or that rank.
 
-    G_1 = Δ_1ᵀ X has as many singular values above rounding as there are different images. Equal images count once, and
-    without a bias an image of zeros does not count.
+    G_1 = Δ_1ᵀ X has as many singular values above rounding as there are different images. Equal images count once; an
+    image of zeros does not count without a bias.
 
     Args:
         chain: The prepared network.
@@ -127,44 +155,31 @@ def find_batch_size(chain: Chain, received: SharedGradient, given: int | None) -
     """
     below = first_dense(chain)
     first, lone = chain.layers[below], below == len(chain.layers) - 1 > 0
-    if given is not None and lone:
-        raise UnsupportedLayerError(_behind_convolutions(given, first.name))
     span = row_span(first, received.gradients, received.precision)
     gap = math.inf if span.below_cut == 0 else span.above_cut / span.below_cut
     found = f"the gradient of {first.name!r} has {span.rank} singular values above rounding, {gap:.1g} times the next"
+    if given is None and min(len(span.U), len(span.V)) == 1:
+        raise ValueError(f"batch_size is None, and the single row of {first.name!r}'s gradient does not determine it")
+    if lone and (given is not None or span.rank > 1):
+        raise UnsupportedLayerError(
+            f"a batch of {given or span.rank} images cannot be taken apart: {first.name!r} is the only fully connected "
+            "layer, and many batches have its gradient; two or more fully connected layers separate images, and a "
+            "single image needs only one (batch_size=1)"
+        )
+    caution = ()
+    if chain.homogeneous and chain.layers[-1].output_shape[0] == 1:
+        caution = (
+            "the images' scales depend on this batch size; without bias and with one output, equal images or an image "
+            "of zeros make a batch look smaller than it is, and nothing else shows it",
+        )
     if given is None:
-        if min(len(span.U), len(span.V)) == 1:
-            raise ValueError(
-                f"batch_size is None, and the gradient of {first.name!r}, a single row, cannot tell it; give a number"
-            )
-        if lone and span.rank > 1:
-            raise UnsupportedLayerError(_behind_convolutions(span.rank, first.name))
-        notes = (f"{found}: a batch of {span.rank}, if its images differ", *_only_by_rank(chain))
-        return BatchSize(span.rank, notes, span)
+        return BatchSize(span.rank, (f"{found}: a batch of {span.rank}, if its images differ", *caution), span)
     if span.rank > given:
         small = f"batch_size={given} is too small, at least {span.rank} images have this gradient; taken as so"
-        return BatchSize(span.rank, (f"{found}: {small}", *_only_by_rank(chain)), span)
+        return BatchSize(span.rank, (f"{found}: {small}", *caution), span)
     if span.rank == given:
         return BatchSize(given, (f"{found}, as a batch of {given} has",), span)
     why = "equal images, an image of zeros, or a batch_size that is too large"
     if span.is_full:
-        why = f"no more fit into a gradient of {len(span.U)} rows and {len(span.V)} columns; or {why}"
+        why = f"a gradient of {len(span.U)} rows and {len(span.V)} columns has no higher rank; or {why}"
     return BatchSize(given, (f"{found}, {given - span.rank} fewer than the batch has images: {why}",), span)
-
-
-def _only_by_rank(chain: Chain) -> tuple[str, ...]:
-    """A warning where, without biases and with one output, every scale rests on a size that only the rank tells."""
-    if not chain.homogeneous or chain.layers[-1].output_shape[0] > 1:
-        return ()
-    return (
-        "the images' scales go by this batch size; without bias and with one output, equal images or an image of zeros "
-        "make a batch look smaller than it is, and nothing else shows it",
-    )
-
-
-def _behind_convolutions(size: int, name: str) -> str:
-    return (
-        f"a batch of {size} images cannot be taken apart: {name!r} is the only fully connected layer, and its gradient "
-        "is one sum that many batches have; two or more fully connected layers tell images apart, and a single image "
-        "needs one only (batch_size=1)"
-    )

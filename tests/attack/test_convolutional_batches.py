@@ -64,7 +64,7 @@ def test_convolutions_with_biases_choose_between_scales_of_a_head_without():
     images, labels, gradients = shared_batch(model, 3, 2, "logistic")
     result = rgap.reconstruct(model, gradients, CNN_SHAPE, batch_size=3)
     assert result.verdict == "exact" and quality(result, images, labels) > 120
-    assert any("the last convolution chose between" in note for note in result.notes)
+    assert any("the last convolution decided between" in note for note in result.notes)
 
 
 def test_pooling_normalisation_and_smooth_activations():
@@ -122,7 +122,7 @@ def test_a_batch_size_that_is_wrong_is_said():
     assert any("batch_size=2 is too small" in note for note in small.notes)
     large = rgap.reconstruct(model, gradients, CNN_SHAPE, "cross_entropy", batch_size=4)
     assert large.verdict == "rank-deficient" and len(large.images) == 0 and large.images.shape == (0, *CNN_SHAPE)
-    assert "if the batch has 3 images, say batch_size=3 or None" in large.notes and large.per_image == ()
+    assert "if the batch has 3 images, give batch_size=3 or None" in large.notes and large.per_image == ()
 
 
 def test_with_images_missing_nothing_is_returned():

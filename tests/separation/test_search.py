@@ -115,7 +115,7 @@ def test_the_seed_decides_the_starts_and_equal_seeds_agree():
 @pytest.mark.parametrize(
     ("activation", "message"),
     [
-        (IDENTITY, "layer '1' has no activation that bends"),
+        (IDENTITY, "layer '1' has a linear activation"),
         (Activation("tanh", torch.tanh, torch.atanh, torch.cos), "layer '1': inputs of a batch .* activation is tanh"),
     ],
 )
