@@ -159,7 +159,7 @@ def find_batch_size(chain: Chain, received: SharedGradient, given: int | None) -
     gap = math.inf if span.below_cut == 0 else span.above_cut / span.below_cut
     found = f"the gradient of {first.name!r} has {span.rank} singular values above rounding, {gap:.1g} times the next"
     if given is None and min(len(span.U), len(span.V)) == 1:
-        raise ValueError(f"batch_size is None, and the single row of {first.name!r}'s gradient does not determine it")
+        raise ValueError(f"batch_size is None, and the gradient of {first.name!r} has a single row; give it")
     if lone and (given is not None or span.rank > 1):
         raise UnsupportedLayerError(
             f"a batch of {given or span.rank} images cannot be taken apart: {first.name!r} is the only fully connected "

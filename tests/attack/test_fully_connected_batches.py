@@ -173,7 +173,7 @@ def test_networks_that_cannot_be_taken_apart_are_refused():
     shared = rgap.client_gradients(cnn, torch.rand(2, 3, 8, 8).double(), torch.tensor([0, 1]))
     with pytest.raises(rgap.UnsupportedLayerError, match="a batch of 2 images cannot be taken apart: '5' is the only"):
         rgap.reconstruct(cnn, shared, (3, 8, 8), batch_size=2)
-    with pytest.raises(ValueError, match="batch_size is None, and the single row of '5's gradient"):
+    with pytest.raises(ValueError, match="batch_size is None, and the gradient of '5' has a single row"):
         rgap.reconstruct(cnn, shared, (3, 8, 8), batch_size=None)
     images, labels = batch(2)
     for network, message in (
