@@ -18,9 +18,9 @@ from rgap.tokens import PatchEmbedding, recognise
 
 def checked_chain(model: nn.Module | Chain, image_shape: tuple[int, ...] | None) -> Chain:
     """The prepared network, or an error that says what is missing."""
-    if isinstance(model, Chain):
-        return model if image_shape is None else model.fitting(image_shape)
-    if not isinstance(model, nn.Module):
+    if isinstance(model, Chain) and image_shape is None:
+        return model
+    if not isinstance(model, nn.Module | Chain):
         raise ValueError(f"model is a {type(model).__name__}; give an nn.Module or a Chain from rgap.prepare")
     if image_shape is None:
         raise ValueError("image_shape is missing; give (channels, height, width), or a Chain from rgap.prepare")

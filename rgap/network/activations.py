@@ -1,4 +1,4 @@
-"""Elementwise activations: σ, its inverse and its derivative side by side, and what an inexact x tells about z.
+"""Elementwise activations: σ, its inverse and its derivative side by side, and where an inexact x determines z.
 
 The derivative is a function of the pre-activation z; its value at a kink is torch's. A value x = σ(z) that is known up
 to an error determines z only where σ is one-to-one: where x > 0 for a ReLU, and for a sigmoid where x is farther from 0
@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BOUND_ERROR_FACTOR = 30.0
-"""Values inside a bound by more than this multiple of the largest excess beyond it are not taken for the bound."""
+"""Multiple of the largest excess beyond a bound up to which values inside may count as lying on the bound."""
 
 MIN_OUT_OF_BOUNDS = 10
-"""Number of values beyond a bound from which their excess measures the error of x."""
+"""Number of values beyond a bound from which on their excess measures the error of x."""
 
 MIN_BOUND_DISTANCE = 1e-300
 """Smallest distance from a bound at 0 at which an inverse is evaluated: its logarithm is finite there."""
 
 LARGEST_BELOW_ONE = 1 - 2.0**-53
-"""The float64 before 1."""
+"""The largest float64 below 1."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,18 @@ class Activation:
 
         A value beyond a bound is wrong by at least its excess. Given enough such values, everything within the errors
         that they show counts as lying on the bound; the cut is put into the widest gap (by ratio) of the distances.
-
-        Args:
-            x: σ(z) up to errors.
-            accuracy: Size of these errors relative to the largest entry, used where too few values exceed a bound.
+        Where too few values exceed a bound, the error is taken to be `accuracy` times the largest entry.
 
         Returns:
             z, finite everywhere, and the mask of the entries at which it is known, None where that is every entry.
             Elsewhere z is such that σ′(z) = 0 if σ clips, else the z nearest to the bound that x could determine.
         """
         if self.parts:
-            return self._invert_parts(x, accuracy)
+            known = None
+            for part in reversed(self.parts):
+                x, determined = part.invert(x, accuracy)
+                known = determined if known is None or determined is None else known & determined
+            return x, known
         low, high = self.bounds
         if low == -math.inf and high == math.inf:
             return self.inverse(x), None
@@ -92,27 +93,18 @@ class Activation:
             return x.where(known, low - 1.0 if low > -math.inf else high + 1.0), known
         return self.inverse(x.clamp(low + margin, high - margin)), known
 
-    def _invert_parts(self, x: Tensor, accuracy: float) -> tuple[Tensor, Tensor | None]:
-        known = None
-        for part in reversed(self.parts):
-            x, determined = part.invert(x, accuracy)
-            known = determined if known is None or determined is None else known & determined
-        return x, known
-
 
 def _margin(inside: Tensor, error: float) -> float:
-    """Distance from a bound within which a value cannot be told from it.
+    """Distance from a bound within which values of an expected error cannot be distinguished from it.
 
-    Args:
-        inside: Distance of each value from the nearer bound, negative beyond it.
-        error: Expected error of the values.
+    `inside` has the distance of each value from the nearer bound, negative beyond it.
     """
     beyond = max(-inside.min().item(), 0.0)
     if (inside < 0).sum() < MIN_OUT_OF_BOUNDS:
         return max(beyond, error)
-    near = inside[(inside > beyond) & (inside < BOUND_ERROR_FACTOR * beyond)]
-    ends = inside.new_tensor([beyond]), inside.new_tensor([BOUND_ERROR_FACTOR * beyond])
-    edges = torch.cat([ends[0], near.sort().values, ends[1]])
+    farthest = BOUND_ERROR_FACTOR * beyond
+    near = inside[(inside > beyond) & (inside < farthest)]
+    edges = torch.cat([inside.new_tensor([beyond]), near.sort().values, inside.new_tensor([farthest])])
     gap = int((edges[1:] / edges[:-1]).argmax())
     return (edges[gap] * edges[gap + 1]).sqrt().item()
 
@@ -148,11 +140,8 @@ def affine(scale: Tensor, shift: Tensor) -> Activation:
 def leaky_relu(slope: float | Tensor) -> Activation:
     """LeakyReLU: z for z > 0, slope·z otherwise. The derivative at 0 is the slope, as in torch.
 
-    Args:
-        slope: A number, or a tensor that broadcasts to z, e.g. (O, 1, 1) for one slope a channel (PReLU).
-
-    Raises:
-        ValueError: If a slope is not positive, which would make the map not one-to-one.
+    The slope is a number, or a tensor that broadcasts to z, e.g. (O, 1, 1) for one slope per channel (PReLU). A
+    ValueError is raised where it is not positive, which would make the map not one-to-one.
     """
     if not torch.as_tensor(slope > 0).all():
         raise ValueError(f"LeakyReLU with slope {slope} is not one-to-one; its slope must be positive")
@@ -169,10 +158,7 @@ def leaky_relu(slope: float | Tensor) -> Activation:
 def exponential(name: str, alpha: float, rate: float = 1.0, scale: float = 1.0) -> Activation:
     """scale·z for z > 0, scale·alpha·(e^{rate·z} − 1) otherwise: ELU, CELU (rate = 1/alpha) and SELU.
 
-    torch computes the derivative of CELU with alpha rounded to float32; this one follows it.
-
-    Raises:
-        ValueError: If alpha is not positive.
+    torch computes the derivative of CELU with alpha rounded to float32, and so does this one.
     """
     if not alpha > 0:
         raise ValueError(f"{name} with alpha {alpha} is not one-to-one; its alpha must be positive")
@@ -189,11 +175,7 @@ def exponential(name: str, alpha: float, rate: float = 1.0, scale: float = 1.0) 
 
 
 def softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
-    """log(1 + e^{beta z}) / beta, and z itself where beta z exceeds the threshold.
-
-    Raises:
-        ValueError: If beta is not positive.
-    """
+    """log(1 + e^{beta z}) / beta, and z itself where beta z exceeds the threshold."""
     if not beta > 0:
         raise ValueError(f"Softplus with beta {beta} is not increasing; its beta must be positive")
 

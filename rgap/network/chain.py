@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from rgap.network.activations import IDENTITY
-from rgap.network.folding import Folder, parameter_copy, parameters_read
+from rgap.network.folding import Folder, parameter_copy
 from rgap.network.layer import Chain, Layer
 from rgap.network.tracing import Step, trace
 from rgap.results import UnsupportedLayerError
@@ -25,17 +25,19 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
         image_shape: (C, H, W) of one image; (C, L) and (n,) are taken too.
 
     Returns:
-        A `Chain` with float64 copies of the weights. It keeps factorisations, which are made on first use.
+        A `Chain` with float64 copies of the weights. It keeps factorisations, which are computed on first use.
 
     Raises:
         UnsupportedLayerError: If the network is no such chain; the message has the first offending step and the reason.
         ValueError: If the image shape does not fit the network.
     """
     if isinstance(model, Chain):
-        return model.fitting(image_shape)
+        if tuple(image_shape) != model.image_shape:
+            raise ValueError(f"the chain was prepared for images {model.image_shape}, not {tuple(image_shape)}")
+        return model
     if isinstance(image_shape, Sequence) and len(image_shape) > 3:
         raise ValueError(f"image_shape is {image_shape}; it must be (channels, height, width) or (channels, length)")
-    steps = trace(model, image_shape, any_shape=True)
+    steps = trace(model, image_shape)
     constants = {step.name for step in steps if step.kind == "constant"}
     folder, previous = Folder({id(p): name for name, p in model.named_parameters()}, []), None
     for step in steps:
@@ -65,7 +67,8 @@ def _check_parameters(layers: list[Layer], steps: list[Step], names: dict[int, s
     """Every parameter must be used, and a weight only once: a shared one gets the sum of several gradients."""
     if all(layer.is_fixed for layer in layers):
         raise UnsupportedLayerError("the network has no linear layer and so no gradient to attack")
-    uses = Counter(key for step in steps for key in parameters_read(step))
+    read = [step.module.parameters() if step.module is not None else [step.value] for step in steps]
+    uses = Counter(id(value) for values in read for value in values)
     weights = {name for layer in layers for name in (layer.weight_name, layer.bias_name) if name}
     for key, name in names.items():
         if uses[key] == 0 or (uses[key] > 1 and name in weights):

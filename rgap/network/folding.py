@@ -25,12 +25,9 @@ from rgap.results import UnsupportedLayerError
 
 @dataclass
 class Folder:
-    """Folds the steps of a chain, one after the other.
+    """Folds the steps of a chain into `layers`, one after the other.
 
-    Attributes:
-        names: id of a parameter -> its name.
-        layers: The layers so far.
-        pad: An injective fixed layer that the next convolution will take in.
+    `names` has the name of a parameter by its id; `pad` is an injective fixed layer that the next convolution takes in.
     """
 
     names: dict[int, str]
@@ -38,16 +35,11 @@ class Folder:
     pad: Layer | None = None
 
     def take(self, step: Step) -> None:
-        """Folds one more step.
-
-        Raises:
-            UnsupportedLayerError: If it cannot be folded; the message names its path and the reason.
-        """
+        """Folds one more step; raises an UnsupportedLayerError with its path and the reason where it cannot."""
         if step.kind == "linear":
             self._linear(step)
         elif step.kind == "activation":
-            module = step.module or as_module(step.operation, step.arguments, step.options)
-            activation = from_module(module)
+            activation = from_module(step.module or as_module(step.operation, step.arguments, step.options))
             if activation is not IDENTITY:
                 self._elementwise(step, activation)
         elif step.kind == "affine":
@@ -81,14 +73,10 @@ class Folder:
         """The layer of a convolution or a linear layer, with copies of its parameters and their names."""
         module, shape = step.module, step.input_shape
         if isinstance(module, nn.Linear) and len(shape) != 1:
-            raise UnsupportedLayerError(
-                f"layer {step.path!r} (Linear) gets an input of shape {shape}; put a Flatten before it"
-            )
+            raise UnsupportedLayerError(f"layer {step.title} gets an input of shape {shape}; put a Flatten before it")
         if not isinstance(module, nn.Linear) and len(shape) != len(module.kernel_size) + 1:
-            raise UnsupportedLayerError(
-                f"layer {step.title} gets an input of shape {shape}; it takes channels and "
-                f"{len(module.kernel_size)} axes of pixels"
-            )
+            takes = f"it takes channels and {len(module.kernel_size)} axes of pixels"
+            raise UnsupportedLayerError(f"layer {step.title} gets an input of shape {shape}; {takes}")
         layer = linear_layer(module, shape, step.output_shape)
         parameters = {"weight": parameter_copy(layer.weight), "weight_name": self.names[id(module.weight)]}
         if module.bias is not None:
@@ -111,14 +99,11 @@ class Folder:
         scale, shift = scale.reshape(last.output_shape), shift.reshape(last.output_shape)
         per_channel = scale[:, 0, 0]
         if last.activation is IDENTITY and not last.is_fixed and (scale == per_channel[:, None, None]).all():
+            weight = last.weight * per_channel[:, None, None, None]
+            bias = None if last.bias is None else last.bias * per_channel
             total = per_channel if last.output_scale is None else per_channel * last.output_scale
-            self.layers[-1] = replace(
-                last,
-                weight=last.weight * per_channel[:, None, None, None],
-                bias=None if last.bias is None else last.bias * per_channel,
-                output_scale=total,
-                shift=shift if last.shift is None else last.shift * scale + shift,
-            )
+            shift = shift if last.shift is None else last.shift * scale + shift
+            self.layers[-1] = replace(last, weight=weight, bias=bias, output_scale=total, shift=shift)
         else:
             self._elementwise(step, affine(scale, shift))
 
@@ -159,12 +144,9 @@ class Folder:
 
 
 def linear_layer(module: nn.Module, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> Layer:
-    """The linear part of a `Linear`, `Conv1d` or `Conv2d`, zero-padded as it is, sharing the module's weight.
+    """The linear part of a `Linear`, `Conv1d` or `Conv2d`, with its zero padding, sharing the module's weight.
 
-    Args:
-        module: The module; on (…, n) a `Linear` is a 1×1 convolution over the positions.
-        input_shape: Without the batch dimension.
-        output_shape: The same.
+    Shapes are without the batch dimension; on (…, n) a `Linear` is a 1×1 convolution over the positions.
     """
     weight = module.weight.detach()
     if isinstance(module, nn.Linear):
@@ -172,29 +154,20 @@ def linear_layer(module: nn.Module, input_shape: tuple[int, ...], output_shape: 
         shapes = (weight.shape[1], positions, 1), (weight.shape[0], positions, 1)
         return Layer("", weight[..., None, None], None, *shapes, input_shape)
     one = (1,) * (2 - len(module.kernel_size))  # a row of pixels is an image of height 1
-    return Layer(
-        "",
-        weight.reshape(*weight.shape[:2], *one, *weight.shape[2:]),
-        None,
-        image_shape_of(input_shape),
-        image_shape_of(output_shape),
-        input_shape,
-        one + module.stride,
-        (*module._reversed_padding_repeated_twice, 0, 0)[:4],
-        one + module.dilation,
-        module.groups,
-    )
+    weight = weight.reshape(*weight.shape[:2], *one, *weight.shape[2:])
+    shapes = image_shape_of(input_shape), image_shape_of(output_shape), input_shape
+    padding = (*module._reversed_padding_repeated_twice, 0, 0)[:4]
+    return Layer("", weight, None, *shapes, one + module.stride, padding, one + module.dilation, module.groups)
 
 
 def parameter_copy(parameter: Tensor) -> Tensor:
-    """A float64 copy, which later training of the model leaves as it is."""
+    """A float64 copy, which later training of the model does not change."""
     return parameter.detach().to("cpu", torch.float64, copy=True)
 
 
 def _fixed_layer(name: str, shape: tuple[int, ...], output_shape: tuple, after: PixelMap | None) -> Layer:
-    weight, channels = torch.ones(shape[0], 1, 1, 1, dtype=torch.float64), shape[0]
-    shapes = (image_shape_of(shape), output_shape, shape)
-    return Layer(name, weight, None, *shapes, groups=channels, after=after, is_fixed=True)
+    weight, shapes = torch.ones(shape[0], 1, 1, 1, dtype=torch.float64), (image_shape_of(shape), output_shape, shape)
+    return Layer(name, weight, None, *shapes, groups=shape[0], after=after, is_fixed=True)
 
 
 def _scale_and_shift(step: Step) -> tuple[Tensor, Tensor]:
@@ -207,10 +180,3 @@ def _scale_and_shift(step: Step) -> tuple[Tensor, Tensor]:
     if one.shape != zero.shape or not torch.allclose(two, shift + 2 * scale, rtol=1e-9, atol=1e-9):
         raise UnsupportedLayerError(f"layer {step.title} is not a scale and a shift of every entry")
     return scale[0], shift[0]
-
-
-def parameters_read(step: Step) -> list[int]:
-    """Ids of the parameters that a step reads."""
-    if step.module is not None:
-        return [id(p) for p in step.module.parameters()]
-    return [id(step.value)] if isinstance(step.value, nn.Parameter) else []

@@ -25,7 +25,7 @@ class Layer:
 
     Attributes:
         name: Path of the module in the model.
-        weight: (O, C/groups, kh, kw), float64; ones of a fixed layer.
+        weight: (O, C/groups, kh, kw), float64; ones for a fixed layer.
         bias: (O,), float64, or None.
         input_shape: (C, H, W).
         output_shape: (O, H′, W′).
@@ -34,9 +34,9 @@ class Layer:
         padding: Zeros added (left, right, top, bottom), as `F.pad` takes them.
         groups: Independent groups of channels.
         activation: The elementwise map after the layer.
-        weight_name, bias_name: Names among `model.named_parameters()`; "" and None of a fixed layer.
+        weight_name, bias_name: Names among `model.named_parameters()`; "" and None for a fixed layer.
         before, after: Pixel maps applied before and after the convolution, or None.
-        output_scale: Factor of each output channel, (O,): `weight` is the module's weight times this. None for 1.
+        output_scale: Factor of each output channel, (O,): `weight` is the module's weight times this; None for 1.
         shift: Constant added after everything else, shaped as the output; None for 0.
         is_fixed: Whether the layer has no weight of its own, and so no gradient constraints.
         cache: Results that depend on the model alone, kept for the next attack.
@@ -160,16 +160,6 @@ class Chain:
     layers: tuple[Layer, ...]
     parameters: dict[str, Tensor] = field(repr=False)
 
-    def fitting(self, image_shape: tuple[int, ...]) -> Chain:
-        """The chain itself.
-
-        Raises:
-            ValueError: If it was prepared for images of another shape.
-        """
-        if tuple(image_shape) != self.image_shape:
-            raise ValueError(f"the chain was prepared for images {self.image_shape}, not {tuple(image_shape)}")
-        return self
-
     @property
     def homogeneous(self) -> bool:
         """Whether f(a x) = a f(x) for every a > 0: no biases, and homogeneous activations."""
@@ -177,13 +167,10 @@ class Chain:
         return not constant and all(layer.activation.homogeneous for layer in self.layers)
 
     def layer_inputs(self, images: Tensor) -> dict[str, Tensor]:
-        """The input of every layer for given images, float64: the ground truth of an evaluation.
-
-        Args:
-            images: (B, C, H, W).
+        """The input of every layer for given images (B, C, H, W): the ground truth of an evaluation.
 
         Returns:
-            Layer name -> (B, *feature_shape), from the image to the head.
+            Layer name -> float64 (B, *feature_shape), from the image to the head.
         """
         x, inputs = images.to(torch.float64), {}
         for layer in self.layers:

@@ -1,4 +1,4 @@
-"""Which activation or kind of step a module or function is to the closed form, or why it is none.
+"""The activation or kind of step that a module or function is for the closed form, or why it is none.
 
 A function counts as the module of the same name: `F.leaky_relu(x, 0.2)` is `nn.LeakyReLU(0.2)`.
 """
@@ -15,23 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rgap.network.activations import (
-    IDENTITY,
-    LOG_SIGMOID,
-    RELU,
-    SIGMOID,
-    SOFTSIGN,
-    TANH,
-    Activation,
-    clipped,
-    exponential,
-    leaky_relu,
-    softplus,
-)
+from rgap.network import activations
+from rgap.network.activations import IDENTITY, RELU, Activation, clipped, exponential, leaky_relu
 
 RESHAPES = {torch.flatten, "flatten", "view", "reshape", torch.reshape, "contiguous", torch.unsqueeze, "unsqueeze"}
 RESHAPES |= {torch.squeeze, "squeeze", "unflatten", torch.unflatten}
-RESHAPING = (nn.Flatten, nn.Unflatten)
 PIXEL_MODULES = (
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
@@ -56,10 +44,10 @@ RELU6 = clipped("relu6", 0.0, 6.0)
 ACTIVATIONS: dict[type, Callable[[Any], Activation]] = {
     nn.Identity: lambda _: IDENTITY,
     nn.ReLU: lambda _: RELU,
-    nn.Tanh: lambda _: TANH,
-    nn.Sigmoid: lambda _: SIGMOID,
-    nn.Softsign: lambda _: SOFTSIGN,
-    nn.LogSigmoid: lambda _: LOG_SIGMOID,
+    nn.Tanh: lambda _: activations.TANH,
+    nn.Sigmoid: lambda _: activations.SIGMOID,
+    nn.Softsign: lambda _: activations.SOFTSIGN,
+    nn.LogSigmoid: lambda _: activations.LOG_SIGMOID,
     nn.SELU: lambda _: SELU,
     nn.ReLU6: lambda _: RELU6,
     nn.Hardtanh: lambda module: clipped("hardtanh", module.min_val, module.max_val),
@@ -67,54 +55,33 @@ ACTIVATIONS: dict[type, Callable[[Any], Activation]] = {
     nn.PReLU: lambda module: prelu(module.weight),
     nn.ELU: lambda module: exponential("elu", module.alpha),
     nn.CELU: lambda module: exponential("celu", module.alpha, 1 / module.alpha),
-    nn.Softplus: lambda module: softplus(module.beta, module.threshold),
+    nn.Softplus: lambda module: activations.softplus(module.beta, module.threshold),
 }
-MODULES: dict[Any, type[nn.Module]] = {
-    F.relu: nn.ReLU,
-    F.relu6: nn.ReLU6,
-    F.leaky_relu: nn.LeakyReLU,
-    F.elu: nn.ELU,
-    F.selu: nn.SELU,
-    F.celu: nn.CELU,
-    F.softplus: nn.Softplus,
-    F.softsign: nn.Softsign,
-    F.logsigmoid: nn.LogSigmoid,
-    F.hardtanh: nn.Hardtanh,
-    F.gelu: nn.GELU,
-    F.silu: nn.SiLU,
-    F.mish: nn.Mish,
-    F.hardswish: nn.Hardswish,
-    F.hardsigmoid: nn.Hardsigmoid,
-}
+MODULES: dict[Any, type[nn.Module]] = {F.leaky_relu: nn.LeakyReLU}
+for _name in ["ReLU", "ReLU6", "ELU", "SELU", "CELU", "Softplus", "Softsign", "LogSigmoid", "Hardtanh"]:
+    MODULES[getattr(F, _name.lower())] = getattr(nn, _name)
+for _name in ["GELU", "SiLU", "Mish", "Hardswish", "Hardsigmoid"]:  # without an inverse here, but with a reason
+    MODULES[getattr(F, _name.lower())] = getattr(nn, _name)
 for _name, _kind in {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}.items():
     MODULES |= {_name: _kind, f"{_name}_": _kind, getattr(torch, _name): _kind, getattr(F, _name): _kind}
 
-NOT_MONOTONE = "it is not monotone: two pre-activations have one value"
-IMAGE_STATISTICS = "its statistics depend on the image"
 LOST_POSITIONS = "max pooling discards the positions of the maxima"
 RANDOM_DROPOUT = "dropout in training mode is random; call model.eval() first"
 REASONS = {
-    nn.modules.pooling._MaxPoolNd: LOST_POSITIONS,
-    nn.modules.pooling._AdaptiveMaxPoolNd: LOST_POSITIONS,
+    (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd): LOST_POSITIONS,
     nn.modules.batchnorm._BatchNorm: (
         "in training mode batch normalisation couples the images of a batch; call model.eval() first"
     ),
-    nn.modules.instancenorm._InstanceNorm: IMAGE_STATISTICS,
-    nn.LayerNorm: IMAGE_STATISTICS,
-    nn.GroupNorm: IMAGE_STATISTICS,
+    (nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm): "its statistics depend on the image",
     nn.modules.dropout._DropoutNd: RANDOM_DROPOUT,
     nn.modules.padding._ConstantPadNd: "it pads with a value other than zero",
     nn.modules.conv._ConvTransposeNd: "transposed convolutions are not supported",
     nn.Conv3d: "three-dimensional convolutions are not supported",
     nn.LeakyReLU: "with a negative slope two pre-activations have one value",
     nn.PReLU: "a slope that is not positive makes it lose its negative pre-activations",
-    nn.ELU: "with an alpha that is not positive it is not one-to-one",
-    nn.CELU: "with an alpha that is not positive it is not one-to-one",
+    (nn.ELU, nn.CELU): "with an alpha that is not positive it is not one-to-one",
     nn.Softplus: "with a beta that is not positive it is not increasing",
-    nn.GELU: NOT_MONOTONE,
-    nn.SiLU: NOT_MONOTONE,
-    nn.Mish: NOT_MONOTONE,
-    nn.Hardswish: NOT_MONOTONE,
+    (nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish): "it is not monotone: two pre-activations have one value",
 }
 
 
@@ -135,15 +102,9 @@ def from_module(module: nn.Module | None) -> Activation | None:
 
 
 def prelu(weight: Tensor) -> Activation:
-    """LeakyReLU with the slopes of a PReLU: one for all channels, or one each.
-
-    Raises:
-        ValueError: If a slope is not positive.
-    """
+    """LeakyReLU with the slopes of a PReLU: one for all channels, or one each."""
     slopes = weight.detach().to("cpu", torch.float64, copy=True)
-    if (slopes == slopes[0]).all():
-        return leaky_relu(slopes[0].item())
-    return leaky_relu(slopes[:, None, None])
+    return leaky_relu(slopes[0].item() if (slopes == slopes[0]).all() else slopes[:, None, None])
 
 
 def as_module(operation: Any, arguments: tuple, options: Mapping[str, Any]) -> nn.Module | None:
@@ -168,7 +129,9 @@ def kind_of_module(module: nn.Module) -> tuple[str, str]:
         pointwise = module.groups == module.in_channels == module.out_channels and set(module.kernel_size) == {1}
         plain = set(module.stride) == {1} and module.padding in ("same", "valid", 0, (0,), (0, 0))
         return "affine" if pointwise and plain else "linear", ""
-    if isinstance(module, RESHAPING) or (isinstance(module, nn.modules.dropout._DropoutNd) and not module.training):
+    if isinstance(module, nn.Flatten | nn.Unflatten) or (
+        isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
+    ):
         return "reshape", ""
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.training:
         if module.running_mean is not None:
@@ -178,10 +141,8 @@ def kind_of_module(module: nn.Module) -> tuple[str, str]:
         return "pixels", ""
     if from_module(module) is not None:
         return "activation", ""
-    for kind, reason in REASONS.items():
-        if isinstance(module, kind):
-            return "unsupported", reason
-    return "unsupported", f"{type(module).__name__} has no closed-form inverse here"
+    reasons = (reason for kinds, reason in REASONS.items() if isinstance(module, kinds))
+    return "unsupported", next(reasons, f"{type(module).__name__} has no closed-form inverse here")
 
 
 def kind_of_function(operation: Any, call: Callable | None, arguments: tuple, options: Mapping) -> tuple[str, str]:

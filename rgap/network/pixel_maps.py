@@ -21,12 +21,7 @@ EQUALITY_RTOL = 1e-10
 
 @dataclass(frozen=True, eq=False)
 class PixelMap:
-    """y = R x Cᵀ on every channel.
-
-    Attributes:
-        rows: R, (H′, H), float64.
-        columns: C, (W′, W), float64.
-    """
+    """y = R x Cᵀ on every channel, with `rows` R (H′, H) and `columns` C (W′, W), float64."""
 
     rows: Tensor
     columns: Tensor
@@ -84,7 +79,7 @@ class PixelMap:
         return torch.cat([torch.kron(lost_rows, whole), torch.kron(seen_rows, lost_columns)], 1)
 
     def zero_padding(self) -> tuple[int, int, int, int] | None:
-        """(left, right, top, bottom) of zeros where the map pads with these and nothing else, else None."""
+        """Numbers of zeros (left, right, top, bottom) where the map only pads with zeros, else None."""
         sides = [_zeros_around(A) for A in (self.columns, self.rows)]
         return None if None in sides else (*sides[0], *sides[1])
 
@@ -92,13 +87,8 @@ class PixelMap:
 def pixel_map(function: Callable[[Tensor], Tensor], channels: int, pixels: tuple[int, ...]) -> PixelMap | None:
     """Finds R and C of a function by applying it to single rows and columns of ones.
 
-    Args:
-        function: (N, C, *pixels) -> (N, C, *pixels′), or (N, C) as a mean over all pixels gives.
-        channels: C of the network.
-        pixels: (H, W), or (L,), which is taken for (1, L).
-
-    Returns:
-        The map; None where the function is not linear, mixes channels, or is not separable.
+    The function maps (N, C, *pixels) to (N, C, *pixels′), or to (N, C) as a mean over all pixels does; pixels are
+    (H, W), or (L,), which is taken for (1, L). None where it is not linear, mixes channels, or is not separable.
     """
     height, width = (1, *pixels)[-2:]
 
@@ -141,13 +131,9 @@ def _zeros_around(A: Tensor) -> tuple[int, int] | None:
 
 
 def image_shape_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """A feature shape as (C, H, W): (C, L) is an image of height 1, (n,) has one pixel.
-
-    Raises:
-        ValueError: If it has more than three axes.
-    """
+    """A feature shape as (C, H, W): (C, L) is an image of height 1, (n,) has one pixel."""
     if not 1 <= len(shape) <= 3:
-        raise ValueError(f"features of shape {shape} are no image, no row of pixels and no vector")
+        raise ValueError(f"features of shape {shape} are neither an image nor a row of pixels nor a vector")
     channels, *pixels = shape
     height, width = (1, 1, *pixels)[-2:]
     return channels, height, width

@@ -56,31 +56,29 @@ class Step:
         return repr(self.path) if self.module is None else f"{self.path!r} ({type(self.module).__name__})"
 
 
-def trace(model: nn.Module, image_shape: tuple[int, ...], any_shape: bool = False) -> list[Step]:
-    """Lists every operation of a network with its shapes, from one run on zeros.
+def trace(model: nn.Module, image_shape: tuple[int, ...]) -> list[Step]:
+    """Lists every operation of a network with its shapes, from one run on zeros, in the order of execution.
 
     Args:
         model: Any module that `torch.fx` can trace.
-        image_shape: (C, H, W) of one image.
-        any_shape: Whether other shapes, e.g. (C, L) or (n,), are accepted too.
-
-    Returns:
-        The steps in the order of execution.
+        image_shape: Shape of one image without the batch dimension, e.g. (C, H, W), (C, L) or (n,).
 
     Raises:
         UnsupportedLayerError: If the module cannot be traced.
         ValueError: If the image shape does not fit; the message names the layer at which it fails.
     """
-    shape = _checked_shape(image_shape, any_shape)
-    tracer = fx.Tracer()
+    shape = tuple(image_shape) if isinstance(image_shape, Sequence) else ()
+    if not shape or any(not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(f"image_shape is {image_shape}; it must be (channels, height, width), each at least 1")
     root = model if list(model.children()) else nn.Sequential(model)
     try:
-        graph = tracer.trace(root)
+        graph = fx.Tracer().trace(root)
     except Exception as error:
         raise UnsupportedLayerError(
             f"{type(model).__name__} cannot be traced by torch.fx ({error}); its forward must not branch on data"
         ) from error
-    run = _Run(fx.GraphModule(_eval_copy(root), graph))
+    # The copy shares the parameters and owns its buffers, so that running it in eval mode changes nothing.
+    run = _Run(fx.GraphModule(copy.deepcopy(root, {id(p): p for p in root.parameters()}).eval(), graph))
     run.on_image(shape)
     modules = dict(root.named_modules())
     return [_step(node, modules, run) for node in graph.nodes if node.op != "output"]
@@ -112,18 +110,6 @@ class _Run(fx.Interpreter):
         return result
 
 
-def _eval_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode that shares the parameters and owns its buffers, so that running it changes nothing."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
-
-
-def _checked_shape(image_shape: tuple[int, ...], any_shape: bool) -> tuple[int, ...]:
-    shape = tuple(image_shape) if isinstance(image_shape, Sequence) else ()
-    if not shape or (len(shape) != 3 and not any_shape) or any(not isinstance(n, int) or n < 1 for n in shape):
-        raise ValueError(f"image_shape is {image_shape}; it must be (channels, height, width), each at least 1")
-    return shape
-
-
 def _step(node: fx.Node, modules: dict[str, nn.Module], run: _Run) -> Step:
     module = modules[node.target] if node.op == "call_module" else None
     path = str(node.target) if node.op == "call_module" else node.name
@@ -151,11 +137,8 @@ def _step(node: fx.Node, modules: dict[str, nn.Module], run: _Run) -> Step:
 
 def _filled(node: fx.Node, constants: dict[str, Any], x: Tensor | None = None) -> tuple[tuple, dict[str, Any]]:
     """The arguments of a function step, constants by their values and what depends on the image by x."""
-
-    def value(source: fx.Node) -> Any:
-        return constants.get(source.name, x)
-
-    return fx.map_arg(node.args, value), dict(fx.map_arg(node.kwargs, value))
+    arguments, options = fx.map_arg((node.args, node.kwargs), lambda source: constants.get(source.name, x))
+    return arguments, dict(options)
 
 
 def _call(node: fx.Node, constants: dict[str, Any]) -> Callable[[Tensor], Any] | None:

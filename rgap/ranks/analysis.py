@@ -90,7 +90,7 @@ def _checked_steps(model: nn.Module | Chain, image_shape: tuple[int, ...], batch
         raise ValueError(f"batch_size is {batch_size}; it must be a whole number of images, at least 1")
     if next(model.parameters(), None) is None:
         raise UnsupportedLayerError(f"{type(model).__name__} has no parameters, and so no gradient that could leak")
-    steps = counted_steps(trace(model, image_shape, any_shape=True))
+    steps = counted_steps(trace(model, image_shape))
     if not any(step.weights for step in steps):
         raise UnsupportedLayerError(f"{type(model).__name__} has no convolution and no linear layer to analyse")
     return steps

@@ -20,7 +20,7 @@ NORMS = {nn.BatchNorm1d: nn.LazyBatchNorm1d, nn.BatchNorm2d: nn.LazyBatchNorm2d,
 
 def chain_steps(model: nn.Module, image_shape: tuple[int, ...]) -> list[Step]:
     """The steps of a network that is a chain, in order; none where paths part or meet, or a layer is used twice."""
-    steps = [step for step in trace(model, image_shape, any_shape=True) if step.output_shape]
+    steps = [step for step in trace(model, image_shape) if step.output_shape]
     follows = all(after.sources == (before.name,) for before, after in itertools.pairwise(steps))
     once = len({id(step.module) for step in steps if is_layer(step)}) == sum(map(is_layer, steps))
     return steps if follows and once else []

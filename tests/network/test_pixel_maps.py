@@ -100,5 +100,5 @@ def test_features_are_images():
     assert image_shape_of((3, 5)) == (3, 1, 5)
     assert image_shape_of((7,)) == (7, 1, 1)
     for shape in ((), (1, 2, 3, 4)):
-        with pytest.raises(ValueError, match="are no image, no row of pixels and no vector"):
+        with pytest.raises(ValueError, match="are neither an image nor a row of pixels nor a vector"):
             image_shape_of(shape)
