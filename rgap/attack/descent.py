@@ -20,7 +20,7 @@ from rgap.network.layer import Chain, Layer
 from rgap.results import LayerReport
 from rgap.shared_gradient import FLOAT64_FLOOR, SharedGradient
 from rgap.virtual.closure import ERROR_AMPLIFICATION, VirtualSolution, close_by_previous
-from rgap.virtual.range import RangeSolution, close_by_range, range_factor
+from rgap.virtual.range import close_by_range, range_factor
 
 MAX_PRECISION_CONDITION = 1e-5
 """Precision times condition number from which range constraints join a batch's system even without a deficit."""
@@ -31,7 +31,7 @@ DOUBT_RATIO = 1e4
 MIN_DOUBT = 1e-8
 """Smallest such size that is considered, relative to the root mean square."""
 
-Closer = Callable[[Layer, SharedGradient, LayerSolution, Tensor, Tensor], "VirtualSolution | RangeSolution | None"]
+Closer = Callable[[Layer, SharedGradient, LayerSolution, Tensor, Tensor], VirtualSolution | None]
 """(layer before, gradients, a layer's solution, its z, δx by its input) -> the closed solution, None where none is."""
 
 
@@ -121,8 +121,8 @@ def descend(
         closed = close(chain.layers[i - 1], received, solution, z, dx) if close and i else None
         if closed is not None and (closed.certified or report.deficit):
             x, report, probe = _closed(closed, x, report, probe)
-            if (steps := getattr(closed, "beliefs", None)) is not None:
-                beliefs[layer.name] = torch.from_numpy(steps)
+            if closed.beliefs is not None:
+                beliefs[layer.name] = torch.from_numpy(closed.beliefs)
         if report.deficit and (closed is None or not closed.certified):
             left_open.append(layer.name)
         inputs[layer.name] = x.reshape(-1, *layer.feature_shape)
@@ -134,7 +134,7 @@ def descend(
 
 def close_by_virtual_constraints(
     before: Layer, received: SharedGradient, solution: LayerSolution, z: Tensor, dx: Tensor
-) -> VirtualSolution | RangeSolution | None:
+) -> VirtualSolution | None:
     """What the layer before adds to a layer's solution; None where that is not called for, or it has nothing to add.
 
     For one image these are its range and its gradient, for a batch its range, which also joins a system that is not
@@ -197,7 +197,7 @@ def _identities(
 
 
 def _closed(
-    closed: VirtualSolution | RangeSolution, x: Tensor, report: LayerReport, probe: NoiseProbe | None
+    closed: VirtualSolution, x: Tensor, report: LayerReport, probe: NoiseProbe | None
 ) -> tuple[Tensor, LayerReport, NoiseProbe | None]:
     """A layer's input as the layer before has closed it; its error joins the probe's."""
     if probe is not None:
@@ -208,7 +208,7 @@ def _closed(
     return torch.as_tensor(closed.x).reshape(x.shape), report, probe
 
 
-def _by_range(before: Layer, received: SharedGradient, solution: LayerSolution) -> RangeSolution | None:
+def _by_range(before: Layer, received: SharedGradient, solution: LayerSolution) -> VirtualSolution | None:
     """Joins the range constraints of the layer before where they are needed and there are any."""
     report, system = solution.report, solution.systems[0]
     blurred = received.precision * (report.condition or 1.0) > MAX_PRECISION_CONDITION

@@ -1,19 +1,17 @@
-"""Virtual constraints, solved: the layer before a rank-deficient one supplies the equations that are missing.
+"""Virtual constraints, solved: the layer before a rank-deficient one supplies the missing equations.
 
-A deficient layer leaves x = x_mn + N t open. The layer before demands that σ⁻¹(x) lies in the range of its W, and that
-its own gradient is K(δz′) x′ with δz′ = σ′(z′) ∘ δx. For LeakyReLU both are linear in t once the signs of x are known,
-and exact once they are right. The paper counts such equations; here they are solved (ours).
+A deficient layer determines x up to the t in x = x_mn + N t. The layer before requires that σ⁻¹(x) lies in the range of
+its W, and that its own gradient is K(δz′) x′ with δz′ = σ′(z′) ∘ δx. For LeakyReLU both are linear in t once the signs
+of x are known, and exact where these are right. The paper counts such equations; here they are solved (ours).
 
 The signs are not guessed one by one. Every entry of x has a Gaussian belief N(m, v), under which σ⁻¹ and σ′ are
-replaced by their best linear fits (`linearisation`); what the fits leave over is noise of known covariance, and one
-step of generalised least squares gives the next belief, widened by the step's own χ² so that it is never surer than the
-equations allow. As v falls the step becomes the linear system on one piece of σ, which is solved last, alone, and
-certified.
+replaced by their best linear fits (`linearisation`). The fits' residuals are noise of known covariance, and one step of
+generalised least squares gives the next belief, its variance scaled by the step's own χ² where that exceeds 1. As v
+falls the step becomes the linear system on one piece of σ, which is solved at the end, alone, and certified.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,11 +25,10 @@ from rgap.network.layer import Layer
 from rgap.shared_gradient import FLOAT64_FLOOR, SharedGradient
 from rgap.virtual.inference import DeficientLayer, assemble, independent_gradients, update
 from rgap.virtual.linearisation import fit, flattened, slope
-from rgap.virtual.previous import previous_factors
-from rgap.virtual.smooth_prior import smooth_image_rows
+from rgap.virtual.previous import previous_factors, smooth_image_rows
 
 ERROR_AMPLIFICATION = 5.0
-"""Error of a pre-activation in units of the gradient's: what the layers above and σ⁻¹ make of it, roughly."""
+"""Rough error of a pre-activation in units of the gradient's, as amplified by the layers above and σ⁻¹."""
 
 MAX_CERTIFIED_RESIDUAL = 20.0
 """Largest certified residual, in units of the data's noise; a wrong sign gives thousands."""
@@ -40,47 +37,47 @@ MAX_CERTIFIED_CONDITION = 1e5
 """Largest certified condition number of the final system."""
 
 MAX_STEPS = 40
-"""Steps of one attempt."""
+"""Limit on the steps of one attempt."""
 
 PRIOR_WIDENING = 30.0
-"""Standard deviation of the first belief on weak directions, in units of that with which the layer determines them."""
+"""Standard deviation of the first belief on weak directions, in units of the layer's own for them."""
 
 MAX_PIECES = 2
-"""Systems on one piece of σ that are solved last; each corrects the signs of entries that are almost zero."""
+"""Systems on one piece of σ that are solved at the end; each corrects the signs of entries that are almost zero."""
 
 MAX_SIGN_TRIALS = 4
-"""Entries next to zero whose sign is turned where no other solution fits."""
+"""Entries closest to zero whose signs are flipped, one at a time, where the solution does not fit."""
 
 
 @dataclass(frozen=True)
 class VirtualSolution:
-    """The input of a deficient layer after the equations of the layer before joined its own.
+    """The input of a layer after the equations of the layer before have joined its own.
 
     Attributes:
-        x: The input, (n,); the mean of the last belief where it is not certified.
-        certified: Residual at noise level, more equations than unknowns, full column rank, every sign kept.
+        x: The input, (n,), or for a batch (B, n); not certified, the mean of the last belief or the last iterate.
+        certified: Residual at noise level, surplus equations, full column rank, and the signs those of the solution.
         equations: Independent equations that were used.
-        iterations: Steps over all attempts.
-        residual: Root-mean-square residual of the final system relative to the size of z′.
-        condition: Condition number of the final system, columns scaled.
-        beliefs: The mean of the belief on x after each step, (iterations, n).
-        draw: One draw of the error that x has by what the final system misses, (n,); 0 where it is not certified.
+        iterations: Steps over all attempts, or systems that were solved.
+        residual: Root-mean-square residual of these equations relative to the size of z′.
+        condition: Condition number of the final system.
+        beliefs: For one image, the mean of the belief on x after each step, (iterations, n).
+        draw: For one image, one draw of the error of x from the final residual, (n,); 0 where it is not certified.
     """
 
-    x: NDArray
+    x: NDArray | Tensor
     certified: bool
     equations: int
     iterations: int
     residual: float
     condition: float
-    beliefs: NDArray = field(repr=False)
-    draw: NDArray = field(repr=False)
+    beliefs: NDArray | None = field(default=None, repr=False)
+    draw: NDArray | None = field(default=None, repr=False)
 
 
 def close_by_previous(
     before: Layer, received: SharedGradient, solution: LayerSolution, z: Tensor, dx: Tensor
 ) -> VirtualSolution | None:
-    """Closes the null space that a deficient layer leaves of one image, by the layer before it.
+    """Determines a deficient layer's input of one image within its null space, by the layer before it.
 
     Args:
         before: The layer before, and the activation that follows it.
@@ -90,8 +87,8 @@ def close_by_previous(
         dx: Gradient of the loss by its input, in any shape.
 
     Returns:
-        A `VirtualSolution`; None where there is no null basis, or the layer before has an activation without inverse,
-        groups, no weight, is too large or itself short of full rank.
+        A `VirtualSolution`; None where there is no null basis, or the layer before has groups, no weight or an
+        activation without inverse, is too large, or is itself rank-deficient.
     """
     factors = previous_factors(before) if solution.null_basis is not None and before.activation.one_to_one else None
     if factors is None:
@@ -107,30 +104,20 @@ def close_by_previous(
         dx=dx.reshape(before.output_shape).numpy(),
         noise=noise,
     )
-    reads_image = before.input_shape[0] in (1, 3)
     try:
-        return solve_virtual(problem, (lambda: smooth_image_rows(factors)) if reads_image else None)
-    except np.linalg.LinAlgError:  # of a wrong hypothesis, whose pre-activations are beyond all bounds
+        return solve_virtual(problem, reads_image=before.input_shape[0] in (1, 3))
+    except np.linalg.LinAlgError:  # a wrong hypothesis, whose pre-activations overflow
         return None
 
 
-def solve_virtual(
-    problem: DeficientLayer, prior: Callable[[], tuple[NDArray, NDArray, NDArray]] | None = None
-) -> VirtualSolution:
+def solve_virtual(problem: DeficientLayer, *, reads_image: bool = False) -> VirtualSolution:
     """Recovers a rank-deficient layer's input from its affine solution set and the layer before it.
 
-    Args:
-        problem: What is open.
-        prior: Gives `smooth_image_rows`, where the layer before reads the image; a start for tight systems.
-
-    Returns:
-        A `VirtualSolution`.
-
-    Raises:
-        LinAlgError: If a belief is so far off that the equations overflow.
+    Where the layer before reads the image, `smooth_image_rows` are a start for systems with little surplus. Raises
+    LinAlgError if a belief is so far off that the equations overflow.
     """
     beliefs: list = []
-    for channels, rows in _plan(problem, prior):
+    for channels, rows in _plan(problem, reads_image):
         room = problem.previous.left.shape[1] + channels.size * problem.G[0].size - problem.homogeneous * channels.size
         hopeless = room + problem.known.size - problem.unknowns < CERTIFICATE_SURPLUS
         t, image = _attempt(problem, channels, rows, hopeless, beliefs)
@@ -140,27 +127,26 @@ def solve_virtual(
     return solution
 
 
-def _plan(problem: DeficientLayer, prior) -> list[tuple[NDArray, tuple | None]]:
-    """Attempts by cost: the range of W while it leaves room, then the gradient, from a prior where it is tight."""
+def _plan(problem: DeficientLayer, reads_image: bool) -> list[tuple[NDArray, tuple | None]]:
+    """Attempts by cost: with the range of W alone where that suffices, then with the gradient, first from a prior."""
     supplied = problem.previous.left.shape[1]
-    none, channels = np.arange(0), _channels(problem)
-    deficit = problem.N.shape[1] - problem.known.size
-    plan = [(none, None)] if deficit <= 0.75 * supplied else []
+    channels, deficit = _channels(problem), problem.N.shape[1] - problem.known.size
+    plan = [(channels[:0], None)] if deficit <= 0.75 * supplied else []
     tight = deficit + problem.previous.null.shape[1] > 0.7 * (supplied + problem.G.size)
-    if prior is not None and tight:
-        plan.append((channels, prior()))
+    if reads_image and tight:
+        plan.append((channels, smooth_image_rows(problem.previous)))
     return [*plan, (channels, None)]
 
 
 def _channels(problem: DeficientLayer, most: int = 4000) -> NDArray:
-    """Output channels whose gradient is used: all, or in large layers enough for three equations an unknown."""
+    """Output channels whose gradient is used: all, or in large layers enough for three equations per unknown."""
     outputs, taps = problem.G.shape[0], problem.G[0].size
     enough = outputs if outputs * taps <= 1000 else max(1, min(outputs, -(-3 * problem.unknowns // taps), most // taps))
     return np.linspace(0, outputs - 1, enough).round().astype(int)
 
 
 def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, beliefs: list):
-    """Steps until the belief is as sharp as the noise, or stalls; the prior takes part in the first ones."""
+    """Steps until the belief is as narrow as the noise, or stalls; the prior takes part in the first steps."""
     previous, N = problem.previous, problem.N
     rms, noise = np.sqrt(np.mean(problem.x**2)), max(problem.noise, 1e-7)  # a lower one collapses the belief too soon
     t, y = np.zeros(N.shape[1]), np.zeros(previous.null.shape[1])
@@ -168,11 +154,10 @@ def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, 
     at_first = np.concatenate([np.full(open_, rms), np.minimum(PRIOR_WIDENING * problem.known, rms)])
     v = (N * at_first) ** 2 @ np.ones(t.size)
     scales = np.concatenate([np.full(t.size, rms), np.full(y.size, 3 * rms)])
-    first = fit(problem.activation, problem.x, v)
-    image = np.full(len(previous.pinv), 0.5)
+    image, spread, best, waited = np.full(len(previous.pinv), 0.5), rms, np.inf, 0
     if prior is None:
+        first = fit(problem.activation, problem.x, v)
         image = previous.lift(first.alpha + first.beta * problem.x, y)
-    spread, best, waited = rms, np.inf, 0
     for step in range(MAX_STEPS):
         if prior is not None and not hopeless and (step >= 10 or (step >= 4 and spread < 0.02 * rms)):
             prior = None
@@ -195,31 +180,27 @@ def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, 
 
 
 def _certify(problem: DeficientLayer, t: NDArray, image: NDArray, channels: NDArray, beliefs: list) -> VirtualSolution:
-    """Solves on the final piece of σ alone, without prior, until the piece stays the same, and tests the outcome.
+    """Solves on the final piece of σ alone, without prior, until the piece no longer changes, and tests the solution.
 
-    Where that piece does not fit, the few entries closest to zero are tried with the other sign, one at a time.
+    Where it does not fit, the few entries closest to zero are tried with the other sign, one at a time.
     """
     belief = problem.x + problem.N @ t
     piece = _solve_pieces(problem, belief, image, channels)
     if not piece.fits and problem.activation.homogeneous:
-        for entry in np.argsort(np.abs(belief))[:MAX_SIGN_TRIALS]:
-            turned = belief.copy()
-            turned[entry] = -turned[entry]
-            other = _solve_pieces(problem, turned, image, channels)
-            if other.fits:
-                piece = other
-                break
+        flips = (np.arange(len(belief)) == entry for entry in np.argsort(np.abs(belief))[:MAX_SIGN_TRIALS])
+        trials = (_solve_pieces(problem, np.where(flip, -belief, belief), image, channels) for flip in flips)
+        piece = next((trial for trial in trials if trial.fits), piece)
     equations = problem.previous.left.shape[1] + independent_gradients(problem, piece.x, channels)
     surplus = equations + problem.known.size - problem.unknowns
     certified = piece.fits and surplus >= CERTIFICATE_SURPLUS and piece.condition <= MAX_CERTIFIED_CONDITION
-    best, draw = (piece.x, piece.draw) if certified else (belief, np.zeros_like(belief))
+    best, draw = (piece.x, piece.draw) if certified else (belief, 0 * belief)
     numbers = equations, len(beliefs), piece.residual, piece.condition
     return VirtualSolution(best, certified, *numbers, np.array(beliefs), draw)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """The solution on one piece of σ, a draw of its error, whether it lies on that piece, and all equations hold."""
+    """The solution on one piece of σ, a draw of its error, whether it lies on that piece, and also fits."""
 
     x: NDArray
     draw: NDArray
@@ -230,7 +211,7 @@ class _Piece:
 
 
 def _solve_pieces(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
-    """Solves on the piece of σ that m lies on, moves to the one where the solution lies, and so on."""
+    """Solves on the piece of σ on which m lies, then on the one on which the solution lies, and so on."""
     for _ in range(MAX_PIECES):
         piece = _solve_piece(problem, m, image, channels)
         if piece.stays:
@@ -240,15 +221,16 @@ def _solve_pieces(problem: DeficientLayer, m: NDArray, image: NDArray, channels:
 
 
 def _solve_piece(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
-    """Solves the linear system on the piece of σ that m lies on, for (t, y), columns scaled."""
+    """Solves the linear system on the piece of σ on which m lies, for (t, y), columns scaled."""
     fitted, N = fit(problem.activation, m, np.full(len(m), 1e-60)), problem.N
     rows = assemble(problem, fitted, m, image, channels, None, problem.noise)
     weight = rows.floor.min() / rows.floor
     A, b = rows.A * weight[:, None], rows.b * weight
     norms = np.linalg.norm(A, axis=0) + 1e-300
-    values, Q = np.linalg.eigh((A / norms).T @ (A / norms))
+    scaled = A / norms
+    values, Q = np.linalg.eigh(scaled.T @ scaled)
     kept = np.maximum(values, 1e-14 * values[-1])
-    theta = (Q @ ((Q.T @ ((A / norms).T @ b)) / kept)) / norms
+    theta = (Q @ ((Q.T @ (scaled.T @ b)) / kept)) / norms
     rest = b - A @ theta
     residual = float(problem.noise * np.sqrt(np.mean((rest / rows.floor.min()) ** 2)))
     std = np.linalg.norm(rest) / np.sqrt(max(len(rest) - len(theta), 1))

@@ -1,6 +1,6 @@
 """One step of the fixed point on a rank-deficient layer's input: rows, their noise, generalised least squares.
 
-The rows are linear in the open unknowns once σ⁻¹ and σ′ are replaced by their fits; what the fits leave over enters as
+With σ⁻¹ and σ′ replaced by their fits the rows are linear in the unknowns (t, y); the fits' residuals ε and η enter as
 noise of known covariance.
 """
 
@@ -17,7 +17,7 @@ from rgap.virtual.linearisation import Fit, slope
 from rgap.virtual.previous import PreviousLayer
 
 MIN_ROW_NORM_RATIO = 1e-12
-"""Norm of a gradient row, relative to the largest, below which it is zero to rounding and is not scaled up."""
+"""Norm of a gradient row, relative to the largest, up to which it counts as zero and is not scaled."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,9 @@ class DeficientLayer:
 
     Attributes:
         x: Minimum-norm solution, (n,).
-        N: Basis of what is open, (n, d): the null space, then directions that the layer determines only badly.
-        known: Standard deviation with which the layer itself determines the coefficients of the last w of these, which
-            are about 0, (w,).
-        activation: σ between the layer before and this one.
+        N: Basis of the undetermined directions, (n, d): the null space, then ill-conditioned directions.
+        known: Standard deviation of the layer's own values, which are 0, for the last w coefficients, (w,).
+        activation: σ between the layer before and this one, on vectors (n,).
         previous: Factors of the layer before.
         G: That layer's gradient, (O, C, kh, kw).
         dx: Gradient of the loss by x, in the shape of that layer's output, (O, H′, W′).
@@ -52,7 +51,7 @@ class DeficientLayer:
 
     @property
     def homogeneous(self) -> bool:
-        """Whether scaling x scales z′: then each channel's gradient repeats one equation."""
+        """Whether scaling x scales z′: then one equation of each channel's gradient is redundant."""
         layer = self.previous.layer
         return self.activation.homogeneous and layer.bias is None and layer.shift is None
 
@@ -63,7 +62,7 @@ class Rows:
 
     A: NDArray
     b: NDArray
-    floor: NDArray
+    floor: NDArray  # standard deviation from the data
     eps: NDArray  # response of the rows to ε
     eta: list[tuple[slice, slice, NDArray]]  # for each output channel: rows, entries, response of the rows to η
 
@@ -71,22 +70,11 @@ class Rows:
 def assemble(
     problem: DeficientLayer, fitted: Fit, m: NDArray, image: NDArray, channels: NDArray, prior, noise: float
 ) -> Rows:
-    """The rows of one step: range of W, gradient of the layer before scaled to unit rows, prior.
+    """The rows of one step: range of W, gradient of the layer before in unit rows, prior, and what the layer knows.
 
-    Args:
-        problem: What is open.
-        fitted: Fits to σ⁻¹ and σ′ under the present belief.
-        m: Its means, (n,).
-        image: Present estimate of the input of the layer before, (n_x,).
-        channels: Output channels whose gradient is used.
-        prior: Rows of `smooth_image_rows`, or None.
-        noise: Relative noise of the data.
-
-    Returns:
-        The `Rows`.
-
-    Raises:
-        LinAlgError: If the belief is so far off that the equations overflow.
+    `fitted` are the fits to σ⁻¹ and σ′ under the present belief with means m (n,), `image` (n_x,) is the present input
+    of the layer before, `channels` are the output channels whose gradient is used, and `prior` gives the rows of
+    `smooth_image_rows` or is None. Raises LinAlgError if the belief is so far off that the equations overflow.
     """
     previous, N = problem.previous, problem.N
     q = previous.left.shape[1]
@@ -109,30 +97,21 @@ def assemble(
         F, target, FP = prior
         eps, null, b = [*eps, FP], [*null, F @ previous.null], [*b, target]
         floor.append(np.ones(len(target)))
-    E = np.vstack(eps)
+    E, count, d = np.vstack(eps), problem.known.size, N.shape[1]
     A, right = np.hstack([E @ (fitted.beta[:, None] * N), np.vstack(null)]), np.concatenate(b) - E @ z
     if not (np.isfinite(A).all() and np.isfinite(right).all()):
         raise np.linalg.LinAlgError("the equations of this belief overflow")
     for rows, entries, R in eta:
-        A[rows, : N.shape[1]] += R @ (fitted.rho[entries, None] * N[entries])
+        A[rows, :d] += R @ (fitted.rho[entries, None] * N[entries])
         right[rows] -= R @ (fitted.rho * (problem.x - m))[entries]
-    return _with_known(problem, Rows(A, right, np.concatenate(floor), E, eta))
-
-
-def _with_known(problem: DeficientLayer, rows: Rows) -> Rows:
-    """Adds what the deficient layer itself determines of its weak directions: coefficients 0, to a known accuracy."""
-    count, d = problem.known.size, problem.N.shape[1]
-    if not count:
-        return rows
-    own = np.zeros((count, rows.A.shape[1]))
-    own[:, d - count : d] = np.eye(count)
-    A, b = np.vstack([rows.A, own]), np.concatenate([rows.b, np.zeros(count)])
-    eps = np.vstack([rows.eps, np.zeros((count, rows.eps.shape[1]))])
-    return Rows(A, b, np.concatenate([rows.floor, problem.known]), eps, rows.eta)
+    if count:  # the deficient layer's own values of its ill-conditioned directions
+        A, right = np.vstack([A, np.eye(count, A.shape[1], d - count)]), np.concatenate([right, np.zeros(count)])
+        E, floor = np.vstack([E, np.zeros((count, len(m)))]), [*floor, problem.known]
+    return Rows(A, right, np.concatenate(floor), E, eta)
 
 
 def _responses(problem: DeficientLayer, image: NDArray, channels: NDArray, weight: NDArray, first: int) -> list:
-    """How the gradient rows of a channel change with σ′ at each of its entries: by δx times what that entry reads."""
+    """Derivatives of a channel's gradient rows by σ′ at each of its entries: δx times the patch that it reads."""
     patches = problem.previous.patches(image)
     taps, pixels = patches.shape
     result = []
@@ -143,7 +122,7 @@ def _responses(problem: DeficientLayer, image: NDArray, channels: NDArray, weigh
 
 
 def _covariance(rows: Rows, fitted: Fit) -> NDArray:
-    """Noise covariance of the rows: what the fits leave over, and the floor of the data."""
+    """Noise covariance of the rows: from the fits' residuals and from the data."""
     uncertain = fitted.var_eps > 1e-6 * rows.floor.min() ** 2
     root = rows.eps[:, uncertain] * np.sqrt(fitted.var_eps[uncertain])
     S = root @ root.T
@@ -161,19 +140,10 @@ def _covariance(rows: Rows, fitted: Fit) -> NDArray:
 
 
 def update(rows: Rows, fitted: Fit, N: NDArray, scales: NDArray) -> tuple[NDArray, NDArray, float, NDArray]:
-    """One step of generalised least squares.
+    """One step of generalised least squares, with the prior standard deviations `scales` of (t, y).
 
-    Args:
-        rows: The step's rows.
-        fitted: The fits that they were made from.
-        N: Basis of what is open, (n, d).
-        scales: Standard deviation of (t, y) before anything is known.
-
-    Returns:
-        (t, y); the variances of x, (n,); χ² per surplus row; and the ε that fits best, (n,).
-
-    Raises:
-        LinAlgError: If the belief is so far off that the equations overflow.
+    Gives (t, y), the variances of x (n,), χ² per surplus row, and the best-fitting ε (n,). Raises LinAlgError if the
+    belief is so far off that the equations overflow.
     """
     lower = linalg.cholesky(_covariance(rows, fitted), lower=True, overwrite_a=True, check_finite=False)
     whitened = linalg.solve_triangular(lower, np.column_stack([rows.A, rows.b]), lower=True, check_finite=False)
@@ -196,10 +166,10 @@ def update(rows: Rows, fitted: Fit, N: NDArray, scales: NDArray) -> tuple[NDArra
 
 
 def independent_gradients(problem: DeficientLayer, m: NDArray, channels: NDArray) -> int:
-    """Gradient equations that the deficient layer's own constraints do not contain already.
+    """Number of gradient equations that do not follow from the deficient layer's own constraints.
 
     ⟨G′[o], W′[o′]⟩ = ⟨δz′[o], z′[o′]⟩ = ⟨δx[o], x[o′]⟩ holds for o = o′ where σ is homogeneous and there is no bias,
-    and for o ≠ o′ where each of the two channels has one sign throughout: those equations are known.
+    and for o ≠ o′ where each of the two channels has one sign throughout: these equations are redundant.
     """
     slopes = slope(problem.activation, m).reshape(problem.dx.shape)
     rank = problem.previous.gradient_rank((slopes * problem.dx)[channels])

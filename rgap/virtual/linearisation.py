@@ -1,7 +1,7 @@
 """The best linear fits to σ⁻¹ and σ′ under uncertainty: statistical linearisation, entry by entry.
 
-For x ~ N(m, v) a tangent is wrong where σ has a kink within the reach of v. The fit of least mean square error holds on
-average and leaves a rest of known variance: σ⁻¹(x) = alpha + beta x + ε, σ′(σ⁻¹(x)) = pi + rho (x − m) + η.
+For x ~ N(m, v) a tangent is wrong where σ has a kink within a few standard deviations of m. The least-squares fit is
+right on average and has residuals of known variance: σ⁻¹(x) = alpha + beta x + ε, σ′(σ⁻¹(x)) = pi + rho (x − m) + η.
 """
 
 from __future__ import annotations
@@ -23,15 +23,7 @@ QUADRATURE_NODES = 15
 
 @dataclass(frozen=True)
 class Fit:
-    """Coefficients and rests of both fits, one array entry for each x.
-
-    Attributes:
-        alpha, beta: σ⁻¹(x) ≈ alpha + beta x.
-        var_eps: Variance of what that leaves over.
-        pi, rho: σ′(σ⁻¹(x)) ≈ pi + rho (x − m).
-        var_eta: Variance of what that leaves over.
-        cov: Covariance of the two rests.
-    """
+    """Coefficients of both fits, variances of their residuals ε and η, and the covariance of these; arrays (n,)."""
 
     alpha: NDArray
     beta: NDArray
@@ -43,33 +35,18 @@ class Fit:
 
 
 def fit(activation: Activation, m: NDArray, v: NDArray) -> Fit:
-    """The fits for x ~ N(m, v): in closed form for LeakyReLU, by quadrature for smooth activations.
-
-    Args:
-        activation: σ.
-        m: Means, (n,).
-        v: Variances, (n,).
-
-    Returns:
-        A `Fit` of arrays (n,).
-    """
+    """The fits for x ~ N(m, v), (n,) each: in closed form for LeakyReLU, by quadrature for smooth activations."""
     if activation.negative_slope is not None:
         return _leaky_relu(np.asarray(activation.negative_slope), m, v)
     return _smooth(activation, m, v)
 
 
 def flattened(activation: Activation, shape: tuple[int, ...]) -> Activation:
-    """The same map on vectors (n,) and on columns (n, k) of entries of that shape.
-
-    Args:
-        activation: Whose parameters broadcast to the shape.
-        shape: With n entries.
-    """
+    """The same map on vectors (n,) and columns (n, k) of the entries of a shape to which its parameters broadcast."""
     if isinstance(activation.negative_slope, float):
         return activation
     if activation.negative_slope is not None:
-        slope = activation.negative_slope.expand(shape).flatten()
-        return leaky_relu(slope)
+        return leaky_relu(activation.negative_slope.expand(shape).flatten())
 
     def on_columns(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x: f(x.movedim(0, -1).reshape(*x.shape[1:], *shape)).reshape(*x.shape[1:], len(x)).movedim(-1, 0)
@@ -89,7 +66,7 @@ def slope(activation: Activation, x: NDArray) -> NDArray:
 
 
 def _leaky_relu(a: float, m: NDArray, v: NDArray) -> Fit:
-    """From the moments of max(x, 0) and of the step 1[x > 0]: both functions are linear in these and x."""
+    """From the moments of max(x, 0) and of the step 1[x > 0], in which both functions are linear, and in x."""
     sd = np.sqrt(v) + 1e-300
     u = np.clip(m / sd, -35, 35)
     phi, cdf, tail = np.exp(-u * u / 2) / np.sqrt(2 * np.pi), ndtr(u), ndtr(-u)
@@ -110,7 +87,7 @@ def _leaky_relu(a: float, m: NDArray, v: NDArray) -> Fit:
 def _smooth(activation: Activation, m: NDArray, v: NDArray) -> Fit:
     nodes, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_NODES)
     weights = weights / weights.sum()
-    sd = np.maximum(np.sqrt(v), 1e-6)  # below, the differences between nodes would drown in rounding
+    sd = np.maximum(np.sqrt(v), 1e-6)  # below, the differences between nodes are lost in rounding
     x = m[:, None] + sd[:, None] * nodes
     f, h = inverse(activation, x), slope(activation, x)
     mean_f, mean_h, cov_f, cov_h = f @ weights, h @ weights, f @ (weights * nodes), h @ (weights * nodes)

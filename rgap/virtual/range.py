@@ -1,16 +1,15 @@
-"""Virtual constraints of a batch: every image's input lies in the range of the layer before.
+"""Virtual constraints of a batch: σ⁻¹ of every image's input lies in the range of the layer before.
 
 x_b = σ(W′ x′_b + b′) with more outputs than inputs: with `left` the complement of the range of W′,
 `left`ᵀ (σ⁻¹(x_b) − b′) = 0 for each image, linear once the signs of x are known (for smooth activations, near the
-solution). The rows join the layer's own system, whose open directions the images share: they close what it leaves open,
-and where it leaves nothing open they reduce the error, for they hold exactly whatever the gradient's precision (both
-ours; the paper counts such constraints).
+solution). The rows join the layer's own system, whose null space the images share: they determine the solution within
+it, and where there is none they reduce the error, since they are exact whatever the gradient's precision (both ours;
+the paper counts such constraints).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,46 +17,25 @@ from torch import Tensor
 from rgap.equations.complement import RangeComplement, complement
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
 from rgap.equations.systems import ReducedSystem
-from rgap.linalg import LeastSquares, Operator, least_squares
+from rgap.linalg import LeastSquares, Operator, least_squares, rms
 from rgap.network.layer import Layer
-from rgap.virtual.closure import ERROR_AMPLIFICATION, MAX_CERTIFIED_RESIDUAL
+from rgap.virtual.closure import ERROR_AMPLIFICATION, MAX_CERTIFIED_RESIDUAL, VirtualSolution
 
 MAX_STEPS = 30
-"""Solves, each with the signs that the last one left."""
+"""Limit on the solves, each with the signs of the previous solution."""
 
 MAX_STALLED_STEPS = 4
-"""Solves without fewer signs changing after which no more are made."""
+"""Solves without a decrease in the number of changed signs after which the iteration ends."""
 
 CONVERGED_CHANGE = 1e-9
-"""Change, by signs or by a step's relative length, at which the linearisation is that of the solution."""
+"""Change, in signs or in a step's relative length, up to which the linearisation is that of the solution."""
 
 UNDECIDED_SIGN_STDS = 3.0
 """Size of an entry, in units of the range constraints' noise, up to which its sign is undetermined."""
 
 
-@dataclass(frozen=True)
-class RangeSolution:
-    """The inputs of a layer after the range constraints of the layer before have joined its system.
-
-    Attributes:
-        x: The inputs, (B, n).
-        certified: Residual at noise level, more equations than unknowns, full column rank, every sign kept.
-        equations: Range constraints, over the batch.
-        iterations: Systems that were solved.
-        residual: Root-mean-square residual of the range constraints relative to σ⁻¹(x).
-        condition: Condition number of the joint system.
-    """
-
-    x: Tensor
-    certified: bool
-    equations: int
-    iterations: int
-    residual: float
-    condition: float
-
-
 def range_factor(before: Layer) -> RangeComplement | None:
-    """The range constraints of a layer, or None where it has none or they are too many to be held."""
+    """The range constraints of a layer, or None where it has none or they do not fit in memory."""
     if before.groups > 1 or math.prod(before.output_shape) <= before.unknowns:
         return None
     return complement(before)
@@ -72,31 +50,32 @@ def close_by_range(
     deficit: int,
     precision: float,
     rcond: float,
-) -> RangeSolution:
+) -> VirtualSolution:
     """Solves a layer's system together with the range constraints of the layer before.
 
     Args:
         before: The layer before; its activation stands between.
         factor: From `range_factor(before)`.
         system: The deficient or badly conditioned system, of a layer without groups.
-        x: Its own solution, (B, C, H, W); the signs to begin with.
-        deficit: Directions that the system leaves open.
+        x: Its own solution, (B, C, H, W), whose signs are the first.
+        deficit: Dimension of the system's null space.
         precision: Relative error of the gradient.
         rcond: Relative cutoff of singular values.
 
     Returns:
-        A `RangeSolution`.
+        A `VirtualSolution` with x (B, n).
     """
     left, x = factor.basis, x.flatten(1)
     bias = (before.pre_bias() + x.new_zeros(before.output_shape)).flatten()
-    own = max(_misfit(system, x), ERROR_AMPLIFICATION * precision * system.size / system.b.numel() ** 0.5)
+    rest = system.b - system.A.apply(system.project(x - system.x0)[:, None])[:, 0]
+    own = max(rms(rest).item(), ERROR_AMPLIFICATION * precision * system.size / system.b.numel() ** 0.5)
     noise = ERROR_AMPLIFICATION * own * system.b.numel() ** 0.5 / system.size
     changes, kept, first = [], False, x
     for _ in range(MAX_STEPS):
         z, slope = _linearised(before, x)
-        if not torch.isfinite(z).all():  # outside the range of σ: no inverse to linearise
-            return RangeSolution(first, False, left.shape[1] * len(x), len(changes), math.inf, math.inf)
-        unit = noise * z.square().mean().sqrt().item()
+        if not torch.isfinite(z).all():  # outside the range of σ, where there is no inverse to linearise
+            return VirtualSolution(first, False, left.shape[1] * len(x), len(changes), math.inf, math.inf)
+        unit = noise * rms(z).item()
         dense = _solve(system, left, z - bias, slope, x, (own, unit), rcond)
         moved = system.x0 + system.spread(dense.y[:, None])[:, :, 0]
         changes.append(_change(before, x, moved, slope, UNDECIDED_SIGN_STDS * unit))
@@ -106,12 +85,10 @@ def close_by_range(
         if kept or (earlier and min(latest) >= min(earlier)):
             break
     z, _ = _linearised(before, x)
-    residual = ((z - bias) @ left).square().mean().sqrt().item()
-    equations = left.shape[1] * len(x)
+    residual, equations = rms((z - bias) @ left).item(), left.shape[1] * len(x)
     fits = residual <= MAX_CERTIFIED_RESIDUAL * unit and equations - deficit >= CERTIFICATE_SURPLUS
-    size = z.square().mean().sqrt().item()
     certified = kept and fits and dense.null is None
-    return RangeSolution(x, certified, equations, len(changes), residual / size, dense.condition)
+    return VirtualSolution(x, certified, equations, len(changes), residual / rms(z).item(), dense.condition)
 
 
 def _solve(
@@ -149,18 +126,12 @@ def _linearised(before: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _change(before: Layer, x: Tensor, moved: Tensor, slope: Tensor, undecided: float) -> float:
-    """How much a step has changed: the count of signs, or for smooth activations the step's relative length.
+    """The change by one step: the number of signs, or for smooth activations the step's relative length.
 
-    Signs of entries below `undecided`, before and after, do not count; what they change shows in the residual of the
-    range constraints.
+    Signs of entries below `undecided`, before and after, do not count; their effect shows in the residual of the range
+    constraints.
     """
     if before.activation.homogeneous:
         decided = torch.maximum(x.abs(), moved.abs()) > undecided
         return float(((_linearised(before, moved)[1] != slope) & decided).sum())
     return ((moved - x).norm() / x.norm()).item()
-
-
-def _misfit(system: ReducedSystem, x: Tensor) -> float:
-    """Root-mean-square residual of the system's own solution."""
-    y = system.project(x - system.x0)
-    return (system.b - system.A.apply(y[:, None])[:, 0]).square().mean().sqrt().item()
