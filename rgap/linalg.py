@@ -15,31 +15,25 @@ CHOLESKY_MIN_RATIO = 1e-4
 """Smallest σ_min / σ_max for which the normal equations, refined once, are as good as a singular decomposition."""
 
 GRAM_RESOLUTION = 1e-6
-"""Smallest cutoff at which singular values are told apart by their squares."""
+"""Smallest cutoff at which the squares of singular values still resolve them."""
 
 PIVOTED_GAP = 10.0
-"""Smallest singular value kept, in units of the cutoff, from which a pivoted Cholesky factor tells the rank."""
+"""Smallest singular value kept, in units of the cutoff, from which a pivoted Cholesky factor shows the rank."""
 
 LANCZOS_RTOL = 0.01
 """Relative gain of a Lanczos step below which the largest eigenvalue counts as found."""
 
 ILL_CONDITIONED_RATIO = 1e-1
-"""Kept directions with σ / σ_max below this are named where the rank is not full: other equations may know better."""
+"""Where the rank is not full, kept directions with σ / σ_max below this are reported, for other equations to decide."""
 
 
 @dataclass(frozen=True)
 class Operator:
-    """A matrix A of m rows and k columns that need not be formed.
+    """A matrix A of m rows and k columns that need not be formed."""
 
-    Attributes:
-        gram: AᵀA, (k, k).
-        apply: Y -> A Y, (k, p) -> (m, p).
-        adjoint: R -> Aᵀ R, (m, p) -> (k, p).
-    """
-
-    gram: Tensor
-    apply: Callable[[Tensor], Tensor]
-    adjoint: Callable[[Tensor], Tensor]
+    gram: Tensor  # AᵀA, (k, k)
+    apply: Callable[[Tensor], Tensor]  # Y -> A Y, (k, p) -> (m, p)
+    adjoint: Callable[[Tensor], Tensor]  # R -> Aᵀ R, (m, p) -> (k, p)
 
     def matrix(self) -> Tensor:
         """A itself, column by column."""
@@ -50,26 +44,18 @@ class Operator:
 class LeastSquares:
     """The minimum-norm minimiser of ‖A y − b‖ and the null space of A.
 
-    Attributes:
-        y: (k,).
-        null: Orthonormal basis of the numerical null space, (k, k − rank), or None where it is empty.
-        ill_conditioned: Where the rank is not full, orthonormal basis of the directions kept whose singular value is
-            below ILL_CONDITIONED_RATIO of the largest, (k, w).
-        ill_conditioned_sigmas: Their singular values, (w,).
-        rank: Number of singular values kept.
-        sigma_min_kept: Relative to the largest; an estimate unless a decomposition was made.
-        sigma_max_dropped: Relative to the largest; None where none was dropped.
-        invert: The pseudo-inverse of AᵀA, damping included, (k, p) -> (k, p): y = invert(Aᵀ b).
+    Where the rank is not full, `ill_conditioned` is an orthonormal basis of the directions kept whose singular value is
+    below ILL_CONDITIONED_RATIO of the largest.
     """
 
-    y: Tensor
-    null: Tensor | None
-    ill_conditioned: Tensor
-    ill_conditioned_sigmas: Tensor
-    rank: int
-    sigma_min_kept: float
-    sigma_max_dropped: float | None
-    invert: Callable[[Tensor], Tensor]
+    y: Tensor  # (k,)
+    null: Tensor | None  # orthonormal basis of the numerical null space, (k, k − rank), None where it is empty
+    ill_conditioned: Tensor  # (k, w)
+    ill_conditioned_sigmas: Tensor  # (w,)
+    rank: int  # number of singular values kept
+    sigma_min_kept: float  # relative to the largest; an estimate unless a decomposition was made
+    sigma_max_dropped: float | None  # relative to the largest; None where none was dropped
+    invert: Callable[[Tensor], Tensor]  # pseudo-inverse of AᵀA, damping included, (k, p): y = invert(Aᵀ b)
 
     @property
     def condition(self) -> float:
@@ -78,10 +64,7 @@ class LeastSquares:
 
 
 def svd(A: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular decomposition A = U diag(S) Vh; falls back to another LAPACK driver where the first does not converge.
-
-    MKL's divide-and-conquer driver gives up on some of the well-conditioned matrices that arise here.
-    """
+    """Singular decomposition A = U diag(S) Vh, by a second LAPACK driver where MKL's fast one does not converge."""
     try:
         return torch.linalg.svd(A, full_matrices=full_matrices)
     except torch.linalg.LinAlgError:
@@ -107,14 +90,12 @@ def least_squares(
 ) -> LeastSquares:
     """Solves min ‖A y − b‖² + ‖damping ∘ y‖², with the null space of the whole system.
 
-    Args:
-        A: (m, k), as by `dense_operator`.
-        b: (m,).
-        rcond: Singular values below rcond times the largest count as zero.
-        damping: One more equation, damping_j y_j = 0, for each entry where it is not zero, (k,).
-        gram_only: For systems too large for A to be applied to many columns: the rank is told by AᵀA alone, at a cutoff
-            of `GRAM_RESOLUTION` at least; Cholesky factors, refined twice, serve below `CHOLESKY_MIN_RATIO`, too; no
-            directions are named ill-conditioned.
+    A is (m, k), as by `dense_operator`, b (m,), damping (k,): one more equation, damping_j y_j = 0, for each entry that
+    is not zero. Singular values below rcond times the largest count as zero.
+
+    `gram_only` is for systems too large for A to be applied to many columns: AᵀA alone decides the rank, at a cutoff of
+    `GRAM_RESOLUTION` at least; Cholesky factors, refined twice, serve below `CHOLESKY_MIN_RATIO`, too; no directions
+    are reported as ill-conditioned.
     """
     if damping is None:
         damping = A.gram.new_zeros(len(A.gram))
@@ -126,10 +107,10 @@ def least_squares(
 
 @dataclass(frozen=True)
 class _Normal:
-    """The system and its normal equations."""
+    """The system, b (m, 1), and its normal equations."""
 
     A: Operator
-    b: Tensor  # (m, 1)
+    b: Tensor
     damping: Tensor
     gram: Tensor  # AᵀA + diag(damping²)
     rcond: float
@@ -175,8 +156,8 @@ def _by_cholesky(normal: _Normal) -> LeastSquares | None:
 def _by_pivoted_cholesky(normal: _Normal) -> LeastSquares | None:
     """By pivoted Cholesky of the normal equations, or None where singular values show no wide gap at the cutoff.
 
-    The systems of layers either determine a direction or do not see it at all (the rank laws say which), so that
-    squaring the singular values loses nothing, at a tenth of the cost of a singular decomposition.
+    The systems of layers either determine a direction or do not see it at all (by the rank laws), so that squaring
+    the singular values loses nothing, at a tenth of the cost of a singular decomposition.
     """
     gram, safe = normal.gram, 0.0 if normal.gram_only else ILL_CONDITIONED_RATIO
     factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(gram.numpy(), lower=0)
@@ -209,32 +190,26 @@ def _by_pivoted_cholesky(normal: _Normal) -> LeastSquares | None:
 
 def _by_decomposition(normal: _Normal) -> LeastSquares:
     """By every singular direction: from AᵀA, which holds σ down to 1e-8 of the largest, or from A below that."""
-    count = len(normal.gram)
     if normal.rcond >= GRAM_RESOLUTION:
         values, V = torch.linalg.eigh(normal.gram)
         S, V = values.clamp(min=0).sqrt().flip(0), V.flip(1)
     else:
         A = torch.cat([normal.A.matrix(), torch.diag(normal.damping)[normal.damping > 0]])
         _, S, Vh = svd(A, full_matrices=A.shape[0] < A.shape[1])
-        S, V = torch.cat([S, S.new_zeros(count - len(S))]), Vh.T
+        S, V = torch.cat([S, S.new_zeros(len(Vh) - len(S))]), Vh.T
     largest = S[0].item()
     rank = int((S > normal.rcond * largest).sum()) if largest > 0 else 0
-    seen, full = V[:, :rank], rank == count
+    seen, full = V[:, :rank], rank == len(S)
 
     def invert(v: Tensor) -> Tensor:
         return seen @ ((seen.T @ v) / S[:rank, None].square())
 
     weak = 0 if full or normal.gram_only else int((S[:rank] <= ILL_CONDITIONED_RATIO * largest).sum())
-    return LeastSquares(
-        normal.solve(invert),
-        None if full else V[:, rank:],
-        V[:, rank - weak : rank],
-        S[rank - weak : rank],
-        rank,
-        S[rank - 1].item() / largest if rank else 0.0,
-        None if full else (S[rank].item() / largest if largest > 0 else 0.0),
-        invert,
-    )
+    weak = slice(rank - weak, rank)
+    kept = S[rank - 1].item() / largest if rank else 0.0
+    dropped = None if full else (S[rank].item() / largest if largest > 0 else 0.0)
+    null = None if full else V[:, rank:]
+    return LeastSquares(normal.solve(invert), null, V[:, weak], S[weak], rank, kept, dropped, invert)
 
 
 def largest_eigenvalue(multiply: Callable[[Tensor], Tensor], size: int, steps: int = 30) -> float:
@@ -269,20 +244,19 @@ def conjugate_gradients(
     adjoint: Callable[[list[Tensor]], Tensor],
     b: list[Tensor],
     *,
-    tolerance: float,
-    max_iterations: int,
+    tolerance: float = 1e-12,
+    max_iterations: int = 20_000,
     done: Callable[[Tensor], bool] = lambda x: False,
 ) -> Iterated:
     """The minimum-norm least-squares solution of A x = b by conjugate gradients on the normal equations (CGLS).
 
-    Args:
-        apply: x -> A x, as a list of tensors.
-        adjoint: Aᵀ of such a list.
-        b: The right-hand side.
-        tolerance: Largest norm of the normal equations' residual at the end, relative to the start.
-        max_iterations: Most iterations.
-        done: Ends the iterations at an x for which it is true.
+    A x and b are lists of tensors. The iterations end where the norm of the normal equations' residual has fallen to
+    `tolerance` of what it was, or `done` is true of x.
     """
+
+    def square(vectors: list[Tensor]) -> Tensor:
+        return sum(v.square().sum() for v in vectors)
+
     rest = [v.clone() for v in b]
     s = adjoint(rest)
     x, p = torch.zeros_like(s), s.clone()
@@ -290,7 +264,7 @@ def conjugate_gradients(
     alphas, betas = [], []
     while len(alphas) < max_iterations and size > tolerance**2 * first:
         q = apply(p)
-        alpha = size / _square(q)
+        alpha = size / square(q)
         x += alpha * p
         for r, change in zip(rest, q, strict=True):
             r -= alpha * change
@@ -301,13 +275,9 @@ def conjugate_gradients(
         p = s + (size / previous) * p
         alphas.append(alpha.item())
         betas.append((size / previous).item())
-    total = _square(b)
-    residual = (_square(rest) / total).sqrt().item() if total > 0 else 0.0
+    total = square(b)
+    residual = (square(rest) / total).sqrt().item() if total > 0 else 0.0
     return Iterated(x, residual, len(alphas), _ritz_condition(np.array(alphas), np.array(betas)))
-
-
-def _square(vectors: list[Tensor]) -> Tensor:
-    return sum(v.square().sum() for v in vectors)
 
 
 def _ritz_condition(a: np.ndarray, b: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rgap
-from rgap.equations.blocks import weight_matrix
+from rgap.equations.weights import weight_matrix
 from rgap.head import read_head
 from rgap.network.activations import Activation, leaky_relu
 from rgap.shared_gradient import receive

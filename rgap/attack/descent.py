@@ -210,14 +210,14 @@ def _closed(
 
 def _by_range(before: Layer, received: SharedGradient, solution: LayerSolution) -> VirtualSolution | None:
     """Joins the range constraints of the layer before where they are needed and there are any."""
-    report, system = solution.report, solution.systems[0]
+    report, solved = solution.report, solution.solved[0]
     blurred = received.precision * (report.condition or 1.0) > MAX_PRECISION_CONDITION
-    if before.is_fixed or len(solution.systems) > 1 or system is None or not (report.deficit or blurred):
+    if before.is_fixed or len(solution.solved) > 1 or solved is None or not (report.deficit or blurred):
         return None
     factor = range_factor(before)
     if factor is None or len(solution.x) * factor.basis.shape[1] < report.deficit + CERTIFICATE_SURPLUS:
         return None
     precision = max(received.precision, FLOAT64_FLOOR)
     return close_by_range(
-        before, factor, system, solution.x, deficit=report.deficit, precision=precision, rcond=received.rcond
+        before, factor, solved[0], solution.x, deficit=report.deficit, precision=precision, rcond=received.rcond
     )

@@ -20,68 +20,37 @@ from scipy.sparse.csgraph import connected_components, maximum_flow
 class AxisBlock:
     """A block of W (its rows are outputs) or of M (taps) along one axis.
 
-    Attributes:
-        rows, pixels: Its size.
-        edges: (row, pixel) pairs that are connected.
-        balanced: Whether rows and pixels can be matched evenly, so that none has too few partners.
-        padded: Whether a weight misses, on padding, a row and a pixel that another serves.
-        classes: For each class of its pixels in the other system (weights that serve it, whether one of them serves
-            all rows, whether one serves all pixels).
+    `classes` has for each class of its pixels in the other system: weights that serve it, whether one of them serves
+    all rows, whether one serves all pixels.
     """
 
     rows: int
     pixels: int
-    edges: np.ndarray
-    balanced: bool
-    padded: bool
+    edges: np.ndarray  # (row, pixel) pairs that are connected
+    balanced: bool  # whether rows and pixels can be matched evenly, so that none has too few partners
+    padded: bool  # whether a weight misses, on padding, a row and a pixel that another serves
     classes: tuple[tuple[int, bool, bool], ...]
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A connected part of one axis.
+    """A connected part of one axis."""
 
-    Attributes:
-        triples: (output, tap, pixel), numbered within the part.
-        weight, gradient: The blocks of W and of M.
-        phase: The block of M that each triple belongs to.
-        grow: For each block of M, 1 less the ends at which padding cuts windows off.
-    """
-
-    triples: np.ndarray
-    weight: tuple[AxisBlock, ...]
-    gradient: tuple[AxisBlock, ...]
-    phase: np.ndarray
-    grow: tuple[int, ...]
-
-    @property
-    def outputs(self) -> int:
-        """Number of outputs."""
-        return int(self.triples[:, 0].max()) + 1
-
-    @property
-    def taps(self) -> int:
-        """Number of taps."""
-        return int(self.triples[:, 1].max()) + 1
+    outputs: int
+    taps: int
+    triples: np.ndarray  # (output, tap, pixel), numbered within the part
+    weight: tuple[AxisBlock, ...]  # the blocks of W
+    gradient: tuple[AxisBlock, ...]  # and of M
+    phase: np.ndarray  # the block of M that each triple belongs to
+    grow: tuple[int, ...]  # for each block of M, 1 less the ends at which padding cuts windows off
 
 
 @functools.cache
 def axis_parts(pixels: int, taps: int, stride: int, padding: tuple[int, int], dilation: int) -> tuple:
-    """Splits one axis into connected parts, whose ranks add up.
+    """Splits one axis of so many pixels and taps into connected parts, whose ranks add up.
 
-    Args:
-        pixels: Entries of the image along it.
-        taps: Entries of the kernel.
-        stride: Steps between windows.
-        padding: Zeros (before, after).
-        dilation: Steps between taps.
-
-    Returns:
-        For a part that is a plain matrix product the factors (a, b, c) by which it multiplies filters, channels and
-        images; for any other an `Axis`.
-
-    Raises:
-        ValueError: If the taps do not fit the padded pixels.
+    A part that is a plain matrix product is given as the factors (a, b, c) by which it multiplies filters, channels and
+    images, any other as an `Axis`. Raises ValueError where the taps do not fit the padded pixels.
     """
     outputs = (pixels + sum(padding) - dilation * (taps - 1) - 1) // stride + 1
     if outputs < 1:
@@ -109,7 +78,7 @@ def _as_factors(triples: np.ndarray) -> tuple[int, int, int] | Axis:
         part = triples[phase == block]
         first, last = (part[part[:, 1] == tap, 0] for tap in (part[:, 1].min(), part[:, 1].max()))
         grow.append(1 - int(first.min() > 0) - int(last.max() < p - 1))
-    return Axis(triples, tuple(_blocks(triples, 0)), tuple(_blocks(triples, 1)), phase, tuple(grow))
+    return Axis(p, u, triples, tuple(_blocks(triples, 0)), tuple(_blocks(triples, 1)), phase, tuple(grow))
 
 
 def _labels(a: np.ndarray, b: np.ndarray) -> np.ndarray:

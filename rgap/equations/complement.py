@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy import linalg
 from torch import Tensor
 
-from rgap.equations.blocks import weight_matrix
 from rgap.equations.limits import DEFAULT_LIMITS
+from rgap.equations.weights import weight_matrix
 from rgap.linalg import largest_eigenvalue
 from rgap.network.layer import Layer
 
@@ -29,16 +29,11 @@ class RangeComplement:
 
     With A = W where W has more rows than columns, A = Wᵀ else, `basis` is the left null space of W (`basis`ᵀ (z − b)
     = 0 whatever the input), or the null space of W.
-
-    Attributes:
-        layer: The layer, without groups.
-        factor: Cholesky factor of AᵀA, lower, as LAPACK has it.
-        basis: Orthonormal basis of the complement of the range of A, (rows of A, rows − columns of A).
     """
 
-    layer: Layer
-    factor: NDArray
-    basis: Tensor
+    layer: Layer  # without groups
+    factor: NDArray  # Cholesky factor of AᵀA, lower, as LAPACK has it
+    basis: Tensor  # orthonormal, of the complement of the range of A, (rows of A, rows − columns of A)
 
     @property
     def is_wide(self) -> bool:
@@ -82,7 +77,7 @@ def _complement(layer: Layer) -> RangeComplement | None:
     found = RangeComplement(layer, factor, torch.zeros(A.shape[0], 0, dtype=torch.float64))
     generator = torch.Generator().manual_seed(0)
     rest = torch.randn(A.shape[0], A.shape[0] - A.shape[1], generator=generator, dtype=torch.float64)
-    for _ in range(2):  # random vectors, projected; again once orthonormal, which makes the small rests large
+    for _ in range(2):  # random vectors, projected; and once more when orthonormal, since the rest may be small
         seen = found.solve(torch.from_numpy(A.T @ rest.numpy()))
         rest = torch.linalg.qr(rest - torch.from_numpy(A @ seen.numpy()))[0]
     return replace(found, basis=rest.contiguous())
@@ -90,21 +85,15 @@ def _complement(layer: Layer) -> RangeComplement | None:
 
 @dataclass(frozen=True)
 class WeakSubspace:
-    """The directions of an input that W of full row rank sees badly or not at all.
-
-    Attributes:
-        factor: W's null space and minimum-norm solutions.
-        basis: Orthonormal: the null space, and the directions of W's row space with small singular values, (n, q).
-        sigmas: ‖W v‖ of each, 0 in the null space, (q,).
-    """
+    """The null space of a W of full row rank, and the directions of its row space with small singular values."""
 
     factor: RangeComplement
-    basis: Tensor
-    sigmas: Tensor
+    basis: Tensor  # orthonormal, (n, q)
+    sigmas: Tensor  # ‖W v‖ of each, 0 in the null space, (q,)
 
 
 def weak_subspace(layer: Layer, ratio: float, max_side: int = DEFAULT_LIMITS.max_pinv_side) -> WeakSubspace | None:
-    """The directions that W sees with less than a ratio of its largest singular value, made once; 0: its null space.
+    """The directions with ‖W v‖ less than a ratio of W's largest singular value, made once; 0: its null space alone.
 
     None where W is too large or not of full row rank.
     """
@@ -117,10 +106,14 @@ def weak_subspace(layer: Layer, ratio: float, max_side: int = DEFAULT_LIMITS.max
 
 
 def _weak(factor: RangeComplement, ratio: float) -> WeakSubspace:
-    """Block inverse iteration on W Wᵀ, with twice the block as long as all of it is weak."""
+    """Block inverse iteration on W Wᵀ; the block is doubled as long as all of it is weak."""
     layer, rows = factor.layer, len(factor.factor)
     generator, size = torch.Generator().manual_seed(0), max(8, rows // 20)
-    cut = ratio * largest_eigenvalue(lambda v: _gram(layer, v), layer.unknowns) ** 0.5
+
+    def gram(v: Tensor) -> Tensor:  # WᵀW v, (n, 1)
+        return layer.adjoint(layer.apply(v.reshape(layer.input_shape))).reshape(-1, 1)
+
+    cut = ratio * largest_eigenvalue(gram, layer.unknowns) ** 0.5
     while True:
         size = min(size, rows)
         U = torch.randn(rows, size, generator=generator, dtype=torch.float64)
@@ -135,8 +128,3 @@ def _weak(factor: RangeComplement, ratio: float) -> WeakSubspace:
     seen = layer.apply(V.T.reshape(-1, *layer.input_shape)).flatten(1).norm(dim=1)
     nothing = seen.new_zeros(factor.basis.shape[1])
     return WeakSubspace(factor, torch.cat([factor.basis, V], 1), torch.cat([nothing, seen]))
-
-
-def _gram(layer: Layer, v: Tensor) -> Tensor:
-    """WᵀW v, (n, 1)."""
-    return layer.adjoint(layer.apply(v.reshape(layer.input_shape))).reshape(-1, 1)

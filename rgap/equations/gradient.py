@@ -1,7 +1,13 @@
-"""The gradient equations alone: for every channel c, Σ_b M_b x_bc = vec(G[:, c]), with one matrix for all channels.
+"""The gradient equations K x = vec(G) of a layer: their matrix, their identities with W x = z − b, their solution.
 
-M_b is made of the pre-activation gradient of image b (`rgap.equations.blocks`); the images of a batch stand side by
-side, [M_1 … M_B], and one factorisation of each block of the stride serves all channels.
+For a convolution G[o, c, t] = Σ_p δz[o, p] x_c[pixel(t, p)], where tap t at output position p reads that pixel of
+channel c. The equation depends on c only through the channel it reads, so K = I_C ⊗ M with M of H·W columns. A stride s
+splits M into s² independent blocks, for a tap only ever reads pixels of one residue modulo s (the Kronecker form and
+the split are ours). Zero padding is not unknown: those entries are dropped, no row is needed for them. Other padding
+and pooling are maps of pixels that stand before and behind the convolution. For a batch, Σ_b M_b x_bc = vec(G[:, c]):
+the images stand side by side, [M_1 … M_B], and one factorisation of each block of the stride serves all channels.
+
+All functions but the residuals take layers without groups (`Layer.split_groups`).
 """
 
 from __future__ import annotations
@@ -10,16 +16,128 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgap.equations.blocks import StrideBlock, blocks, gradient_matrix, gradient_values
 from rgap.linalg import GRAM_RESOLUTION, gram_matrix, svd
 from rgap.network.layer import Layer
 
+MAX_CHANNELS_TESTED = 256
+"""Channels up to which every one is tested against the layer's identities."""
+
+RANDOM_SUMS = 4
+"""Sums of channels that are tested where there are more."""
+
 MIN_SURPLUS_EQUATIONS = 30
-"""Surplus equations from which their misfit says how large the noise is, to about an eighth."""
+"""Surplus equations from which their residual determines the noise's standard deviation, to about an eighth."""
+
+
+@dataclass(frozen=True)
+class StrideBlock:
+    """An independent part of M: the taps and the pixels of one residue of the stride."""
+
+    taps: Tensor  # indices into the kh·kw taps, (t,)
+    pixels: Tensor  # indices into the H·W pixels, sorted, (m,)
+    columns: Tensor  # (t, positions): column of M's block that tap and position read, or `size` where they read padding
+    size: int  # columns of the block before `Layer.before` is applied, m where there is none
+
+
+def blocks(layer: Layer) -> list[StrideBlock]:
+    """The independent blocks of M; pixels that no tap ever reads belong to none. Made once."""
+    return layer.cached("blocks", lambda: _blocks(layer))
+
+
+def _blocks(layer: Layer) -> list[StrideBlock]:
+    pixels = layer.tap_pixels().numpy()
+    if layer.before is not None:  # it mixes the residues
+        size = math.prod(layer.pixels_in)
+        every = (np.arange(n) for n in (len(pixels), math.prod(layer.input_shape[1:])))
+        return [StrideBlock(*map(torch.from_numpy, (*every, np.where(pixels >= 0, pixels, size))), size)]
+    axes = zip(layer.weight.shape[2:], layer.dilation, layer.stride, strict=True)
+    vertical, horizontal = (np.arange(taps) * dilation % stride for taps, dilation, stride in axes)
+    residue = (vertical[:, None] * layer.stride[1] + horizontal).ravel()
+    result = []
+    for value in np.unique(residue):
+        taps = np.flatnonzero(residue == value)
+        read = pixels[taps]
+        members = np.unique(read[read >= 0])
+        if len(members):  # there are taps that read nothing but padding
+            columns = np.where(read >= 0, np.searchsorted(members, read), len(members))
+            result.append(StrideBlock(*map(torch.from_numpy, (taps, members, columns)), len(members)))
+    return result
+
+
+def gradient_matrix(layer: Layer, block: StrideBlock, dz: Tensor) -> Tensor:
+    """One block of M for a δz (O, H′, W′): (O·t, m), rows in the order (output channel, tap of the block)."""
+    outputs, taps, size = len(dz), len(block.taps), block.size
+    dz = layer.conv_gradient(dz)
+    M = dz.new_zeros(outputs, taps, size + 1)  # the last column collects what falls on padding
+    M.scatter_(2, block.columns.expand(outputs, -1, -1), dz.reshape(outputs, 1, -1).expand(-1, taps, -1))
+    M = M[:, :, :size].reshape(outputs * taps, size)
+    return M if layer.before is None else layer.before.adjoint(M.reshape(-1, *layer.before.shape)).flatten(1)
+
+
+def gradient_values(layer: Layer, block: StrideBlock, G: Tensor) -> Tensor:
+    """The right-hand sides of M's block, one column a channel: (O, C, kh, kw) -> (O·t, C)."""
+    return G.flatten(2)[:, :, block.taps].transpose(1, 2).reshape(-1, G.shape[1])
+
+
+def identity_residual(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None = None) -> float:
+    """How badly (z, δz) of all images fit the layer's own gradient, before anything is solved.
+
+    ⟨G[o], W[o′]⟩ = Σ_b ⟨δz_b[o], z_b[o′] − b[o′]⟩ holds for every pair of channels of a group; the right pair (z, δz)
+    fulfils it to rounding, one of the wrong label misses it by about its own size. Where z is not known everywhere, δz
+    vanishes, and the identities with o = o′ still hold. Of more than `MAX_CHANNELS_TESTED` channels o, a few sums with
+    random signs are tested.
+
+    Args:
+        layer: The layer.
+        G: Gradient of the mean loss by the weight, shaped as the weight.
+        dz: Gradient of the mean loss by each image's pre-activation, (B, O, H′, W′).
+        z: Pre-activations, (B, O, H′, W′).
+        known: Mask of the entries of z that are known, (B, O, H′, W′), None for all.
+
+    Returns:
+        ‖left − right‖ / max(‖left‖, ‖right‖), the largest of the layer's groups; 0 where both sides vanish.
+    """
+    by_channel = (t.transpose(0, 1).flatten(1) for t in (dz, z - layer.pre_bias()))
+    groups = (t.chunk(layer.groups) for t in (G.flatten(1), layer.weight.flatten(1), *by_channel))
+    return max(_group_residual(*group, known is not None) for group in zip(*groups, strict=True))
+
+
+def _group_residual(G: Tensor, W: Tensor, dz: Tensor, inputs: Tensor, same_channel: bool) -> float:
+    """Of one group; all tensors have a row for each channel."""
+    if same_channel:
+        return _relative_gap((G * W).sum(1), (dz * inputs).sum(1))
+    if len(G) > MAX_CHANNELS_TESTED:
+        generator = torch.Generator().manual_seed(0)
+        signs = 2.0 * torch.randint(2, (RANDOM_SUMS, len(G)), generator=generator).to(torch.float64) - 1.0
+        G, dz = signs @ G, signs @ dz
+    return _relative_gap(G @ W.T, dz @ inputs.T)
+
+
+def bias_residual(layer: Layer, gradient: Tensor, dz: Tensor) -> float:
+    """How badly δz of all images fits the bias's own gradient, ∂ℓ/∂b[o] = Σ_b Σ_p δz_b[o, p].
+
+    Args:
+        layer: The layer.
+        gradient: Of the mean loss by the bias, (O,).
+        dz: Gradient of the mean loss by each image's pre-activation, (B, O, H′, W′).
+
+    Returns:
+        ‖left − right‖, relative to the larger of both and a thousandth of Σ |δz|, for both may vanish by cancellation.
+    """
+    dz = layer.conv_gradient(dz)
+    if layer.output_scale is not None:
+        dz = dz * layer.output_scale[:, None, None]
+    return _relative_gap(gradient, dz.sum((0, 2, 3)), 1e-3 * dz.abs().sum((0, 2, 3)).norm().item())
+
+
+def _relative_gap(left: Tensor, right: Tensor, floor: float = 0.0) -> float:
+    scale = max(left.norm().item(), right.norm().item(), floor)
+    return (left - right).norm().item() / scale if scale > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -28,28 +146,17 @@ class GradientSolution:
 
     V holds the null space of [M_1 … M_B] and, where some of it is left to the weight equations anyway, the directions
     of small singular value: noise comes back divided by it.
-
-    Attributes:
-        x0: (B, C, H, W).
-        V: (B, H·W, k).
-        sigmas: Singular values of V's columns, 0 where they are cut off, (k,).
-        rank: Of [M_1 … M_B].
-        sigma_min_kept, sigma_max_dropped: Relative to the largest singular value; None where none was dropped.
-        residual: ‖K x − vec(G)‖ / ‖G‖.
-        noise_std: Standard deviation of noise on G's entries, by the misfit of surplus equations; None where there are
-            too few.
-        sensitivity: How x0 changes with G, (O, C, kh, kw) -> (B, C, H, W).
     """
 
-    x0: Tensor
-    V: Tensor
-    sigmas: Tensor
-    rank: int
-    sigma_min_kept: float
-    sigma_max_dropped: float | None
-    residual: float
-    noise_std: float | None
-    sensitivity: Callable[[Tensor], Tensor]
+    x0: Tensor  # (B, C, H, W)
+    V: Tensor  # (B, H·W, k)
+    sigmas: Tensor  # singular values of V's columns, 0 where they are cut off, (k,)
+    rank: int  # of [M_1 … M_B]
+    sigma_min_kept: float  # relative to the largest singular value
+    sigma_max_dropped: float | None  # the same; None where none was dropped
+    residual: float  # ‖K x − vec(G)‖ / ‖G‖
+    noise_std: float | None  # of G's entries, from the residual of surplus equations; None where there are too few
+    sensitivity: Callable[[Tensor], Tensor]  # how x0 changes with G, (O, C, kh, kw) -> (B, C, H, W)
 
 
 @dataclass(frozen=True)
@@ -67,39 +174,33 @@ class _Factor:
         seen = self.V[:, :rank]
         return seen @ ((seen.T @ (self.M.T @ values / self.unit)) / self.S[:rank, None].square() / self.unit)
 
-    def place(self, columns: Tensor, pixels: int) -> Tensor:
+    def place(self, columns: Tensor, images: int, pixels: int) -> Tensor:
         """Vectors over the block's pixels of all images among all pixels: (B·m, k) -> (B, pixels, k)."""
-        images, size = len(columns) // len(self.block.pixels), len(self.block.pixels)
         result = columns.new_zeros(images, pixels, columns.shape[1])
-        result[:, self.block.pixels] = columns.reshape(images, size, columns.shape[1])
+        result[:, self.block.pixels] = columns.reshape(images, len(self.block.pixels), columns.shape[1])
         return result
 
 
 def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_ratio: float) -> GradientSolution:
     """Solves the gradient equations of all images, block by block of the stride.
 
-    Args:
-        layer: The layer, without groups.
-        G: Gradient of the mean loss by the weight, (O, C, kh, kw).
-        dz: Gradient of the mean loss by each image's pre-activation, (B, O, H′, W′).
-        rcond: Singular values below rcond times the largest count as zero.
-        trusted_ratio: Directions below this share of the largest are left to W, too; those of a single image only
-            where it is not determined.
+    G is (O, C, kh, kw), dz (B, O, H′, W′). Singular values below rcond times the largest count as zero; directions
+    below trusted_ratio of it are left to W, too, those of a single image only where it is not determined.
     """
     if len(dz) == 1 and layer.is_dense and dz.any():
         return _solve_column(G, dz.flatten())
-    pixels, count = math.prod(layer.input_shape[1:]), len(dz)
+    shape = (len(dz), math.prod(layer.input_shape[1:]))
     factors = [_factor(layer, block, dz, rcond) for block in blocks(layer)]
     largest = max((f.S[0] * f.unit).item() for f in factors)
     ranks = [int((f.S * f.unit > rcond * largest).sum()) for f in factors]
 
     def on_input(parts: list[Tensor]) -> Tensor:
-        placed = sum(f.place(x, pixels) for f, x in zip(factors, parts, strict=True))
-        return placed.transpose(1, 2).reshape(count, *layer.input_shape)
+        placed = sum(f.place(x, *shape) for f, x in zip(factors, parts, strict=True))
+        return placed.transpose(1, 2).reshape(-1, *layer.input_shape)
 
-    def sensitivity(change: Tensor) -> Tensor:
-        values = [gradient_values(layer, f.block, change) for f in factors]
-        return on_input([f.solve(v, rank) for f, v, rank in zip(factors, values, ranks, strict=True)])
+    def sensitivity(dG: Tensor) -> Tensor:
+        blocks = zip(factors, ranks, strict=True)
+        return on_input([f.solve(gradient_values(layer, f.block, dG), rank) for f, rank in blocks])
 
     parts, missed, surplus = [], 0.0, 0
     for factor, rank in zip(factors, ranks, strict=True):
@@ -112,8 +213,7 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_r
     sigma = torch.cat([f.S * f.unit for f in factors])
     sigma = sigma / largest if largest > 0 else sigma
     kept, dropped = sigma[sigma > rcond], sigma[sigma <= rcond]
-    V, sigmas = _open(factors, sigma, (count, pixels), rcond, trusted_ratio)
-    size = G.norm().item()
+    V, sigmas = _open(factors, sigma, shape, rcond, trusted_ratio)
     return GradientSolution(
         on_input(parts),
         V,
@@ -121,8 +221,7 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_r
         len(kept),
         kept.min().item() if len(kept) else 0.0,
         dropped.max().item() if len(dropped) else None,
-        missed**0.5 / size if size > 0 else 0.0,
-        (missed / surplus) ** 0.5 if surplus >= MIN_SURPLUS_EQUATIONS else None,
+        *_misfit(missed**0.5, surplus, G),
         sensitivity,
     )
 
@@ -132,15 +231,19 @@ def _solve_column(G: Tensor, column: Tensor) -> GradientSolution:
     unit = column.abs().max()  # squares of the smallest gradients underflow
     weights = column / unit / (column / unit).square().sum() / unit
 
-    def sensitivity(change: Tensor) -> Tensor:
-        return (weights[None] @ change.flatten(1))[:, :, None, None]
+    def sensitivity(dG: Tensor) -> Tensor:
+        return (weights[None] @ dG.flatten(1))[:, :, None, None]
 
-    x0, size = sensitivity(G), G.norm().item()
+    x0, none = sensitivity(G), column[:0]
     missed = torch.addr(G.flatten(1), column, x0.flatten(), alpha=-1).norm().item()
-    none, surplus = column[:0], (len(G) - 1) * x0.numel()
-    noise = missed / surplus**0.5 if surplus >= MIN_SURPLUS_EQUATIONS else None
-    residual = missed / size if size > 0 else 0.0
-    return GradientSolution(x0, none.reshape(1, 1, 0), none, 1, 1.0, None, residual, noise, sensitivity)
+    misfit = _misfit(missed, (len(G) - 1) * x0.numel(), G)
+    return GradientSolution(x0, none.reshape(1, 1, 0), none, 1, 1.0, None, *misfit, sensitivity)
+
+
+def _misfit(missed: float, surplus: int, G: Tensor) -> tuple[float, float | None]:
+    """Relative residual, and standard deviation of the noise, of so many surplus equations that miss G by so much."""
+    size = G.norm().item()
+    return missed / size if size > 0 else 0.0, missed / surplus**0.5 if surplus >= MIN_SURPLUS_EQUATIONS else None
 
 
 def _factor(layer: Layer, block: StrideBlock, dz: Tensor, rcond: float) -> _Factor:
@@ -166,18 +269,14 @@ def _open(
 
     Pixels that no tap reads belong to it. Where one image is determined, nothing does, however small a singular value.
     """
-    count, pixels = shape
-    full = len(sigma) == count * pixels and bool((sigma > rcond).all())
-    alone = full and (count == 1 or bool(sigma.min() > trusted_ratio))
+    full = len(sigma) == math.prod(shape) and bool((sigma > rcond).all())
+    alone = full and (shape[0] == 1 or bool(sigma.min() > trusted_ratio))
     left = sigma <= (0.0 if alone else max(rcond, trusted_ratio))
-    unread = torch.ones(pixels, dtype=torch.bool)
-    bases, start = [], 0
-    for factor in factors:
-        unread[factor.block.pixels] = False
-        bases.append(factor.place(factor.V[:, left[start : start + len(factor.S)]], pixels))
-        start += len(factor.S)
+    open_by_factor = left.split([len(f.S) for f in factors])
+    bases = [f.place(f.V[:, part], *shape) for f, part in zip(factors, open_by_factor, strict=True)]
+    unread = torch.ones(shape[1], dtype=torch.bool)
+    unread[torch.cat([f.block.pixels for f in factors])] = False
     image, pixel = (torch.eye(n, dtype=sigma.dtype) for n in shape)
-    alone = image[:, None, :, None] * pixel[:, None, unread]
+    V = torch.cat([*bases, (image[:, None, :, None] * pixel[:, None, unread]).flatten(2)], 2)
     seen = torch.where(sigma > rcond, sigma, 0.0)[left]
-    V = torch.cat([*bases, alone.flatten(2)], 2)
     return V, F.pad(seen, (0, V.shape[2] - len(seen)))

@@ -1,4 +1,4 @@
-"""The limits that choose the way a layer is solved."""
+"""The limits that decide how a layer is solved."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SolverLimits:
-    """Sizes and ratios that decide which way a layer is solved; counts are of unknowns of one group of channels.
+    """Sizes and ratios that decide how a layer is solved; unknowns are counted for one group of channels.
 
-    Some limits have another value for batches: no iterative solver stands behind their dense system, so that this may
-    be larger, and the precision of their gradient is not taken into account, so that W must be better conditioned.
+    Batches have some limits of their own: no iterative solver stands behind their dense system, so that this may be
+    larger, and the precision of their gradient is not taken into account, so that W must be better conditioned.
 
     Attributes:
-        dense_unknowns: Unknowns that the gradients may leave open before W alone is preferred to a dense system.
-        dense_unknowns_batch: The same, over all images of a batch.
+        dense_unknowns, dense_unknowns_batch: Unknowns that the gradients may leave open, over all images, before W
+            alone is preferred to a dense system.
         iterative_unknowns: Open unknowns from which conjugate gradients on both kinds of equations are tried before a
             dense system; one image only.
-        max_dense_unknowns: Open unknowns up to which a dense system is solved at all (6000: 0.3 GB).
-        max_dense_unknowns_batch: The same, over all images of a batch (12,000: 1.2 GB).
+        max_dense_unknowns, max_dense_unknowns_batch: Open unknowns, over all images, up to which a dense system is
+            solved at all (6000: 0.3 GB; 12,000: 1.2 GB).
         max_factor_unknowns: Unknowns up to which W is factored sparsely; beyond, conjugate gradients need less time
             and memory.
         well_conditioned: Condition number of W up to which its own solution is always taken where gradients leave many
@@ -31,7 +31,7 @@ class SolverLimits:
         weights_first_ratio: W goes first where it leaves less than this share of what the gradients leave open: it is
             the quicker way, and passes on more error; batches only.
         max_null_entries: Entries of the largest null basis of a fixed layer that is made (20 million: 160 MB).
-        max_pinv_side: Rows and columns of W up to which its dense pseudo-inverse is made, and the shorter side up to
+        max_pinv_side: Rows and columns of W up to which its dense pseudo-inverse is made; also the shorter side up to
             which its dense Gram matrix is (8000: 0.5 GB).
     """
 

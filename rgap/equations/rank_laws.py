@@ -7,7 +7,7 @@ apart into blocks, and generically
     rank M      = Σ min(rows, columns) over the blocks of M, O·taps by B·pixels
     rank [W; K] = min(n, rank W + rank K − O²)      over what neither K nor W determines alone
 
-for O filters, C channels and B images. The O² are rows that say the same twice: ⟨G[o], W[o′]⟩ = ⟨δz[o], z[o′]⟩.
+for O filters, C channels and B images. The O² are rows that are dependent: ⟨G[o], W[o′]⟩ = ⟨δz[o], z[o′]⟩.
 
 Proved: that parts and blocks add up, that every law is an upper bound, what one system determines alone, and the rank
 of a block in which one weight can serve every filter (any padded 3×3 of stride 1). That there are no further relations
@@ -28,24 +28,18 @@ from rgap.network.layer import Layer
 
 SPARE_UNITS = 4
 """Units that the first fully connected layer must have beyond the ranks of its gradient and of the next one for a batch
-to come apart: with none to spare every mixture of the images passes both tests of the search."""
+to come apart: without any, every mixture of the images passes both tests of the search."""
 
 CERTIFICATE_SURPLUS = 8
-"""Equations beyond the unknowns that a certificate of virtual constraints needs."""
+"""Surplus equations that a certificate of virtual constraints needs."""
 
 
 class RankLaws(NamedTuple):
-    """Generic ranks; None where no law is known.
+    """Generic ranks; None where no law is known."""
 
-    Attributes:
-        weights: Of W.
-        gradients: Of K.
-        both: Of [W; K].
-    """
-
-    weights: int | None
-    gradients: int | None
-    both: int | None
+    weights: int | None  # of W
+    gradients: int | None  # of K
+    both: int | None  # of [W; K]
 
 
 def rank_laws(
@@ -59,27 +53,14 @@ def rank_laws(
     image: tuple[int, ...] = (),
     batch: int = 1,
 ) -> RankLaws:
-    """Gives the ranks of W, K and [W; K] of a convolution in any dimension, or of a linear layer.
+    """The ranks of W, K and [W; K] of a convolution in any dimension, or of a linear layer.
 
     Exact for generic weights and output gradients; under ReLU, which drops rows of W, an upper bound. On a batch W
-    holds for each image alone and K is shared. Zero padding is no unknown.
+    holds for each image alone and K is shared; the ranks are over all groups and images. Zero padding is no unknown.
 
-    Args:
-        in_channels: Channels, or features of a linear layer.
-        out_channels: Filters, or features of a linear layer.
-        kernel: Taps along each axis; () for a linear layer.
-        stride: One number, or one an axis.
-        padding: One number, or an axis a number or a pair (before, after).
-        dilation: One number, or one an axis.
-        groups: Groups of channels.
-        image: Pixels along each axis; () for a linear layer.
-        batch: Number of images.
-
-    Returns:
-        The `RankLaws`, over all groups and images.
-
-    Raises:
-        ValueError: If the groups do not divide the channels, or the kernel does not fit the padded image.
+    `kernel` and `image` have an entry for each axis, none for a linear layer, whose features are channels; stride and
+    dilation are one number, or one an axis, the padding one number, or an axis a number or a pair (before, after).
+    Raises ValueError where the groups do not divide the channels, or the kernel does not fit the padded image.
     """
     if in_channels % groups or out_channels % groups:
         raise ValueError(f"{groups} groups must divide {in_channels} and {out_channels} channels")
@@ -91,19 +72,13 @@ def rank_laws(
 
 
 def layer_laws(layer: Layer, batch: int = 1) -> RankLaws:
-    """The rank laws of a prepared layer; none where maps of pixels stand before or behind its convolution.
-
-    Args:
-        layer: The layer.
-        batch: Number of images.
-    """
+    """The rank laws of a prepared layer; none where maps of pixels stand before or behind its convolution."""
     if layer.before is not None or layer.after is not None:
         return RankLaws(None, None, None)
     left, right, top, bottom = layer.padding
-    channels, kernel = (layer.input_shape[0], layer.output_shape[0]), tuple(layer.weight.shape[2:])
-    padding = ((top, bottom), (left, right))
-    geometry = (kernel, layer.stride, padding, layer.dilation)
-    return rank_laws(*channels, *geometry, layer.groups, layer.input_shape[1:], batch)
+    geometry = (tuple(layer.weight.shape[2:]), layer.stride, ((top, bottom), (left, right)), layer.dilation)
+    (channels, *image), filters = layer.input_shape, layer.output_shape[0]
+    return rank_laws(channels, filters, *geometry, layer.groups, tuple(image), batch)
 
 
 @functools.cache
@@ -117,8 +92,7 @@ def _group(filters: int, channels: int, images: int, geometry: tuple) -> tuple:
     return tuple(_total(ranks) for ranks in zip(*parts, strict=True))
 
 
-def _total(ranks) -> int | None:
-    ranks = list(ranks)
+def _total(ranks: list[int | None]) -> int | None:
     return None if None in ranks else sum(ranks)
 
 
@@ -134,7 +108,7 @@ def _part(filters: int, channels: int, images: int, axes: list[Axis]) -> tuple:
     b = min(images, filters * math.prod(a.outputs for a in axes))
     w_blocks = [_block_rank(filters, c, blocks) for blocks in itertools.product(*(a.weight for a in axes))]
     m_blocks = [_block_rank(filters, b, blocks) for blocks in itertools.product(*(a.gradient for a in axes))]
-    weights, gradients = (_total(rank for *_, rank in blocks) for blocks in (w_blocks, m_blocks))
+    weights, gradients = (_total([rank for *_, rank in blocks]) for blocks in (w_blocks, m_blocks))
     both = _both(filters, c, b, axes, w_blocks, m_blocks)
     for extra, rank in ((images - b, weights), (channels - c, gradients)):
         if extra and both is not None:
@@ -201,7 +175,7 @@ def _outputs_seen(axes: list[Axis], left: list[int]) -> int:
 
 
 def _bound(filters: int, channels: int, images: int, axes: list[Axis], m_blocks: list) -> int:
-    """Bounds rank [W; K] − rank K from above, by what W can still say about the null space of M.
+    """Bounds rank [W; K] − rank K from above, by what W can still determine of the null space of M.
 
     z lies in the room of B·outputs − O directions that are orthogonal to every δz. For any subspace Z of it,
     rank [W; K] − rank K ≤ O dim Z + C Σ_r dim(null M_r modulo the vectors all of whose shifts lie in Z). Tried are Z

@@ -3,29 +3,27 @@
 The two kinds of equations are the paper's (Zhu & Blaschko 2021, section 3), the order of steps is ours. Where the
 gradients determine every channel nothing else is needed. Where they leave many unknowns open W alone may determine x:
 its factorisation, which no gradient changes, is kept between attacks. Else one kind goes first and the other decides
-what it leaves open, by a dense least-squares problem, or conjugate gradients take both where that would be too large.
+what it leaves open, by a dense least-squares problem; conjugate gradients take both where that would be too large.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from rgap.equations.blocks import blocks, split_groups
 from rgap.equations.complement import weak_subspace
-from rgap.equations.gradient import solve_gradients
+from rgap.equations.gradient import GradientSolution, blocks, solve_gradients
 from rgap.equations.limits import DEFAULT_LIMITS, SolverLimits
 from rgap.equations.rank_laws import layer_laws
-from rgap.equations.solution import LayerSolution
-from rgap.equations.systems import ReducedSystem, gradients_first, rows_known, rows_scale, weights_first
+from rgap.equations.systems import LayerSolution, ReducedSystem, gradients_first, rows_known, rows_scale, weights_first
 from rgap.equations.weights import ConjugateGradients, SparseFactor, weight_factor
-from rgap.linalg import least_squares
+from rgap.linalg import LeastSquares, least_squares
 from rgap.network.layer import Layer
 from rgap.results import LayerReport
 
@@ -39,7 +37,7 @@ MAX_RCOND_WEIGHTS_FIRST = 3e-5
 """Cutoff, which follows the gradient's precision, up to which W may go first in directions that it sees badly."""
 
 ROUGH = {"tolerance": 1e-3, "max_iterations": 300}
-"""How far a system is solved that leaves something open."""
+"""Where the iterations end on a system that leaves something open."""
 
 
 def solve_layer(
@@ -64,7 +62,7 @@ def solve_layer(
         known: Mask of the entries of z that are known, (1, O, H′, W′), None for all: W's other rows are not used.
         precision: Relative error of the gradient, and so of z: decides whether an ill-conditioned W is trusted alone;
             one image only.
-        limits: Sizes and ratios that choose the way.
+        limits: Sizes and ratios that decide how the layer is solved.
 
     Returns:
         A `LayerSolution`; where [W; K] falls short of full rank, its minimum-norm solution with the null basis.
@@ -80,16 +78,15 @@ def solve_layer(
     if known is not None and len(z) > 1:
         raise ValueError(f"layer {layer.name!r}: a mask of known outputs needs a single image, not {len(z)}")
     if layer.is_fixed and known is None:
-        solutions = [_fixed(layer, z, limits)]
-    else:
-        parts = split_groups(layer)
-        masks = [None] * len(parts) if known is None else known.chunk(len(parts), 1)
-        split = (G.chunk(len(parts)), dz.chunk(len(parts), 1), z.chunk(len(parts), 1), masks)
-        solutions = [
-            _solve(_Problem(part, G, dz, z - part.pre_bias(), mask, rcond, precision, limits))
-            for part, G, dz, z, mask in zip(parts, *split, strict=True)
-        ]
-    return _merged(layer.name, solutions, time.perf_counter() - start)
+        return _merged(layer.name, [_fixed(layer, z, limits)], start)
+    parts = layer.split_groups()
+    count = len(parts)
+    masks = [None] * count if known is None else known.chunk(count, 1)
+    split = zip(parts, G.chunk(count), dz.chunk(count, 1), z.chunk(count, 1), masks, strict=True)
+    groups = [_Problem(part, G, dz, z - part.pre_bias(), k, rcond, precision, limits) for part, G, dz, z, k in split]
+    between = _weights_before_gradients if len(z) > 1 else _iterate
+    found = [_weights_alone(group) or between(group) or _gradients_before_weights(group) for group in groups]
+    return _merged(layer.name, found, start)
 
 
 @dataclass(frozen=True)
@@ -127,37 +124,31 @@ class _Problem:
         limits = self.limits
         return self.left_open > (limits.max_dense_unknowns_batch if self.is_batch else limits.max_dense_unknowns)
 
-    def report(self, rank: int, **fields) -> LayerReport:
-        """A report on all images."""
+    def report(self, rank: int, found: GradientSolution | LeastSquares | None = None, **fields) -> LayerReport:
+        """A report on all images, with the singular values of what was found."""
+        if found is not None:
+            kept, dropped = found.sigma_min_kept, found.sigma_max_dropped
+            fields |= {"condition": 1 / kept if kept else math.inf, "sigma_above_cut": kept, "sigma_below_cut": dropped}
         return LayerReport(self.layer.name, self.unknowns, rank=rank, deficit=self.unknowns - rank, **fields)
-
-
-def _solve(problem: _Problem) -> LayerSolution:
-    """The first way that is open to a problem."""
-    between = (_weights_before_gradients, _minimum_norm) if problem.is_batch else (_iterate,)
-    for way in (_weights_alone, *between):
-        if (solution := way(problem)) is not None:
-            return solution
-    return _gradients_before_weights(problem)
 
 
 def _fixed(layer: Layer, z: Tensor, limits: SolverLimits) -> LayerSolution:
     """By the pseudo-inverse of the map of pixels, which acts on every channel alike."""
+    count, channels, after, missing = len(z), layer.input_shape[0], layer.after, 0
+    if after is not None and not after.injective:
+        missing = layer.unknowns - channels * after.rank
 
     def solve(y: Tensor) -> Tensor:
-        return y if layer.after is None else layer.after.solve(y)
+        return y if after is None else after.solve(y)
 
-    count, channels, missing, null = len(z), layer.input_shape[0], 0, None
-    if layer.after is not None and not layer.after.injective:
-        missing = layer.unknowns - channels * layer.after.rank
-        if missing * layer.unknowns <= limits.max_null_entries:
-
-            def null() -> Tensor:
-                return torch.kron(torch.eye(count * channels, dtype=z.dtype), layer.after.null_basis())
+    def null() -> Tensor:
+        return torch.kron(torch.eye(count * channels, dtype=z.dtype), after.null_basis())
 
     rank = count * (layer.unknowns - missing)
     report = LayerReport(layer.name, count * layer.unknowns, rank, 0, rank, count * missing)
-    return LayerSolution(solve(z - layer.pre_bias()), report, lambda _, z_change: solve(z_change), (null,))
+    held = 0 < missing * layer.unknowns <= limits.max_null_entries
+    x, fixed_null = solve(z - layer.pre_bias()), null if held else None
+    return LayerSolution(x, report, lambda _, z_change: solve(z_change), fixed_null=fixed_null)
 
 
 def _weights_alone(problem: _Problem) -> LayerSolution | None:
@@ -172,9 +163,8 @@ def _weights_alone(problem: _Problem) -> LayerSolution | None:
     if problem.left_open <= many or rows < layer.unknowns:
         return None
     factor = weight_factor(layer, None if known is None else known[0], limits.max_factor_unknowns)
-    if not factor.full_rank or (factor.condition > allowed and not problem.is_too_large):
-        return None
-    return _by_weights(problem, factor)
+    trusted = problem.is_too_large or not factor.condition > allowed
+    return _by_weights(problem, factor) if factor.full_rank and trusted else None
 
 
 def _by_weights(problem: _Problem, factor: SparseFactor | ConjugateGradients, missing: int = 0) -> LayerSolution:
@@ -192,35 +182,32 @@ def _by_weights(problem: _Problem, factor: SparseFactor | ConjugateGradients, mi
 
 
 def _weights_before_gradients(problem: _Problem) -> LayerSolution | None:
-    """W first, where it leaves much less open than the gradients do."""
+    """W first, where it leaves much less open than the gradients do.
+
+    Where no dense system can hold the open unknowns of a batch, W's minimum-norm solutions are all there is.
+    """
     layer, limits, (count, *outputs) = problem.layer, problem.limits, problem.z.shape
     lacking = layer.unknowns - math.prod(outputs)
     few = limits.weights_first_ratio * problem.left_open
     precise = problem.rcond <= MAX_RCOND_WEIGHTS_FIRST or problem.is_too_large
-    if count * max(lacking, 1) >= few or not (precise or lacking > 0):
-        return None
-    weak = weak_subspace(layer, limits.weak_ratio if precise else 0, limits.max_pinv_side)
-    if weak is None or count * len(weak.sigmas) >= min(few, limits.max_dense_unknowns_batch):
-        return None
-    if not len(weak.sigmas):
-        return _by_weights(problem, weight_factor(layer, None, limits.max_factor_unknowns))
-    return _reduced(problem, weights_first(layer, problem.G, problem.dz, problem.z, weak))
-
-
-def _minimum_norm(problem: _Problem) -> LayerSolution | None:
-    """W's minimum-norm solutions alone, where no dense system can hold the open unknowns of a batch."""
+    if count * max(lacking, 1) < few and (precise or lacking > 0):
+        weak = weak_subspace(layer, limits.weak_ratio if precise else 0, limits.max_pinv_side)
+        if weak is not None and count * len(weak.sigmas) < min(few, limits.max_dense_unknowns_batch):
+            if len(weak.sigmas):
+                return _reduced(problem, weights_first(layer, problem.G, problem.dz, problem.z, weak))
+            return _by_weights(problem, weight_factor(layer, None, limits.max_factor_unknowns))
     if not problem.is_too_large:
         return None
-    solver = ConjugateGradients(problem.layer)
+    solver = ConjugateGradients(layer)
     return _by_weights(problem, solver, solver.missing)
 
 
 def _iterate(problem: _Problem) -> LayerSolution | None:
-    """Both kinds of one image's equations together by conjugate gradients; None where a dense system says more.
+    """Both kinds of one image's equations together by conjugate gradients; None where a dense system is preferred.
 
     Where the rank law leaves something open, and no dense system can hold it, the iterations stop early: what they
-    find is the solution of minimum norm, roughly, and the report has the law's rank. Without a law the rank is that by
-    which a random vector comes back.
+    find is the solution of minimum norm, roughly, and the report has the law's rank. Without a law the rank is
+    estimated from a random vector.
     """
     layer, G, z, known = problem.layer, problem.G, problem.z, problem.known
     if problem.left_open <= problem.limits.iterative_unknowns:
@@ -250,14 +237,8 @@ def _gradients_before_weights(problem: _Problem) -> LayerSolution:
     found = solve_gradients(layer, G, problem.dz, rcond, problem.limits.trusted_ratio)
     if found.V.shape[2]:
         return _reduced(problem, gradients_first(layer, G, problem.z, problem.known, found, rcond))
-    report = problem.report(
-        problem.unknowns,
-        rank_gradients=problem.unknowns,
-        condition=1 / found.sigma_min_kept,
-        sigma_above_cut=found.sigma_min_kept,
-        sigma_below_cut=found.sigma_max_dropped,
-        residual=found.residual,
-    )
+    rank = problem.unknowns
+    report = problem.report(rank, found, rank_gradients=rank, residual=found.residual)
     return LayerSolution(found.x0, report, lambda dG, _: found.sensitivity(dG), noise_std=found.noise_std)
 
 
@@ -268,11 +249,9 @@ def _reduced(problem: _Problem, system: ReducedSystem) -> LayerSolution:
     x = (system.x0 + system.spread(y)[:, :, 0]).reshape(-1, *problem.layer.input_shape)
     report = problem.report(
         problem.unknowns - (0 if found.null is None else found.null.shape[1]),
+        found,
         rank_weights=system.rank_weights,
         rank_gradients=system.rank_gradients,
-        condition=found.condition,
-        sigma_above_cut=found.sigma_min_kept,
-        sigma_below_cut=found.sigma_max_dropped,
         residual=(system.b - system.A.apply(y)[:, 0]).norm().item() / system.size,
     )
 
@@ -280,40 +259,32 @@ def _reduced(problem: _Problem, system: ReducedSystem) -> LayerSolution:
         x0, b = system.change(dG, z_change)
         return (x0 + system.spread(found.invert(system.A.adjoint(b[:, None])))[:, :, 0]).reshape(x.shape)
 
-    def null() -> Tensor:
-        return system.spread(found.null).flatten(0, 1)
-
-    def weak() -> Tensor:
-        return system.spread(found.ill_conditioned).flatten(0, 1)
-
-    nulls = (None if found.null is None else null,)
-    return LayerSolution(x, report, sensitivity, nulls, ((weak, 1 / found.ill_conditioned_sigmas),), systems=(system,))
+    return LayerSolution(x, report, sensitivity, ((system, found),))
 
 
-def _merged(name: str, parts: Sequence[LayerSolution], seconds: float) -> LayerSolution:
-    """The solution of a layer from those of its groups of channels."""
+def _merged(name: str, parts: list[LayerSolution], start: float) -> LayerSolution:
+    """The solution of a layer from those of its groups: counts add up, the worst of other values stands for all."""
 
     def sensitivity(dG: Tensor, z_change: Tensor) -> Tensor:
         changes = zip(parts, dG.chunk(len(parts)), z_change.chunk(len(parts), 1), strict=True)
         return torch.cat([part.sensitivity(*change) for part, *change in changes], 1)
 
+    def over(combine: Callable, *fields: str) -> dict:
+        values = {field: [getattr(part.report, field) for part in parts] for field in fields}
+        return {field: None if None in v else combine(v) for field, v in values.items()}
+
+    report = LayerReport(
+        name,
+        **over(sum, "unknowns", "rank_weights", "rank_gradients", "rank", "deficit"),
+        **over(max, "iterations", "condition", "sigma_below_cut", "residual"),
+        **over(min, "sigma_above_cut"),
+        seconds=time.perf_counter() - start,
+    )
     return LayerSolution(
         torch.cat([part.x for part in parts], 1),
-        _merged_report(name, [part.report for part in parts], seconds),
+        report,
         sensitivity if len(parts) > 1 else parts[0].sensitivity,
-        *(sum((getattr(part, field) for part in parts), ()) for field in ("nulls", "weak")),
+        sum((part.solved for part in parts), ()),
         max((part.noise_std for part in parts if part.noise_std is not None), default=None),
-        sum((part.systems for part in parts), ()),
+        parts[0].fixed_null,
     )
-
-
-def _merged_report(name: str, reports: list[LayerReport], seconds: float) -> LayerReport:
-    """One report for the groups of a layer: counts add up, the worst value of the rest stands for all."""
-
-    def over(field: str, combine):
-        values = [getattr(r, field) for r in reports]
-        return None if any(v is None for v in values) else combine(values)
-
-    counts = {f: over(f, sum) for f in ("unknowns", "rank_weights", "rank_gradients", "rank", "deficit")}
-    worst = {f: over(f, max) for f in ("iterations", "condition", "sigma_below_cut", "residual")}
-    return LayerReport(name, **counts, **worst, sigma_above_cut=over("sigma_above_cut", min), seconds=seconds)

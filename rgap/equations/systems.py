@@ -1,4 +1,4 @@
-"""A layer of B images as a least-squares problem in what one kind of equations leaves open; the other kind decides it.
+"""A layer of B images as a least-squares problem in what one kind of equations leaves open; what its solution yields.
 
 Weight equations hold for each image alone, W x_b = z_b − b; gradient equations are shared by all images, and the same
 for every channel. Where the gradients go first they leave x = x0 + (I ⊗ V) y, with the same V_b for every channel of an
@@ -14,60 +14,98 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgap.equations.blocks import blocks, gradient_matrix, gradient_values, tap_pixels
 from rgap.equations.complement import WeakSubspace
-from rgap.equations.gradient import GradientSolution
-from rgap.linalg import GRAM_RESOLUTION, Operator, dense_operator, gram_matrix, rms
+from rgap.equations.gradient import GradientSolution, blocks, gradient_matrix, gradient_values
+from rgap.linalg import GRAM_RESOLUTION, LeastSquares, Operator, dense_operator, gram_matrix, rms
 from rgap.network.layer import Layer
+from rgap.results import LayerReport
 
 
 @dataclass(frozen=True)
 class ReducedSystem:
     """x = x0 + N y over all images, and the least-squares problem min ‖A y − b‖² + ‖damping ∘ y‖² for y.
 
-    Attributes:
-        x0: (B, n).
-        spread: Y -> N Y, (k, p) -> (B, n, p).
-        project: Nᵀ of vectors (B, n), (k,).
-        seen_by: (image, L) with L (q, n) -> the columns of y that this image depends on, and L N of them.
-        A: From (k,) to the equations of the other kind.
-        b: Their right-hand side.
-        damping: Singular values, scaled as A is, with which the first kind sees N's columns, (k,).
-        size: What the residual of the equations is relative to.
-        change: How x0 and b change with G and z, (O, C, kh, kw) and (B, O, H′, W′) -> (B, n) and as b.
-        rank_weights, rank_gradients: Of the first kind of equations over all images, None for the other kind.
+    `seen_by` gives for (image, L), L (q, n), the columns of y that this image depends on, and L N of them; `change` how
+    x0 and b change with G and z, (O, C, kh, kw) and (B, O, H′, W′) -> (B, n) and as b.
     """
 
-    x0: Tensor
-    spread: Callable[[Tensor], Tensor]
-    project: Callable[[Tensor], Tensor]
+    x0: Tensor  # (B, n)
+    spread: Callable[[Tensor], Tensor]  # Y -> N Y, (k, p) -> (B, n, p)
+    project: Callable[[Tensor], Tensor]  # Nᵀ of vectors (B, n), (k,)
     seen_by: Callable[[int, Tensor], tuple[slice, Tensor]]
-    A: Operator
-    b: Tensor
-    damping: Tensor
-    size: float
+    A: Operator  # from (k,) to the equations of the other kind
+    b: Tensor  # their right-hand side
+    damping: Tensor  # singular values, scaled as A is, with which the first kind sees N's columns, (k,)
+    size: float  # what the residual of the equations is relative to
     change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    rank_weights: int | None = None
+    rank_weights: int | None = None  # of the first kind of equations over all images, None for the other kind
     rank_gradients: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerSolution:
+    """The input of a layer for every image, and what is left open.
+
+    Attributes:
+        x: The inputs, (B, C, H, W); of all solutions the one of minimum norm.
+        report: The layer's report; counts are over all images.
+        sensitivity: How x changes, to first order, with G and z: shaped as the weight and (B, O, H′, W′) ->
+            (B, C, H, W).
+        solved: For each group of channels the reduced system and its solution, None where W or the gradients alone
+            were enough.
+        noise_std: Standard deviation of noise on G's entries, from the residual of surplus equations where the
+            gradient alone determines x; None elsewhere.
+        fixed_null: What makes the null basis of a fixed layer, None where it is empty or would be too large.
+    """
+
+    x: Tensor
+    report: LayerReport
+    sensitivity: Callable[[Tensor, Tensor], Tensor]
+    solved: tuple[tuple[ReducedSystem, LeastSquares] | None, ...] = (None,)
+    noise_std: float | None = None
+    fixed_null: Callable[[], Tensor] | None = None
+
+    @cached_property
+    def null_basis(self) -> Tensor | None:
+        """Orthonormal basis of the directions left open, (B·C·H·W, deficit); None where nothing is."""
+        basis = self._basis("null") if self.fixed_null is None else self.fixed_null()
+        return basis if basis.shape[1] else None
+
+    @cached_property
+    def weak_basis(self) -> Tensor:
+        """Where something is open for a single image: directions determined, but badly, (B·C·H·W, w)."""
+        return self._basis("ill_conditioned")
+
+    @property
+    def weak_gain(self) -> Tensor:
+        """Their error, in units of the pre-activation's, (w,)."""
+        gains = (1 / group[1].ill_conditioned_sigmas for group in self.solved if group is not None)
+        return torch.cat([self.x.new_zeros(0), *gains])
+
+    def _basis(self, kind: str) -> Tensor:
+        """Directions of one kind of all groups, each on its own channels."""
+        nothing = self.x.new_zeros(len(self.x), self.x[0].numel() // len(self.solved), 0)
+        found = [None if group is None else getattr(group[1], kind) for group in self.solved]
+        bases = [nothing if y is None else group[0].spread(y) for group, y in zip(self.solved, found, strict=True)]
+        return torch.cat([torch.block_diag(*image) for image in zip(*bases, strict=True)])
 
 
 def gradients_first(
     layer: Layer, G: Tensor, z: Tensor, known: Tensor | None, found: GradientSolution, rcond: float
 ) -> ReducedSystem:
-    """W's equations for what the gradients leave open; arguments as of `solve_layer`, z less the bias.
+    """W's equations for what the gradients leave open, with the arguments of `solve_layer`, but z less the bias.
 
     Both kinds of rows are scaled by the size of their right-hand side: K's entries carry δz, which is tiny.
     """
-    V, channels = found.V, layer.input_shape[0]
-    whole = known is None
-    A = weights_on(layer, V) if whole else dense_operator(weight_columns(layer, V[0])[known.flatten()])
+    V, channels, right = found.V, layer.input_shape[0], rows_known(z, known)
+    A = weights_on(layer, V) if known is None else dense_operator(weight_columns(layer, V[0])[known.flatten()])
     A = _without_rounding(A, layer, rcond)
-    right = rows_known(z, known)
 
     def project(x: Tensor) -> Tensor:
         return torch.einsum("bpk,bcp->ck", V, x.reshape(len(x), channels, -1)).flatten()
@@ -96,22 +134,19 @@ def gradients_first(
 def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, weak: WeakSubspace) -> ReducedSystem:
     """The gradients' equations for what W leaves open of each image, or sees badly: x_b = W⁺ z_b + N u_b.
 
-    The arguments are those of `solve_layer`, z less the bias; the directions N are `weak`.
+    N is the basis of `weak`; the other arguments are those of `solve_layer`, but z less the bias.
     """
     count, channels, N = len(z), layer.input_shape[0], weak.basis
-    x0, q = weak.factor.minimum_norm(z).flatten(1), N.shape[1]
+    x0, q, by_pixel = weak.factor.minimum_norm(z).flatten(1), N.shape[1], N.reshape(channels, -1, N.shape[1])
     parts = [(block, [gradient_matrix(layer, block, image) for image in dz]) for block in blocks(layer)]
+    rows = [torch.cat([M @ by_pixel[:, block.pixels] for M in matrices], 2).flatten(0, 1) for block, matrices in parts]
 
     def missing(G: Tensor, x: Tensor) -> Tensor:  # vec(G) − K x
-        rest = []
+        rest, x = [], x.reshape(count, channels, -1)
         for block, matrices in parts:
-            by_pixel = x.reshape(count, channels, -1)[:, :, block.pixels]
-            seen = sum(one @ M.T for M, one in zip(matrices, by_pixel, strict=True))
+            seen = sum(one @ M.T for M, one in zip(matrices, x[:, :, block.pixels], strict=True))
             rest.append((gradient_values(layer, block, G).T - seen).flatten())
         return torch.cat(rest)
-
-    by_pixel = N.reshape(channels, -1, q)
-    rows = [torch.cat([M @ by_pixel[:, block.pixels] for M in matrices], 2).flatten(0, 1) for block, matrices in parts]
 
     def spread(Y: Tensor) -> Tensor:
         return torch.einsum("nq,bqp->bnp", N, Y.reshape(count, q, -1))
@@ -183,7 +218,7 @@ def _read_by_taps(layer: Layer, V: Tensor) -> Tensor:
     """What each tap reads of each vector (H·W, k) at each position of the output, (taps, positions, k)."""
     if layer.before is not None:
         V = layer.before.apply(V.T.reshape(-1, *layer.before.inputs)).flatten(1).T
-    read = F.pad(V, (0, 0, 0, 1))[tap_pixels(layer)]  # −1, the row of zeros, stands for padding
+    read = F.pad(V, (0, 0, 0, 1))[layer.tap_pixels()]  # −1, the row of zeros, stands for padding
     if layer.after is None:
         return read
     return layer.after.apply(read.mT.reshape(*read.mT.shape[:2], *layer.after.inputs)).flatten(2).mT
@@ -200,7 +235,7 @@ def rows_scale(right: Tensor, other: Tensor) -> float:
 
 
 def _without_rounding(A: Operator, layer: Layer, rcond: float) -> Operator:
-    """A, or zeros in place of an A that is but rounding: W repeats K there."""
+    """A, or zeros where A is rounding alone, because W repeats K there."""
     unit = layer.weight.flatten(1).norm(dim=1).max()
     if A.gram.trace() > (max(rcond, GRAM_RESOLUTION) * unit) ** 2 or A.matrix().norm() > rcond * unit:
         return A

@@ -1,4 +1,7 @@
-"""W x = b where W has full column rank: by a sparse factorisation that is kept between attacks, or by iterations."""
+"""W x = b where W has full column rank: by a sparse factorisation that is kept between attacks, or by iterations.
+
+All functions take layers without groups (`Layer.split_groups`).
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,18 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 import scipy.sparse.linalg as sla
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rgap.equations.blocks import weight_matrix
 from rgap.equations.limits import DEFAULT_LIMITS
 from rgap.linalg import conjugate_gradients
 from rgap.network.layer import Layer
 
 FULL_RANK_RTOL = 1e-4
-"""How well a random vector must come back through a system for that to count as of full column rank."""
+"""Largest relative error with which a system of full column rank gives a random vector back."""
 
 MIN_RATIO = 1e-7
 """Smallest σ_min / σ_max at which W still counts as of full column rank where WᵀW is factored."""
@@ -28,23 +31,34 @@ MIN_RATIO_SQUARE = 1e-11
 """The same where W itself is."""
 
 
+def weight_matrix(layer: Layer) -> sp.csr_array:
+    """W as a sparse matrix, (O·H′·W′, C·H·W); made once."""
+    return layer.cached("weight_matrix", lambda: _weight_matrix(layer))
+
+
+def _weight_matrix(layer: Layer) -> sp.csr_array:
+    pixels, size = layer.tap_pixels().numpy(), math.prod(layer.pixels_in)
+    (outputs, channels), positions = layer.weight.shape[:2], pixels.shape[1]
+    taps, places = np.nonzero(pixels >= 0)
+    o, c = np.arange(outputs)[:, None, None], np.arange(channels)[:, None]
+    values = layer.weight.flatten(2).numpy()[:, :, taps]
+    rows, columns = np.broadcast_arrays(o * positions + places, c * size + pixels[taps, places], values)[:2]
+    shape = (outputs * positions, channels * size)
+    W = sp.csr_array((values.ravel(), (rows.ravel(), columns.ravel())), shape=shape)
+    if layer.before is not None:
+        W = sp.csr_array(W @ sp.kron(sp.eye_array(channels), layer.before.matrix()))
+    return W if layer.after is None else sp.csr_array(sp.kron(sp.eye_array(outputs), layer.after.matrix()) @ W)
+
+
 @dataclass(frozen=True)
 class SparseFactor:
-    """LU factors of WᵀW, or of W itself where it is square.
+    """LU factors of WᵀW, or of W itself where it is square."""
 
-    Attributes:
-        W: The rows that are used, sparse.
-        lu: Its factors, None where they do not exist.
-        condition: σ_max / σ_min of W, a lower bound, close.
-        full_rank: Whether W is of full column rank.
-        known: Mask of the outputs whose rows are used, (O, H′, W′), None for all.
-    """
-
-    W: Any
-    lu: Any
-    condition: float
-    full_rank: bool
-    known: Tensor | None = None
+    W: Any  # sparse, the rows that are used
+    lu: Any  # None where the factors do not exist
+    condition: float  # σ_max / σ_min of W, a close lower bound
+    full_rank: bool  # of W's columns
+    known: Tensor | None = None  # mask of the outputs whose rows are used, (O, H′, W′), None for all
 
     def solve(self, z: Tensor) -> tuple[Tensor, float, int]:
         """Least-squares solution with refinement for z (O, H′, W′): x (C·H·W,), ‖W x − z‖ / ‖z‖, refinement steps."""
@@ -55,9 +69,7 @@ class SparseFactor:
             size = np.linalg.norm(self.W.T @ r)
             if not size < 0.5 * last:
                 break
-            last = size
-            x = x + self._normal_solve(r)
-            steps += 1
+            last, x, steps = size, x + self._normal_solve(r), steps + 1
         size = np.linalg.norm(right)
         residual = float(np.linalg.norm(right - self.W @ x) / size) if size > 0 else 0.0
         return torch.from_numpy(x), residual, steps
@@ -79,25 +91,16 @@ class ConjugateGradients:
 
     Each kind of equations costs a convolution, whatever the size of the image; the condition number of the system
     decides how many iterations are needed, and grows as the equations become scarce.
-
-    Attributes:
-        layer: The layer, without groups.
-        known: Mask of the outputs whose rows of W are used, (O, H′, W′), None for all.
-        dz: δz, (O, H′, W′), where K belongs to the system; scaled, and G with it, so that its rows are as large as W's.
-        condition: Of the system, as the last solve saw it.
     """
 
     layer: Layer
-    known: Tensor | None = None
-    dz: Tensor | None = None
-    condition: float = float("nan")
+    known: Tensor | None = None  # mask of the outputs whose rows of W are used, (O, H′, W′), None for all
+    dz: Tensor | None = None  # (O, H′, W′), where K belongs to the system; δz and G are scaled for rows as large as W's
+    condition: float = float("nan")  # of the system, as estimated by the last solve
 
     @cached_property
     def missing(self) -> int:
-        """Estimate of the unknowns that the system does not determine, 0 for full column rank.
-
-        A random vector is sent through it and solved for: what does not come back lies in the null space.
-        """
+        """Estimate of the unknowns that the system does not determine: what it loses of a random vector."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(self.layer.input_shape, generator=generator, dtype=torch.float64)
         G = None if self.dz is None else self.layer.weight_gradient(x, self.dz)
@@ -111,28 +114,18 @@ class ConjugateGradients:
         return self.missing == 0
 
     def solve(
-        self,
-        z: Tensor,
-        G: Tensor | None = None,
-        tolerance: float = 1e-12,
-        max_iterations: int = 20_000,
-        truth: Tensor | None = None,
+        self, z: Tensor, G: Tensor | None = None, truth: Tensor | None = None, **limits
     ) -> tuple[Tensor, float, int]:
         """Least-squares solution of minimum norm: x (C·H·W,), ‖residual‖ / ‖right-hand side‖, iterations.
 
-        Args:
-            z: (O, H′, W′).
-            G: Gradient by the weight, shaped as it, where K belongs to the system.
-            tolerance: Largest norm of the normal equations' residual at the end, relative to the start.
-            max_iterations: Most iterations.
-            truth: Ends the iterations as soon as x is this close to it, relative `FULL_RANK_RTOL`.
+        For z (O, H′, W′) and, where K belongs to the system, G shaped as the weight; the limits are those of
+        `rgap.linalg.conjugate_gradients`. Ends early where x is as close to `truth` as `FULL_RANK_RTOL`.
         """
 
         def done(x: Tensor) -> bool:
             return truth is not None and bool((x - truth).norm() < FULL_RANK_RTOL * truth.norm())
 
-        right, limits = [self._used(z)], {"tolerance": tolerance, "max_iterations": max_iterations}
-        right += [] if self.dz is None else [G]
+        right = [self._used(z)] + ([] if self.dz is None else [G])
         found = conjugate_gradients(self._apply, self._adjoint, right, done=done, **limits)
         self.condition = found.condition
         return found.x.flatten(), found.residual, found.iterations
@@ -159,13 +152,13 @@ class ConjugateGradients:
 def weight_factor(
     layer: Layer, known: Tensor | None = None, max_unknowns: int = DEFAULT_LIMITS.max_factor_unknowns
 ) -> SparseFactor | ConjugateGradients:
-    """The solver for W x = z of a layer without groups; made once, unless only some outputs (O, H′, W′) are known."""
+    """The solver for W x = z; made once, unless only some outputs (O, H′, W′) are known."""
     if layer.unknowns > max_unknowns:
         solver = ConjugateGradients(layer, known)
         return solver if known is not None else layer.cached("weight_solver", lambda: solver)
-    if known is not None:
-        return replace(_sparse_factor(weight_matrix(layer)[known.flatten().numpy()]), known=known)
-    return layer.cached("weight_factor", lambda: _sparse_factor(weight_matrix(layer)))
+    if known is None:
+        return layer.cached("weight_factor", lambda: _sparse_factor(weight_matrix(layer)))
+    return replace(_sparse_factor(weight_matrix(layer)[known.flatten().numpy()]), known=known)
 
 
 def _sparse_factor(W: Any) -> SparseFactor:

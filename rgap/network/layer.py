@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -136,6 +137,30 @@ class Layer:
         """∂ℓ/∂`weight`, shaped as it, from the shared gradients by parameter name."""
         G = gradients[self.weight_name].reshape(self.weight.shape)
         return G if self.output_scale is None else G / self.output_scale[:, None, None, None]
+
+    def split_groups(self) -> list[Layer]:
+        """The layer as independent layers without groups, one for each group of channels; made once."""
+        return [self] if self.groups == 1 else self.cached("groups", self._split)
+
+    def _split(self) -> list[Layer]:
+        tensors = (self.weight, self.bias, self.shift)
+        parts = [[None] * self.groups if t is None else t.chunk(self.groups) for t in tensors]
+        inputs, outputs = ((shape[0] // self.groups, *shape[1:]) for shape in (self.input_shape, self.output_shape))
+        own = {"input_shape": inputs, "output_shape": outputs, "groups": 1}
+        return [replace(self, weight=w, bias=b, shift=s, cache={}, **own) for w, b, s in zip(*parts, strict=True)]
+
+    def tap_pixels(self) -> Tensor:
+        """The pixel that each tap reads at each output position, −1 in padding, (kh·kw, positions); made once."""
+        return self.cached("tap_pixels", lambda: torch.from_numpy(self._tap_pixels()))
+
+    def _tap_pixels(self) -> np.ndarray:
+        left, _, top, _ = self.padding
+        taps, pads = self.weight.shape[2:], (top, left)
+        axes = zip(self.dilation, taps, self.stride, self.pixels_out, pads, strict=True)
+        rows, columns = (d * np.arange(k)[:, None] + s * np.arange(n) - pad for d, k, s, n, pad in axes)
+        (height, width), rows, columns = self.pixels_in, rows[:, None, :, None], columns[:, None]
+        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        return np.where(inside, rows * width + columns, -1).reshape(math.prod(taps), -1)
 
     def cached(self, key: str, build: Callable[[], Any]) -> Any:
         """`build()`, computed on first use; it must depend on the model alone, never on a gradient."""

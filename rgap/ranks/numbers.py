@@ -17,10 +17,9 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from rgap.equations.blocks import blocks, split_groups, weight_matrix
-from rgap.equations.gradient import solve_gradients
+from rgap.equations.gradient import blocks, solve_gradients
 from rgap.equations.systems import weight_columns
-from rgap.equations.weights import weight_factor
+from rgap.equations.weights import weight_factor, weight_matrix
 from rgap.linalg import svd
 from rgap.network.layer import Layer
 
@@ -72,7 +71,7 @@ def numerical_ranks(layer: Layer, batch: int = 1, dtype: torch.dtype = torch.flo
     """
     generator = torch.Generator().manual_seed(seed)
     ranks = []
-    for part in split_groups(layer):
+    for part in layer.split_groups():
         dz = torch.randn(batch, *part.output_shape, generator=generator, dtype=torch.float64)
         ranks.append(_group(part, dz, torch.finfo(dtype).eps))
     *counts, conditions = zip(*ranks, strict=True)

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import linalg
 
-from rgap.equations.blocks import blocks, gradient_matrix, weight_matrix
 from rgap.equations.complement import complement
+from rgap.equations.gradient import blocks, gradient_matrix
 from rgap.equations.limits import DEFAULT_LIMITS, SolverLimits
+from rgap.equations.weights import weight_matrix
 from rgap.network.layer import Layer
 
 

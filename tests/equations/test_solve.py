@@ -10,7 +10,6 @@ from torch.testing import assert_close
 
 import rgap
 from rgap.equations import SolverLimits, solve_layer
-from rgap.equations.blocks import split_groups
 
 WEIGHTS_FIRST = SolverLimits(weights_first_ratio=1e9)
 WEIGHTS_ALONE = SolverLimits(dense_unknowns=10, dense_unknowns_batch=10)
@@ -23,7 +22,7 @@ def rank_of(layer, dz, rtol=1e-9):
 
 
 def systems(layer, dz):
-    parts = split_groups(layer)
+    parts = layer.split_groups()
     return [dense_system(*part) for part in zip(parts, dz.chunk(len(parts), 1), strict=True)]
 
 

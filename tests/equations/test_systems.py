@@ -7,8 +7,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.equations.blocks import split_groups, weight_matrix
 from rgap.equations.systems import spread, weight_columns, weight_gram, weights_on
+from rgap.equations.weights import weight_matrix
 
 
 def dense(layer, V):
@@ -20,7 +20,7 @@ def dense(layer, V):
 @settings(drawn, max_examples=40)
 @given(conv_layers(), st.integers(1, 2), st.integers(1, 4), st.integers(0, 1000))
 def test_the_operator_is_that_of_the_dense_matrix(layer, images, count, seed):
-    for part in split_groups(layer):
+    for part in layer.split_groups():
         V = randn(images, part.input_shape[1] * part.input_shape[2], count, seed=seed)
         A, operator = dense(part, V), weights_on(part, V)
         Y, R = randn(A.shape[1], 3, seed=seed + 1), randn(len(A), 2, seed=seed + 2)

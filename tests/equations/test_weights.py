@@ -9,9 +9,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from rgap.equations import weights as sparse
-from rgap.equations.blocks import weight_matrix
 from rgap.equations.complement import complement, weak_subspace
-from rgap.equations.weights import ConjugateGradients, SparseFactor, weight_factor
+from rgap.equations.weights import ConjugateGradients, SparseFactor, weight_factor, weight_matrix
 
 
 def tall():

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.equations.blocks import weight_matrix
+from rgap.equations.weights import weight_matrix
 from rgap.experiments.random_networks import random_chain
 from rgap.network.activations import IDENTITY
 

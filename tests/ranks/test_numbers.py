@@ -7,7 +7,8 @@ from torch import nn
 
 import rgap
 from rgap import models
-from rgap.equations.blocks import blocks, gradient_matrix, split_groups, weight_matrix
+from rgap.equations.gradient import blocks, gradient_matrix
+from rgap.equations.weights import weight_matrix
 from rgap.network.folding import linear_layer
 from rgap.ranks.numbers import numerical_ranks
 
@@ -20,7 +21,7 @@ def dense_ranks(layer, batch, seed):
     """Ranks of W, K and [W; K] from dense matrices of the whole layer, δz drawn as the analysis draws it."""
     generator = torch.Generator().manual_seed(seed)
     total = np.zeros(3, int)
-    for part in split_groups(layer):
+    for part in layer.split_groups():
         W = torch.from_numpy(weight_matrix(part).toarray())
         dz = torch.randn(batch, *part.output_shape, generator=generator, dtype=torch.float64)
         channels, pixels = part.input_shape[0], math.prod(part.input_shape[1:])

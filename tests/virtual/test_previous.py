@@ -7,7 +7,7 @@ from torch import nn
 
 import rgap
 from rgap.equations import SolverLimits
-from rgap.equations.blocks import weight_matrix
+from rgap.equations.weights import weight_matrix
 from rgap.virtual.previous import previous_factors, smooth_image_rows
 
 LAYERS = {

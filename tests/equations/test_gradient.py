@@ -7,16 +7,15 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.equations import blocks as constraints
-from rgap.equations.blocks import (
+from rgap.equations import gradient as equations
+from rgap.equations.gradient import (
     bias_residual,
     blocks,
     gradient_matrix,
     gradient_values,
     identity_residual,
-    split_groups,
-    weight_matrix,
 )
+from rgap.equations.weights import weight_matrix
 
 
 def weight_gradient(layer, x, dz):
@@ -47,7 +46,7 @@ def whole_gradient_matrix(layer, dz):
 @given(conv_layers(), st.integers(0, 1000))
 def test_every_block_of_the_gradient_matrix_maps_the_input_to_autograds_gradient(layer, seed):
     x, dz = drawn_pair(layer, seed)
-    parts = split_groups(layer)
+    parts = layer.split_groups()
     G = weight_gradient(layer, x, dz)
     for part, x_part, G_part, dz_part in zip(parts, *(t.chunk(len(parts)) for t in (x, G, dz)), strict=True):
         taps = []
@@ -66,7 +65,7 @@ def test_the_weight_matrix_is_the_convolution(layer, seed):
     x, _ = drawn_pair(layer, seed)
     z = [
         torch.from_numpy(weight_matrix(part) @ x_part.flatten().numpy())
-        for part, x_part in zip(split_groups(layer), x.chunk(layer.groups), strict=True)
+        for part, x_part in zip(layer.split_groups(), x.chunk(layer.groups), strict=True)
     ]
     assert_close(torch.cat(z), layer.apply(x).flatten(), rtol=0, atol=1e-12)
 
@@ -97,7 +96,7 @@ def test_the_identities_of_a_vanishing_gradient_hold():
 @drawn
 @given(conv_layers(), st.integers(0, 1000))
 def test_the_rank_of_the_gradient_constraints_is_that_of_one_channel_times_the_channels(layer, seed):
-    part = split_groups(layer)[0]
+    part = layer.split_groups()[0]
     _, dz = drawn_pair(part, seed)
     size = part.unknowns
     rows = [weight_gradient(part, unit.reshape(part.input_shape), dz).flatten() for unit in torch.eye(size).double()]
@@ -116,11 +115,11 @@ def test_a_stride_splits_the_pixels_into_independent_blocks(stride, expected):
 def test_groups_are_independent_layers_with_their_own_biases():
     layer = conv_layer(nn.Conv2d(4, 6, 3, groups=2), 5, 5)
     x = randn(4, 5, 5)
-    parts = split_groups(layer)
+    parts = layer.split_groups()
     z = torch.cat([part.apply(chunk) + part.pre_bias() for part, chunk in zip(parts, x.chunk(2), strict=True)])
     assert_close(z, layer.apply(x) + layer.pre_bias())
-    assert split_groups(layer) is parts
-    assert split_groups(parts[0]) == [parts[0]]
+    assert layer.split_groups() is parts
+    assert parts[0].split_groups() == [parts[0]]
 
 
 @pytest.mark.parametrize(("name", "rows", "rank_gradients"), [("cnn6", 2916, 2928), ("cnn6_d", 1620, 1968)])
@@ -137,6 +136,6 @@ def test_sums_of_many_channels_are_tested_in_their_place(monkeypatch):
     z = layer.apply(x) + layer.pre_bias()
     G = layer.weight_gradient(x, dz)
     every = identity_residual(layer, G, -dz[None], z[None])
-    monkeypatch.setattr(constraints, "MAX_CHANNELS_TESTED", 8)
+    monkeypatch.setattr(equations, "MAX_CHANNELS_TESTED", 8)
     assert identity_residual(layer, G, dz[None], z[None]) < 1e-12
     assert identity_residual(layer, G, -dz[None], z[None]) == pytest.approx(every) == pytest.approx(2.0)
