@@ -55,10 +55,7 @@ def candidate(problem: GradientObjective, images: Tensor, labels: Tensor) -> Can
 
 
 def outcome(
-    problem: GradientObjective,
-    candidates: Sequence[Candidate],
-    record: Record,
-    notes: Sequence[str] = (),
+    problem: GradientObjective, candidates: Sequence[Candidate], record: Record, notes: Sequence[str] = ()
 ) -> Optimised:
     """Ranks the candidates by their gradient residual and gives the verdict; the truth has no part in it."""
     ranked = sorted(candidates, key=lambda c: c.gradient_residual)

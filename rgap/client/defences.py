@@ -1,7 +1,7 @@
-"""Defences: what a client may do to its gradient before it shares it.
+"""Defences: what a client may do to its gradient before sharing it.
 
-Each takes a list or a mapping of gradients and returns the same kind, in the dtypes that came in; its arguments stay as
-they are. All raise `GradientMismatchError` where the gradients are not finite floating-point tensors.
+Each takes a list or a mapping of gradients and returns the same kind with the same dtypes; the arguments are not
+changed. All raise `GradientMismatchError` unless the gradients are finite floating-point tensors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def gaussian_noise(gradients: Gradients, std: float, seed: int = 0) -> Gradients
     Args:
         gradients: One tensor for each parameter, or a mapping from name.
         std: Standard deviation, in the gradient's own units.
-        seed: Of the noise, which is the same for every dtype.
+        seed: Seed of the noise, which is the same for every dtype.
 
     Raises:
         ValueError: If `std` is negative or not finite, or the noise overflows a gradient's dtype.
@@ -43,13 +43,13 @@ def clip_and_noise(gradients: Gradients, clip_norm: float, noise_multiplier: flo
     """Scales all gradients together to a norm of at most `clip_norm`, then adds noise: a step of DP-SGD.
 
     The noise is N(0, (noise_multiplier · clip_norm)²) on every entry (Abadi et al. 2016, for the gradient of a single
-    sample; for a batch it protects the batch as a whole). `epsilon` says what it guarantees.
+    sample; for a batch it protects the batch as a whole). `epsilon` computes the guarantee.
 
     Args:
         gradients: One tensor for each parameter, or a mapping from name.
-        clip_norm: Largest 2-norm, over all tensors, that is left as it is.
+        clip_norm: Largest 2-norm, over all tensors, that is left unscaled.
         noise_multiplier: Standard deviation of the noise in units of `clip_norm`.
-        seed: Of the noise.
+        seed: Seed of the noise.
 
     Raises:
         ValueError: If `clip_norm` is not positive or `noise_multiplier` is negative, one of them is not finite, or the
@@ -68,7 +68,8 @@ def prune(gradients: Gradients, share: float) -> Gradients:
 
     Args:
         gradients: One tensor for each parameter, or a mapping from name.
-        share: Share of each tensor's entries to set to zero, rounded down, in [0, 1); of equal magnitudes the first go.
+        share: Share of each tensor's entries to set to zero, in [0, 1), their number rounded down; of equal magnitudes
+            the first are set to zero.
 
     Raises:
         ValueError: If `share` is out of range.
@@ -84,7 +85,7 @@ def prune(gradients: Gradients, share: float) -> Gradients:
 
 
 def quantise(gradients: Gradients, dtype: str) -> Gradients:
-    """Rounds every entry to a coarser format; the values come back in the dtype they had.
+    """Rounds every entry to a coarser format; the result keeps the dtypes of the gradients.
 
     Args:
         gradients: One tensor for each parameter, or a mapping from name.
@@ -94,10 +95,9 @@ def quantise(gradients: Gradients, dtype: str) -> Gradients:
     Raises:
         ValueError: If `dtype` is another, or an entry overflows the format.
     """
-    known = ", ".join((*FORMATS, "int8"))
-    _check(dtype in FORMATS or dtype == "int8", f"dtype is {dtype!r}; it must be one of {known}")
     if dtype == "int8":
         return _each(gradients, _on_grid)
+    _check(dtype in FORMATS, f"dtype is {dtype!r}; it must be one of {', '.join(FORMATS)}, int8")
     return _each(gradients, lambda g: _to(g, FORMATS[dtype]).double())
 
 
@@ -143,14 +143,10 @@ def _check_at_least_0(name: str, value: float) -> None:
 
 
 def _noise(std: float, seed: int) -> Callable[[Tensor], Tensor]:
-    """What adds noise to a tensor; its calls draw from one stream of random numbers."""
+    """A function that adds noise to a tensor; its calls draw from one stream of random numbers."""
     _check(isinstance(seed, Integral), f"seed is {seed!r}; it must be an integer")
     generator = torch.Generator().manual_seed(int(seed))
-
-    def add(g: Tensor) -> Tensor:
-        return g + std * torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g.device)
-
-    return add
+    return lambda g: g + std * torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g.device)
 
 
 def _on_grid(g: Tensor) -> Tensor:
@@ -159,7 +155,7 @@ def _on_grid(g: Tensor) -> Tensor:
 
 
 def _each(gradients: Gradients, change: Callable[[Tensor], Tensor]) -> Gradients:
-    """Applies a change, computed in float64, to every tensor, and puts them together as they came."""
+    """Applies a change, computed in float64, to every tensor, and keeps the list or mapping that came in."""
     changed = {name: _to(change(g.detach().double()), g.dtype, name) for name, g in _checked(gradients).items()}
     return changed if isinstance(gradients, Mapping) else list(changed.values())
 

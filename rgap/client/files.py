@@ -1,4 +1,4 @@
-"""Tensors in files: gradients as a client would send them, and checkpoints. Nothing in a file is ever run."""
+"""Tensors in files: gradients as a client would send them, and checkpoints. Reading a file never executes code."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from rgap.client.gradients import named_tensors
 from rgap.results import GradientMismatchError
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
-"""Kinds of files that are known; the last two are those of `torch.save`."""
-
-Gradients = list[Tensor] | dict[str, Tensor]
+"""Supported formats; the last two are those of `torch.save`."""
 
 
 def save_gradients(path: str | Path, gradients: Sequence[Tensor] | Mapping[str, Tensor]) -> Path:
@@ -35,17 +33,15 @@ def save_gradients(path: str | Path, gradients: Sequence[Tensor] | Mapping[str, 
         ValueError: If the suffix is unknown.
         GradientMismatchError: If the gradients are not tensors, or there are none.
     """
-    path, tensors = _known_path(path), _checked(gradients, "gradients")
+    path, named = _known_path(path), _checked(gradients, "gradients")
     if path.suffix == ".safetensors":
-        return _write(path, tensors if isinstance(tensors, dict) else {str(i): g for i, g in enumerate(tensors)})
-    if isinstance(tensors, dict):
-        detached = {name: g.detach() for name, g in tensors.items()}
-    else:
-        detached = [g.detach() for g in tensors]
-    return write_atomically(path, lambda file: torch.save(detached, file))
+        return _write(path, {str(name): g for name, g in named.items()})
+    detached = {name: g.detach() for name, g in named.items()}
+    content = detached if isinstance(gradients, Mapping) else list(detached.values())
+    return write_atomically(path, lambda file: torch.save(content, file))
 
 
-def load_gradients(path: str | Path) -> Gradients:
+def load_gradients(path: str | Path) -> list[Tensor] | dict[str, Tensor]:
     """Reads gradients from a file, for `rgap.reconstruct`.
 
     Args:
@@ -61,36 +57,23 @@ def load_gradients(path: str | Path) -> Gradients:
         GradientMismatchError: If it holds anything but tensors, or none.
     """
     advice = "save a list of tensors, or a mapping from parameter name, by rgap.client.save_gradients"
-    tensors = _checked(_read(path, advice), str(path))
-    if isinstance(tensors, dict) and set(tensors) == {str(i) for i in range(len(tensors))}:
-        return [tensors[str(i)] for i in range(len(tensors))]
-    return tensors
+    named = _checked(_read(path, advice), str(path))
+    if {str(name) for name in named} == {str(i) for i in range(len(named))}:
+        return [named[name] for name in sorted(named, key=int)]
+    return named
 
 
 def save_weights(model: nn.Module, path: str | Path, facts: Mapping[str, object]) -> Path:
-    """Writes a checkpoint, whole or not at all.
-
-    Args:
-        model: The network.
-        path: A `.safetensors` file.
-        facts: What to keep beside the weights: model, seed, epochs, data.
-
-    Returns:
-        The path.
-    """
+    """Writes a `.safetensors` checkpoint, whole or not at all, with facts such as model, seed and epochs."""
     return _write(Path(path), model.state_dict(), {name: str(value) for name, value in facts.items()})
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
-    """A copy of a model with the weights of a checkpoint.
-
-    Args:
-        model: The network.
-        path: A `.safetensors` file, or a `.pt` or `.pth` file with a state dict.
+    """A copy of a model with the weights of a checkpoint: a `.safetensors` file, or a `.pt` or `.pth` state dict.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no checkpoint, or one of another network.
+        ValueError: If it is not a checkpoint of this network.
     """
     state = _read(path, "a checkpoint is a state dict")
     if not isinstance(state, Mapping):
@@ -110,7 +93,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def _read(path: str | Path, advice: str):
-    """What a file holds, on the CPU; the advice ends the message where it cannot be read."""
+    """What a file holds, on the CPU; `advice` ends the error message if it cannot be read."""
     path = _known_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -118,7 +101,7 @@ def _read(path: str | Path, advice: str):
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes of another kind make the readers fail in any way
+    except Exception as error:  # on bytes of another kind the readers raise errors of any class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is no readable {path.suffix} file of tensors ({reason}); {advice}") from error
 
@@ -136,8 +119,7 @@ def _known_path(path: str | Path) -> Path:
     return path
 
 
-def _checked(given, what: str) -> Gradients:
-    tensors = named_tensors(given, what)
-    if not tensors:
+def _checked(given, what: str) -> dict[str | int, Tensor]:
+    if not (named := named_tensors(given, what)):
         raise GradientMismatchError(f"{what}: no tensor; give one for each parameter")
-    return tensors if isinstance(given, Mapping) else list(tensors.values())
+    return named

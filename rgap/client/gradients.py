@@ -49,7 +49,7 @@ def loss_value(loss: str, outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def outputs_fit(loss: str, outputs: int) -> bool:
-    """Whether a network with so many outputs can have this loss."""
+    """Whether a network with this number of outputs can have this loss."""
     return outputs == 1 if loss == "logistic" else outputs >= (2 if loss == "cross_entropy" else 1)
 
 
@@ -63,7 +63,7 @@ def client_gradients(model: nn.Module, images: Tensor, labels: Tensor, loss: str
     """The gradient that a client shares: of the mean loss of its batch, by every parameter.
 
     Args:
-        model: The network, used as it is (mode and dtype); the gradients have its parameters' dtype.
+        model: The network, used in the mode and dtype that it has; the gradients have its parameters' dtype.
         images: (B, C, H, W), in [0, 1].
         labels: (B,), int64.
         loss: A name in `LOSSES`.
@@ -88,17 +88,9 @@ def client_gradients(model: nn.Module, images: Tensor, labels: Tensor, loss: str
 def gradients_of(
     model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor, loss: str
 ) -> dict[str, Tensor]:
-    """Gradients of the mean loss at given parameter values, leaving the model and its `.grad`s untouched.
+    """Gradients of the mean loss, by parameter name, at given parameter values and in their dtype.
 
-    Args:
-        model: The network.
-        parameters: Parameter name -> value at which to differentiate; their dtype is computed in.
-        images: (B, C, H, W).
-        labels: (B,), int64.
-        loss: A name in `LOSSES`.
-
-    Returns:
-        Parameter name -> gradient.
+    The model and its `.grad`s are left untouched; images (B, C, H, W), labels (B,) int64, `loss` as in `LOSSES`.
     """
     values = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     some = next(iter(values.values()))

@@ -1,4 +1,4 @@
-"""Plain training, a few epochs of it, so that trained weights can be attacked, too."""
+"""Plain training for a few epochs, so that trained weights can be attacked, too."""
 
 from __future__ import annotations
 
@@ -30,22 +30,14 @@ def training(
 ) -> Iterator[tuple[float, nn.Module]]:
     """Trains a copy of a model and yields its state before the first epoch and after each.
 
-    Args:
-        model: The network at the start; it stays as it is.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,), int64.
-        loss: A name in `LOSSES`.
-        epochs: Passes over the images.
-        seed: Of the order of the images.
-        optimiser: "adam" or "sgd".
-        learning_rate: Of the optimiser.
-        batch_size: Images a step.
+    Images (N, C, H, W) in [0, 1], labels (N,) int64, `loss` a name in `LOSSES`, `optimiser` "adam" or "sgd"; the seed
+    decides the order of the images.
 
     Yields:
-        The mean loss over the images, and a copy of the network as it then is; both in eval mode.
+        The mean loss over the images in eval mode, and a copy of the network at that point, in eval mode.
 
     Raises:
-        ValueError: If an argument is out of range, or the loss stops being finite.
+        ValueError: If an argument is out of range, or the loss is no longer finite.
     """
     if optimiser not in OPTIMISERS:
         raise ValueError(f"optimiser is {optimiser!r}; it must be one of {', '.join(OPTIMISERS)}")
