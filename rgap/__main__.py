@@ -6,7 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-# Nothing here imports torch: `rgap notebook` starts once for every notebook, and torch takes seconds to come.
+import yaml
+
+# Nothing here imports torch: `rgap notebook` starts once for every notebook, and torch takes seconds to import.
 from rgap import artifact
 
 MODELS = ("cnn6", "cnn6_d", "cnn6_batch", "fcn3", "lenet")
@@ -63,7 +65,7 @@ With --claims it prints the claims that the last run measured instead; 1 is the 
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that refuses in one line; the usage is left to `--help`."""
+    """A parser whose errors are one line; the usage is left to `--help`."""
 
     def error(self, message: str) -> None:
         """Exits with 2."""
@@ -71,14 +73,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command.
+    """Runs one command, given as the command line without the program's name, and returns its exit status.
 
-    Args:
-        arguments: The command line without the program's name.
-
-    Returns:
-        The exit status that `--help` of the command explains: 0 where all is well, 2 after one line that says what is
-        wrong with the arguments, 130 where it was interrupted.
+    `--help` of the command explains the status: 0 for success, 2 after one line that says what is wrong with the
+    arguments, 130 after an interruption.
     """
     options = parser().parse_args(arguments)
     try:
@@ -99,15 +97,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = OneLineParser(
-        prog="rgap", description="R-GAP: what a shared gradient gives away. `python -m rgap` is the same."
-    )
+    about = "R-GAP: what a shared gradient gives away. `python -m rgap` is the same."
+    top = OneLineParser(prog="rgap", description=about)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
-        short = description.partition("\n")[0]
-        shape = argparse.RawDescriptionHelpFormatter
-        return commands.add_parser(name, help=short, description=description, epilog=epilog, formatter_class=shape)
+        texts = {"help": description.partition("\n")[0], "description": description, "epilog": epilog}
+        return commands.add_parser(name, **texts, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     reconstruct = command("reconstruct", RECONSTRUCT, RECONSTRUCT_END)
     _add_case(reconstruct)
@@ -138,9 +134,8 @@ def parser() -> argparse.ArgumentParser:
     notebook.add_argument("-f", "--file", type=Path, help="YAML file of parameters, one section per notebook")
     pairs = {"nargs": 2, "action": "append", "default": []}
     notebook.add_argument("-p", "--parameter", **pairs, metavar=("NAME", "VALUE"), help="a parameter, written as YAML")
-    notebook.add_argument(
-        "-o", "--offer", **pairs, metavar=("NAME", "TEXT"), help="a text for notebooks that have this parameter"
-    )
+    offer = "a text for notebooks that have this parameter"
+    notebook.add_argument("-o", "--offer", **pairs, metavar=("NAME", "TEXT"), help=offer)
 
     report = command("report", REPORT)
     report.add_argument("--claims", action="store_true", help="print the claims table and what is wrong with the run")
@@ -165,13 +160,13 @@ def _notebook(options: argparse.Namespace) -> int:
 
     if not options.target and (options.file or options.parameter or options.offer):
         raise ValueError("parameters need a TARGET; committed outputs are those of the notebook's own values")
+    parameters = notebooks.read_parameters(options.file, options.source.stem) if options.file else {}
+    parameters |= {name: yaml.safe_load(text) for name, text in options.parameter}
     try:
-        if not options.target:
+        if options.target:
+            notebooks.run(options.source, options.target, parameters, dict(options.offer))
+        else:
             notebooks.refresh(options.source)
-            return 0
-        parameters = notebooks.read_parameters(options.file, options.source.stem) if options.file else {}
-        parameters |= {name: notebooks.parse_value(text) for name, text in options.parameter}
-        notebooks.run(options.source, options.target, parameters, dict(options.offer))
     except notebooks.FAILURES as error:
         print(f"{options.source}: {error}", file=sys.stderr)
         return 1

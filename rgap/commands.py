@@ -32,14 +32,14 @@ AUDIT_STATUS = {"stops": 0, "leaks": 1, "unknown": 3}
 """Outcome -> exit status; 2 is for wrong arguments."""
 
 SAMPLE_COLUMNS = ("case", "verdict", "psnr_db", "ok", "why")
-"""Columns that the table of every sample has; it may have more."""
+"""Columns that the table of every sample must have."""
 
 SAMPLE_CASES = 200
-"""Cases of each sample, unless it has a default of its own."""
+"""Cases of a sample without a default of its own."""
 
 
 def reconstruct(options: argparse.Namespace) -> int:
-    """Attacks one image or batch, leaves pictures and the layers' table, and prints how near the truth is."""
+    """Attacks one image or batch, writes pictures and the layers' table, and prints how close the result is."""
     from rgap.experiments.common import rescale  # matplotlib comes with it, which no other command needs
 
     if options.batch < 1:
@@ -76,7 +76,7 @@ def reconstruct(options: argparse.Namespace) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Trains a network, on two classes where it has one output, and leaves a checkpoint."""
+    """Trains a network, on two classes if it has one output, and writes a checkpoint."""
     if options.epochs < 1:
         raise ValueError(f"epochs is {options.epochs}; it must be at least 1")
     model, shape, loss, classes = load_case(options)
@@ -94,7 +94,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def audit(options: argparse.Namespace) -> int:
-    """Prints the audit of a network and leaves it as JSON; the status says whether it leaks."""
+    """Prints the audit of a network and writes it as JSON; the exit status tells whether it leaks."""
     model, shape = load_network(options)
     result = audited(model, shape, options.batch)
     text = json.dumps({"model": options.model} | result.to_dict(), indent=2, allow_nan=False) + "\n"
@@ -110,7 +110,7 @@ def audit(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Runs samples of random attacks, writes their rows, and fails where one is not in order."""
+    """Runs samples of random attacks, writes their rows, and fails if any is not in order."""
     if options.count is not None and options.count < 1:
         raise ValueError(f"count is {options.count}; it must be at least 1")
     known = all_samples()
@@ -131,29 +131,24 @@ def verify(options: argparse.Namespace) -> int:
 def load_network(options: argparse.Namespace) -> tuple[nn.Module, tuple[int, ...]]:
     """The network that `model` names, with weights of `seed` (0 if there is none), and the shape of its images.
 
-    Raises:
-        ValueError: As `rgap.models.load_model` does, or if `shape` is malformed, or missing where it is not known.
+    Refuses a `shape` that is malformed, or missing where the network's is unknown.
     """
     model, known = models.load_model(options.model, getattr(options, "seed", 0))
-    if options.shape:
-        return model, parse_shape(options.shape)
-    if known is None:
+    if options.shape and not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", options.shape):
+        raise ValueError(f"shape is {options.shape!r}; give whole numbers with commas between, e.g. 3,224,224")
+    if not options.shape and known is None:
         raise ValueError(f"shape is missing; give the image shape that {options.model} takes, e.g. 3,224,224")
-    return model, known
+    return model, tuple(int(number) for number in options.shape.split(",")) if options.shape else known
 
 
 def load_case(options: argparse.Namespace) -> tuple[nn.Module, tuple[int, ...], str, int | None]:
-    """The network, and what its images and labels must be like.
+    """The network in eval mode, the shape of an image, the loss, and the `classes` for `rgap.data.load_images`.
 
-    Returns:
-        The network in eval mode, the shape of an image, the loss (unless given, logistic for one output and
-        cross-entropy for several), and what `rgap.data.load_images` needs as `classes`: 2 for one output, else None.
-
-    Raises:
-        ValueError: As `load_network` does, or if the loss is unknown or no image of this shape passes the network.
+    Unless it is given, the loss is logistic for one output and cross-entropy for several; `classes` is 2 for one output
+    and None for several. Refuses an unknown loss, and a network that does not take images of this shape.
     """
     model, shape = load_network(options)
-    model = model.eval()
+    model.eval()
     try:
         with torch.no_grad():
             outputs = model(torch.zeros(1, *shape)).flatten(1).shape[1]
@@ -164,41 +159,17 @@ def load_case(options: argparse.Namespace) -> tuple[nn.Module, tuple[int, ...], 
     return model, shape, loss, 2 if outputs == 1 else None
 
 
-def parse_shape(text: str) -> tuple[int, ...]:
-    """The shape that "3,224,224" says.
-
-    Raises:
-        ValueError: If it is something else than whole numbers with commas between.
-    """
-    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
-        raise ValueError(f"shape is {text!r}; give whole numbers with commas between, e.g. 3,224,224")
-    return tuple(int(number) for number in text.split(","))
-
-
 def all_samples() -> dict[str, Callable[..., pd.DataFrame]]:
-    """Name without "sample_" -> function, of every `sample_*` that a module of `rgap.experiments` defines."""
-    found = {}
-    for info in pkgutil.walk_packages(experiments.__path__, f"{experiments.__name__}."):
-        module = import_module(info.name)
-        for name, function in inspect.getmembers(module, inspect.isfunction):
-            if name.startswith("sample_") and function.__module__ == info.name:
-                found[name.removeprefix("sample_")] = function
-    return dict(sorted(found.items()))
+    """Name without "sample_" -> function, for every `sample_*` that a module of `rgap.experiments` defines."""
+    infos = pkgutil.walk_packages(experiments.__path__, f"{experiments.__name__}.")
+    functions = [pair for info in infos for pair in inspect.getmembers(import_module(info.name), inspect.isfunction)]
+    return dict(sorted((n.removeprefix("sample_"), f) for n, f in dict(functions).items() if n.startswith("sample_")))
 
 
 def run_samples(samples: dict[str, Callable[..., pd.DataFrame]], count: int | None, seed: int) -> pd.DataFrame:
-    """Runs samples one after the other.
+    """All rows of the samples, run one after the other, with the sample's name first.
 
-    Args:
-        samples: From `all_samples`.
-        count: Cases of each; None for the default of each.
-        seed: For all of them.
-
-    Returns:
-        All rows, with the sample's name first.
-
-    Raises:
-        ValueError: If a sample lacks one of `SAMPLE_COLUMNS`.
+    Each has `count` cases, or as many as its default where that is None. Refuses rows without `SAMPLE_COLUMNS`.
     """
     tables = []
     for name, sample in tqdm(samples.items(), desc="samples", disable=None):
@@ -213,14 +184,7 @@ def run_samples(samples: dict[str, Callable[..., pd.DataFrame]], count: int | No
 
 
 def sample_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """How many rows of each sample and verdict there are, how many in order, and their smallest PSNR.
-
-    Args:
-        table: From `run_samples`.
-
-    Returns:
-        sample, verdict, rows, in_order, least_psnr_db (of the rows in order).
-    """
+    """The rows of each sample and verdict, how many are in order, and the smallest PSNR of those that are."""
     groups = table.assign(least=table["psnr_db"].where(table["ok"])).groupby(["sample", "verdict"], sort=True)
     counted = groups.agg(rows=("ok", "size"), in_order=("ok", "sum"), least_psnr_db=("least", "min"))
     return counted.round(1).reset_index()

@@ -71,7 +71,7 @@ FIELDS = {
 }
 
 MODULES = {
-    "artifact": "CLAIMS COLUMNS ROOT check_claim expected_outputs figures_dir forget_claims print_report profile "
+    "artifact": "CLAIMS ROOT check_claim expected_outputs figures_dir forget_claims print_report profile "
     "read_claims save_figure save_table write_atomically",
     "baselines": "Optimised Snapshot dlg hybrid inverting_gradients",
     "client": "LOSSES UpdateGradients check_loss client_gradients clip_and_noise epsilon gaussian_noise "

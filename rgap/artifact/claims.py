@@ -21,14 +21,8 @@ CLAIM_TABLES = ("claims.csv", "claims_times.csv")
 COLUMNS = ["id", "notebook", "statement", "source", "expected", "measured", "unit", "holds"]
 COMPARISONS = {"at_least": "≥", "at_most": "≤", "equals": "="}
 REQUIRED = {"notebook", "statement", "source"}
-DEFAULTS = {
-    "tolerance": 0,
-    "unit": "",
-    "times": False,
-    "profiles": ["default", "paper"],
-    "minutes": 1,
-    "command": "make figures",
-}
+ASSERTED = ["default", "paper"]
+DEFAULTS = {"tolerance": 0, "unit": "", "times": False, "profiles": ASSERTED, "minutes": 1, "command": "make figures"}
 
 
 def read_claims() -> dict[str, dict]:
@@ -67,7 +61,7 @@ def expected_outputs() -> dict[str, list[str]]:
 def check_claim(claim_id: str, measured: float | str) -> None:
     """Compares a measured value with a claim of notebooks/claims.yml, prints one line and records it in claims.csv.
 
-    The line holds no measured number, so that it reads the same on every machine. A claim about measured times
+    The line shows no measured number, so that it is the same on every machine. A claim about measured times
     (`times: true`) is recorded in claims_times.csv.
 
     Args:
@@ -95,18 +89,16 @@ def check_claim(claim_id: str, measured: float | str) -> None:
 
 
 def forget_claims(notebook: str) -> None:
-    """Takes a notebook's rows out of the claims tables, so that only what its next run measures stands there."""
+    """Removes a notebook's rows from the claims tables, so that only what its next run measures stands there."""
     for name in CLAIM_TABLES:
         if (figures_dir() / name).exists():
             _update(name, lambda rows: rows[rows["notebook"] != notebook])
 
 
 def claims_table() -> tuple[pd.DataFrame, list[str]]:
-    """The claims table of this run, and what is wrong with it.
+    """The rows of claims.csv and claims_times.csv, and a line for each claim that fails or was not measured.
 
-    Returns:
-        The rows of claims.csv and claims_times.csv; and one line for each claim that fails or was not measured, and
-        for each expected figure or table that is absent.
+    Each expected figure or table that is absent adds a line, too.
     """
     rows = pd.concat([_read_csv(figures_dir() / name) for name in CLAIM_TABLES]).sort_values("id")
     holds = dict(zip(rows["id"], rows["holds"], strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -15,13 +16,11 @@ from nbconvert.preprocessors import ExecutePreprocessor
 from rgap.artifact.claims import expected_outputs, forget_claims
 from rgap.artifact.outputs import figures_dir, write_atomically
 
-KERNEL = "python3"  # jupyter runs the interpreter that started it under this name, so no kernel needs to be registered
-# Instead of what the kernel writes: a version of Python and a display name that differ from machine to machine.
-METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": KERNEL},
-    "language_info": {"name": "python"},
-}
-# The kernel would warn at every start that it talks to this process without encryption; both are on one machine.
+KERNEL = "python3"  # under this name jupyter runs the interpreter that started it; no kernel needs to be registered
+# Replaces what the kernel writes: a version of Python and a display name that differ from machine to machine.
+SPEC = {"display_name": "Python 3", "language": "python", "name": KERNEL}
+METADATA = {"kernelspec": SPEC, "language_info": {"name": "python"}}
+# At every start the kernel would warn that its connection is not encrypted; it stays on one machine.
 QUIET = ["--IPKernelApp.log_level=ERROR"]
 
 
@@ -34,18 +33,16 @@ FAILURES = (NotebookError, papermill.PapermillExecutionError, CellExecutionError
 
 
 def run(source: Path, target: Path, parameters: dict | None = None, offered: dict | None = None) -> Path:
-    """Runs a notebook by papermill and moves it to its place when everything succeeded.
+    """Runs a notebook by papermill and moves the executed copy to its target when everything has succeeded.
 
-    The working directory stays the caller's, so that relative paths in parameters mean what they say.
+    The working directory stays the caller's, so that relative paths in parameters refer to it. A failed run is left
+    beside the target, as `*.partial.ipynb`.
 
     Args:
         source: The notebook; its name begins with its number.
-        target: Where the executed copy goes; a failed run is left beside it, as `*.partial.ipynb`.
+        target: Where the executed copy goes; also what is returned.
         parameters: Values for the cell tagged `parameters`.
-        offered: Values too, but used only if the notebook has such a parameter.
-
-    Returns:
-        The target.
+        offered: More values, each used only if the notebook has such a parameter.
 
     Raises:
         NotebookError: If a parameter is unknown to the notebook, or the figures and tables that it wrote are not those
@@ -58,34 +55,24 @@ def run(source: Path, target: Path, parameters: dict | None = None, offered: dic
     values = {name: value for name, value in (offered or {}).items() if name in known} | (parameters or {})
     partial = target.with_suffix(".partial.ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
-    before = _written(source.stem)
-    forget_claims(source.stem)
     options = {"kernel_name": KERNEL, "extra_arguments": QUIET, "progress_bar": sys.stderr.isatty()}
-    papermill.execute_notebook(source, partial, values, **options)
-    _check_outputs(source.stem, before)
+    with _outputs_checked(source.stem):
+        papermill.execute_notebook(source, partial, values, **options)
     os.replace(partial, target)
     return target
 
 
 def refresh(source: Path) -> Path:
-    """Runs a notebook where it lies and replaces its outputs; two runs give the same file.
-
-    Args:
-        source: The notebook, changed only if every cell succeeds.
-
-    Returns:
-        The source.
+    """Runs a notebook in its own folder and replaces its outputs, only if all succeeds; two runs give the same file.
 
     Raises:
         NotebookError: As for `run`.
         nbclient.exceptions.CellExecutionError: If a cell fails.
     """
     notebook = nbformat.read(source, as_version=4)
-    before = _written(source.stem)
-    forget_claims(source.stem)
     executor = ExecutePreprocessor(timeout=None, kernel_name=KERNEL, record_timing=False, extra_arguments=QUIET)
-    executor.preprocess(notebook, {"metadata": {"path": source.parent}})
-    _check_outputs(source.stem, before)
+    with _outputs_checked(source.stem):
+        executor.preprocess(notebook, {"metadata": {"path": source.parent}})
     notebook.metadata |= METADATA
     return write_atomically(source, lambda file: file.write((nbformat.writes(notebook) + "\n").encode()))
 
@@ -95,17 +82,17 @@ def read_parameters(path: Path, notebook: str) -> dict:
     return yaml.safe_load(path.read_text(encoding="utf-8")).get(notebook) or {}
 
 
-def parse_value(text: str) -> object:
-    """A parameter's value, written as YAML."""
-    return yaml.safe_load(text)
-
-
 def _written(stem):
-    """Name and time of everything that the notebook of this number has in the figures folder."""
+    """Name -> modification time of every file of this notebook in the figures folder."""
     return {path.name: path.stat().st_mtime_ns for path in figures_dir().glob(f"{stem[:2]}_*")}
 
 
-def _check_outputs(stem, before):
+@contextmanager
+def _outputs_checked(stem):
+    """Forgets a notebook's claims, and after its run refuses outputs other than those that claims.yml lists."""
+    before = _written(stem)
+    forget_claims(stem)
+    yield
     expected = set(expected_outputs().get(stem, []))
     written = {name for name, time in _written(stem).items() if time != before.get(name)}
     if written != expected:

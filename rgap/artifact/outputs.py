@@ -1,6 +1,6 @@
 """What a run leaves behind: figures and tables, each written whole or not at all.
 
-Paths are anchored on this package, never on the working directory. Two environment variables steer a run, and the
+Paths are relative to this package, never to the working directory. Two environment variables control a run, and the
 Makefile sets both: RGAP_FIGURES is the folder to write to (figures/ unless given), RGAP_PROFILE is `default`, `paper`
 or `custom`.
 """
@@ -75,18 +75,9 @@ def save_figure(fig: Figure, name: str, *, times: bool = False) -> Path:
 
 
 def save_table(frame: pd.DataFrame, name: str, *, times: bool = False) -> Path:
-    """Writes a table as CSV, numbers with six significant digits, without the index.
+    """Writes a table as CSV with six significant digits and without its index, and returns the path of the file.
 
-    Args:
-        frame: The table; call `reset_index()` first if its index says something.
-        name: `NN_name`, NN being the notebook's number.
-        times: Whether it holds measured times; the file is then `NN_name_times.csv`, free to differ from run to run.
-
-    Returns:
-        The path of the file.
-
-    Raises:
-        ValueError: If the name does not begin with the notebook's number.
+    `name`, `times` and the errors are those of `save_figure`; call `reset_index()` first if the index has information.
     """
     return save_csv(frame, _output(name, ".csv", times))
 

@@ -22,9 +22,9 @@ from nbconvert import HTMLExporter
 from rgap.artifact import outputs
 from rgap.artifact.claims import claims_table, expected_outputs
 
-TABLE_ROWS = 60  # shown of a table; the file has all
+TABLE_ROWS = 60  # the first rows of a table, which the index shows
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$(?!\s)([^$\n]+?)(?<!\s)\$(?!\d)", re.DOTALL)
-# What mathtext calls otherwise than TeX does.
+# TeX's name of a command -> mathtext's, where they differ.
 SPELLINGS = {r"\lVert": r"\Vert ", r"\rVert": r"\Vert ", r"\tfrac": r"\frac", r"\dfrac": r"\frac", r"\text": r"\mathrm"}
 HEAD = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>rgap: report</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -32,30 +32,20 @@ img { max-width: 100% } div { overflow-x: auto } table { border-collapse: collap
 th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
 </style></head><body><h1>rgap: what a shared gradient gives away</h1>"""
 # nbconvert's page without the scripts that it would load from elsewhere: MathJax, require.js, mermaid.
+BLOCKS = dict.fromkeys(("html_head_js", "jupyter_widgets", "html_head_js_mathjax", "html_head_js_mermaidjs"), "") | {
+    "html_head_css": "<style>main { max-width: 68rem; margin: 0 auto } img.formula { display: inline }</style>",
+    "body_header": '{{ super() }}<p><a href="index.html"><u>All figures, tables and claims</u></a></p>',
+}
 PAGE = "{%- extends 'lab/index.html.j2' -%}" + "".join(
-    f"{{%- block {block} -%}}{content}{{%- endblock -%}}"
-    for block, content in {
-        "html_head_js": "",
-        "jupyter_widgets": "",
-        "html_head_js_mathjax": "",
-        "html_head_js_mermaidjs": "",
-        "html_head_css": "<style>main { max-width: 68rem; margin: 0 auto } img.formula { display: inline }</style>",
-        "body_header": '{{ super() }}<p><a href="index.html"><u>All figures, tables and claims</u></a></p>',
-    }.items()
+    f"{{%- block {name} -%}}{content}{{%- endblock -%}}" for name, content in BLOCKS.items()
 )
 
 
 def build(target: Path | None = None) -> Path:
-    """Writes the report of this run's profile.
+    """Writes the report of this run's profile into a folder, by default build/report/, and returns the index page.
 
     Notebooks come from build/<profile>/, or as committed where they have not been run; figures, tables and claims from
-    `rgap.artifact.figures_dir()`. An older report of the same place is replaced when the new one is complete.
-
-    Args:
-        target: The folder, by default build/report/.
-
-    Returns:
-        The index page.
+    `rgap.artifact.figures_dir()`. An older report there is replaced when the new one is complete.
     """
     target = target or outputs.ROOT / "build" / "report"
     partial = target.with_name(f".{target.name}.partial")
@@ -79,11 +69,8 @@ def _claims() -> list[str]:
         rows[column] = rows[column].map(html.escape)
     rows["holds"] = rows["holds"].where(rows["holds"] == "True", "<mark>" + rows["holds"] + "</mark>")
     table = rows.to_html(index=False, border=0, escape=False)
-    return [
-        "<h2>Claims</h2>",
-        f"<div>{table}</div>",
-        *(f"<p><mark>{html.escape(line)}</mark></p>" for line in problems),
-    ]
+    marked = [f"<p><mark>{html.escape(line)}</mark></p>" for line in problems]
+    return ["<h2>Claims</h2>", f"<div>{table}</div>", *marked]
 
 
 def _section(path: Path, folder: Path) -> str:

@@ -1,7 +1,7 @@
-"""Attacks by optimisation, to compare the closed form with; one module a concern, the methods here.
+"""Attacks by optimisation, to compare the closed form with.
 
-They take what `rgap.reconstruct` takes, any network that is differentiable twice, and return an `Optimised`: a
-`Reconstruction` with the course of the optimisation. Like it they know the network and the gradient, nothing else.
+They take the arguments of `rgap.reconstruct` and any network that can be differentiated twice, and return an
+`Optimised`: a `Reconstruction` with the course of the optimisation. They too know only the network and the gradient.
 """
 
 from rgap.baselines.hybrid import hybrid

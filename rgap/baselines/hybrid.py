@@ -1,9 +1,9 @@
-"""The hybrid: the closed form first, then gradient matching for what it left open (ours, after the paper's H-GAP)."""
+"""The hybrid: the closed form, then gradient matching for what it left undetermined (ours, after the paper's H-GAP)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,16 @@ from rgap.attack.reconstruct import reconstruct
 from rgap.baselines.matching import GradientObjective, gradient_objective
 from rgap.baselines.methods import Gradients, check_counts
 from rgap.baselines.nullspace import gradient_matching_closer, start_of
-from rgap.baselines.optimisers import Record, lbfgs, total_variation
+from rgap.baselines.optimisers import Record, lbfgs
 from rgap.baselines.outcome import MAX_ROUNDING, Optimised, candidate, outcome
 from rgap.network.layer import Chain
-from rgap.results import Candidate, Reconstruction
+from rgap.results import Candidate
 
 NOISE_TV = 0.01
 """Weight of the total variation for gradients that are noisier than rounding."""
 
 REFINE_ABOVE_RESIDUAL = 0.03
-"""Gradient residual above which matching refines the image; below, it made images of LeakyReLU networks worse."""
+"""Gradient residual above which matching refines the image; below it, images of LeakyReLU networks became worse."""
 
 
 def hybrid(
@@ -45,12 +45,12 @@ def hybrid(
 ) -> Optimised:
     """Closed form, then gradient matching where the closed form left something open or missed the gradient.
 
-    1. `rgap.reconstruct`. Where its result is consistent and nothing is open, that is all.
+    1. `rgap.reconstruct`. If its result is consistent and leaves nothing open, it is the result.
     2. At a rank-deficient layer the input is x_mn + N t, and only t is optimised: what the layer determines stays, and
        there are as many variables as equations are missing (280 in CNN6-d, not 3,072 pixels).
-    3. Where the gradient is still missed by more than 3 %, or is noisier than rounding: L-BFGS on the squared distance
-       and total variation, from the best image so far. The recursion passes the noise of each layer on to the next;
-       matching weighs all equations at once.
+    3. If the gradient residual is still above 3 %, or the gradient is noisier than rounding: L-BFGS on the squared
+       distance and total variation, from the best image so far. The recursion passes the noise of each layer on to the
+       next; matching weighs all equations at once.
 
     Args:
         model: The network, a chain that `rgap.reconstruct` takes, or a `Chain`.
@@ -66,7 +66,7 @@ def hybrid(
         rcond: Singular values below rcond times the largest count as zero.
         noise_std: Standard deviation of noise known to be on every gradient entry.
         dtype: The precision of stage 3, torch.float32 or torch.float64.
-        seed: Of the closed form; the optimiser starts from what it found, not at random.
+        seed: Seed of the closed form; the optimiser starts from its result, not at random.
         device: Where stage 3 runs, by default the CPU.
 
     Returns:
@@ -91,7 +91,7 @@ def hybrid(
     record.note(0, first.gradient_residual**2, first.gradient_residual, first.images)
     noisy = problem.received.precision > MAX_ROUNDING
     if closed.verdict in ("exact", "ambiguous") and not noisy:
-        return _unchanged(closed, record)
+        return Optimised(**vars(closed), history=record.frame(), snapshots=tuple(record.snapshots))
     candidates, notes = [first], list(closed.notes)
     if first.open_layers:
         close = gradient_matching_closer(chain, first.open_layers, steps, record, filled := [])
@@ -109,26 +109,15 @@ def hybrid(
     return outcome(problem, candidates, record, notes)
 
 
-def _unchanged(closed: Reconstruction, record: Record) -> Optimised:
-    """The closed form as it is: nothing was left to match."""
-    values = {f.name: getattr(closed, f.name) for f in fields(closed)}
-    return Optimised(**values, history=record.frame(), snapshots=tuple(record.snapshots))
-
-
 def _like(first: Candidate, found: Candidate) -> Candidate:
     """The refined image, with the reports and the open layers of the descent that it came from."""
     return replace(found, layers=first.layers, open_layers=first.open_layers)
 
 
 def _refine(problem: GradientObjective, best: Candidate, steps: int, tv_weight: float, record: Record) -> Tensor:
-    """L-BFGS from the best image so far, brought into the pixel range; grey where it is no number."""
+    """L-BFGS from the best image so far, clamped to the pixel range, NaN replaced by the range's middle."""
     record.next_restart()
     low, width = problem.low, problem.pixels.width
-    labels = best.labels.to(problem.device)
-
-    def objective(images: Tensor) -> tuple[Tensor, float]:
-        found = problem.distances(images, labels)
-        return found.squared + tv_weight / width * total_variation(images), found.residual
-
-    start = best.images.nan_to_num(low + width / 2).clamp(low, low + width).to(problem.device, problem.dtype)
+    objective = problem.objective(best.labels.to(problem.sizes.device), "squared", tv_weight)
+    start = best.images.nan_to_num(low + width / 2).clamp(low, low + width).to(problem.sizes)
     return lbfgs(objective, start, steps, record, title="hybrid", diverged=problem.diverged).best

@@ -1,31 +1,31 @@
-"""The distance between the gradient of trial images and the shared one, differentiable by the images."""
+"""The distance between the gradient of trial images and the shared one, differentiable with respect to the images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rgap.client import check_loss, loss_value
+from rgap.attack.arguments import check_options
+from rgap.baselines.optimisers import Objective
+from rgap.client import loss_value
 from rgap.network.layer import Chain
 from rgap.results import PixelRange
 from rgap.shared_gradient import SharedGradient, receive_gradients
 
 DIVERGED_WIDTHS = 10.0
-"""Widths of the pixel range from its middle; an iterate beyond has diverged."""
+"""Widths of the pixel range from its middle, beyond which an iterate has diverged."""
 
 
-@dataclass(frozen=True)
-class Distances:
-    """How far one set of gradients is from another.
+class Distances(NamedTuple):
+    """Distances of the gradient g′ of trial images from the shared one, g.
 
-    Attributes:
-        squared: ‖g′ − g‖² / ‖g‖² over all tensors together.
-        cosine: 1 − ⟨g′, g⟩ / (‖g′‖ ‖g‖) over all tensors together.
-        residual: Largest over the tensors of ‖g′ − g‖ / ‖g‖; a number, not differentiated.
+    Over all tensors together `squared` = ‖g′ − g‖² / ‖g‖² and `cosine` = 1 − ⟨g′, g⟩ / (‖g′‖ ‖g‖), both differentiable;
+    `residual` is the largest ‖g′ − g‖ / ‖g‖ of a tensor, a number.
     """
 
     squared: Tensor
@@ -35,18 +35,11 @@ class Distances:
 
 @dataclass(frozen=True, eq=False)
 class GradientObjective:
-    """The shared gradient as a function of trial images, in the optimiser's precision and on its device.
+    """The distance from the shared gradient as a function of trial images, in the optimiser's precision, on its device.
 
-    Attributes:
-        model: The network, in eval or training mode as it was given.
-        parameters: Parameter name -> value.
-        buffers: Buffer name -> value.
-        targets: The shared gradient, in the order of the parameters.
-        sizes: ‖g‖² of each of its tensors.
-        loss: Name of the loss.
-        shape: (B, C, H, W) of the images.
-        pixels: The values that a pixel may have.
-        received: The gradients in float64, and their precision.
+    The model is in the mode in which it was given; parameters and buffers are by name. `targets` is the shared gradient
+    in the order of the parameters, `sizes` has ‖g‖² of each of its tensors, `shape` is (B, C, H, W) of the images, and
+    `received` holds the gradients in float64 and their precision.
     """
 
     model: nn.Module
@@ -59,18 +52,8 @@ class GradientObjective:
     pixels: PixelRange
     received: SharedGradient
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the images."""
-        return self.sizes.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the images."""
-        return self.sizes.device
-
     def distances(self, images: Tensor, labels: Tensor) -> Distances:
-        """Compares the gradient of trial images, (B, C, H, W) of this object's dtype, with the shared one."""
+        """Compares the gradient of trial images (B, C, H, W), in the precision of `sizes`, with the shared one."""
         outputs = torch.func.functional_call(self.model, {**self.buffers, **self.parameters}, images)
         value = loss_value(self.loss, outputs, labels)
         mine = torch.autograd.grad(value, list(self.parameters.values()), create_graph=True, materialize_grads=True)
@@ -81,10 +64,23 @@ class GradientObjective:
         residual = (squares.detach() / torch.where(self.sizes > 0, self.sizes, self.sizes.max())).max().sqrt().item()
         return Distances(squares.sum() / total, 1 - dot / (length * total).sqrt().clamp(min=1e-30), residual)
 
+    def objective(self, labels: Tensor, distance: str, tv_weight: float = 0.0) -> Objective:
+        """What an optimiser minimises over images: "squared" or "cosine" distance plus weighted total variation.
+
+        The total variation is the mean absolute difference of neighbouring pixels in widths of the pixel range.
+        """
+
+        def value(images: Tensor) -> tuple[Tensor, float]:
+            found = self.distances(images, labels)
+            penalty = tv_weight / self.pixels.width * total_variation(images) if tv_weight else 0.0
+            return getattr(found, distance) + penalty, found.residual
+
+        return value
+
     def random_images(self, generator: torch.Generator) -> Tensor:
         """Noise, uniform over the pixel range (the unit interval where that is infinite)."""
         noise = torch.rand(self.shape, generator=generator, dtype=torch.float64)
-        return (self.low + self.pixels.width * noise).to(self.device, self.dtype)
+        return (self.low + self.pixels.width * noise).to(self.sizes)
 
     @property
     def low(self) -> float:
@@ -92,29 +88,16 @@ class GradientObjective:
         return self.pixels.low if math.isfinite(self.pixels.high - self.pixels.low) else 0.0
 
     def diverged(self, images: Tensor) -> bool:
-        """Whether images lie so far outside the pixel range that no descent returns."""
+        """Whether images lie so far outside the pixel range that the descent does not recover."""
         width = self.pixels.width
         return not bool((images - (self.low + width / 2)).abs().max() <= DIVERGED_WIDTHS * width)
 
 
 def gradient_objective(
-    model: nn.Module | Chain,
-    gradients: Sequence[Tensor] | Mapping[str, Tensor],
-    image_shape: tuple[int, int, int] | None,
-    loss: str,
-    batch_size: int,
-    pixel_range: tuple[float, float],
-    noise_std: float | None,
-    dtype: torch.dtype,
-    device: torch.device | str | None,
+    model, gradients, image_shape, loss, batch_size, pixel_range, noise_std, dtype, device
 ) -> GradientObjective:
-    """Checks the arguments of a method and makes them an objective.
-
-    Raises:
-        GradientMismatchError: If the gradients do not belong to the network.
-        ValueError: If another argument is out of range.
-    """
-    check_loss(loss)
+    """Checks the arguments of `dlg`, refusing them by name, and builds the objective from them."""
+    check_options(loss, None, pixel_range, None, noise_std)
     if isinstance(model, Chain):
         model, image_shape = model.model, image_shape or model.image_shape
     if not isinstance(model, nn.Module):
@@ -123,8 +106,6 @@ def gradient_objective(
         raise ValueError("image_shape is missing; give (channels, height, width), or a Chain from rgap.prepare")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; an optimiser must know it, give at least 1")
-    if len(tuple(pixel_range)) != 2 or not pixel_range[0] < pixel_range[1]:
-        raise ValueError(f"pixel_range is {pixel_range}; give (smallest, largest)")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype is {dtype}; the optimisers work in torch.float32 or torch.float64")
     named = dict(model.named_parameters())
@@ -133,9 +114,13 @@ def gradient_objective(
     values = {name: p.detach().to(**target).requires_grad_() for name, p in named.items()}
     shared = tuple(g.to(**target) for g in received.gradients.values())
     # Copies, because a network in training mode writes to its buffers.
-    buffers = {
-        n: b.to(device, dtype if b.is_floating_point() else b.dtype, copy=True) for n, b in model.named_buffers()
-    }
+    floating = {n: dtype if b.is_floating_point() else b.dtype for n, b in model.named_buffers()}
+    buffers = {n: b.to(device, floating[n], copy=True) for n, b in model.named_buffers()}
     sizes = torch.stack([g.square().sum() for g in shared])
     shape = (batch_size, *image_shape)
     return GradientObjective(model, values, buffers, shared, sizes, loss, shape, PixelRange(*pixel_range), received)
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring pixels, along both axes together."""
+    return sum(images.diff(dim=axis).abs().mean() for axis in (-1, -2) if images.shape[axis] > 1)

@@ -1,4 +1,4 @@
-"""Deep Leakage from Gradients and Inverting Gradients; the label that they start from."""
+"""Deep Leakage from Gradients and Inverting Gradients, and the labels that they assume."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.baselines.matching import GradientObjective, gradient_objective
-from rgap.baselines.optimisers import Descended, Record, lbfgs, signed_adam, total_variation
+from rgap.baselines.optimisers import Descended, Record, lbfgs, signed_adam
 from rgap.baselines.outcome import Optimised, candidate, outcome
 from rgap.network.chain import Chain
 
@@ -38,8 +38,8 @@ def dlg(
 
     Stronger than the original in four ways, all tried on networks where it is known to work: labels are known or read
     off the last layer (Zhao et al. 2020) instead of optimised, the start is uniform in the pixel range instead of
-    normal, the distance is relative and scaled so that L-BFGS does not stop early, and a descent that diverges begins
-    again from a new start.
+    normal, the distance is relative and scaled so that L-BFGS does not stop early, and a descent that diverges is
+    repeated from a new start.
 
     Args:
         model: The network, any module that can be differentiated twice, or a `Chain`.
@@ -48,12 +48,12 @@ def dlg(
         loss: A name in `rgap.client.LOSSES`.
         batch_size: Images behind the gradient.
         labels: Labels if they are known, (B,); inferred for a single image.
-        steps: Evaluations of the distance in each restart.
-        restarts: Starts for each label that is tried; the best by gradient residual is the result.
+        steps: Most evaluations of the distance in each restart.
+        restarts: Starts for each label that is tried; the result is the one with the smallest gradient residual.
         pixel_range: Smallest and largest value of a pixel; the start and the verdict need it, the descent does not.
         noise_std: Standard deviation of noise known to be on every gradient entry; widens the tolerance.
         dtype: The optimiser's precision, torch.float32 or torch.float64.
-        seed: Of the starts.
+        seed: Seed of the starts.
         device: Where the optimiser runs, by default the CPU.
 
     Returns:
@@ -66,10 +66,7 @@ def dlg(
     problem = gradient_objective(model, gradients, image_shape, loss, batch_size, pixel_range, noise_std, dtype, device)
 
     def descend(start: Tensor, known: Tensor, record: Record) -> Descended:
-        def objective(images: Tensor) -> tuple[Tensor, float]:
-            found = problem.distances(images, known)
-            return found.squared, found.residual
-
+        objective = problem.objective(known, "squared")
         return lbfgs(objective, start, steps, record, "DLG", diverged=problem.diverged)
 
     return _restarted(problem, descend, labels, steps, restarts, seed)
@@ -105,16 +102,11 @@ def inverting_gradients(
     problem = gradient_objective(model, gradients, image_shape, loss, batch_size, pixel_range, noise_std, dtype, device)
     if not tv_weight >= 0 or not rate > 0:
         raise ValueError(f"tv_weight is {tv_weight} and rate is {rate}; give at least 0, and a positive rate")
-    pixels = problem.pixels
+    box, first_step = (problem.pixels.low, problem.pixels.high), rate * problem.pixels.width
 
     def descend(start: Tensor, known: Tensor, record: Record) -> Descended:
-        def objective(images: Tensor) -> tuple[Tensor, float]:
-            found = problem.distances(images, known)
-            return found.cosine + tv_weight / pixels.width * total_variation(images), found.residual
-
-        return signed_adam(
-            objective, start, steps, record, (pixels.low, pixels.high), rate * pixels.width, "Inverting Gradients"
-        )
+        objective = problem.objective(known, "cosine", tv_weight)
+        return signed_adam(objective, start, steps, record, box, first_step, "Inverting Gradients")
 
     return _restarted(problem, descend, labels, steps, restarts, seed)
 
@@ -127,30 +119,27 @@ def check_counts(**counts: int) -> None:
 
 
 def label_choices(problem: GradientObjective, labels: Tensor | Sequence[int] | None) -> list[Tensor]:
-    """The labels to try: those that were given, or those that the last layer's gradient allows for a single image.
+    """The labels to try, tensors (B,): those that were given, or those that the last layer's gradient allows.
 
-    For softmax cross-entropy the gradient by the outputs is negative at the label alone (Zhao et al. 2020, iDLG): with
-    a bias it is the bias's gradient, without one the label's row of G = δz xᵀ is the one that points against the
-    others. A single output leaves two labels, unless its bias's gradient tells the sign.
-
-    Returns:
-        One or more tensors (B,), int64.
-
-    Raises:
-        ValueError: If labels are given in another number, or are needed and missing.
+    They are inferred for a single image only. For softmax cross-entropy the gradient with respect to the outputs is
+    negative at the label alone (Zhao et al. 2020, iDLG): with a bias it is the bias's gradient, without one the label's
+    row of G = δz xᵀ is the one that points against the others. A single output leaves both labels, unless the gradient
+    of its bias determines the sign.
     """
     count = problem.shape[0]
     if labels is not None:
         known = torch.as_tensor(labels)
         if known.shape != (count,) or known.is_floating_point():
             raise ValueError(f"labels are {known.tolist()}; give an integer for each of the {count} images, or None")
-        return [known.to(problem.device)]
+        return [known.to(problem.sizes.device)]
     if count > 1:
         raise ValueError(f"labels are missing; of {count} images in one gradient they are not inferred, give them")
     found = _labels_from_head(problem)
     if not found:
-        raise ValueError(f"labels are missing; the {problem.loss} loss of this network does not tell them, give them")
-    return [torch.tensor([label], device=problem.device) for label in found]
+        raise ValueError(
+            f"labels are missing; the {problem.loss} loss of this network does not determine them, give them"
+        )
+    return [torch.tensor([label], device=problem.sizes.device) for label in found]
 
 
 def _labels_from_head(problem: GradientObjective) -> list[int]:
@@ -171,14 +160,9 @@ def _labels_from_head(problem: GradientObjective) -> list[int]:
 
 
 def _restarted(
-    problem: GradientObjective,
-    descend: Callable[[Tensor, Tensor, Record], Descended],
-    labels: Tensor | Sequence[int] | None,
-    steps: int,
-    restarts: int,
-    seed: int,
+    problem: GradientObjective, descend: Callable[[Tensor, Tensor, Record], Descended], labels, steps, restarts, seed
 ) -> Optimised:
-    """Runs every restart for every label; one whose descent diverges begins anew."""
+    """Runs every restart for every label; a descent that diverges is started again from new noise."""
     check_counts(steps=steps, restarts=restarts)
     generator, record = torch.Generator().manual_seed(seed), Record()
     candidates, notes = [], []

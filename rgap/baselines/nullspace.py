@@ -1,7 +1,7 @@
 """Gradient matching as a closer of the closed form's descent: it moves a layer's input within its null space (ours).
 
-A deficient layer's input is x = x_mn + N t, and only t is optimised; what the layer determines stays. The objective is
-what the layer before knows: σ⁻¹(x) − b lies in the range of its weights, and its gradient is the shared one.
+A deficient layer's input is x = x_mn + N t, and only t is optimised; what the layer determines stays. The objective
+uses the layer before: σ⁻¹(x) − b lies in the range of its weights, and its gradient is the shared one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RANGE_ONLY_SHARE = 0.9
 """Open unknowns per range equation up to which the range is matched alone, without the gradient."""
 
 GRADIENT_WEIGHT = 0.1
-"""Weight of the relative gradient misfit beside the relative range misfit, where both are used."""
+"""Weight of the relative gradient residual beside the relative range residual, where both are used."""
 
 
 def start_of(chain: Chain, found: Candidate, loss: str) -> Start:
@@ -45,13 +45,9 @@ def gradient_matching_closer(
 ) -> Closer:
     """A closer that fills null spaces by L-BFGS, and never certifies what it has filled in.
 
-    Args:
-        chain: The prepared network.
-        open_layers: Names of the layers to fill; below the first of them every deficient layer is filled. Those above
-            are closed by virtual constraints, as they were for the candidate.
-        steps: Most evaluations for each layer.
-        record: Where they are noted, in a restart of their own.
-        notes: Empty; takes a sentence for each layer that was filled.
+    Fills the first of the open layers (names) and every deficient layer below; those above are closed by virtual
+    constraints, as they were for the candidate. At most `steps` evaluations per layer, each layer a restart of its own
+    in the record; `notes`, empty at first, receives a sentence for each layer that was filled.
     """
 
     def close(before: Layer, received: SharedGradient, solution: LayerSolution, z: Tensor, dx: Tensor):
@@ -71,7 +67,7 @@ def gradient_matching_closer(
 def _filled(
     solution: LayerSolution, previous: PreviousLayer, G: Tensor, dx: Tensor, steps: int, record: Record, shown: bool
 ) -> VirtualSolution:
-    """The layer's input with the t that matches best; `shown` keeps the images that the layer before then reads."""
+    """The layer's input with the t that matches best; `shown`: the input of the layer before is the image to record."""
     before, x0, N = previous.layer, solution.x.flatten(), solution.null_basis
     left, pinv, order = map(torch.from_numpy, (previous.left, previous.pinv, np.argsort(previous.order)))
     bias = torch.from_numpy(previous.bias.copy())

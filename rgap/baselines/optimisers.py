@@ -13,9 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 LBFGS_LOSS_SCALE = 1e6
-"""L-BFGS works on this multiple of the objective: torch's drops curvature pairs below an absolute bound."""
-
-HISTORY_COLUMNS = ("restart", "step", "loss", "gradient_residual", "seconds")
+"""L-BFGS minimises this multiple of the objective: torch's drops curvature pairs below an absolute bound."""
 
 Objective = Callable[[Tensor], tuple[Tensor, float]]
 """Variables -> what is minimised, differentiable, and the gradient residual there."""
@@ -40,7 +38,7 @@ class Snapshot:
 
 @dataclass
 class Record:
-    """Grows while an attack runs: one row a step, and images at steps about a quarter apart."""
+    """Grows while an attack runs: one row per step, and images at steps that grow by about a quarter."""
 
     begin: float = field(default_factory=time.perf_counter)
     rows: list[tuple] = field(default_factory=list)
@@ -49,36 +47,26 @@ class Record:
     due: int = 0
 
     def next_restart(self) -> None:
-        """Begins the next restart; its steps count from 1 again."""
+        """Begins the next restart, whose steps count from 1 again."""
         self.restart, self.due = self.restart + 1, 1
 
     def note(self, step: int, loss: float, residual: float, images: Tensor | None, last: bool = False) -> None:
         """Notes a step, and keeps its images, if there are any, where a snapshot is due."""
         seconds = time.perf_counter() - self.begin
         self.rows.append((self.restart, step, loss, residual, seconds))
-        if images is not None and (self.wanted(step) or last):
+        if images is not None and (step >= self.due or last):
             kept = images.detach().to("cpu", torch.float64, copy=True)
             self.snapshots.append(Snapshot(self.restart, step, seconds, kept))
             self.due = max(step + 1, math.ceil(1.25 * step))
 
-    def wanted(self, step: int) -> bool:
-        """Whether a snapshot is due."""
-        return step >= self.due
-
     def frame(self) -> pd.DataFrame:
         """The rows as a table."""
-        return pd.DataFrame(self.rows, columns=list(HISTORY_COLUMNS))
+        return pd.DataFrame(self.rows, columns=["restart", "step", "loss", "gradient_residual", "seconds"])
 
 
 @dataclass(frozen=True)
 class Descended:
-    """Where a descent ended.
-
-    Attributes:
-        best: The iterate with the smallest objective.
-        loss: Its objective.
-        diverged: The step at which it diverged, or None.
-    """
+    """Where a descent ended: the iterate with the smallest objective, that objective, the step of divergence if any."""
 
     best: Tensor
     loss: float
@@ -94,25 +82,14 @@ def lbfgs(
     diverged: Callable[[Tensor], bool] = lambda _: False,
     images: Callable[[Tensor], Tensor] | None = lambda x: x,
 ) -> Descended:
-    """L-BFGS with 100 corrections; one step is one evaluation of the objective.
+    """L-BFGS with 100 corrections; one step is one evaluation of the objective, and there are at most `steps`.
 
-    Args:
-        objective: What is minimised.
-        start: The first iterate.
-        steps: Most evaluations.
-        record: Where steps are noted.
-        title: Of the progress bar.
-        diverged: Whether an iterate has left every bound.
-        images: Variables -> images, for the snapshots; None takes none.
-
-    Returns:
-        The best iterate; the descent stops at the first that is not finite or has diverged.
+    The descent stops at the first iterate whose objective is not finite or for which `diverged` holds. Snapshots are
+    taken of `images(variables)`, none if that is None; `title` names the progress bar.
     """
     x = start.detach().clone().requires_grad_()
     # One iteration a call, so that every evaluation is seen; the corrections are kept between calls.
-    optimiser = torch.optim.LBFGS(
-        [x], lr=1.0, max_iter=1, history_size=100, tolerance_grad=0, tolerance_change=0, line_search_fn=None
-    )
+    optimiser = torch.optim.LBFGS([x], max_iter=1, history_size=100, tolerance_grad=0, tolerance_change=0)
     best, lowest, seen = x.detach().clone(), math.inf, (math.inf, math.inf)
 
     def closure() -> Tensor:
@@ -128,7 +105,7 @@ def lbfgs(
         loss, residual = seen
         broken = not math.isfinite(loss) or diverged(at)
         last = broken or step == steps or x.equal(at)
-        shown = images(at) if images is not None and (last or record.wanted(step)) else None
+        shown = images(at) if images is not None and (last or step >= record.due) else None
         record.note(step, loss, residual, shown, last)
         if broken:
             return Descended(best, lowest, step)
@@ -142,19 +119,9 @@ def lbfgs(
 def signed_adam(
     objective: Objective, start: Tensor, steps: int, record: Record, box: tuple[float, float], rate: float, title: str
 ) -> Descended:
-    """Adam on the sign of the gradient, in a box, its rate divided by ten after 3/8, 5/8 and 7/8 of the steps.
+    """Adam on the sign of the gradient, its first step length, `rate`, divided by ten after 3/8, 5/8, 7/8 of the steps.
 
-    Args:
-        objective: What is minimised.
-        start: The first iterate.
-        steps: Evaluations.
-        record: Where steps are noted.
-        box: Smallest and largest value of a variable.
-        rate: First step length.
-        title: Of the progress bar.
-
-    Returns:
-        The best iterate.
+    The variables are clamped to `box`, (smallest, largest), after each step.
     """
     x = start.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([x], lr=rate)
@@ -176,8 +143,3 @@ def signed_adam(
         with torch.no_grad():
             x.clamp_(*box)
     return Descended(best, lowest)
-
-
-def total_variation(images: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring pixels, along both axes together."""
-    return sum(images.diff(dim=axis).abs().mean() for axis in (-1, -2) if images.shape[axis] > 1)

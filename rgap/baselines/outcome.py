@@ -1,4 +1,4 @@
-"""What an optimiser returns: its images, its course, and a verdict by the rules of the closed form."""
+"""The result of an optimiser: its images, its course, and a verdict by the rules of the closed form."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ SAME_IMAGE_RMSE = 0.01
 
 @dataclass(frozen=True)
 class Optimised(Reconstruction):
-    """A reconstruction with the course that led to it.
+    """A reconstruction with the course of its optimisation.
 
     The candidates are the restarts, best first by gradient residual. The verdicts are those of the closed form under
-    stricter conditions, because an optimiser knows neither a null space nor how sensitive its image is to errors of the
-    gradient: "exact" needs a residual of at most a hundred roundings, and a gradient noisier than rounding, which other
-    images match as well, makes it "ambiguous".
+    stricter conditions, because an optimiser knows neither null spaces nor the sensitivity of its image to errors in
+    the gradient: "exact" needs a residual of at most a hundred roundings, and where the gradient is noisier than
+    rounding, so that other images match it as well, the verdict is "ambiguous".
 
     Attributes:
-        history: One row a step: restart, step, loss (what was minimised), gradient_residual, seconds (wall time since
-            the attack began).
-        snapshots: The images along the way, at steps about a quarter apart.
+        history: One row per step: restart, step, loss (what was minimised), gradient_residual, seconds (wall time
+            since the attack began).
+        snapshots: The images along the way, at steps that grow by about a quarter.
     """
 
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -46,11 +46,10 @@ class Optimised(Reconstruction):
 
 def candidate(problem: GradientObjective, images: Tensor, labels: Tensor) -> Candidate:
     """The images with their gradient residual."""
-    residual = problem.distances(images.to(problem.device, problem.dtype), labels).residual
+    residual = problem.distances(images.to(problem.sizes), labels).residual
     images = images.detach().to("cpu", torch.float64)
-    inside = problem.pixels.contains(
-        images, problem.pixels.width * min(problem.received.tolerance, MAX_CERTIFIED_ERROR)
-    )
+    margin = problem.pixels.width * min(problem.received.tolerance, MAX_CERTIFIED_ERROR)
+    inside = problem.pixels.contains(images, margin)
     return Candidate(images, labels.cpu(), residual if math.isfinite(residual) else math.inf, inside)
 
 
@@ -60,24 +59,24 @@ def outcome(
     """Ranks the candidates by their gradient residual and gives the verdict; the truth has no part in it."""
     ranked = sorted(candidates, key=lambda c: c.gradient_residual)
     best, notes = ranked[0], list(notes)
-    received = problem.received
-    noisy = received.precision > MAX_ROUNDING
-    reached = (
-        received.tolerance if noisy else MATCHED_ROUNDINGS * max(received.precision, torch.finfo(problem.dtype).eps)
-    )
+    precision, rounding = problem.received.precision, torch.finfo(problem.sizes.dtype).eps
+    noisy = precision > MAX_ROUNDING
+    reached = problem.received.tolerance if noisy else MATCHED_ROUNDINGS * max(precision, rounding)
     consistent = [c for c in ranked if c.gradient_residual <= reached and c.in_pixel_range]
     if best.open_layers:
         verdict = "rank-deficient"
     elif best.gradient_residual > reached:
         verdict = "inconsistent"
         notes.append(
-            f"no restart reproduces the gradient: the best misses it by {best.gradient_residual:.2g}; {reached:.2g} "
-            "is asked of an optimiser at this precision"
+            f"no restart reproduces the gradient: the best residual is {best.gradient_residual:.2g}, and an optimiser "
+            f"must reach {reached:.2g} at this precision"
         )
     elif noisy:
         verdict = "ambiguous"
-        notes.append("the gradient is reproduced up to its noise, as it is by other images; an optimiser cannot tell")
-    elif _different(consistent, problem.pixels.width):
+        notes.append(
+            "the gradient is reproduced up to its noise, as other images do; an optimiser cannot tell them apart"
+        )
+    elif any(_rmse(c.images, consistent[0].images) > SAME_IMAGE_RMSE * problem.pixels.width for c in consistent[1:]):
         verdict = "ambiguous"
         notes.append(f"{len(consistent)} restarts inside the pixel range have this gradient, and they differ")
     else:
@@ -88,9 +87,5 @@ def outcome(
     )  # fmt: skip
 
 
-def _different(candidates: Sequence[Candidate], width: float) -> bool:
-    """Whether any of them is another image than the first."""
-    if not candidates:
-        return False
-    first = candidates[0].images
-    return any((c.images - first).square().mean().sqrt().item() > SAME_IMAGE_RMSE * width for c in candidates[1:])
+def _rmse(images: Tensor, others: Tensor) -> float:
+    return (images - others).square().mean().sqrt().item()

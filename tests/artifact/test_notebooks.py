@@ -4,9 +4,8 @@ import nbformat
 import pandas as pd
 import pytest
 
-from rgap import artifact
 from rgap.__main__ import main
-from rgap.artifact import notebooks
+from rgap.artifact import claims, notebooks
 
 # A notebook that needs no import worth mentioning, because every run starts a fresh kernel.
 CELLS = [
@@ -43,7 +42,7 @@ def test_run_writes_the_target_and_its_table_and_drops_claims_of_an_earlier_run(
         for i in ("01_sum", "02_other")
     ]
     (project / "figures").mkdir()
-    pd.DataFrame(rows)[artifact.COLUMNS].to_csv("figures/claims.csv", index=False)
+    pd.DataFrame(rows)[claims.COLUMNS].to_csv("figures/claims.csv", index=False)
     assert main(["notebook", SOURCE, TARGET]) == 0
     executed = nbformat.read(TARGET, 4)
     assert [cell.execution_count for cell in executed.cells[1:]] == [1, 2, 3]

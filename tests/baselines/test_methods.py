@@ -171,7 +171,7 @@ def test_an_exact_verdict_needs_the_gradient_to_its_rounding():
         ({"pixel_range": (1, 0)}, "pixel_range is"),
         ({"dtype": torch.float16}, "dtype is torch.float16"),
         ({"labels": [0, 1]}, "give an integer for each"),
-        ({"loss": "mse"}, "does not tell them"),
+        ({"loss": "mse"}, "does not determine them"),
         ({"model": "cnn6"}, "model is a str"),
     ],
 )
