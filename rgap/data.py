@@ -1,5 +1,6 @@
 """Images to attack: embedded ones, CIFAR-10 and MNIST, or a folder of the user's own."""
 
+import functools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,17 +13,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Photographs that scikit-image carries inside its wheel; a label is the place in this tuple.
+# Photographs that scikit-image's wheel contains; a label is the place in this tuple.
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")
 SPLIT_SIZE = 1000  # embedded colour images in each split
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_MACHINES = {"airplane", "automobile", "ship", "truck"}
 LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, what "greyscale" means to Pillow and OpenCV
 # What torchvision's download unpacks; a user without a network puts these files in place by hand.
-DOWNLOADS = {
-    "cifar10": "cifar-10-python.tar.gz",
-    "mnist": "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz",
-}
+MNIST_FILES = "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"
+DOWNLOADS = {"cifar10": "cifar-10-python.tar.gz", "mnist": MNIST_FILES}
 SPLITS = ("train", "test")
 IMAGE_FILES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -55,16 +54,15 @@ def load_images(
             - `"embedded"`: needs no network. Three channels: square crops of scikit-image's photographs, 1000 per
               split; place k shows photograph k modulo 6 and is labelled by it. One channel: scikit-image's 25×25
               faces (1) and non-faces (0), every other one as split `"train"`, the rest as `"test"`, 50 of each kind.
-            - `"cifar10"`, `"mnist"`: by torchvision, kept in build/data, or where RGAP_DATA says.
-            - `"folder:PATH"`: one folder per class in sorted order (ImageFolder), or images side by side (label 0).
-              Other files and hidden ones are passed over.
+            - `"cifar10"`, `"mnist"`: by torchvision, kept in build/data, or in the folder RGAP_DATA.
+            - `"folder:PATH"`: one folder per class in sorted order (ImageFolder), or images alone (label 0). Other
+              files and hidden ones are ignored.
         count: How many images to draw at random, without repetition; None takes all, in their order.
         image_shape: (C, H, W) with C = 1 or 3.
         index: Places in the split (in a folder: in sorted order of its paths); overrules `count` and `seed`.
         seed: Seed of the random draw; it does not change which image an index means.
         split: `"train"` or `"test"`; a folder has no splits and takes either.
-        classes: 2 maps labels to two (CIFAR-10's classes: machine 0, animal 1; otherwise label modulo 2), None leaves
-            them as they are.
+        classes: 2 maps labels to two (CIFAR-10: machine 0, animal 1; otherwise label modulo 2), None keeps them.
 
     Returns:
         Images, float32 (N, C, H, W) in [0, 1], and labels, int64 (N,).
@@ -72,7 +70,7 @@ def load_images(
     Raises:
         ValueError: If an argument is not one of the above, an index lies outside the split, or a file is no readable
             image.
-        FileNotFoundError: If the folder is missing or holds no image, or a data set is neither there nor downloadable.
+        FileNotFoundError: If the folder is missing or has no image, or a data set is neither there nor downloadable.
     """
     _check_arguments(count, image_shape, split, classes)
     images = _open_source(source, grey=image_shape[0] == 1, split=split)
@@ -91,9 +89,7 @@ def _check_arguments(count, image_shape, split, classes):
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be 'train' or 'test'")
     if classes not in (None, 2):
-        raise ValueError(
-            f"classes is {classes!r}; it must be None (labels as they are) or 2 (labels mapped to 0 and 1)"
-        )
+        raise ValueError(f"classes is {classes!r}; it must be None (labels unchanged) or 2 (labels mapped to 0 and 1)")
 
 
 def _places(index, count, seed, size, source):
@@ -107,11 +103,9 @@ def _places(index, count, seed, size, source):
     places = [int(place) for place in ([index] if np.ndim(index) == 0 else index)]
     if not places:
         raise ValueError("index is an empty sequence; give at least one place, or None for random images")
-    for place in places:
-        if not 0 <= place < size:
-            raise ValueError(
-                f"index {place} is out of range; {source!r} has {size} images in this split, 0 to {size - 1}"
-            )
+    if outside := [place for place in places if not 0 <= place < size]:
+        held = f"{source!r} has {size} images in this split, 0 to {size - 1}"
+        raise ValueError(f"index {outside[0]} is out of range; {held}")
     return places
 
 
@@ -129,13 +123,10 @@ def _open_source(source, *, grey, split):
 def _crops(split):
     # One draw for the whole split, so that place k is the same crop whatever else is asked for.
     draws = torch.rand(SPLIT_SIZE, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(SPLITS.index(split)))
-    photographs = {}
+    load = functools.cache(lambda name: getattr(skimage.data, name)())
 
     def pixels(i):
-        name = PHOTOGRAPHS[i % len(PHOTOGRAPHS)]
-        if name not in photographs:
-            photographs[name] = getattr(skimage.data, name)()
-        photograph = photographs[name]
+        photograph = load(PHOTOGRAPHS[i % len(PHOTOGRAPHS)])
         height, width = photograph.shape[:2]
         size, down, right = draws[i].tolist()
         side = round(min(height, width) * (1 + size) / 2)  # from half of the shorter side to all of it
@@ -152,7 +143,7 @@ def _faces(split):
 
 
 def _torchvision(source, split):
-    from torchvision import datasets  # takes as long to import as everything else here; embedded images go without
+    from torchvision import datasets  # slow to import, and not needed for embedded images
 
     root = Path(os.environ.get("RGAP_DATA") or Path(__file__).resolve().parents[1] / "build" / "data")
     kind = datasets.CIFAR10 if source == "cifar10" else datasets.MNIST

@@ -41,8 +41,8 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Structural similarity (Wang et al. 2004) for images of range [0, 1].
 
     The Gaussian window has the usual 11×11 pixels (standard deviation 1.5), the border is mirrored. Images with a side
-    under 11 get the largest odd window that fits, its deviation reduced in proportion; such values compare with each
-    other only.
+    under 11 get the largest odd window that fits, its deviation reduced in proportion; such values are comparable only
+    with each other.
 
     Args:
         x: Images (N, C, H, W) with H and W at least 3.
@@ -54,15 +54,13 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If the shapes differ, are not (N, C, H, W), or the images are smaller than 3×3.
     """
-    # Takes longer to import than everything else here, torch included, and only this needs it.
+    # Takes longer to import than everything else here, torch included, and is only needed here.
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     x, y = _pair(x, y)
     if min(x.shape[2:]) < 3:
         raise ValueError(f"images are {tuple(x.shape[2:])} pixels; SSIM needs at least 3×3")
-    sigma = min(
-        1.5, (min(x.shape[2:]) - 1) // 2 / 3.5
-    )  # torchmetrics' window is 2·int(3.5·sigma + 0.5) + 1 pixels wide
+    sigma = min(1.5, (min(x.shape[2:]) - 1) // 2 / 3.5)  # torchmetrics' window has 2·int(3.5·sigma + 0.5) + 1 pixels
     values = structural_similarity_index_measure(x, y, sigma=sigma, data_range=1.0, reduction="none")
     return values.reshape(len(x))
 
@@ -81,10 +79,9 @@ def match(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         ValueError: If there are more images than references, or their shapes differ.
     """
     if images.ndim != 4 or images.shape[1:] != references.shape[1:] or len(images) > len(references):
-        raise ValueError(
-            f"cannot match images {tuple(images.shape)} with references {tuple(references.shape)}; "
-            "both must be (N, C, H, W) with equal C, H, W and at least one reference per image"
-        )
+        given = f"cannot match images {tuple(images.shape)} with references {tuple(references.shape)}"
+        needed = "both must be (N, C, H, W) with equal C, H, W and at least one reference per image"
+        raise ValueError(f"{given}; {needed}")
     # The matrix-product form of cdist would lose images that differ by less than 1e-8.
     distance = torch.cdist(
         images.double().flatten(1), references.double().flatten(1), compute_mode="donot_use_mm_for_euclid_dist"

@@ -1,4 +1,4 @@
-"""The networks of the paper and of gradient attacks, seeded, in eval mode, flat `nn.Sequential`s but for ResNet-18."""
+"""The networks of the paper and of gradient attacks, seeded and in eval mode; all but ResNet-18 flat `Sequential`s."""
 
 from __future__ import annotations
 
@@ -15,17 +15,11 @@ from torch import nn
 LEAKY_SLOPE = 0.2
 """Negative slope of every LeakyReLU here."""
 
-IMAGE_SHAPES = {
-    "cnn6": (3, 32, 32),
-    "cnn6_d": (3, 32, 32),
-    "cnn6_batch": (3, 32, 32),
-    "fcn3": (1, 28, 28),
-    "lenet": (3, 32, 32),
-}
+IMAGE_SHAPES = dict.fromkeys(("cnn6", "cnn6_d", "cnn6_batch", "fcn3", "lenet"), (3, 32, 32)) | {"fcn3": (1, 28, 28)}
 """Model name -> the image shape (C, H, W) that it takes, of the models that `rgap.reconstruct` attacks."""
 
 ANALYSIS_SHAPES = IMAGE_SHAPES | {"resnet18": (3, 32, 32)}
-"""The same for all models here: those that can be analysed."""
+"""The same for all models of this module; each of them can be analysed."""
 
 RESNET18_BLOCKS = tuple(f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2))
 """The residual blocks of `resnet18`, from the image on."""
@@ -43,7 +37,7 @@ def cnn6(seed: int = 0, width: int = 36, classes: int = 1, head_bias: bool = Fal
         classes: Outputs; 1 is one logit, as in the paper.
         head_bias: Whether the last layer has a bias.
     """
-    return _seeded(lambda: nn.Sequential(*_cnn6_layers(width), nn.Linear(3200, classes, bias=head_bias)), seed)
+    return _seeded(lambda: nn.Sequential(*_cnn6_layers(width), *_dense_layers((3200, classes), head_bias)), seed)
 
 
 def cnn6_d(seed: int = 0) -> nn.Sequential:
@@ -54,7 +48,7 @@ def cnn6_d(seed: int = 0) -> nn.Sequential:
 def cnn6_batch(
     seed: int = 0, hidden: Sequence[int] = (64,), classes: int = 10, bias: bool = False, width: int = 36
 ) -> nn.Sequential:
-    """CNN6's convolutions with two or more fully connected layers behind them, which tell the images of a batch apart.
+    """CNN6's convolutions followed by two or more fully connected layers, which separate the images of a batch.
 
     Args:
         seed: Seed of the weights; the global generator is left as it was.
@@ -63,15 +57,8 @@ def cnn6_batch(
         bias: Whether all layers have biases.
         width: Channels of the second convolution, as in `cnn6`.
     """
-
-    def layers():
-        modules = _cnn6_layers(width, bias)
-        sizes = (3200, *hidden, classes)
-        for inputs, outputs in itertools.pairwise(sizes):
-            modules += [nn.Linear(inputs, outputs, bias=bias), nn.LeakyReLU(LEAKY_SLOPE)]
-        return nn.Sequential(*modules[:-1])
-
-    return _seeded(layers, seed)
+    sizes = (3200, *hidden, classes)
+    return _seeded(lambda: nn.Sequential(*_cnn6_layers(width, bias), *_dense_layers(sizes, bias)), seed)
 
 
 def fcn3(seed: int = 0, widths: tuple[int, ...] = (1000, 100)) -> nn.Sequential:
@@ -81,15 +68,7 @@ def fcn3(seed: int = 0, widths: tuple[int, ...] = (1000, 100)) -> nn.Sequential:
         seed: Seed of the weights; the global generator is left as it was.
         widths: Hidden widths.
     """
-
-    def layers():
-        sizes = (784, *widths, 1)
-        modules: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in itertools.pairwise(sizes):
-            modules += [nn.Linear(inputs, outputs, bias=False), nn.LeakyReLU(LEAKY_SLOPE)]
-        return nn.Sequential(*modules[:-1])
-
-    return _seeded(layers, seed)
+    return _seeded(lambda: nn.Sequential(nn.Flatten(), *_dense_layers((784, *widths, 1))), seed)
 
 
 def lenet(
@@ -115,18 +94,16 @@ def lenet(
         uniform: Draws weights and biases from ±`uniform`; None leaves torch's default initialisation.
 
     Raises:
-        ValueError: If there are not as many strides or activations as widths.
+        ValueError: If the numbers of widths, strides and activations differ.
     """
     strides = (2, 2, *[1] * len(widths))[: len(widths)] if strides is None else strides
     makers = [activation] * len(widths) if callable(activation) else activation
     if not len(widths) == len(strides) == len(makers):
-        raise ValueError(
-            f"{len(widths)} widths, {len(strides)} strides, {len(makers)} activations; give as many of each"
-        )
+        given = f"{len(widths)} widths, {len(strides)} strides, {len(makers)} activations"
+        raise ValueError(f"{given}; give the same number of each")
 
     def layers():
-        modules: list[nn.Module] = []
-        channels, size = 3, 32
+        modules, channels, size = [], 3, 32
         for width, stride, make in zip(widths, strides, makers, strict=True):
             modules += [nn.Conv2d(channels, width, 5, stride, 2, bias=bias), make()]
             channels, size = width, (size - 1) // stride + 1
@@ -151,7 +128,7 @@ def resnet18(seed: int = 0, cut: tuple[str, ...] = (), classes: int = 10) -> nn.
         classes: Outputs.
 
     Raises:
-        ValueError: If a name is no block's.
+        ValueError: If a name is not one of a block.
     """
     from torchvision.models.resnet import BasicBlock, ResNet  # slow to import, and only needed here
 
@@ -172,17 +149,23 @@ def resnet18(seed: int = 0, cut: tuple[str, ...] = (), classes: int = 10) -> nn.
 
 def _without_skip(block: nn.Module) -> nn.Sequential:
     """The main path of a basic block."""
-    order = ("conv1", "bn1", "relu", "conv2", "bn2")
-    return nn.Sequential(OrderedDict([(name, getattr(block, name)) for name in order] + [("relu2", nn.ReLU())]))
+    path = {name: getattr(block, name) for name in ("conv1", "bn1", "relu", "conv2", "bn2")}
+    return nn.Sequential(OrderedDict(path, relu2=nn.ReLU()))
 
 
 def _cnn6_layers(width: int, bias: bool = False) -> list[nn.Module]:
+    # inputs, outputs, kernel, stride, padding
     shapes = [(3, 12, 4, 2, 2), (12, width, 3, 2, 1), (width, 36, 3, 1, 1)]
     shapes += [(36, 36, 3, 1, 1), (36, 64, 3, 2, 1), (64, 128, 3, 1, 1)]
-    modules: list[nn.Module] = []
-    for inputs, outputs, kernel, stride, padding in shapes:
-        modules += [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=bias), nn.LeakyReLU(LEAKY_SLOPE)]
+    modules = [m for shape in shapes for m in (nn.Conv2d(*shape, bias=bias), nn.LeakyReLU(LEAKY_SLOPE))]
     return [*modules, nn.Flatten()]
+
+
+def _dense_layers(sizes: Sequence[int], bias: bool = False) -> list[nn.Module]:
+    """Linear layers from size to size with LeakyReLU between them."""
+    pairs = itertools.pairwise(sizes)
+    modules = [m for i, o in pairs for m in (nn.Linear(i, o, bias=bias), nn.LeakyReLU(LEAKY_SLOPE))]
+    return modules[:-1]
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -197,13 +180,13 @@ def load_model(name: str, seed: int = 0) -> tuple[nn.Module, tuple[int, ...] | N
     Args:
         name: A name in `ANALYSIS_SHAPES`, or `module:attribute` with a network, or with a function that returns one
             when called without arguments; modules in the working directory are found, too.
-        seed: Of the weights; a function is called with torch's generator at this seed, which is put back afterwards.
+        seed: Of the weights; a function is called with torch's generator at this seed, which is restored afterwards.
 
     Returns:
-        The network, and the image shape that it takes where it is one of this module, else None.
+        The network, and the image shape that it takes if it is one of this module, else None.
 
     Raises:
-        ValueError: If there is none of this name; the message says what is there instead.
+        ValueError: If there is no network of this name; the message says what there is instead.
     """
     if name in ANALYSIS_SHAPES:
         return globals()[name](seed=seed), ANALYSIS_SHAPES[name]
