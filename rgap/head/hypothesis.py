@@ -1,4 +1,4 @@
-"""What the readings of all losses share: hypotheses, the rank-one factors of a gradient, the evidence for a label."""
+"""Shared by the readings of all losses: hypotheses, the rank-one factors of a gradient, the evidence for a label."""
 
 from __future__ import annotations
 
@@ -13,28 +13,19 @@ from rgap.network.layer import Chain, Layer
 from rgap.results import GradientMismatchError, LayerReport
 
 WRONG_LABEL_RESIDUAL = 0.3
-"""Relative residual from which a label that was given is refused, if another one fits ten times better."""
+"""Relative residual above which a given label is refused, if another one fits ten times better."""
 
 
 @dataclass(frozen=True)
 class HeadGradient:
-    """The last layer and what is known of its gradient.
+    """The last layer and what is known of its gradient."""
 
-    Attributes:
-        layer: The last layer, with C outputs.
-        G: Gradient of its weight, (C, n), not zero.
-        bias: Gradient of its bias, (C,), or None without bias.
-        precision: Relative error of the gradients' entries.
-        tolerance: Residual up to which the head's equations count as fulfilled.
-        known: The label where it was given.
-    """
-
-    layer: Layer
-    G: Tensor
-    bias: Tensor | None
-    precision: float
-    tolerance: float
-    known: int | None
+    layer: Layer  # the last one, with C outputs
+    G: Tensor  # gradient of its weight, (C, n), not zero
+    bias: Tensor | None  # gradient of its bias, (C,), if it has one
+    precision: float  # relative error of the gradients' entries
+    tolerance: float  # residual up to which the head's equations count as satisfied
+    known: int | None  # the label if it was given
 
     @property
     def W(self) -> Tensor:
@@ -44,34 +35,26 @@ class HeadGradient:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A label and a scale with which the last layer's gradient can be explained.
+    """A label and a scale with which the last layer's gradient u vᵀ can be explained.
 
-    Attributes:
-        label: Index of the class; 0 or 1 for one output.
-        scale: s in x = s v, δz = u / s, where u vᵀ is the gradient. Hypotheses whose scales have one sign are twins in
-            networks that are positively homogeneous: their images differ by the ratio of the scales.
-        dz: Gradient of the loss by the output, (C,).
-        x: Input of the last layer, (n,).
-        residual: How far the head's equations are missed, ‖∂ℓ/∂z(z) − δz‖ / ‖δz‖ with z = W x + b; 0 where they hold.
-        rounding: Relative error that δz has from the client's own arithmetic, beyond the gradient's precision.
+    In positively homogeneous networks hypotheses whose scales have the same sign are twins: their images differ by the
+    ratio of the scales.
     """
 
-    label: int
-    scale: float
-    dz: Tensor
-    x: Tensor
-    residual: float = 0.0
-    rounding: float = 0.0
+    label: int  # 0 or 1 for one output
+    scale: float  # s in x = s v, δz = u / s
+    dz: Tensor  # gradient of the loss by the output, (C,)
+    x: Tensor  # input of the last layer, (n,)
+    residual: float = 0.0  # of the head's equations, ‖∂ℓ/∂z(z) − δz‖ / ‖δz‖ with z = W x + b
+    rounding: float = 0.0  # relative error of δz from the client's own arithmetic, beyond the gradient's precision
 
 
 @dataclass(frozen=True)
 class HeadReading:
-    """What the last layer's gradient allows.
+    """All hypotheses that the last layer's gradient allows, at least one.
 
-    Attributes:
-        hypotheses: Every one that it allows; never empty.
-        misfits: Label -> the smallest residual of the head's equations with it, as far as it was looked for.
-        notes: Sentences: what was out of range, and on what evidence the label was decided.
+    `misfits` maps a label to the smallest residual of the head's equations with it, or to a lower bound where no scale
+    was computed; `notes` are sentences on quantities out of range and on the evidence for the label.
     """
 
     hypotheses: tuple[Hypothesis, ...]
@@ -80,46 +63,26 @@ class HeadReading:
 
 
 class Twin(NamedTuple):
-    """A label and scale that explain an image's head as well as those of its `Start`.
-
-    Attributes:
-        label: Index of the class; 0 or 1 for one output.
-        factor: Scale of the image relative to that of the `Start`.
-        residual: How far the image's own head equations are missed, relative; None where they were not looked at alone.
-    """
+    """A label and scale that explain an image's head as well as those of its `Start`."""
 
     label: int
-    factor: float = 1.0
-    residual: float | None = None
+    factor: float = 1.0  # scale of the image relative to that of the `Start`
+    residual: float | None = None  # of the image's own head equations, relative; None where they were not computed
 
 
 @dataclass(frozen=True)
 class Start:
-    """A hypothesis on all images at one layer, from which the attack descends to the images.
+    """A hypothesis on all images at one layer, from which the attack descends to the images."""
 
-    Attributes:
-        layer: Index of that layer in the chain: the last one for a single image, the first fully connected one for a
-            batch.
-        labels: (B,), int64.
-        x: Inputs of that layer, (B, n).
-        dx: Gradient of the loss by them, (B, n).
-        twins: For each image what explains its head as well; the first entry is the image as it is here.
-        reports: Reports of the layers that were read, from the last to `layer`.
-        batch_size: Images in the batch, B or more: some of a fully connected batch may not have been found.
-        ranks: Of a batch, the ranks of the gradients of `layer` and of the layer after it: at most that many images can
-            be told apart.
-        rounding: Relative error of δz by the client's own arithmetic, where that exceeds the gradient's precision.
-    """
-
-    layer: int
-    labels: Tensor
-    x: Tensor
-    dx: Tensor
-    twins: tuple[tuple[Twin, ...], ...]
-    reports: tuple[LayerReport, ...]
-    batch_size: int = 1
-    ranks: tuple[int, int] = (1, 1)
-    rounding: float = 0.0
+    layer: int  # index of that layer: the last one for a single image, the first fully connected one for a batch
+    labels: Tensor  # (B,), int64
+    x: Tensor  # inputs of that layer, (B, n)
+    dx: Tensor  # gradient of the loss by them, (B, n)
+    twins: tuple[tuple[Twin, ...], ...]  # for each image all labels and scales that explain its head, that of x first
+    reports: tuple[LayerReport, ...]  # of the layers that were read, from the last to `layer`
+    batch_size: int = 1  # images in the batch, at least B: some of a fully connected batch may not have been found
+    ranks: tuple[int, int] = (1, 1)  # of a batch's gradients of `layer` and the next one: limits on the images found
+    rounding: float = 0.0  # relative error of δz from the client's own arithmetic, where it exceeds the precision
 
 
 def starts_of(chain: Chain, hypotheses: Sequence[Hypothesis]) -> list[Start]:
@@ -138,26 +101,19 @@ def starts_of(chain: Chain, hypotheses: Sequence[Hypothesis]) -> list[Start]:
 
 @dataclass(frozen=True)
 class RankOne:
-    """G ≈ u vᵀ with Σ |u| = 2, as Σ |δz| / 2 is 1 − p of the label for softmax cross-entropy.
+    """G ≈ u vᵀ with Σ |u| = 2, as Σ |δz| / 2 is 1 − p of the label for softmax cross-entropy."""
 
-    Attributes:
-        u: (C,).
-        v: (n,).
-        residual: ‖G − u vᵀ‖ / ‖G‖: 0 to rounding for a single sample.
-        noise: Standard deviation of u's entries, by what u vᵀ leaves of G.
-    """
-
-    u: Tensor
-    v: Tensor
-    residual: float
-    noise: float
+    u: Tensor  # (C,)
+    v: Tensor  # (n,)
+    residual: float  # ‖G − u vᵀ‖ / ‖G‖: 0 to rounding for a single sample
+    noise: float  # standard deviation of u's entries, estimated from G − u vᵀ
 
 
 def rank_one(G: Tensor) -> RankOne:
     """The leading factors of a gradient (C, n) that is not zero, by power iteration from its largest row.
 
-    For a single sample the first step has them to rounding, and, unlike a singular value decomposition's, small entries
-    of u have the relative precision of their rows.
+    For a single sample the first step gives them to rounding. Unlike those of a singular value decomposition, small
+    entries of u have the relative precision of their rows.
     """
     unit = G.abs().max()
     rows = G / unit  # the squares of the smallest gradients underflow
@@ -184,25 +140,14 @@ def relative(model: Tensor, dz: Tensor) -> float:
 
 
 def reading(
-    head: HeadGradient,
-    found: list[Hypothesis],
-    misfits: Mapping[int, float],
-    notes: list[str],
-    tolerance: float | None = None,
+    head: HeadGradient, found: list[Hypothesis], misfits: Mapping[int, float], notes: list[str], rounding: float = 0.0
 ) -> HeadReading:
-    """Puts a reading together: checks a known label, and notes on what evidence the label was decided.
+    """The reading with these hypotheses, misfits and notes: checks a known label, and notes the evidence for the label.
 
-    Args:
-        head: What was read.
-        found: The hypotheses, of the known label too where one is given.
-        misfits: Label -> smallest residual of the head's equations.
-        notes: What was out of range so far.
-        tolerance: Residual up to which the equations count as fulfilled, where it is not the head's.
-
-    Raises:
-        GradientMismatchError: If the gradient is plainly that of another label than the one given.
+    `rounding` is the relative error of δz from the client's own arithmetic; the equations' tolerance is at least ten
+    times that. Raises GradientMismatchError if the gradient is clearly that of another label than the one given.
     """
-    known, tolerance = head.known, head.tolerance if tolerance is None else tolerance
+    known, tolerance = head.known, max(head.tolerance, 10 * rounding)
     best, second = sorted(misfits, key=misfits.__getitem__)[:2]
     decided = misfits[second] > 10 * misfits[best] and misfits[second] > tolerance
     evidence = []
@@ -237,21 +182,16 @@ def reading_with_bias(
     label: int | None = None,
     rounding: float = 0.0,
 ) -> HeadReading:
-    """The reading of a layer with a bias, whose gradient is δz: x and z follow from it, and z must explain δz.
+    """The reading of a layer with a bias, whose gradient is δz (C,), not zero: x and z follow, and z must explain δz.
 
-    Args:
-        head: What is read.
-        dz: Gradient of the loss by the outputs, (C,), not zero.
-        output_gradient: (z, label) -> the loss's gradient by outputs z, (C,).
-        notes: What was out of range.
-        label: Where δz alone tells it; by default the one whose gradient is nearest to δz.
-        rounding: Relative error of δz from the client's own arithmetic.
+    `output_gradient` gives ∂ℓ/∂z of (z, label). The `label` is given where δz alone determines it; by default it is the
+    one whose ∂ℓ/∂z is nearest to δz.
     """
     x = least_squares_input(head.G, dz)
     z = head.W @ x + head.layer.bias
     residuals = {k: relative(output_gradient(z, k), dz) for k in range(max(len(dz), 2))}
     label = min(residuals, key=residuals.__getitem__) if label is None else label
     found = [Hypothesis(label, 2 / dz.abs().sum().item(), dz, x, residuals[label], rounding)]
-    if head.known not in (None, label):  # another label was given: it has to stand on the same numbers
+    if head.known not in (None, label):  # another label was given: the same numbers with its residual
         found.append(replace(found[0], label=head.known, residual=residuals[head.known]))
-    return reading(head, found, residuals, notes, max(head.tolerance, 10 * rounding))
+    return reading(head, found, residuals, notes, rounding)

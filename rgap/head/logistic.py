@@ -24,9 +24,6 @@ def read_logistic(head: HeadGradient) -> HeadReading:
     Without a bias c = ⟨G, W⟩ = −μ / (1 + e^μ) is inverted by Lambert W: one root for c ≥ 0, two for c < 0 (Zhu &
     Blaschko 2021 find one of them by gradient descent), for either label. With a bias δz is the bias's gradient, and
     label and μ follow from it.
-
-    Args:
-        head: The last layer, with one output, and its gradient.
     """
     if head.bias is not None:
         return _with_bias(head, head.bias.item())
@@ -62,7 +59,7 @@ def margins(c: float) -> tuple[list[float], list[str]]:
 
 
 def _root(c: float, branch: int) -> float:
-    """One branch, refined by Newton's method: next to the minimum Lambert W has half the digits only."""
+    """One branch, refined by Newton's method: close to the minimum Lambert W has only half the digits."""
     if branch == -1 and c > -np.finfo(float).tiny:  # Lambert W of so small a number is NaN
         return math.inf
     mu = float(-c - np.real(lambertw(c * math.exp(-c) if c < 700 else 0.0, branch)))

@@ -1,7 +1,7 @@
-"""From the last layer's gradient to hypotheses on label, output gradient and input, by the loss.
+"""From the last layer's gradient to hypotheses on label, output gradient and input, for each loss.
 
-For one sample the gradient of a linear layer is the rank-one G = δz xᵀ. The loss ties δz to z = W x + b, so that the
-length of x, too, follows from G.
+For one sample the gradient of a linear layer is the rank-one G = δz xᵀ. The loss makes δz a function of z = W x + b, so
+that the length of x also follows from G.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rgap.network.layer import Layer
 from rgap.shared_gradient import SharedGradient
 
 READERS = {"logistic": read_logistic, "cross_entropy": read_softmax, "mse": read_squared}
-"""Loss -> what reads its head."""
+"""Loss -> reader of its head."""
 
 
 def read_head(loss: str, layer: Layer, received: SharedGradient, known: int | None = None) -> HeadReading:
@@ -32,7 +32,7 @@ def read_head(loss: str, layer: Layer, received: SharedGradient, known: int | No
         The `HeadReading`.
 
     Raises:
-        GradientMismatchError: If the gradient is plainly that of another label than the one given.
+        GradientMismatchError: If the gradient is clearly that of another label than the one given.
     """
     G = received.gradients[layer.weight_name].flatten(1)
     bias = received.gradients[layer.bias_name] if layer.bias_name else None

@@ -1,9 +1,9 @@
 """Softmax cross-entropy: label, scale and input from the last layer's gradient.
 
-Without a bias G = u vᵀ, x = s v and δz = u / s. Of the label's row only the sign and of the others the logarithm is
-used: δz_j = p_j gives log u_j − log s = s a_j − log Σ exp(s a) with a = W v, one equation a row, in the one unknown s.
-For C ≥ 3 classes the differences of rows are linear in s; for C = 2 there is one equation, that of the logistic loss,
-with two roots or one, for either label. (Ours.)
+Without a bias G = u vᵀ, x = s v and δz = u / s. The label's row has the only negative δz; in the others δz_j = p_j
+gives log u_j − log s = s a_j − log Σ exp(s a) with a = W v, one equation per row, in the one unknown s. For C ≥ 3
+classes the differences of rows are linear in s; for C = 2 there is one equation, that of the logistic loss, with two
+roots or one, for either label. (Ours.)
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 from rgap.head.hypothesis import HeadGradient, HeadReading, Hypothesis, rank_one, reading, reading_with_bias, relative
 
 MAX_LABELS_TRIED = 3
-"""Labels whose equations are solved, those with the fewest wrong signs."""
+"""Labels whose equations are solved, those with the smallest share of wrong signs."""
 
 MAX_WRONG_SIGN_SHARE = 0.1
 """Share of u with the wrong sign up to which a label is tried."""
 
 MAX_LOG_SCALE = 700.0
-"""Largest log s: of gradients smaller than e^−700 nothing is left."""
+"""Largest log s: gradients smaller than e^−700 underflow."""
 
 LOG_SCALES = torch.cat([torch.linspace(0, 40, 401), torch.linspace(40, MAX_LOG_SCALE, 661)[1:]]).double()
-"""Where the label's own equation is searched for roots in log s; 1 / s is 1 − p of the label, at most 1."""
+"""Grid of log s on which the label's own equation is searched for roots; 1 / s is 1 − p of the label, at most 1."""
 
 MAX_MISFIT_STDS = 10.0
 """Misfit in standard deviations up to which a second root counts."""
@@ -35,36 +35,25 @@ MAX_MISFIT_STDS = 10.0
 
 @dataclass(frozen=True)
 class LabelEquations:
-    """What log u_j − log s = log softmax(s a + b)_j says in the one unknown s, for one label.
+    """The equations log u_j − log s = log softmax(s a + b)_j in the one unknown s, for one label."""
 
-    Attributes:
-        label: The label; u is negative there.
-        u: ∂ℓ/∂z times s, with Σ |u| = 2, (C,).
-        a, b: Of the logits s a + b, (C,) each.
-        noise: Standard deviation of u's entries.
-        precision: Relative error of u's entries.
-    """
-
-    label: int
-    u: Tensor
-    a: Tensor
+    label: int  # u is negative there
+    u: Tensor  # ∂ℓ/∂z times s, with Σ |u| = 2, (C,)
+    a: Tensor  # of the logits s a + b, (C,)
     b: Tensor
-    noise: float
-    precision: float
+    noise: float  # standard deviation of u's entries
+    precision: float  # relative error of u's entries
 
     @property
     def others(self) -> Tensor:
-        """Which classes are not the label's, (C,)."""
+        """Mask of all classes but the label, (C,)."""
         return torch.arange(len(self.u)) != self.label
 
 
 def read_softmax(head: HeadGradient) -> HeadReading:
-    """Every (label, scale) with which softmax cross-entropy explains the last layer's gradient.
+    """Every (label, scale) with which softmax cross-entropy, C ≥ 2, explains the last layer's gradient.
 
     With a bias δz is the bias's gradient; its one negative entry is the label's.
-
-    Args:
-        head: The last layer, with C ≥ 2 outputs, and its gradient.
     """
     if head.bias is not None and head.bias.any():
         return _with_bias(head, head.bias)
@@ -87,13 +76,13 @@ def read_softmax(head: HeadGradient) -> HeadReading:
         residuals[label] = min(h.residual for _, h in solved if h.label == label)
     allowed = max(MAX_MISFIT_STDS, 3 * min(chi for chi, h in solved if known in (None, h.label)))
     found = [h for chi, h in solved if chi <= allowed]
-    return reading(head, found, residuals, notes, max(head.tolerance, 10 * max(h.rounding for h in found)))
+    return reading(head, found, residuals, notes, max(h.rounding for h in found))
 
 
 def sign_misfits(u: Tensor) -> Tensor:
-    """For each label the share of u whose sign contradicts it: δz is negative at the label and nowhere else, (C,).
+    """For each label the share of u whose sign contradicts it, (C,): δz is negative at the label and nowhere else.
 
-    u is known up to its sign, which is turned so that the label's entry is negative.
+    The sign of u is free, and chosen so that the label's entry is negative.
     """
     positive, negative = u.clamp(min=0).square(), u.clamp(max=0).square()
     wrong = torch.where(u > 0, positive.sum() - positive, negative.sum() - negative)
@@ -102,7 +91,7 @@ def sign_misfits(u: Tensor) -> Tensor:
 
 
 def log_scales(rows: LabelEquations) -> list[tuple[float, float]]:
-    """(misfit in standard deviations, log s) of every local solution: Gauss–Newton from each start, never uphill."""
+    """(misfit in standard deviations, log s) of every local solution: damped Gauss–Newton from each start."""
     ends = []
     for q in _starts(rows):
         residuals, slopes = _equations(rows, q)
@@ -119,7 +108,7 @@ def log_scales(rows: LabelEquations) -> list[tuple[float, float]]:
                 break
             q, residuals, slopes, cost = trial, there, steeper, there @ there
         ends.append((float(np.sqrt(cost / len(residuals))), q))
-    distinct: list[tuple[float, float]] = []
+    distinct = []
     for chi, q in sorted(ends):
         if all(abs(q - other) > 1e-7 for _, other in distinct):
             distinct.append((chi, q))
@@ -127,9 +116,9 @@ def log_scales(rows: LabelEquations) -> list[tuple[float, float]]:
 
 
 def _starts(rows: LabelEquations) -> list[float]:
-    """Where to start in log s: the slope of log u over a, and the roots of the label's own equation.
+    """Starts in log s: the slope of log u over a, and the roots of the label's own equation log(1 − p) = −log s.
 
-    That equation is log(1 − p) = −log s; where it has no root it comes closest.
+    Where that has no root, the points around its smallest residual.
     """
     starts = []
     kept = rows.others & (rows.u > 3 * rows.noise)
@@ -154,12 +143,12 @@ def _starts(rows: LabelEquations) -> list[float]:
 
 
 def _equations(rows: LabelEquations, q: float) -> tuple[np.ndarray, np.ndarray]:
-    """Residuals at log s = q in standard deviations, and their derivatives by q, a row each.
+    """Residuals at log s = q in standard deviations, and their derivatives by q, (C,) each.
 
-    Rows that stand out of the noise as logarithms, where the equations are nearly linear in s and each row has its own
-    relative precision; the others as they are. Softmax in the client's arithmetic has a relative error of log p times
-    its precision, and the label's entry p − 1 loses the digits that 1 − p lacks. Of two classes both rows say the same:
-    the label's is left out.
+    Rows above the noise enter as logarithms, where the equations are nearly linear in s and each row has its own
+    relative precision; the others enter as they are. Softmax in the client's arithmetic has a relative error of log p
+    times its precision, and the label's entry p − 1 loses digits by cancellation. With two classes both rows are
+    equivalent, and the label's is left out.
     """
     s, y, u, others = math.exp(q), rows.label, rows.u.numpy(), rows.others.numpy()
     za = s * rows.a.numpy()
@@ -180,7 +169,7 @@ def _equations(rows: LabelEquations, q: float) -> tuple[np.ndarray, np.ndarray]:
     return np.nan_to_num(residuals / error, nan=1e30, posinf=1e30, neginf=-1e30), np.nan_to_num(slopes / error)
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:  # scipy's takes twenty times as long on so few
+def _log_softmax(logits: np.ndarray) -> np.ndarray:  # scipy's takes twenty times as long on so few classes
     logits = logits - logits.max()
     return logits - math.log(np.exp(logits).sum())
 
@@ -200,12 +189,11 @@ def _with_bias(head: HeadGradient, dz: Tensor) -> HeadReading:
             f"the last bias's gradient has {negative} negative entries and reaches {dz.abs().max():.3g}; a single "
             "sample's has one and does not exceed 1: it was altered or belongs to a batch"
         ]
-    rounding = head.precision * 2 / dz.abs().sum().item()
-    return reading_with_bias(head, dz, output_gradient, notes, rounding=rounding)
+    return reading_with_bias(head, dz, output_gradient, notes, rounding=head.precision * 2 / dz.abs().sum().item())
 
 
 def output_gradient(logits: Tensor, label: int) -> Tensor:
-    """∂ℓ/∂z: the label's entry as minus the sum of the others, which keeps its digits where p is close to 1, (C,)."""
+    """∂ℓ/∂z, (C,), with minus the sum of the others at the label, which avoids cancellation where p is close to 1."""
     p = logits.softmax(-1)
     p[label] = -p[torch.arange(len(p)) != label].sum()
     return p

@@ -15,16 +15,13 @@ from torch import Tensor
 from rgap.head.hypothesis import HeadGradient, HeadReading, Hypothesis, rank_one, reading, reading_with_bias, relative
 
 MAX_LABELS_TRIED = 3
-"""Labels whose equations are solved, the best by a bound on the residual, and hypotheses that are kept."""
+"""Labels whose equations are solved, those with the smallest bounds on the residual, and hypotheses that are kept."""
 
 
 def read_squared(head: HeadGradient) -> HeadReading:
-    """Every (label, scale) with which a squared error explains the last layer's gradient.
+    """Every (label, scale) with which a squared error, C ≥ 1, explains the last layer's gradient.
 
     With a bias δz is the bias's gradient, and the target is z − (C / 2) δz.
-
-    Args:
-        head: The last layer, with C ≥ 1 outputs, and its gradient.
     """
     if head.bias is not None:
         return _with_bias(head)
@@ -51,7 +48,7 @@ def read_squared(head: HeadGradient) -> HeadReading:
 def _bounds(a: Tensor, u: Tensor) -> Tensor:
     """For each label a lower bound of the relative residual, (C,): with p for s² the equations are linear in (p, s).
 
-    The label's own row is then free, and p the least-squares slope of (C / 2) u over a in the others.
+    The label's own row is then satisfied by s alone; p is the least-squares slope of (C / 2) u over a in the others.
     """
     others = 1 - torch.eye(len(a), dtype=a.dtype)
     unit = a.abs().max().clamp(min=torch.finfo(a.dtype).tiny)

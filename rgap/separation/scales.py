@@ -34,17 +34,11 @@ MAX_REFINEMENTS = 60
 
 @dataclass(frozen=True)
 class FittedInputs:
-    """Inputs of the first fully connected layer, fitted to all gradients of these layers.
+    """Inputs of the first fully connected layer, fitted to all gradients of these layers."""
 
-    Attributes:
-        x: Inputs, (B, n), with their true scale.
-        dx: Gradient of the mean loss by them, (B, n).
-        residual: Largest over the fully connected gradients of ‖g′ − g‖ / ‖g‖ within the span of the inputs.
-    """
-
-    x: Tensor
-    dx: Tensor
-    residual: float
+    x: Tensor  # (B, n), with their true scale
+    dx: Tensor  # gradient of the mean loss by them, (B, n)
+    residual: float  # largest ‖g′ − g‖ / ‖g‖ of the fully connected gradients, within the span of the inputs
 
 
 def output_jacobians(layers: Sequence[Layer], inputs: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:

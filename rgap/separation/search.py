@@ -31,22 +31,17 @@ MAX_STEPS = 40
 class Separation:
     """The inputs of the first layer that were found, each verified on its own.
 
-    Attributes:
-        inputs: (F, n), float64: of unit length without bias, else with their true length.
-        dz: ∂ℓ/∂z_1 of these inputs, (F, h): Σ dz_bᵀ x_b is their part of G_1.
-        residuals: Sines of the angles between (hidden vector, dz) and the spaces in which they must lie, (F, 2); for an
-            input that follows from its dz, the first is that of all such inputs together.
-        first, second: Row and column spaces of the two gradients.
-        starts, steps: Random starts, and steps of the fixed point over all of them.
+    `residuals` are the sines of the angles between (hidden vector, dz) and the spaces in which they must lie; for an
+    input that follows from its dz, the first is that of all such inputs together.
     """
 
-    inputs: Tensor
-    dz: Tensor
-    residuals: Tensor
+    inputs: Tensor  # (F, n), float64: of unit length without bias, else with their true length
+    dz: Tensor  # ∂ℓ/∂z_1 of these inputs, (F, h): Σ dz_bᵀ x_b is their part of G_1
+    residuals: Tensor  # (F, 2)
     first: Span
     second: Span
-    starts: int
-    steps: int
+    starts: int  # random ones
+    steps: int  # of the fixed point, over all starts
 
 
 def separate(

@@ -16,21 +16,13 @@ from rgap.shared_gradient import SharedGradient
 
 @dataclass(frozen=True)
 class Span:
-    """A gradient G, or [G, ∂ℓ/∂b] with a bias, as U diag(S) Vᵀ, cut at its numerical rank.
+    """A gradient G, or [G, ∂ℓ/∂b] with a bias, as U diag(S) Vᵀ, cut at its numerical rank."""
 
-    Attributes:
-        U: Orthonormal basis of the column space, (outputs, rank).
-        S: Singular values, (rank,).
-        V: Orthonormal basis of the row space, (inputs, rank); with a bias the last row is that of the constant 1.
-        above_cut: Smallest singular value kept, relative to the largest.
-        below_cut: Largest one dropped, relative to the largest; 0 where none is dropped.
-    """
-
-    U: Tensor
-    S: Tensor
-    V: Tensor
-    above_cut: float
-    below_cut: float
+    U: Tensor  # orthonormal basis of the column space, (outputs, rank)
+    S: Tensor  # singular values, (rank,)
+    V: Tensor  # orthonormal basis of the row space, (inputs, rank); with a bias the last row is that of the constant 1
+    above_cut: float  # smallest singular value kept, relative to the largest
+    below_cut: float  # largest one dropped, relative to the largest; 0 where none is dropped
 
     @property
     def rank(self) -> int:
@@ -45,17 +37,11 @@ class Span:
 
 @dataclass(frozen=True)
 class BatchSize:
-    """The batch size that the attack assumes.
-
-    Attributes:
-        size: Images in the batch.
-        notes: The evidence for it, sentences for the report.
-        span: Spaces of the first fully connected layer's gradient.
-    """
+    """The batch size that the attack assumes."""
 
     size: int
-    notes: tuple[str, ...]
-    span: Span
+    notes: tuple[str, ...]  # the evidence for it, sentences for the report
+    span: Span  # of the first fully connected layer's gradient
 
 
 def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float) -> Span:
