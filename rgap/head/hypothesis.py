@@ -51,15 +51,11 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class HeadReading:
-    """All hypotheses that the last layer's gradient allows, at least one.
-
-    `misfits` maps a label to the smallest residual of the head's equations with it, or to a lower bound where no scale
-    was computed; `notes` are sentences on quantities out of range and on the evidence for the label.
-    """
+    """All hypotheses that the last layer's gradient allows, at least one."""
 
     hypotheses: tuple[Hypothesis, ...]
-    misfits: Mapping[int, float]
-    notes: tuple[str, ...] = ()
+    misfits: Mapping[int, float]  # label -> smallest residual of the head's equations with it, or a lower bound of it
+    notes: tuple[str, ...] = ()  # on quantities out of range, and on the evidence for the label
 
 
 class Twin(NamedTuple):
@@ -105,7 +101,6 @@ class RankOne:
 
     u: Tensor  # (C,)
     v: Tensor  # (n,)
-    residual: float  # ‖G − u vᵀ‖ / ‖G‖: 0 to rounding for a single sample
     noise: float  # standard deviation of u's entries, estimated from G − u vᵀ
 
 
@@ -124,7 +119,7 @@ def rank_one(G: Tensor) -> RankOne:
     size = u.abs().sum() / 2
     rest = (rows - u[:, None] * v).norm()
     noise = rest / G.numel() ** 0.5 / (v.norm() * size)
-    return RankOne(u / size, v * size * unit, (rest / rows.norm()).item(), noise.item())
+    return RankOne(u / size, v * size * unit, noise.item())
 
 
 def least_squares_input(G: Tensor, dz: Tensor) -> Tensor:
@@ -150,17 +145,15 @@ def reading(
     known, tolerance = head.known, max(head.tolerance, 10 * rounding)
     best, second = sorted(misfits, key=misfits.__getitem__)[:2]
     decided = misfits[second] > 10 * misfits[best] and misfits[second] > tolerance
-    evidence = []
-    if known is not None:
-        if known != best and decided and misfits[known] > WRONG_LABEL_RESIDUAL > 10 * misfits[best]:
+    evidence, found = [], [h for h in found if known in (None, h.label)]
+    if decided and known not in (None, best):
+        if misfits[known] > WRONG_LABEL_RESIDUAL > 10 * misfits[best]:
             raise GradientMismatchError(f"label {known} was given; the last layer's gradient is that of {best}")
-        if known != best and decided:
-            evidence = [
-                f"label {known} was given, and the head's equations are missed by {misfits[known]:.2g} with it; with "
-                f"label {best} by {misfits[best]:.2g}"
-            ]
-        found = [h for h in found if h.label == known]
-    elif decided:
+        evidence = [
+            f"label {known} was given, and the head's equations are missed by {misfits[known]:.2g} with it; with "
+            f"label {best} by {misfits[best]:.2g}"
+        ]
+    elif decided and known is None:
         evidence = [
             f"label {best} by the head's equations, missed by {misfits[best]:.2g}; with label {second}, the next best, "
             f"by {misfits[second]:.2g}"

@@ -31,14 +31,11 @@ def read_squared(head: HeadGradient) -> HeadReading:
     a = head.W @ factors.v
     bounds = _bounds(a, factors.u)
     looked_at = {*bounds.argsort()[:MAX_LABELS_TRIED].tolist(), *([] if known is None else [known])}
-    found = [
-        Hypothesis(label, s, factors.u / s, s * factors.v, residual)
-        for label in sorted(looked_at)
-        for s, residual in _scales(a, factors.u, label)
-    ]
-    residuals = dict(enumerate(bounds.tolist()))
-    for label in looked_at:
-        residuals[label] = min((h.residual for h in found if h.label == label), default=math.inf)
+    found, residuals = [], dict(enumerate(bounds.tolist()))
+    for label in sorted(looked_at):
+        scales = _scales(a, factors.u, label)
+        found += [Hypothesis(label, s, factors.u / s, s * factors.v, residual) for s, residual in scales]
+        residuals[label] = min((residual for _, residual in scales), default=math.inf)
     found = [h for h in found if known in (None, h.label)]
     allowed = max(min(head.tolerance, 0.03), 3 * min(h.residual for h in found))
     found = sorted((h for h in found if h.residual <= allowed), key=lambda h: h.residual)
@@ -67,9 +64,7 @@ def _scales(a: Tensor, u: Tensor, label: int) -> list[tuple[float, float]]:
     slope = np.array([4 * aa * unit**3, -6 * a_y * unit**2, 2 * (1 - 2 * half * au) * unit, 2 * half * u_y])
     roots = np.roots(slope / np.abs(slope).max())
     scales = [unit * root.real for root in roots if abs(root.imag) <= 1e-6 * abs(root.real) and root.real != 0]
-    target = torch.zeros_like(a)
-    target[label] = 1.0
-    found = []
+    target, found = torch.eye(len(a), dtype=a.dtype)[label], []
     for s in scales:
         for _ in range(3):  # Gauss–Newton on the equations themselves
             rest, slopes = s * s * a - s * target - half * u, 2 * s * a - target

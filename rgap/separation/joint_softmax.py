@@ -137,10 +137,7 @@ def _whole_numbers(counts: Tensor, present: Tensor, total: int) -> list[Tensor]:
     a, b = divmod(int(change.argmin()), len(present))
     if change[a, b] == torch.inf:
         return [whole]
-    other = whole.clone()
-    other[present[a]] -= 1
-    other[present[b]] += 1
-    return [whole, other]
+    return [whole, whole - F.one_hot(present[a], len(whole)) + F.one_hot(present[b], len(whole))]
 
 
 def _starts(layers: Sequence[Layer], span: Span, labels: Tensor, outputs: Tensor) -> list[Tensor]:

@@ -147,9 +147,9 @@ def _identity_residual(
     chain: Chain, received: SharedGradient, inputs: Tensor, dz: Tensor, chosen: Sequence[tuple[int, float]]
 ) -> float:
     """Residual of the last convolution's identities with one combination of scales, before any layer is solved."""
-    below = first_dense(chain)
-    layer, scales = chain.layers[below - 1], inputs.new_tensor([scale for _, scale in chosen])[:, None]
-    x, dx = scales * inputs, dz @ chain.layers[below].weight.flatten(1) / scales
+    layer, dense = chain.layers[first_dense(chain) - 1 :][:2]
+    scales = inputs.new_tensor([scale for _, scale in chosen])[:, None]
+    x, dx = scales * inputs, dz @ dense.weight.flatten(1) / scales
     z = layer.activation.inverse(x.reshape(len(x), *layer.output_shape))
     dz = layer.activation.derivative(z) * dx.reshape(z.shape)
     return identity_residual(layer, layer.gradient(received.gradients), dz, z)
@@ -166,11 +166,11 @@ def _what_was_found(layers: Sequence[Layer], apart: Separation, size: int) -> li
         notes.append(
             f"the gradient of {layers[1].name!r} has rank {apart.second.rank}, below {rank} of the layer before: {why}"
         )
-    units = layers[0].output_shape[0]
-    if rank + apart.second.rank + SPARE_UNITS > units:
+    units, needed = layers[0].output_shape[0], rank + apart.second.rank + SPARE_UNITS
+    if needed > units:
         notes.append(
             f"layer {layers[0].name!r} has {units} units, too few for a batch of this size: "
-            f"the ranks {rank} and {apart.second.rank} need {rank + apart.second.rank + SPARE_UNITS}"
+            f"the ranks {rank} and {apart.second.rank} need {needed}"
         )
     if count < rank:
         notes.append(f"{rank - count} of the {rank} images that the gradient holds were not found")

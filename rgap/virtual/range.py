@@ -72,10 +72,11 @@ def close_by_range(
     noise = ERROR_AMPLIFICATION * own * system.b.numel() ** 0.5 / system.size
     changes, kept, first = [], False, x
     for _ in range(MAX_STEPS):
-        z, slope = _linearised(before, x)
+        z = before.activation.inverse(x)
         if not torch.isfinite(z).all():  # outside the range of σ, where there is no inverse to linearise
             return VirtualSolution(first, False, left.shape[1] * len(x), len(changes), math.inf, math.inf)
         unit = noise * rms(z).item()
+        slope = before.activation.derivative(z)
         dense = _solve(system, left, z - bias, slope, x, (own, unit), rcond)
         moved = system.x0 + system.spread(dense.y[:, None])[:, :, 0]
         changes.append(_change(before, x, moved, slope, UNDECIDED_SIGN_STDS * unit))
@@ -84,7 +85,7 @@ def close_by_range(
         earlier, latest = changes[:-MAX_STALLED_STEPS], changes[-MAX_STALLED_STEPS:]
         if kept or (earlier and min(latest) >= min(earlier)):
             break
-    z, _ = _linearised(before, x)
+    z = before.activation.inverse(x)
     residual, equations = rms((z - bias) @ left).item(), left.shape[1] * len(x)
     fits = residual <= MAX_CERTIFIED_RESIDUAL * unit and equations - deficit >= CERTIFICATE_SURPLUS
     certified = kept and fits and dense.null is None
@@ -119,12 +120,6 @@ def _solve(
     return least_squares(A, b, min(rcond, 1e-5), damping, gram_only=True)
 
 
-def _linearised(before: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """σ⁻¹(x) and σ′ there, (B, n)."""
-    z = before.activation.inverse(x)
-    return z, before.activation.derivative(z)
-
-
 def _change(before: Layer, x: Tensor, moved: Tensor, slope: Tensor, undecided: float) -> float:
     """The change by one step: the number of signs, or for smooth activations the step's relative length.
 
@@ -133,5 +128,5 @@ def _change(before: Layer, x: Tensor, moved: Tensor, slope: Tensor, undecided: f
     """
     if before.activation.homogeneous:
         decided = torch.maximum(x.abs(), moved.abs()) > undecided
-        return float(((_linearised(before, moved)[1] != slope) & decided).sum())
+        return float(((before.activation.derivative(before.activation.inverse(moved)) != slope) & decided).sum())
     return ((moved - x).norm() / x.norm()).item()
