@@ -1,4 +1,10 @@
-"""Layer by layer from a start down to the images, for one image and a batch alike."""
+"""Layer by layer from a start down to the images, for one image and a batch alike.
+
+A single image has a noise probe beside it, which predicts errors (ours): one draw of the noise on the gradient, and by
+how much it changes the recovered x and δx. Each layer maps the probe with the factors that solved it, so errors of the
+layers above arrive with all their correlations; a sign in doubt is flipped in the probe with its probability. A layer
+has so many entries that one draw suffices for their root mean square.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +16,52 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rgap.attack.pattern import settle_signs
-from rgap.attack.propagation import NoiseProbe, Slopes, decide_activation_pattern, propagate
+from rgap.attack.pattern import Slopes, decide_activation_pattern, settle_signs
 from rgap.equations import LayerSolution, bias_residual, identity_residual, solve_layer
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
+from rgap.head import read_head
 from rgap.head.hypothesis import Start
 from rgap.linalg import rms
 from rgap.network.layer import Chain, Layer
-from rgap.results import LayerReport
+from rgap.results import GradientMismatchError, LayerReport
 from rgap.shared_gradient import FLOAT64_FLOOR, SharedGradient
 from rgap.virtual.closure import ERROR_AMPLIFICATION, VirtualSolution, close_by_previous
 from rgap.virtual.range import close_by_range, range_factor
 
 MAX_PRECISION_CONDITION = 1e-5
-"""Precision times condition number from which range constraints join a batch's system even without a deficit."""
+"""Precision times condition number above which range constraints join a batch's system even without a deficit."""
 
 DOUBT_RATIO = 1e4
 """Outputs smaller than this times the precision times their root mean square may have the wrong sign."""
 
 MIN_DOUBT = 1e-8
-"""Smallest such size that is considered, relative to the root mean square."""
+"""Smallest such size, relative to the root mean square."""
 
 Closer = Callable[[Layer, SharedGradient, LayerSolution, Tensor, Tensor], VirtualSolution | None]
 """(layer before, gradients, a layer's solution, its z, δx by its input) -> the closed solution, None where none is."""
+
+
+@dataclass(frozen=True)
+class NoiseProbe:
+    """One draw of the noise, and how it changes a layer's output.
+
+    Attributes:
+        x: Change of the output, (B, …).
+        dx: Change of the gradient by it, (B, …).
+        noise: Parameter name -> change of its gradient.
+        generator: Source of the random numbers drawn on the way.
+    """
+
+    x: Tensor
+    dx: Tensor
+    noise: Mapping[str, Tensor]
+    generator: torch.Generator
+
+    @property
+    def error(self) -> float:
+        """Root mean square of the change of x."""
+        largest = self.x.abs().max()
+        return (largest * rms(self.x / largest)).item() if largest > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -40,18 +69,20 @@ class Descent:
     """A start that was followed down the chain.
 
     Attributes:
+        start: The start.
         layer_inputs: Layer name -> recovered input, (B, *feature_shape), from the image to the head.
         reports: From the last layer to the first.
         mismatch: The largest identity residual met on the way.
         complete: Whether the images were reached.
         open_layers: Names of rank-deficient layers whose null space nothing closed.
         beliefs: Name of a layer that virtual constraints closed -> belief on its input after each step, (steps, n).
-        noise_stds: Noise on the gradient's entries by the misfit of each layer whose gradient equations alone determine
-            it with some to spare, from the last on.
-        probe: What a draw of the noise changes in the image.
+        noise_stds: Noise on the gradient's entries, from the surplus equations of each layer that its gradient
+            equations alone overdetermine, from the last on.
+        probe: How a draw of the noise changes the image.
         positive: Name of a layer whose activation has two slopes -> which of its pre-activations are positive, (B, …).
     """
 
+    start: Start
     layer_inputs: Mapping[str, Tensor]
     reports: tuple[LayerReport, ...]
     mismatch: float
@@ -78,13 +109,9 @@ def descend(
         chain: The prepared network.
         received: The gradients of the mean loss, their precision and the cutoff.
         start: The inputs of one layer and the gradients by them, of all images.
-        probe: A draw of the noise and what it makes of the start, to predict errors and to decide signs; one image
-            only.
-        close: What may close the null space of a rank-deficient layer: `close_by_virtual_constraints`, for one.
-        give_up: Identity residual above which the start is dropped; infinity follows it to the end.
-
-    Returns:
-        A `Descent`; incomplete where the start was dropped.
+        probe: A draw of the noise and its effect on the start, to predict errors and decide signs; one image only.
+        close: What may close the null space of a rank-deficient layer, such as `close_by_virtual_constraints`.
+        give_up: Identity residual above which the start is dropped and the descent stays incomplete.
     """
     reports, x, dx, mismatch = list(start.reports), start.x, start.dx, 0.0
     if probe is not None:
@@ -99,21 +126,29 @@ def descend(
         if len(x) > 1 and has_gradient:
             x = settle_signs(layer, G, x, dx, doubt=max(DOUBT_RATIO * received.precision, MIN_DOUBT))
             inputs[above.name] = x.reshape(-1, *above.feature_shape)
-        z, known = _inverted(layer, x, _accuracy(reports[-1], received))
-        slopes = _decided_slopes(layer, G, x, dx, probe) if has_gradient else None
+        if len(x) == 1:
+            z, known = layer.activation.invert(x, _accuracy(reports[-1], received))
+        else:  # a batch crosses only activations with an inverse everywhere
+            z, known = layer.activation.inverse(x), None
+        slopes = None
+        if has_gradient and probe is not None:
+            std = rms(layer.gradient(probe.noise)).item()
+            slopes = decide_activation_pattern(layer, G, x, dx, probe.error, std)
         dz = (layer.activation.derivative(z) if slopes is None else slopes.values) * dx
         if slopes is not None or layer.activation.has_kink:
             positive[layer.name] = z > 0 if slopes is None else slopes.positive
         if has_gradient:
-            mismatch = max(mismatch, _identities(layer, received, G, dz, z, known))
+            mismatch = max(mismatch, identity_residual(layer, G, dz, z, known))
+            if layer.bias_name is not None and layer.bias_name not in received.underflowed:
+                mismatch = max(mismatch, bias_residual(layer, received.gradients[layer.bias_name], dz))
         if mismatch > give_up:
-            return Descent(inputs, tuple(reports), mismatch, False)
+            return Descent(start, inputs, tuple(reports), mismatch, False)
         equations = (G, dz if has_gradient else 0 * dz, z)
         solution = solve_layer(layer, *equations, rcond=received.rcond, known=known, precision=received.precision)
         report = solution.report
         noise_stds += [] if solution.noise_std is None else [solution.noise_std]
         if probe is not None:
-            probe = propagate(layer, probe, solution, x, dx, z, dz, slopes)
+            probe = _propagate(layer, probe, solution, x, dx, z, dz, slopes)
             report = replace(report, predicted_error=probe.error)
         if known is not None:
             report = replace(report, saturated=int((~known).sum()))
@@ -129,27 +164,68 @@ def descend(
         reports.append(replace(report, seconds=time.perf_counter() - begin))
     inputs = {layer.name: inputs[layer.name] for layer in chain.layers}
     found = (tuple(left_open), beliefs, tuple(noise_stds), probe, positive)
-    return Descent(inputs, tuple(reports), mismatch, True, *found)
+    return Descent(start, inputs, tuple(reports), mismatch, True, *found)
 
 
 def close_by_virtual_constraints(
     before: Layer, received: SharedGradient, solution: LayerSolution, z: Tensor, dx: Tensor
 ) -> VirtualSolution | None:
-    """What the layer before adds to a layer's solution; None where that is not called for, or it has nothing to add.
+    """What the layer before adds to a layer's solution; None where it is not needed or has nothing to add.
 
-    For one image these are its range and its gradient, for a batch its range, which also joins a system that is not
-    deficient where its condition number blurs the solution.
-
-    Args:
-        before: The layer before.
-        received: The gradients.
-        solution: Of the layer, (B, C, H, W).
-        z: Pre-activations of the layer, (B, O, H′, W′).
-        dx: Gradient of the loss by the layer's input.
+    For one image it adds its range and its gradient; for a batch its range, also to a system without deficit whose
+    condition number blurs the solution. z (B, O, H′, W′) is the layer's pre-activation, dx the gradient by its input.
     """
+    report = solution.report
     if len(solution.x) == 1:
-        return close_by_previous(before, received, solution, z, dx) if solution.report.deficit else None
-    return _by_range(before, received, solution)
+        return close_by_previous(before, received, solution, z, dx) if report.deficit else None
+    solved = solution.solved[0]
+    blurred = received.precision * (report.condition or 1.0) > MAX_PRECISION_CONDITION
+    if before.is_fixed or len(solution.solved) > 1 or solved is None or not (report.deficit or blurred):
+        return None
+    factor = range_factor(before)
+    if factor is None or len(solution.x) * factor.basis.shape[1] < report.deficit + CERTIFICATE_SURPLUS:
+        return None
+    precision = max(received.precision, FLOAT64_FLOOR)
+    return close_by_range(
+        before, factor, solved[0], solution.x, deficit=report.deficit, precision=precision, rcond=received.rcond
+    )
+
+
+def start_probe(chain: Chain, received: SharedGradient, start: Start, loss: str, seed: int = 1) -> NoiseProbe:
+    """Reads the head of a single image once more, with a draw of the noise on the gradients.
+
+    The seed is that of later draws: the rounding of the head's δz, and signs in doubt.
+    """
+    generator, head, label = torch.Generator().manual_seed(seed), chain.layers[-1], int(start.labels)
+    noisy = replace(received, gradients={name: g + received.noise[name] for name, g in received.gradients.items()})
+    try:
+        found = [h for h in read_head(loss, head, noisy, label).hypotheses if h.label == label]
+    except GradientMismatchError:  # under so much noise another label may fit better
+        found = []
+    scale = 1 + start.rounding * torch.randn((), generator=generator, dtype=start.x.dtype)
+    x, dx = start.x, start.dx
+    if found:
+        nearest = min(found, key=lambda h: (h.x - start.x).norm().item())
+        x, dx = nearest.x[None], head.adjoint(nearest.dz[None, :, None, None]).flatten(1)
+    return NoiseProbe(x / scale - start.x, dx * scale - start.dx, received.noise, generator)
+
+
+def _propagate(
+    layer: Layer, probe: NoiseProbe, solution: LayerSolution, x: Tensor, dx: Tensor, z: Tensor, dz: Tensor,
+    slopes: Slopes | None,
+) -> NoiseProbe:  # fmt: skip
+    """The probe of a layer's input, from that of its output x (B, O, H′, W′); slopes is None where σ has no kink."""
+    changed, _ = layer.activation.invert(x + probe.x.reshape(x.shape))
+    if slopes is not None:
+        slope = slopes.draw(probe.generator)
+    else:  # which entries lie on a flat part is known
+        slope = layer.activation.derivative(z if layer.activation.clips else changed)
+    dz_change = slope * (dx + probe.dx.reshape(x.shape)) - dz
+    rest = torch.zeros_like(layer.weight)
+    if not layer.is_fixed:
+        shares = [layer.weight_gradient(*one) for one in zip(solution.x, dz_change, strict=True)]
+        rest = layer.gradient(probe.noise) - sum(shares)
+    return NoiseProbe(solution.sensitivity(rest, changed - z), layer.adjoint(dz_change), probe.noise, probe.generator)
 
 
 def _above(chain: Chain, start: Start) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -168,32 +244,10 @@ def _above(chain: Chain, start: Start) -> tuple[dict[str, Tensor], dict[str, Ten
     return inputs, positive
 
 
-def _inverted(layer: Layer, x: Tensor, accuracy: float) -> tuple[Tensor, Tensor | None]:
-    """σ⁻¹(x) and where it is known; a batch is taken through activations that have an inverse everywhere."""
-    return layer.activation.invert(x, accuracy) if len(x) == 1 else (layer.activation.inverse(x), None)
-
-
-def _decided_slopes(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, probe: NoiseProbe | None) -> Slopes | None:
-    """The slopes that the likelihood decides, None without a probe or a kink."""
-    if probe is None:
-        return None
-    return decide_activation_pattern(layer, G, x, dx, probe.error, rms(layer.gradient(probe.noise)).item())
-
-
 def _accuracy(report: LayerReport, received: SharedGradient) -> float:
-    """Error of a layer's recovered input relative to its size, roughly: what rounding makes of its condition number."""
+    """Rough relative error of a layer's recovered input: rounding, amplified by its condition number."""
     condition = report.condition if report.condition and math.isfinite(report.condition) else 1.0
     return min(ERROR_AMPLIFICATION * condition * max(received.precision, FLOAT64_FLOOR), 1e-3)
-
-
-def _identities(
-    layer: Layer, received: SharedGradient, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None
-) -> float:
-    """The largest identity residual of the layer's groups and of its bias."""
-    found = identity_residual(layer, G, dz, z, known)
-    if layer.bias_name is None or layer.bias_name in received.underflowed:
-        return found
-    return max(found, bias_residual(layer, received.gradients[layer.bias_name], dz))
 
 
 def _closed(
@@ -206,18 +260,3 @@ def _closed(
     report = replace(report, virtual_constraints=closed.equations, iterations=closed.iterations,
                      condition=closed.condition, residual=closed.residual)  # fmt: skip
     return torch.as_tensor(closed.x).reshape(x.shape), report, probe
-
-
-def _by_range(before: Layer, received: SharedGradient, solution: LayerSolution) -> VirtualSolution | None:
-    """Joins the range constraints of the layer before where they are needed and there are any."""
-    report, solved = solution.report, solution.solved[0]
-    blurred = received.precision * (report.condition or 1.0) > MAX_PRECISION_CONDITION
-    if before.is_fixed or len(solution.solved) > 1 or solved is None or not (report.deficit or blurred):
-        return None
-    factor = range_factor(before)
-    if factor is None or len(solution.x) * factor.basis.shape[1] < report.deficit + CERTIFICATE_SURPLUS:
-        return None
-    precision = max(received.precision, FLOAT64_FLOOR)
-    return close_by_range(
-        before, factor, solved[0], solution.x, deficit=report.deficit, precision=precision, rcond=received.rcond
-    )

@@ -1,33 +1,133 @@
-"""Activation patterns without a predicted error: of a batch on the way down, and of images that were recovered (ours).
+"""Activation patterns: signs that errors leave in doubt on the way down, and in images that were recovered (ours).
 
-A unit of a LeakyReLU whose value is smaller than its error may have the wrong slope. Its value hardly matters, its δz
-does: a single one of ten thousand makes a shared gradient miss by per cents.
+A noisy x close to zero leaves the sign of z open, and δz = σ′(z) δx then differs by the slope, however small the noise:
+one wrong sign among ten thousand spoils all the layers below. But Σ_b ⟨δz_b[o], z_b[o′] − b[o′]⟩ = ⟨G[o], W[o′]⟩ holds
+for every pair of channels, and z hardly depends on the signs of its smallest entries. So each channel o has O equations
+for its few open slopes before anything is solved: decided by likelihood where a probe predicts the error of x (one
+image), else by whether a flip lowers the residual (batches).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rgap.network.layer import Chain, Layer
 
+DOUBT_STDS = 5.0
+"""Entries further from zero than this many standard deviations have the sign they show."""
+
+MAX_FLIPS = 50
+"""Most rounds in which signs are flipped, one in every channel at a time."""
+
 FLIP_GAIN = 0.7
 """Residual of a channel's identities after a flip, relative to that before, below which the flip is right."""
 
 MAX_PATTERN_FLIPS = 400
-"""Units of an image of a batch that may disagree with the signs that were recovered."""
+"""Units of an image of a batch that may disagree with the recovered signs."""
 
 MAX_PROJECTIONS = 6
 """Most linearised moves of an image; signs of units next to zero need one or two."""
 
 
+@dataclass(frozen=True)
+class Slopes:
+    """σ′(z) with the signs that the equations prefer.
+
+    Attributes:
+        values: (B, O, H′, W′).
+        flip_probability: Probability that an entry lies on the other piece all the same, (B, O, H′, W′).
+        negative: The slope for z < 0.
+    """
+
+    values: Tensor
+    flip_probability: Tensor
+    negative: float
+
+    @property
+    def positive(self) -> Tensor:
+        """Which entries lie on the upper piece, (B, O, H′, W′)."""
+        return self.values != self.negative
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """One draw of the slopes, each flipped with its probability."""
+        shape, dtype = self.flip_probability.shape, self.flip_probability.dtype
+        flipped = torch.rand(shape, generator=generator, dtype=dtype) < self.flip_probability
+        return torch.where(flipped, 1 + self.negative - self.values, self.values)
+
+
+def decide_activation_pattern(
+    layer: Layer, G: Tensor, x: Tensor, dx: Tensor, spread: float, std: float
+) -> Slopes | None:
+    """Decides the signs of the entries of x that are closer to zero than its error, by likelihood.
+
+    x (B, O, H′, W′) is the layer's output, with errors of standard deviation `spread`; dx is the gradient by it; G has
+    noise of standard deviation `std`. None where the activation has no two slopes or the identities do not apply.
+    """
+    slope = layer.activation.negative_slope
+    plain = layer.groups == 1 and layer.after is None and layer.shift is None and not layer.is_fixed
+    unit = G.abs().max()
+    if not plain or not isinstance(slope, float) or slope == 1.0 or unit == 0:
+        return None
+    G, dx, std = G / unit, dx / unit, std / unit.item()  # squares of the smallest gradients underflow
+    z = layer.activation.inverse(x)
+    values = layer.activation.derivative(z)
+    channels_first = [t.transpose(0, 1).flatten(1) for t in (x, values, dx, z - layer.pre_bias())]
+    x, values, dx, inputs = channels_first  # (O, B·H′·W′) each
+    distance = (x.abs() / spread if spread > 0 else torch.full_like(x, torch.inf)).flatten()
+    (open_,) = torch.nonzero(distance < DOUBT_STDS, as_tuple=True)
+    values, flip_probability = values.flatten(), torch.zeros_like(distance)
+    if len(open_):
+        rest, inputs = _whitened(layer, G, inputs, values.reshape(x.shape) * dx, spread, std)
+        prior = torch.special.log_ndtr(distance[open_]) - torch.special.log_ndtr(-distance[open_])
+        flipped, odds = _flip_signs(rest, inputs, open_, values[open_], slope, dx.flatten()[open_], prior)
+        values = values.index_copy(0, open_, flipped)
+        flip_probability[open_] = torch.sigmoid(-odds)
+    images_first = (len(x), len(z), *z.shape[2:])
+    return Slopes(*(t.reshape(images_first).transpose(0, 1) for t in (values, flip_probability)), slope)
+
+
+def _whitened(layer: Layer, G: Tensor, inputs: Tensor, dz: Tensor, spread: float, std: float) -> tuple[Tensor, Tensor]:
+    """⟨G[o], W[o′]⟩ − ⟨δz[o], z[o′] − b[o′]⟩ and z[o′] − b[o′], o′ transformed so that the noise is white of size 1."""
+    W = layer.weight.flatten(1)
+    S = std**2 * W @ W.T
+    floor = spread**2 * dz.square().sum(1).mean() + 1e-12 * S.diagonal().mean() + torch.finfo(S.dtype).tiny
+    S.diagonal().add_(floor)
+    size = S.diagonal().mean().sqrt()
+    lower = torch.linalg.cholesky(S / size / size) * size
+    rest = G.flatten(1) @ W.T - dz @ inputs.T
+    return (torch.linalg.solve_triangular(lower, v, upper=False) for v in (rest.T, inputs))
+
+
+def _flip_signs(
+    rest: Tensor, inputs: Tensor, open_: Tensor, values: Tensor, slope: float, dx: Tensor, prior: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Flips the likeliest sign of every channel until no flip gains: (slopes, log odds against a further flip)."""
+    channels, pixels = open_ // inputs.shape[1], open_ % inputs.shape[1]
+    columns = inputs[:, pixels]  # (O, k)
+    size = columns.square().sum(0)
+    rest, first = rest.clone(), values
+    for _ in range(MAX_FLIPS):
+        step = (1 + slope - 2 * values) * dx
+        odds = 0.5 * step**2 * size - step * (rest[:, channels] * columns).sum(0)
+        odds = odds + torch.where(values == first, prior, -prior)
+        least = rest.new_zeros(rest.shape[1]).scatter_reduce(0, channels, odds, "amin")
+        (flip,) = torch.nonzero((odds < 0) & (odds == least[channels]), as_tuple=True)
+        if not len(flip):
+            break
+        rest.index_add_(1, channels[flip], -step[flip] * columns[:, flip])
+        values = values.index_copy(0, flip, 1 + slope - values[flip])
+    return values, odds
+
+
 def settle_signs(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, *, doubt: float) -> Tensor:
     """Flips units next to zero where the layer's identities call for it.
 
-    ⟨G[o], W[o′]⟩ = Σ_b ⟨δz_b[o], z_b[o′] − b[o′]⟩, and a flipped unit adds its known share to a row of it. Unlike
-    `decide_activation_pattern` this needs no error of x and no noise of G, which a batch has no probe for.
+    A flipped unit adds its known share to one row of ⟨G[o], W[o′]⟩ − Σ_b ⟨δz_b[o], z_b[o′] − b[o′]⟩. Unlike
+    `decide_activation_pattern` this needs neither the error of x nor the noise of G, for which a batch has no probe.
 
     Args:
         layer: The layer that these are the outputs of.
@@ -71,17 +171,14 @@ def project_to_pattern(
 ) -> Tensor:
     """Moves images as little as it takes for their units to have the signs that were decided.
 
-    An image that was recovered with errors may have a unit on the other piece when it goes forward again. Its gradient
-    is then not the one that was shared, until the image is moved by less than its error.
+    A unit of an image that was recovered with errors may change sign when the image goes forward again; the image's
+    gradient then differs from the shared one until the image is moved, by less than its error.
 
     Args:
         layers: From the first on.
         images: (B, C, H, W), recovered with errors.
-        positive: Layer name -> which of its pre-activations are positive, (B, …); layers that are not named are free.
-        max_flips: Disagreeing units beyond which they are no matter of single signs; each costs a backward pass.
-
-    Returns:
-        The images; one as it was where too many of its units disagree.
+        positive: Layer name -> which of its pre-activations are positive, (B, …); layers not named are free.
+        max_flips: Disagreeing units above which an image stays as it is; each costs a backward pass.
     """
     layers = list(layers)
     while layers and layers[-1].name not in positive:
@@ -113,15 +210,14 @@ def _project(layers: list[Layer], named: list[str], image: Tensor, signs: Tensor
             return image
         if len(wrong) > max_flips:
             return first
-        rows = [torch.autograd.grad(outputs[i], x, retain_graph=True)[0].flatten() for i in wrong]
-        J = torch.stack(rows)
+        J = torch.stack([torch.autograd.grad(outputs[i], x, retain_graph=True)[0].flatten() for i in wrong])
         step = torch.linalg.lstsq(J @ J.T, -(1 + 1e-3) * outputs[wrong].detach()[:, None], driver="gelsd").solution
         image = image + (J.T @ step).reshape(image.shape)
     return image
 
 
 def _outputs(layers: Sequence[Layer], x: Tensor, named: Sequence[str]) -> Tensor:
-    """Pre-activations of the layers that are named, one after the other, of one image."""
+    """Pre-activations of the named layers, one after the other, of one image."""
     found = []
     for layer in layers:
         z = layer.apply(x.reshape(1, *layer.input_shape)) + layer.pre_bias()

@@ -7,12 +7,12 @@
     follow    descends from each start. With z = σ⁻¹(x) and δz = σ′(z) δx, a layer's own inputs solve the weight
               equations W x_b = z_b − b and the gradient equations Σ_b K(δz_b) x_b = vec(G); Wᵀ δz is the next δx.
               Surplus equations refute wrong labels.
-    weigh     compares the gradient of the recovered images with the shared one, and with what noise makes of both.
+    weigh     compares the gradient of the recovered images with the shared one, and with the effect of noise on both.
     judge     gives a verdict, without any ground truth.
 
-One image is a batch of one. Only a single image, though, goes through activations without an inverse, and only a single
-image has a noise probe, which predicts the error of every layer, and unknown noise estimated. The recursion is the
-paper's (R-GAP; Zhu & Blaschko, ICLR 2021); scales, twins, batches, predicted errors and verdicts are ours.
+One image is a batch of one. But only a single image passes activations without an inverse, has a noise probe, which
+predicts the error of every layer, and has unknown noise estimated. The recursion is the paper's (R-GAP; Zhu & Blaschko,
+ICLR 2021); scales, twins, batches, predicted errors and verdicts are ours.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ from rgap.attack.arguments import (
     checked_labels,
     checked_network,
 )
-from rgap.attack.candidates import weigh
-from rgap.attack.descent import Closer, Descent, close_by_virtual_constraints, descend
-from rgap.attack.propagation import start_probe
+from rgap.attack.candidates import Attack, weigh
+from rgap.attack.descent import Descent, close_by_virtual_constraints, descend, start_probe
 from rgap.attack.verdict import judge
 from rgap.head import read_head
 from rgap.head.hypothesis import Start, starts_of
@@ -43,11 +42,11 @@ from rgap.network.layer import Chain
 from rgap.results import GradientMismatchError, PixelRange, Reconstruction
 from rgap.separation.read import read_batch
 from rgap.separation.subspaces import find_batch_size
-from rgap.shared_gradient import SharedGradient, receive
+from rgap.shared_gradient import receive
 from rgap.tokens import PatchEmbedding, reconstruct_tokens
 
 NOISE_REESTIMATE_RATIO = 3.0
-"""Noise shown by surplus equations, in units of the noise that was known of, from which it replaces that."""
+"""Ratio of the noise in surplus equations to the noise assumed so far, above which it replaces that."""
 
 MAX_IDENTITY_RESIDUAL = 0.3
 """Residual of a layer's identities (0 for the right label, about 0.9 for a wrong one) that refutes a start."""
@@ -108,115 +107,98 @@ def reconstruct(
         )  # fmt: skip
     check_arguments(chain, loss, batch_size, labels)
     close = close_by_virtual_constraints if virtual_constraints else None
-    received = receive(chain, gradients, rcond, noise_std)
-    received, starts, notes = read(chain, received, loss, batch_size, labels, seed)
-    followed, found = follow(chain, received, starts, loss, close)
+    attack = Attack(chain, receive(chain, gradients, rcond, noise_std), loss, close, PixelRange(*pixel_range))
+    attack, starts, notes = read(attack, batch_size, labels, seed)
+    descents, found = follow(attack, starts)
     if noise_std is None:
-        received, followed, found = _with_noise_found(chain, received, starts, loss, close, rcond, followed, found)
-    pixels = PixelRange(*pixel_range)
-    weighed = [weigh(chain, received, start, descent, loss, pixels, close) for start, descent in followed]
-    return judge(weighed, [*notes, *found], pixels, device)
+        attack, descents, found = _with_noise_found(attack, starts, rcond, descents, found)
+    return judge([weigh(attack, descent) for descent in descents], [*notes, *found], attack.pixels, device)
 
 
 def read(
-    chain: Chain,
-    received: SharedGradient,
-    loss: str,
-    batch_size: int | None,
-    labels: Tensor | Sequence[int] | None,
-    seed: int,
-) -> tuple[SharedGradient, list[Start], list[str]]:
-    """Finds every start that the last layer's gradient allows, or for a batch those of the fully connected layers.
+    attack: Attack, batch_size: int | None, labels: Tensor | Sequence[int] | None, seed: int
+) -> tuple[Attack, list[Start], list[str]]:
+    """Finds every start that the last layer's gradient allows, or for a batch a single one from its dense layers.
 
-    Returns:
-        The gradients, now with the rounding of the head's δz; the starts, for a batch a single one; and notes.
+    Returns the attack, now with the rounding of the head's δz, the starts and notes.
     """
+    chain, received, loss = attack.chain, attack.received, attack.loss
     notes: tuple[str, ...] = ()
     if batch_size != 1:
         size = find_batch_size(chain, received, batch_size)
         if size.size > 1:
             check_batch(chain, loss)
             known = checked_batch_labels(labels, size.size)
-            start, said = read_batch(chain, received, size, loss, known, seed)
+            start, batch_notes = read_batch(chain, received, size, loss, known, seed)
             found = sorted(start.labels.tolist())
             if known is not None and len(found) == size.size and known != found:
                 raise GradientMismatchError(f"labels {known} were given; the gradient is that of {found}")
-            return received, [start], said
+            return attack, [start], batch_notes
         notes = size.notes
     head = chain.layers[-1]
     reading = read_head(loss, head, received, checked_labels(labels, loss, head.output_shape[0]))
     received = replace(received, rounding=max(h.rounding for h in reading.hypotheses))
-    return received, starts_of(chain, reading.hypotheses), [*notes, *received.notes, *reading.notes]
+    starts = starts_of(chain, reading.hypotheses)
+    return replace(attack, received=received), starts, [*notes, *received.notes, *reading.notes]
 
 
-def follow(
-    chain: Chain, received: SharedGradient, starts: Sequence[Start], loss: str, close: Closer | None
-) -> tuple[list[tuple[Start, Descent]], list[str]]:
-    """Follows each start down to the images; where the layers refute all, the least unlikely.
+def follow(attack: Attack, starts: Sequence[Start]) -> tuple[list[Descent], list[str]]:
+    """Follows each start down to the images; where the layers refute all, the one they contradict least.
 
-    Returns:
-        The descents that are complete, each with its start, twins of a single image as starts of their own; and a note
-        where the layers decided between labels.
+    Returns the complete descents, twins of a single image as descents of their own, and a note where the layers decided
+    between labels.
     """
+    chain, received, close = attack.chain, attack.received, attack.close
     if starts[0].batch_size > 1:
-        return [(starts[0], descend(chain, received, starts[0], close=close))], []
+        return [descend(chain, received, starts[0], close=close)], []
 
     def down(start: Start, give_up: float) -> Descent:
-        probe = start_probe(chain, received, start, loss)
+        probe = start_probe(chain, received, start, attack.loss)
         return descend(chain, received, start, probe=probe, close=close, give_up=give_up)
 
-    every = [(start, down(start, MAX_IDENTITY_RESIDUAL)) for start in starts]
-    complete = [pair for start, descent in every if descent.complete for pair in _twins(start, descent)]
+    every = [down(start, MAX_IDENTITY_RESIDUAL) for start in starts]
+    complete = [twin for descent in every if descent.complete for twin in _twins(descent)]
     if not complete:
-        start, _ = min(every, key=lambda pair: pair[1].mismatch)
-        return [(start, down(start, math.inf))], []
-    kept = {int(start.labels) for start, _ in complete}
-    refuted = {twin.label: d.mismatch for start, d in every for twin in start.twins[0] if twin.label not in kept}
+        best = min(every, key=lambda descent: descent.mismatch)
+        return [down(best.start, math.inf)], []
+    kept = {int(descent.start.labels) for descent in complete}
+    refuted = {twin.label: d.mismatch for d in every for twin in d.start.twins[0] if twin.label not in kept}
     if not refuted:
         return complete, []
-    least = min(descent.mismatch for _, descent in complete)
-    others = ", ".join(f"label {label} by {mismatch:.2g}" for label, mismatch in refuted.items())
+    least = min(descent.mismatch for descent in complete)
+    others = ", ".join(f"{mismatch:.2g} for label {label}" for label, mismatch in refuted.items())
     labels = " and ".join(f"label {label}" for label in sorted(kept))
-    return complete, [f"{labels} by the identities of the layers, missed by {least:.2g}; {others}"]
+    return complete, [f"{labels}, decided by the layers' identities: residual {least:.2g}, against {others}"]
 
 
-def _twins(start: Start, descent: Descent) -> Iterator[tuple[Start, Descent]]:
+def _twins(descent: Descent) -> Iterator[Descent]:
     """A single image's twins: with positively homogeneous activations every layer's input scales with the image."""
-    for number, twin in enumerate(start.twins[0]):
-        if number:
-            yield replace(start, labels=torch.tensor([twin.label])), _scaled(descent, twin.factor)
-        else:
-            yield start, descent
-
-
-def _scaled(descent: Descent, factor: float) -> Descent:
-    scaled = {
-        key: {name: factor * x for name, x in getattr(descent, key).items()} for key in ("layer_inputs", "beliefs")
-    }
-    errors = [None if r.predicted_error is None else abs(factor) * r.predicted_error for r in descent.reports]
-    reports = tuple(replace(r, predicted_error=e) for r, e in zip(descent.reports, errors, strict=True))
-    probe = None if descent.probe is None else replace(descent.probe, x=factor * descent.probe.x)
-    return replace(descent, **scaled, reports=reports, probe=probe)
+    yield descent
+    for twin in descent.start.twins[0][1:]:
+        factor = twin.factor
+        scaled = {
+            key: {name: factor * x for name, x in getattr(descent, key).items()} for key in ("layer_inputs", "beliefs")
+        }
+        errors = [None if r.predicted_error is None else abs(factor) * r.predicted_error for r in descent.reports]
+        reports = tuple(replace(r, predicted_error=e) for r, e in zip(descent.reports, errors, strict=True))
+        probe = None if descent.probe is None else replace(descent.probe, x=factor * descent.probe.x)
+        start = replace(descent.start, labels=torch.tensor([twin.label]))
+        yield replace(descent, start=start, **scaled, reports=reports, probe=probe)
 
 
 def _with_noise_found(
-    chain: Chain,
-    received: SharedGradient,
-    starts: Sequence[Start],
-    loss: str,
-    close: Closer | None,
-    rcond: float | None,
-    followed: list[tuple[Start, Descent]],
-    notes: list[str],
-) -> tuple[SharedGradient, list[tuple[Start, Descent]], list[str]]:
-    """Follows the starts once more where surplus equations show more noise than was known of; one image only."""
-    found = min((descent.noise_stds[0] for _, descent in followed if descent.noise_stds), default=0.0)
+    attack: Attack, starts: Sequence[Start], rcond: float | None, descents: list[Descent], notes: list[str]
+) -> tuple[Attack, list[Descent], list[str]]:
+    """Follows the starts once more where surplus equations show more noise than was assumed; one image only."""
+    received = attack.received
+    found = min((descent.noise_stds[0] for descent in descents if descent.noise_stds), default=0.0)
     if starts[0].batch_size > 1 or found <= NOISE_REESTIMATE_RATIO * max(map(rms, received.entry_std.values())):
-        return received, followed, notes
-    noisy = replace(receive(chain, received.gradients, rcond, found), underflowed=received.underflowed)
-    again, others = follow(chain, noisy, starts, loss, close)
+        return attack, descents, notes
+    noisy = replace(receive(attack.chain, received.gradients, rcond, found), underflowed=received.underflowed)
+    noisy = replace(attack, received=noisy)
+    again, others = follow(noisy, starts)
     most = NOISE_REESTIMATE_RATIO * found
-    if not any(d.mismatch <= MAX_IDENTITY_RESIDUAL and max(d.noise_stds, default=0.0) <= most for _, d in again):
-        return received, followed, notes  # no white noise: the layers contradict each other
-    note = f"noise of standard deviation {found:.2g} on the gradient, by the misfit of equations that are to spare"
+    if not any(d.mismatch <= MAX_IDENTITY_RESIDUAL and max(d.noise_stds, default=0.0) <= most for d in again):
+        return attack, descents, notes  # no white noise: the layers contradict each other
+    note = f"noise of standard deviation {found:.2g} on the gradient, estimated from the residual of surplus equations"
     return noisy, again, [*others, note]

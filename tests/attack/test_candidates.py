@@ -6,9 +6,8 @@ from cases import CNN_SHAPE, batch_cnn, quality, randn, shared_batch, small_cnn
 
 import rgap
 from rgap.attack import candidates, verdict
-from rgap.attack.candidates import weigh
-from rgap.attack.descent import descend
-from rgap.attack.propagation import start_probe
+from rgap.attack.candidates import Attack, weigh
+from rgap.attack.descent import descend, start_probe
 from rgap.head import read_head
 from rgap.head.hypothesis import starts_of
 from rgap.results import PixelRange
@@ -63,7 +62,7 @@ def test_the_gradient_that_is_tried_out_has_the_errors_of_the_shared_one(dtype, 
     chain = rgap.prepare(model, CNN_SHAPE)
     std = noise * max(g.abs().max().item() for g in gradients)
     received = receive(chain, gradients, noise_std=std or None)
-    tried = candidates._as_shared(chain, received, images, labels, "cross_entropy")
+    tried = candidates._as_shared(Attack(chain, received, "cross_entropy"), images, labels)
     for name, g in tried.items():
         miss = ((g - received.gradients[name]).norm() / g.norm()).item()
         assert miss < max(1e-12 if dtype == torch.float64 else 1e-5, 1e3 * noise)
@@ -75,14 +74,15 @@ LABEL = torch.tensor([1])
 
 @pytest.fixture(scope="module")
 def recovered():
-    """A network, its gradients in float32 as received, the start and its descent."""
+    """An attack on a gradient in float32, and its descent."""
     model = small_cnn()
     chain = rgap.prepare(model, (3, 8, 8))
     gradients = [g.float() for g in rgap.client_gradients(model, randn(1, 3, 8, 8).abs(), LABEL)]
     received = receive(chain, gradients)
     (start,) = starts_of(chain, read_head("logistic", chain.layers[-1], received, 1).hypotheses[:1])
     probe = start_probe(chain, received, start, "logistic")
-    return chain, received, start, descend(chain, received, start, probe=probe)
+    attack = Attack(chain, received, "logistic", pixels=PixelRange(-9.0, 9.0))
+    return attack, descend(chain, received, start, probe=probe)
 
 
 def with_one_unit_turned(chain, descent):
@@ -98,21 +98,21 @@ def with_one_unit_turned(chain, descent):
 
 
 def test_a_unit_that_flips_when_the_image_goes_forward_says_nothing_against_it(recovered):
-    chain, received, start, descent = recovered
-    name = chain.layers[0].name
-    turned, by = with_one_unit_turned(chain, descent)
+    attack, descent = recovered
+    name = attack.chain.layers[0].name
+    turned, by = with_one_unit_turned(attack.chain, descent)
     close = replace(turned, probe=replace(turned.probe, x=(by / turned.probe.error) * turned.probe.x))
     assert close.probe.error == pytest.approx(by.item())
-    candidate = weigh(chain, received, start, close, "logistic", PixelRange(-9.0, 9.0)).joint
+    candidate = weigh(attack, close).joint
     assert candidate.gradient_residual < 0.1 * candidate.residual_allowed
     assert (candidate.images - descent.layer_inputs[name]).square().mean().sqrt() < by
     assert torch.equal(candidate.layer_inputs[name], candidate.images)
 
 
 def test_an_image_is_not_moved_beyond_its_error(recovered):
-    chain, received, start, descent = recovered
-    turned, by = with_one_unit_turned(chain, descent)
+    attack, descent = recovered
+    turned, by = with_one_unit_turned(attack.chain, descent)
     assert turned.probe.error < by / 50
-    candidate = weigh(chain, received, start, turned, "logistic", PixelRange(-9.0, 9.0)).joint
+    candidate = weigh(attack, turned).joint
     assert not candidate.consistent and candidate.gradient_residual > 1e-3
-    assert torch.equal(candidate.images, turned.layer_inputs[chain.layers[0].name])
+    assert torch.equal(candidate.images, turned.layer_inputs[attack.chain.layers[0].name])

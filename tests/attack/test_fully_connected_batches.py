@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.attack.candidates import weigh
+from rgap.attack.candidates import Attack, weigh
 from rgap.attack.descent import descend
 from rgap.attack.verdict import judge
 from rgap.experiments.batch_fcn import combination
@@ -23,7 +23,7 @@ def recovered(network, images, labels, loss="logistic", size=None, dtype=torch.f
     chain = chain or rgap.prepare(network, SHAPE)
     received = receive(chain, gradients(network, images, labels, loss, dtype))
     start, notes = read_batch(chain, received, find_batch_size(chain, received, size or len(images)), loss, None, 0)
-    weighed = weigh(chain, received, start, descend(chain, received, start), loss, PixelRange())
+    weighed = weigh(Attack(chain, received, loss), descend(chain, received, start))
     return judge([weighed], notes, PixelRange())
 
 

@@ -139,9 +139,8 @@ def test_the_notes_say_on_what_evidence_the_label_was_decided():
     assert by_head[0].startswith("label 7 by the head's equations, missed by") and "the next best" in by_head[0]
     network = small_cnn()
     by_layers = rgap.reconstruct(network, gradients_for(network), SHAPE).notes
-    assert (
-        by_layers[0].startswith("label 1 by the identities of the layers, missed by") and "; label 0 by" in by_layers[0]
-    )
+    assert by_layers[0].startswith("label 1, decided by the layers' identities: residual")
+    assert ", against" in by_layers[0] and by_layers[0].endswith("for label 0")
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 50), (torch.bfloat16, 30)])
