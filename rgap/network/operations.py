@@ -69,9 +69,7 @@ LOST_POSITIONS = "max pooling discards the positions of the maxima"
 RANDOM_DROPOUT = "dropout in training mode is random; call model.eval() first"
 REASONS = {
     (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd): LOST_POSITIONS,
-    nn.modules.batchnorm._BatchNorm: (
-        "in training mode batch normalisation couples the images of a batch; call model.eval() first"
-    ),
+    nn.modules.batchnorm._BatchNorm: "in training mode it couples the images of a batch; call model.eval() first",
     (nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm): "its statistics depend on the image",
     nn.modules.dropout._DropoutNd: RANDOM_DROPOUT,
     nn.modules.padding._ConstantPadNd: "it pads with a value other than zero",

@@ -40,7 +40,7 @@ def rank_analysis(
 
     The network is analysed in eval mode. Ranks assume that z and ∂ℓ/∂z are known at the layer's output; those by law
     also assume generic weights. Under activations that are not invertible they are upper bounds. Of a transformer with
-    learned position embeddings the patches are analysed (`rgap.ranks.patches`); what stands above them is only listed.
+    learned position embeddings the patches are analysed (`rgap.ranks.patches`); what follows them is only listed.
 
     Args:
         model: Any module that `torch.fx` can trace, or such a transformer.
@@ -54,7 +54,7 @@ def rank_analysis(
         A `RankAnalysis` with a `LayerRank` for every step.
 
     Raises:
-        TypeError: If the model is no `torch.nn.Module`.
+        TypeError: If the model is not a `torch.nn.Module`.
         UnsupportedLayerError: If it cannot be traced, or has no layer with weights.
         ValueError: If the image shape or the batch size does not fit.
     """
@@ -122,14 +122,9 @@ def copa_index(deficits: list[int | None]) -> int | None:
 def _layer_rank(
     step: CountedStep, batch: int, dtype: torch.dtype, limit: int, seed: int, ranks: dict[str, LayerRank]
 ) -> LayerRank:
-    rank = LayerRank(
-        step.name,
-        step.kind,
-        unknowns=batch * math.prod(step.input_shape),
-        weight_rows=batch * math.prod(step.step.output_shape),
-        gradient_rows=sum(module.weight.numel() for module in step.weights),
-        note=step.note,
-    )
+    unknowns, outputs = batch * math.prod(step.input_shape), batch * math.prod(step.step.output_shape)
+    weights = sum(module.weight.numel() for module in step.weights)
+    rank = LayerRank(step.name, step.kind, unknowns, outputs, weights, note=step.note)
     if step.kind in {"convolution", "linear"}:
         return _with_ranks(rank, step, batch, dtype, limit, seed)
     if step.kind == "pooling":

@@ -81,7 +81,7 @@ def largest_batch(
     unknown = [repr(limit.name) for limit in limits if limit.limit is None]
     reason = f"layer {worst.name!r} lets {worst.limit} through: {worst.reason}"
     if unknown:
-        reason += f"; no rank is known of {', '.join(unknown)}"
+        reason += f"; no rank is known for {', '.join(unknown)}"
     return LargestBatch(worst.limit, min(limit.alone for limit in known), tuple(limits), reason)
 
 

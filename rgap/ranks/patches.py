@@ -12,26 +12,20 @@ from rgap.results import LayerRank
 from rgap.tokens.embedding import recognise
 
 BYPASSED = "inside the transformer, which plays no part in it"
-"""Note of the steps that the tokens' gradients bypass."""
+"""Note on the steps that the tokens' gradients bypass."""
 
 
 def patch_ranks(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> list[LayerRank]:
-    """The rank of a transformer's patches by law; behind it, where they lack equations, what may add some.
+    """The rank of a transformer's patches by law, preceded, where they lack equations, by what may add some.
 
-    Args:
-        model: Any module.
-        image_shape: Shape of one image.
-        batch_size: Images behind one gradient; of more than one the position embedding shares a sum.
-
-    Returns:
-        Nothing where the gradients do not give those of single tokens.
+    Nothing where the gradients do not determine those of single tokens: for a batch they share the sum over its images.
     """
     if batch_size != 1 or len(image_shape) != 3 or not _may_attend(model):
         return []
     try:
         found = recognise(model, tuple(image_shape))
     except ValueError:  # UnsupportedLayerError among them
-        return []
+        found = None
     if found is None:
         return []
     tokens, width = found.position_entries.shape

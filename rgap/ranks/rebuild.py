@@ -60,7 +60,8 @@ def with_convolution(
             try:
                 new(torch.zeros(1, *image_shape, dtype=parameter.dtype, device=parameter.device))
             except RuntimeError as error:
-                raise ValueError(f"{path!r} so changed does not fit: {str(error).splitlines()[0]}") from error
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"{path!r} does not fit the network with this change: {reason}") from error
     return new.eval()
 
 

@@ -64,7 +64,7 @@ def nested(module):
 UNSUPPORTED = [
     (nested(nn.MaxPool2d(3, 1, 1)), r"'0.2.0' \(MaxPool2d\) cannot be inverted: max pooling discards"),
     (nested(nn.AdaptiveMaxPool2d(8)), r"'0.2.0' \(AdaptiveMaxPool2d\) cannot be inverted: max pooling discards"),
-    (nested(nn.BatchNorm2d(4)), r"'0.2.0' \(BatchNorm2d\).* in training mode batch normalisation couples the images"),
+    (nested(nn.BatchNorm2d(4)), r"'0.2.0' \(BatchNorm2d\).* in training mode it couples the images"),
     (
         nested(nn.BatchNorm2d(4, track_running_stats=False).eval()),
         r"'0.2.0' \(BatchNorm2d\) cannot be inverted: it keeps no running statistics",
@@ -149,7 +149,7 @@ def test_a_convolution_in_two_dimensions_is_not_mistaken_for_one_of_a_row():
 
 
 @pytest.mark.parametrize("image_shape", [(3, 8, 8, 1), (3, 0, 8), (3, 8.0, 8), (), 8])
-def test_an_image_shape_that_is_none_is_refused(image_shape):
+def test_what_is_no_image_shape_is_refused(image_shape):
     with pytest.raises(ValueError, match=r"it must be \(channels, height, width\)"):
         rgap.prepare(nn.Sequential(*CONV, *HEAD), image_shape)
 

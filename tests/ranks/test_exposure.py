@@ -67,9 +67,7 @@ def test_the_first_layer_gets_no_help():
     assert judged(narrow, (3, 8, 8)).outcome == "stops"
 
 
-@pytest.mark.parametrize(
-    "between", [nn.ReLU(), nn.Softmax2d()], ids=["an activation that forgets", "an operation not known"]
-)
+@pytest.mark.parametrize("between", [nn.ReLU(), nn.Softmax2d()], ids=["not invertible", "not analysed"])
 def test_nothing_is_called_open_behind_what_may_add_equations_that_no_rank_counts(between):
     def network(middle):
         layers = [nn.Conv2d(3, 12, 4, 2, 2), middle, nn.Conv2d(12, 14, 3, 2, 1), nn.Tanh(), nn.Flatten()]

@@ -83,7 +83,7 @@ def test_without_a_law_numbers_decide_and_beyond_them_nothing_is_claimed(monkeyp
     assert limits(found)["0"].limit is not None
     monkeypatch.setattr(rank_batch, "MAX_UNKNOWNS", 10)
     unknown = largest_batch(small(6), (2, 8, 8))
-    assert limits(unknown)["0"].limit is None and "no rank is known of '0'" in unknown.reason
+    assert limits(unknown)["0"].limit is None and "no rank is known for '0'" in unknown.reason
 
 
 def test_pooling_loses_every_batch_behind_an_activation_and_counts_behind_a_convolution():

@@ -83,6 +83,6 @@ def test_what_cannot_be_changed_or_adapted_is_refused_by_name(model, path, messa
         with_convolution(model, (4, 8, 8), path, out_channels=3)
 
 
-def test_shapes_that_do_not_fit_are_said():
-    with pytest.raises(ValueError, match="'0' so changed does not fit"):
+def test_shapes_that_do_not_fit_are_reported():
+    with pytest.raises(ValueError, match="'0' does not fit the network with this change"):
         with_convolution(grouped(None), (4, 8, 8), "0", stride=6)
