@@ -140,6 +140,9 @@ def receive_gradients(
         if not isinstance(g, Tensor) or not g.is_floating_point():
             kind = g.dtype if isinstance(g, Tensor) else type(g).__name__
             raise GradientMismatchError(f"gradient of {name!r} is {kind}; it must be a floating-point tensor")
+        if g.layout != torch.strided or g.is_meta:
+            kind = "on the meta device" if g.is_meta else g.layout
+            raise GradientMismatchError(f"gradient of {name!r} is {kind}; it must be a dense tensor with values")
         if g.shape != parameter.shape:
             have, need = tuple(g.shape), tuple(parameter.shape)
             raise GradientMismatchError(f"gradient of {name!r} has shape {have}; it must be {need}")

@@ -33,8 +33,14 @@ def checked_network(model, image_shape: tuple[int, ...] | None) -> Chain | Patch
         return model
     try:
         return checked_chain(model, image_shape)
-    except UnsupportedLayerError:
-        if (found := recognise(model, image_shape)) is None:
+    except UnsupportedLayerError as refusal:
+        try:
+            found = recognise(model, image_shape)
+        except UnsupportedLayerError:
+            raise
+        except ValueError as error:
+            raise UnsupportedLayerError(f"{refusal}; nor does the network run as a transformer: {error}") from error
+        if found is None:
             raise
         return found
 

@@ -29,7 +29,7 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
 
     Raises:
         UnsupportedLayerError: If the network is no such chain; the message has the first offending step and the reason.
-        ValueError: If the image shape does not fit the network.
+        ValueError: If the image shape does not fit the network, or a parameter has no values.
     """
     if isinstance(model, Chain):
         if tuple(image_shape) != model.image_shape:
@@ -37,6 +37,8 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
         return model
     if isinstance(image_shape, Sequence) and len(image_shape) > 3:
         raise ValueError(f"image_shape is {image_shape}; it must be (channels, height, width) or (channels, length)")
+    if missing := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ValueError(f"parameter {missing[0]!r} is on the meta device, which holds no values; load the weights")
     steps = trace(model, image_shape)
     constants = {step.name for step in steps if step.kind == "constant"}
     folder, previous = Folder({id(p): name for name, p in model.named_parameters()}, []), None

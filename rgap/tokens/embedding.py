@@ -186,12 +186,15 @@ class _Watch(TorchFunctionMode):
 
 def _run(model: nn.Module, image_shape: tuple[int, ...], image: Tensor, only_patches: bool = False) -> _Watch:
     """One forward pass under a `_Watch`, with every parameter and buffer a leaf of its own."""
-    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    buffers = dict(model.named_buffers())
+    tensors = {**buffers, **dict(model.named_parameters())}
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else torch.float32
     values = {}
     for name, t in tensors.items():
         dtype = torch.float64 if only_patches and t.numel() <= MAX_NORMALISATION else wide
-        values[name] = t.detach().to("cpu", dtype).requires_grad_() if t.is_floating_point() else t.detach().cpu()
+        value = t.detach().to("cpu", dtype if t.is_floating_point() else t.dtype, copy=name in buffers)
+        statistics = name in buffers and t.ndim < 2  # such as batch norm's, which may not require gradients
+        values[name] = value.requires_grad_(t.is_floating_point() and not statistics)
     leaves = {name: value for name, value in values.items() if value.requires_grad}
     watch = _Watch(leaves, _trainable(model), only_patches)
     try:
@@ -266,7 +269,8 @@ def _why_not(name: str, weight_name: str, watch: _Watch) -> str:
     if watch.position is None:
         return (
             f"to the patches that {name!r} embeds no learned position embedding is added, one entry to each: sin-cos, "
-            "rotary, relative or resized positions share no gradient of single tokens"
+            "rotary, relative or resized positions share no gradient of single tokens, and positions that are scaled "
+            "or added behind another layer (a layer norm, a second linear layer, dropout in training) another one"
         )
     if weight_name not in watch.trainable:
         return f"the patch embedding {weight_name!r} is not trained: its gradient is not shared"

@@ -25,6 +25,7 @@ from rgap.tokens.embedding import PatchEmbedding
 from rgap.tokens.replay import MIN_RELATIVE_RMS, Replay
 from rgap.tokens.solve import (
     PatchSolution,
+    PatchSystem,
     patch_system,
     regularised_patches,
     ridge_prior,
@@ -105,7 +106,14 @@ def reconstruct_tokens(
         if report.virtual_constraints:
             patches = {"": (closed, report.predicted_error)}
             notes.append(f"the gradients of the layers above close the deficit in {report.iterations} steps")
-    if report.predicted_error > certified or (report.deficit and not report.virtual_constraints):
+    is_open = report.deficit and not report.virtual_constraints
+    if solution.excess is None and not is_open:  # too few surplus equations show the noise: the image's gradient does
+        found = patches[""][0]
+        drawn = found + solve_patches(_draw(system), shared.precision, rcond).patches - solution.patches
+        excess = replay.excess(embedding.image(found), embedding.image(drawn), label, shared.entry_std)
+        report = replace(report, predicted_error=excess * report.predicted_error)
+        patches = {"": (found, report.predicted_error)}
+    if report.predicted_error > certified or is_open:
         patches, size = {}, embedding.scale.square().mean().sqrt().item()
         for name, prior in (("the smoothest image", smooth_prior), ("ridge regression", ridge_prior)):
             found, std = regularised_patches(system, prior(embedding, pixels), solution.excess or 1.0)
@@ -117,6 +125,13 @@ def reconstruct_tokens(
     )
     verdict, why = _verdict(candidates, report, certified, isinstance(gradients, UpdateGradients))
     best = candidates[0]
+    if verdict == "inconsistent" and len(candidates) == 1:
+        scale, residual = replay.scaled_residual(best.images.cpu(), best.labels.cpu())
+        if residual <= received.tolerance:
+            why.append(
+                f"the shared gradient is {scale:.4g} times the image's own, missed by {residual:.2g}: the loss was "
+                "scaled, or the gradient clipped, which leaves the image as it is; divide by it for a verdict"
+            )
     return Reconstruction(best.images, best.labels, verdict, candidates, best.layers, (*notes, *why))
 
 
@@ -206,6 +221,16 @@ def _close(
         return report, solution.patches
     report = replace(report, virtual_constraints=closed.equations, iterations=closed.steps, predicted_error=error)
     return report, closed.patches
+
+
+def _draw(system: PatchSystem) -> PatchSystem:
+    """The equations with one more draw of their known errors, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    delta, G = (
+        values + std * torch.randn(values.shape, generator=generator, dtype=values.dtype)
+        for values, std in ((system.delta, system.delta_std), (system.G, system.G_std))
+    )
+    return replace(system, delta=delta, G=G)
 
 
 def _slack(pixels: PixelRange, error: float) -> float:

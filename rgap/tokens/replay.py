@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
@@ -19,6 +19,9 @@ MIN_RELATIVE_RMS = 1e-3
 
 The gradient of a key's bias is zero but for rounding: a shift of all its arguments leaves a softmax as it is.
 """
+
+EXCESS_SAFETY = 2.0
+"""Times the noise found by one draw of the predicted error, which may be larger than most."""
 
 MAX_FLOAT64_PARAMETERS = 20_000_000
 """Parameters up to which an image's own gradient is computed in float64 whatever the precision of the shared one."""
@@ -60,13 +63,44 @@ class Replay:
 
     def gradients(self, image: Tensor, label: Tensor) -> dict[str, Tensor]:
         """The gradient that an image has."""
-        mine = gradients_of(self.model, self.parameters, image, label, self.loss)
+        with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
+            mine = gradients_of(self.model, self.parameters, image, label, self.loss)
         return {name: g.cpu() for name, g in mine.items()}
 
     def residual(self, image: Tensor, label: Tensor) -> float:
         """Largest over the tensors of ‖g′ − g‖ / ‖g‖."""
+        return self._residual(self.gradients(image, label))
+
+    def _residual(self, mine: dict[str, Tensor], scale: float = 1.0) -> float:
+        return max((scale * mine[n] - g).norm().item() / self.sizes[n] for n, g in self.shared.items())
+
+    def scaled_residual(self, image: Tensor, label: Tensor) -> tuple[float, float]:
+        """The factor by which an image's own gradient comes nearest to the shared one, and the residual with it."""
         mine = self.gradients(image, label)
-        return max((mine[n] - g).norm().item() / self.sizes[n] for n, g in self.shared.items())
+        scale = self._scale(mine)
+        return scale, self._residual(mine, scale)
+
+    def _scale(self, mine: dict[str, Tensor]) -> float:
+        product = sum((mine[n] * g).sum().item() for n, g in self.shared.items())
+        square = sum(mine[n].square().sum().item() for n in self.shared)
+        return product / square if square else 0.0
+
+    def excess(self, image: Tensor, perturbed: Tensor, label: Tensor, stds: Mapping[str, Tensor]) -> float:
+        """Times its expected size by which an image's own gradient, scaled, misses the shared one; at least 1.
+
+        Args:
+            image: (1, C, H, W).
+            perturbed: The image with a draw of its predicted error.
+            label: (1,).
+            stds: Parameter name -> standard deviation of the shared gradient's entries.
+        """
+        mine, other = self.gradients(image, label), self.gradients(perturbed, label)
+        scale, ratios = self._scale(mine), [1.0]
+        for name, std in stds.items():
+            expected = std.square().sum() + (scale * (other[name] - mine[name])).square().sum()
+            miss = (scale * mine[name] - self.received.gradients[name]).square().sum()
+            ratios.append(EXCESS_SAFETY * (miss / expected.clamp(min=1e-300)).sqrt().item())
+        return max(ratios)
 
     def find_label(self, image: Tensor, known: Tensor | Sequence[int] | None) -> tuple[Tensor, list[str]]:
         """The label (1,), and on what it was decided.
@@ -79,13 +113,20 @@ class Replay:
             UnsupportedLayerError: If the loss does not take the network's outputs.
             ValueError: If a label that was given is out of range, or many classes have a head that tells nothing.
         """
-        with torch.no_grad():
-            z = self.model(image.to(next(self.model.parameters()))).double().cpu()
+        buffers = {name: b.detach().clone() for name, b in self.model.named_buffers()}
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            z = torch.func.functional_call(self.model, buffers, image.to(next(self.model.parameters())))
+        if not isinstance(z, Tensor):
+            raise UnsupportedLayerError(f"the network gives a {type(z).__name__}; the {self.loss} loss takes a tensor")
+        z = z.double().cpu()
         if z.ndim != 2 or not outputs_fit(self.loss, z.shape[1]):
             raise UnsupportedLayerError(f"the network gives {tuple(z.shape)}; the {self.loss} loss does not take that")
         classes = max(z.shape[1], 2)
         if known is not None:
-            values = torch.as_tensor(known)
+            try:
+                values = torch.as_tensor(known)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"labels are {known}; a single image takes [0] to [{classes - 1}]") from error
             if values.shape != (1,) or values.is_floating_point() or not 0 <= values.item() < classes:
                 raise ValueError(f"labels are {values.tolist()}; a single image takes [0] to [{classes - 1}]")
             return values.long(), []
@@ -106,7 +147,10 @@ class Replay:
         """How far each label's ∂ℓ/∂z, a row of `dz`, is from the head's gradient, the bias's or a rank-one weight's."""
         for G in reversed(list(self.received.gradients.values())):
             if G.shape[:1] == dz.shape[1:] and G.ndim == 1 and G.any():
-                return (dz - G).norm(dim=1) / G.norm()
+                scales = (dz @ G / dz.square().sum(1).clamp(min=1e-300)).clamp(
+                    min=0
+                )  # the loss may be summed or clipped
+                return (scales[:, None] * dz - G).norm(dim=1) / G.norm()
             if G.shape[:1] == dz.shape[1:] and G.ndim == 2 and G.any():
                 u = torch.linalg.svd(G, full_matrices=False)[0][:, 0]
                 return 1 - (dz @ u).abs() / dz.norm(dim=1).clamp(min=1e-300)

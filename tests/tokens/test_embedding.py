@@ -47,6 +47,16 @@ def test_normalisation_belongs_to_the_patches():
     assert torch.allclose(found.scale[0, :16], 1 / model.std[0].double().flatten())
 
 
+def test_batch_norm_before_the_patches_belongs_to_them():
+    model = small()
+    model.patch_embed = nn.Sequential(nn.BatchNorm2d(3), model.patch_embed)
+    model.patch_embed[0].running_mean.fill_(0.4)
+    found = recognise(model.eval(), SHAPE)
+    assert found.weight_name == "patch_embed.1.weight"
+    assert torch.allclose(found.scale, torch.tensor((1 + 1e-5) ** -0.5, dtype=torch.float64))
+    assert torch.allclose(found.shift, -0.4 * found.scale)
+
+
 @pytest.mark.parametrize(
     ("layout", "words"),
     [

@@ -117,6 +117,77 @@ def test_two_images_averaged_are_not_certified():
     assert reconstruct_tokens(recognise(model, SHAPE), gradients).verdict == "inconsistent"
 
 
+def few_surplus_equations():
+    """A network and image of which 16 patches of 4 grey pixels have 4 surplus equations."""
+    torch.manual_seed(0)
+    model = small(width=18).double()
+    model.patch_embed = nn.Conv2d(1, 18, 2, 2).double()
+    return model, photograph()[:, :1, 4:12, 4:12].double()
+
+
+@pytest.mark.parametrize("relative", [1e-8, 1e-7, 1e-6])
+def test_noise_that_no_surplus_equations_show_is_found_in_the_images_own_gradient(relative):
+    """float32 gradients with noise below the tolerance of their residual, magnified to a wrong image."""
+    model, image = few_surplus_equations()
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        gradients = [
+            (g + 10 * relative * g.square().mean().sqrt() * torch.randn(g.shape, generator=generator)).float()
+            for g in rgap.client_gradients(model, image, torch.tensor([2]), "cross_entropy")
+        ]
+        result = rgap.reconstruct(model, gradients, (1, 8, 8), "cross_entropy")
+        error = (result.images - image).square().mean().sqrt().item()
+        assert result.verdict != "exact" or error < 5 * result.candidates[0].predicted_error
+
+
+@pytest.mark.parametrize("scale", [7.0, 1e-3])
+def test_a_scaled_loss_leaves_image_and_label_and_is_named(scale):
+    result, quality = attack(torchvision_vit(), photograph(), defend=lambda gradients: [scale * g for g in gradients])
+    assert quality > 75
+    assert result.labels.tolist() == [2]
+    assert result.verdict == "inconsistent"
+    assert f"is {scale:.4g} times the image's own" in result.notes[-1]
+
+
+def test_dropout_and_batch_norm_in_training_leave_network_and_random_state():
+    model = torchvision_vit()
+    model.encoder.dropout = nn.Sequential(nn.BatchNorm1d(17), nn.Dropout(0.1))
+    gradients = rgap.client_gradients(model.train(), photograph(), torch.tensor([2]), "cross_entropy")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    result = reconstruct_tokens(recognise(model, SHAPE), gradients)
+    assert psnr_db(result.images, photograph()).item() > 75  # dropout cannot be replayed, and nothing is certified
+    assert result.verdict == "inconsistent"
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda g: g.to("meta")], ids=["sparse", "meta"])
+def test_gradients_without_dense_values_are_refused(change):
+    with pytest.raises(GradientMismatchError, match=r"class_token.*dense"):
+        attack(torchvision_vit(), photograph(), defend=lambda gradients: [change(g) for g in gradients])
+
+
+def test_a_network_without_values_is_refused():
+    model = torchvision_vit()
+    with pytest.raises(ValueError, match=r"class_token.*meta device"):
+        rgap.reconstruct(model.to("meta"), [], SHAPE)
+
+
+def test_a_network_that_gives_no_tensor_is_refused():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torchvision_vit()
+
+        def forward(self, x):
+            return {"logits": self.inner(x)}
+
+    gradients = rgap.client_gradients(torchvision_vit(), photograph(), torch.tensor([2]), "cross_entropy")
+    with pytest.raises(UnsupportedLayerError, match="gives a dict"):
+        reconstruct_tokens(recognise(Named(), SHAPE), gradients)
+
+
 def test_batches_are_refused():
     with pytest.raises(UnsupportedLayerError, match="sum over the images"):
         attack(torchvision_vit(), photograph(), batch_size=2)
@@ -138,7 +209,7 @@ def test_gradients_of_zeros_are_refused():
         attack(torchvision_vit(), photograph(), defend=without_positions)
 
 
-@pytest.mark.parametrize("labels", [[7], [0, 1], [-1]])
+@pytest.mark.parametrize("labels", [[7], [0, 1], [-1], ["a"], [None]])
 def test_labels_out_of_range_are_refused(labels):
     with pytest.raises(ValueError, match="labels are"):
         attack(torchvision_vit(), photograph(), labels=labels)
@@ -187,6 +258,17 @@ def test_what_is_neither_a_chain_nor_a_transformer_keeps_the_chains_refusal():
     gradients = rgap.client_gradients(network, photograph(), torch.tensor([1]))
     with pytest.raises(UnsupportedLayerError, match="MaxPool2d"):
         rgap.reconstruct(network, gradients, SHAPE)
+
+
+def test_a_network_that_cannot_run_keeps_the_chains_refusal():
+    """Batch norm of one value a channel, in training."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.MaxPool2d(14), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2)
+    ).train()
+    gradients = [torch.ones_like(p) for p in network.parameters()]
+    with pytest.raises(UnsupportedLayerError, match=r"MaxPool2d.*more than 1 value"):
+        rgap.reconstruct(network, gradients, SHAPE, "cross_entropy")
+    assert network[2].num_batches_tracked == 0
 
 
 @pytest.mark.parametrize(("name", "value"), [("rcond", 2.0), ("noise_std", -1.0), ("pixel_range", (1.0, 0.0))])
