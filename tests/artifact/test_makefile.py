@@ -1,16 +1,65 @@
 """The Makefile, run with stand-ins for Python and uv, so that it needs no network and no time."""
 
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
-from makefile import ROOT, calls, make, make_clone, put_program, put_runner
 
+ROOT = Path(__file__).parents[2]
 REPORT = "-m rgap report --claims"
+TOOLS = ["bash", "awk", "cmp", "echo", "find", "grep", "mkdir", "printf", "rm", "sed", "touch", "true"]
 
 
 @pytest.fixture
 def clone(tmp_path):
-    return make_clone(tmp_path)
+    """The Makefile in a folder with a space in its name, two notebooks, and a PATH without any Python."""
+    folder = tmp_path / "a clone"
+    (folder / "notebooks").mkdir(parents=True)
+    (folder / "rgap").mkdir()
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    for name in (
+        "notebooks/01_one.ipynb",
+        "notebooks/02_two.ipynb",
+        "notebooks/claims.yml",
+        "notebooks/paper.yml",
+        "rgap/solve.py",
+    ):
+        (folder / name).touch()
+    (tmp_path / "bin").mkdir()
+    for tool in TOOLS:
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    return folder
+
+
+def put_program(clone, name, script):
+    """A program on the clone's PATH."""
+    path = clone.parent / "bin" / name
+    path.write_text(f"#!{shutil.which('bash')}\n{script}\n")
+    path.chmod(0o755)
+
+
+def make(clone, *arguments, **environment):
+    command = [shutil.which("make"), "--no-print-directory", *arguments]
+    environment = {"PATH": str(clone.parent / "bin"), "LC_ALL": "C.UTF-8", **environment}
+    return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
+
+
+def put_runner(clone):
+    """In place of Python: notes its arguments and the profile, and makes the target of a notebook run."""
+    note = 'echo "$RGAP_PROFILE|${RGAP_FIGURES##*/a clone/}|$*" >> calls'
+    target = 'if [ "$3" = notebook ] && [ -n "${5:-}" ]; then mkdir -p "${5%/*}"; echo ran > "$5"; fi'
+    put_program(clone, "runner", f"{note}; {target}")
+
+
+def calls(clone):
+    """What was run since the last question."""
+    log = clone / "calls"
+    lines = log.read_text().splitlines() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return lines
 
 
 def test_help_is_the_default_and_lists_every_target(clone):
@@ -162,3 +211,93 @@ def test_clean_keeps_what_was_downloaded(clone):
     assert make(clone, "clean").returncode == 0
     assert [path.name for path in (clone / "build").iterdir()] == ["data"]
     assert make(clone, "clean").returncode == 0
+
+
+# A Python that can do what a real one can, by name of what it is asked for.
+FAKE_PYTHON = """
+case "$*" in
+  *version_info*) exit {old} ;;
+  --version) echo "Python {version}" ;;
+  *"-m venv"*) mkdir -p .venv/bin; {venv} ;;
+  *"-m pip install"*) echo "pip $*" >> calls; {pip} ;;
+  *) echo "other $*" >> calls ;;
+esac
+"""
+GOOD_PYTHON = {
+    "old": 0,
+    "version": "3.12.1",
+    "venv": 'cp "$0" .venv/bin/python; printf "%s\\n" "$UV" > .venv/bin/uv; chmod +x .venv/bin/uv',
+    "pip": "true",
+}
+
+
+def put_python(clone, name="python3", **changed):
+    put_program(clone, name, FAKE_PYTHON.format(**{**GOOD_PYTHON, **changed}))
+    for tool in ("cp", "chmod"):
+        link = clone.parent / "bin" / tool
+        link.exists() or link.symlink_to(shutil.which(tool))
+
+
+UV = f'#!{shutil.which("bash")}\necho "uv $*" >> calls; '
+
+
+def test_env_installs_once_by_uv_and_again_when_the_pins_change(clone):
+    put_python(clone)
+    assert make(clone, "env", "PIP_ARGS=--find-links wheels", UV=UV + "true").returncode == 0
+    pin = next(
+        line.split()[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("uv==")
+    )
+    assert calls(clone) == [
+        f"pip -m pip install --find-links wheels {pin}",
+        "uv pip install --python .venv/bin/python --find-links wheels -r requirements.txt -e .",
+    ]
+    make(clone, "env")
+    assert calls(clone) == []
+    later = (clone / ".venv/.installed").stat().st_mtime + 1
+    os.utime(clone / "requirements.txt", (later, later))
+    make(clone, "env")
+    assert len(calls(clone)) == 2
+
+
+def test_env_falls_back_to_pip_where_uv_fails(clone):
+    put_python(clone)
+    assert make(clone, "env", UV=UV + "exit 2").returncode == 0
+    assert calls(clone)[-1] == "pip -m pip install -r requirements.txt -e ."
+
+
+def test_env_takes_a_newer_python_of_another_name(clone):
+    put_python(clone, old=1, version="3.9.2")
+    put_python(clone, "python3.12")
+    assert make(clone, "env", UV=UV + "true").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("python", "message"),
+    [
+        (None, "no Python 3.11 or later on the PATH; install one"),
+        ({"old": 1, "version": "3.9.2"}, "no Python 3.11 or later on the PATH (python3 is Python 3.9.2); install one"),
+        ({"venv": "exit 1"}, "python3 cannot make a virtual environment; install its venv module"),
+        ({"pip": "exit 1"}, "the packages could not be installed; connect to a network"),
+    ],
+)
+@pytest.mark.parametrize("target", ["env", "figures", "test", "reconstruction"])
+def test_env_says_in_one_line_what_is_missing(clone, python, message, target):
+    if python is not None:
+        put_python(clone, **python)
+    done = make(clone, target)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
+    assert len(said) == 1
+    assert said[0].startswith(f"make env: {message}")
+    if python == {"venv": "exit 1"}:
+        assert not (clone / ".venv").exists()
+
+
+@pytest.mark.parametrize("has_package", [True, False])
+def test_an_active_conda_environment_is_used_if_it_has_this_package(clone, has_package):
+    conda = clone.parent / "conda env"
+    (conda / "bin").mkdir(parents=True)
+    shutil.copy(shutil.which("true" if has_package else "false"), conda / "bin" / "python")
+    done = make(clone, "-n", "reconstruction", CONDA_PREFIX=str(conda))
+    assert (f'"{conda}/bin/python" -m rgap reconstruct' in done.stdout) == has_package
+    assert (".venv/bin/python -m rgap reconstruct" in done.stdout) != has_package
