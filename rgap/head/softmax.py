@@ -65,15 +65,12 @@ def read_softmax(head: HeadGradient) -> HeadReading:
     b = head.G.new_zeros(len(head.G)) if head.layer.bias is None else head.layer.bias
     solved = []
     for label in sorted(looked_at | ({known} - {None})):
-        sign = -1.0 if factors.u[label] > 0 else 1.0
-        if factors.u[label] == 0:
-            sign = 1.0 if factors.u.sum() >= 0 else -1.0
+        sign = -1.0 if factors.u[label] > 0 or (factors.u[label] == 0 and factors.u.sum() < 0) else 1.0
         v = sign * factors.v
         rows = LabelEquations(label, sign * factors.u, head.W @ v, b, factors.noise, max(head.precision, 1e-15))
         solved += [(chi, _hypothesis(rows, q, sign, v)) for chi, q in log_scales(rows)]
     residuals = {k: max(m, 2 * factors.u[k].abs().item() * (m > 0)) for k, m in enumerate(misfits.tolist())}
-    for label in {h.label for _, h in solved}:
-        residuals[label] = min(h.residual for _, h in solved if h.label == label)
+    residuals |= {k: min(h.residual for _, h in solved if h.label == k) for k in {h.label for _, h in solved}}
     allowed = max(MAX_MISFIT_STDS, 3 * min(chi for chi, h in solved if known in (None, h.label)))
     found = [h for chi, h in solved if chi <= allowed]
     return reading(head, found, residuals, notes, max(h.rounding for h in found))

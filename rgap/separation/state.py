@@ -127,9 +127,7 @@ class SearchState:
         if ((z > 0) == signs).sum() * 2 < len(signs):
             q, z = -q, -z
         wrong = ((z > 0) != signs) & ~undetermined
-        if wrong.sum() > MAX_CONTRADICTING_SIGNS:
-            return None
-        if (z[wrong].abs() > self.tolerance * z.square().mean().sqrt()).any():
+        if wrong.sum() > MAX_CONTRADICTING_SIGNS or (z[wrong].abs() > self.tolerance * z.square().mean().sqrt()).any():
             return None
         return q / (self.first.V[-1] @ q if self.has_constant else q.norm())
 

@@ -243,7 +243,7 @@ def test_signs_that_are_not_found_are_not_certified(monkeypatch):
     assert report.iterations == 1 and found.open_layers == ("2",)
 
 
-def test_a_sign_that_cannot_be_told_is_no_change():
+def test_an_undetermined_sign_is_no_change():
     layer = rgap.prepare(deficient(), (3, 12, 12)).layers[0]
     x = rand(2, 588) + 0.1
     x[0, 0], slope = 1e-9, torch.ones(2, 588, dtype=torch.float64)
@@ -258,7 +258,7 @@ def test_range_constraints_that_are_too_few_certify_nothing():
     assert report.deficit > 3 * (12 * 49 - 432) and found.open_layers == ("2",) and report.virtual_constraints is None
 
 
-def test_range_constraints_take_off_error_where_nothing_is_open(monkeypatch):
+def test_range_constraints_reduce_the_error_where_nothing_is_open(monkeypatch):
     monkeypatch.setattr(descent_module, "MAX_PRECISION_CONDITION", 0.0)
     images, _, sharp = attack(deep_cnn(TALL, (18, 3, 2, 1), (16, 3, 1, 1)), 3, torch.float32)
     _, _, plain = attack(deep_cnn(TALL, (18, 3, 2, 1), (16, 3, 1, 1)), 3, torch.float32, close=None)

@@ -75,7 +75,7 @@ def test_a_known_label_that_fits_worse_is_noted():
     assert note == "label 1 was given, and the head's equations are missed by 0.2 with it; with label 0 by 0.002"
 
 
-def test_a_given_label_that_was_not_found_stands_on_the_same_numbers():
+def test_a_given_label_that_was_not_found_gets_the_same_input():
     layer = rgap.prepare(last_layer(3, 5, True, seed=0), (1, 1, 5)).layers[0]
     G, dz = randn(3, 5), torch.tensor([0.4, -1.0, 0.6]).double()
 

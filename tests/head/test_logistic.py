@@ -113,7 +113,7 @@ def test_a_margin_whose_output_gradient_underflows_is_dropped():
 
 @drawn
 @given(st.floats(-5, 5), st.integers(0, 1), st.integers(0, 100))
-def test_a_bias_tells_label_margin_and_input_at_once(bias, label, seed):
+def test_a_bias_determines_label_margin_and_input(bias, label, seed):
     x, weight = rand(6, seed=seed), rand(6, seed=seed + 1)
     (h,), notes = read(*head(weight, bias, label, x))
     assert h.label == label and all(note.startswith(f"label {label} by the head's equations") for note in notes)

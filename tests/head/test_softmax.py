@@ -68,7 +68,7 @@ def test_a_confident_clients_rounding_of_the_labels_entry_is_reported():
 
 
 @pytest.mark.parametrize("mu", [20.0, 60.0])
-def test_a_labels_entry_that_was_rounded_to_zero_is_survived(mu):
+def test_a_labels_entry_may_be_rounded_to_zero(mu):
     chain, x, received = with_margin(mu, 5, dtype=torch.float32)
     found = read_head("cross_entropy", chain.layers[-1], received)
     h = min(found.hypotheses, key=lambda h: (h.x - x).norm())

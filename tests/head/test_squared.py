@@ -44,7 +44,7 @@ def test_twins_have_one_sign_of_scale_and_may_differ_in_label(f, same_label):
     assert_close(twin.x / twin.scale, truth.x / truth.scale, rtol=1e-9, atol=0)
 
 
-def test_where_the_roots_meet_there_is_one_a_label():
+def test_where_the_roots_meet_there_is_one_for_each_label():
     _, x, found, _ = with_output(0.5, 1)
     assert min((h.x - x).norm() for h in found.hypotheses) < 1e-5
 
@@ -60,7 +60,7 @@ def test_below_the_smallest_c_the_nearest_output_is_taken_with_a_note():
 
 @pytest.mark.parametrize("f", [-0.4, 0.3, 2.0])
 @pytest.mark.parametrize("label", [0, 1])
-def test_a_bias_tells_label_and_input_of_one_output(f, label):
+def test_a_bias_determines_label_and_input_of_one_output(f, label):
     _, x, found, _ = with_output(f, label, bias=True)
     (h,) = found.hypotheses
     assert h.label == label and "by the head's equations" in found.notes[0]

@@ -11,10 +11,10 @@ from rgap.shared_gradient import receive
 
 @pytest.mark.parametrize("labels", [[3, 7, 1, 4], [2, 2, 5, 6], [8, 8, 8, 0]])
 @pytest.mark.parametrize("bias", [False, True])
-def test_labels_are_read_off_the_rows_of_the_last_gradient(labels, bias):
+def test_labels_are_guessed_from_the_rows_of_the_last_gradient(labels, bias):
     model = batch_cnn(head=(6, 10), bias=bias)
     layer = rgap.prepare(model, CNN_SHAPE).layers[-1]
-    hidden = torch.cat([rand(3, 6, seed=1), 0.2 * rand(1, 6)])  # one image shows less than the others
+    hidden = torch.cat([rand(3, 6, seed=1), 0.2 * rand(1, 6)])  # one image has a smaller hidden vector than the others
     share = ((0.01 * randn(4, 10)).softmax(1) - torch.eye(10)[labels].double()) / 4
     gradients = {layer.weight_name: share.T @ hidden, layer.bias_name: share.sum(0)}
     guesses = [guess.tolist() for guess in _likely_labels(layer, gradients, 4)]
@@ -32,7 +32,7 @@ def test_fewer_hidden_units_than_the_search_needs(hidden):
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_images_of_one_class_are_parted(known):
+def test_images_of_one_class_are_separated(known):
     model, images, *_ = alike(3)
     labels = torch.tensor([4, 1, 4])
     chain = rgap.prepare(model, CNN_SHAPE)

@@ -49,7 +49,7 @@ def test_output_gradients_follow_from_the_inputs(loss, outputs, bias, complete):
     layers = rgap.prepare(network, SHAPE).layers
     expected, f = true_output_gradients(network, images, labels, loss)
     dz = dz_of_first(network, images, labels, loss)
-    rough = dz * (1 + 1e-3) if complete else dz  # all gradients together mend what dz has wrong
+    rough = dz * (1 + 1e-3) if complete else dz  # all gradients together correct the error of dz
     c, outputs_found = output_gradients(layers, named, images.flatten(1), rough, complete=complete)
     assert_close(c, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
     assert_close(outputs_found, f)
@@ -77,7 +77,7 @@ def test_a_logistic_image_has_a_twin_and_both_are_returned():
     assert -other * 0.5 / (1 + math.exp(other * 0.5)) == pytest.approx(-mu / (1 + math.exp(mu)))
 
 
-def test_shares_that_no_image_has_are_said():
+def test_shares_that_no_image_has_are_noted():
     one = torch.ones(1).double()
     assert "vanishes" in scale_hypotheses("logistic", one, 0 * one, False)[1][0]
     assert "below" in scale_hypotheses("logistic", one, -one, False)[1][0]
@@ -89,7 +89,7 @@ def test_shares_that_no_image_has_are_said():
 
 
 def off_by(error, count, bias=False):
-    """A batch of ten classes: layers, gradients, the true inputs, and mixtures of them that are off by so much."""
+    """A batch of ten classes: layers, gradients, the true inputs, and mixtures of them that are off by this error."""
     network, (images, labels) = fcn((60, 40), 10, bias), batch(count, 10)
     layers = rgap.prepare(network, SHAPE).layers
     named = by_name(network, rgap.client_gradients(network, images, labels, "cross_entropy"))

@@ -71,7 +71,7 @@ def test_shares_find_more_images_than_the_second_layer_has_outputs(bias):
     assert sorted(cosine.argmax(1).tolist()) == list(range(12)) and cosine.max(1).values.min() > 1 - 1e-6
 
 
-def test_two_images_that_switch_the_same_units_of_the_second_layer_are_both_found():
+def test_two_images_with_one_activation_pattern_in_the_second_layer_are_both_found():
     network, (images, labels) = fcn((200, 40)), batch(6)
     images[1] = 0.9 * images[0] + 0.1 * images[1]
     switched = network[:4](images) > 0
@@ -96,7 +96,7 @@ def test_a_first_layer_too_narrow_for_two_tests_is_not_searched():
     assert found.starts == 0 and len(found.inputs) == 0
 
 
-def test_mixtures_of_images_that_switch_the_same_units_are_not_taken_for_images():
+def test_mixtures_of_images_with_one_activation_pattern_are_not_taken_for_images():
     images, labels = batch(4)
     images[1] = 0.9 * images[0] + 1e-3 * images[1]  # almost the same direction: no unit between them
     found, _ = separated(fcn((40, 20), bias=True), images, labels, torch.float64)

@@ -20,7 +20,7 @@ def test_a_gradients_spaces_hold_every_image(bias):
     assert span.above_cut > 1e3 * span.below_cut > 0
 
 
-def test_a_gradient_of_zeros_has_rank_0_and_a_full_one_says_so():
+def test_a_gradient_of_zeros_has_rank_0_and_one_of_full_rank_is_marked():
     network = fcn((3, 2))
     layer = rgap.prepare(network, SHAPE).layers[0]
     assert row_span(layer, {"1.weight": torch.zeros(3, 36).double()}, 1e-7).rank == 0

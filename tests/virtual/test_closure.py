@@ -22,7 +22,7 @@ def relative(found, truth):
 
 
 def certify(problem, x, image=None):
-    """The certificate's word on the signs of x."""
+    """The certificate for the signs of x."""
     channels = np.arange(len(problem.G))
     lifted = image if image is not None else np.zeros(len(problem.previous.pinv))
     return virtual._certify(problem, problem.N.T @ (x - problem.x), lifted, channels, [])
@@ -37,7 +37,7 @@ def test_a_deficient_second_convolution_is_recovered_through_the_first(dtype, bi
     assert result.verdict == "exact" and psnr >= EXACT_DB[dtype] and result.labels.tolist() == [seed]
     second = reports["2"]
     signs = rgap.prepare(network, (3, 12, 12)).layer_inputs(image)["2"][0].flatten(1) > 0
-    constant = int((signs.all(1) | ~signs.any(1)).sum())  # of such channels, pairs say nothing new either
+    constant = int((signs.all(1) | ~signs.any(1)).sum())  # pairs of such channels are redundant too
     known = 0 if bias else 12 + constant * (constant - 1)
     assert second.deficit == 60 and second.virtual_constraints == 588 - known
     assert 1 <= second.iterations <= 10 and second.condition < 1e3 and second.residual < 1e-5
@@ -46,7 +46,7 @@ def test_a_deficient_second_convolution_is_recovered_through_the_first(dtype, bi
     assert "layers short of full rank, closed by virtual constraints: '2' by 60" in result.notes
 
 
-def test_the_error_of_a_closed_layer_is_predicted_with_what_closed_it():
+def test_the_error_of_a_closed_layer_is_predicted():
     ratios = []
     for seed in range(4):
         network = convs(*SECOND, seed=seed)
@@ -90,7 +90,7 @@ def test_layers_without_activations_are_closed_by_linear_algebra():
 
 
 @pytest.mark.slow
-def test_a_tight_system_starts_from_what_photographs_are_like():
+def test_a_system_with_little_surplus_starts_from_the_prior_on_photographs():
     """16 pixels a side: the image that comes back is noise, so that the start can mislead but not decide."""
     _, result, psnr, reports = attack(convs(TALL, (6, 3, 2, 1), (16, 3, 1, 1), size=16), size=16)
     assert reports["2"].deficit == 306
@@ -158,7 +158,7 @@ def test_every_gradient_equation_counts_where_a_bias_breaks_the_scale():
     assert not problem.homogeneous and found.equations == open_problem(60)[0].previous.left.shape[1] + 192
 
 
-def test_equations_that_the_deficient_layer_has_already_are_not_counted():
+def test_redundant_gradient_equations_are_not_counted():
     """⟨G′[o], W′[o′]⟩ = ⟨δx[o], x[o′]⟩: 12 of one channel with itself, 144 of all pairs where σ keeps every sign."""
     kinked, linear = (open_problem(30, activation)[0] for activation in (None, IDENTITY))
     left, rank = kinked.previous.left.shape[1], kinked.previous.gradient_rank(kinked.dx)
@@ -212,7 +212,7 @@ def test_a_system_too_ill_conditioned_is_not_certified(monkeypatch):
     assert not certify(problem, x).certified
 
 
-def test_an_input_of_zeros_leaves_nothing_to_believe():
+def test_an_input_of_zeros_or_a_prior_without_width_is_refused():
     problem, x = open_problem(4)
     with pytest.raises(np.linalg.LinAlgError):
         solve_virtual(replace(problem, x=0 * problem.x))
@@ -223,7 +223,7 @@ def test_an_input_of_zeros_leaves_nothing_to_believe():
         update(rows, fitted, problem.N, np.zeros(rows.A.shape[1]))
 
 
-def test_too_few_equations_are_given_up_soon():
+def test_too_few_equations_end_the_attempt_early():
     problem, x = open_problem(290)
     G, previous = problem.G[:, :, :1, :1], problem.previous
     hopeless = replace(problem, previous=replace(previous, left=previous.left[:, :4]))
@@ -232,7 +232,7 @@ def test_too_few_equations_are_given_up_soon():
 
 
 @pytest.mark.parametrize("accuracy", [1e-6, 1e-3])
-def test_directions_known_badly_are_corrected(accuracy):
+def test_ill_conditioned_directions_are_corrected(accuracy):
     """The layer itself is off by its accuracy along directions that the layer before sees well."""
     problem, x = open_problem(40)
     weak = problem.N[:, 30:]
@@ -246,7 +246,7 @@ def test_directions_known_badly_are_corrected(accuracy):
 
 
 @pytest.mark.parametrize("count", [20, 60])
-def test_smooth_activations_are_solved_alike(count):
+def test_smooth_activations_are_solved_too(count):
     problem, x = open_problem(count, ASINH, noise=1e-9)
     found = solve_virtual(problem)
     assert not problem.homogeneous and found.certified and relative(found.x, x) < 1e-6

@@ -73,7 +73,7 @@ def test_the_derivative_of_a_smooth_activation_is_followed():
     assert_allclose(fit(TANH, x, np.full(3, 1e-8)).rho, -2 * x, rtol=1e-4)
 
 
-def test_the_identity_leaves_nothing_over():
+def test_the_identity_is_fitted_exactly():
     found = fit(IDENTITY, np.array([-1.0, 0.0, 2.0]), np.array([1.0, 2.0, 1e-3]))
     assert_allclose(found.beta, 1)
     for zero in (found.alpha, found.var_eps, found.rho, found.var_eta, found.cov):

@@ -71,7 +71,7 @@ def test_the_rank_of_the_gradient_rows(layer):
         assert found.gradient_rank(some) == np.linalg.matrix_rank(K)
 
 
-def test_patches_are_what_the_weights_meet(layer):
+def test_patches_are_the_inputs_of_the_weights(layer):
     found, x = previous_factors(layer), randn(*layer.input_shape)
     patches = found.patches(x.flatten().numpy())
     assert_allclose(layer.weight.flatten(1).numpy() @ patches, layer.apply(x).flatten(1).numpy(), atol=1e-12)
@@ -104,7 +104,7 @@ def test_a_layer_too_large_has_none():
 
 @pytest.mark.parametrize("shape", [(2, 12), (4, 2)])
 @pytest.mark.parametrize("how", ["two equal", "two nearly equal", "zero"])
-def test_weights_short_of_full_rank_have_none(shape, how):
+def test_rank_deficient_weights_have_none(shape, how):
     layer = conv_layer(nn.Conv2d(*shape, 3, padding=1), 5, 5)
     if how == "zero":
         layer.weight.zero_()
