@@ -168,17 +168,14 @@ def _weights_alone(problem: _Problem) -> LayerSolution | None:
 
 
 def _by_weights(problem: _Problem, factor: SparseFactor | ConjugateGradients, missing: int = 0) -> LayerSolution:
-    """Each image by W alone, which leaves so many of its unknowns open."""
+    """Each image by W alone, which leaves `missing` of its unknowns open."""
     solved, residuals, iterations = zip(*(factor.solve(image) for image in problem.z), strict=True)
     x = torch.stack(solved).reshape(-1, *problem.layer.input_shape)
     rank, fields = problem.unknowns - len(x) * missing, {"residual": max(residuals)}
     if not missing:
         fields |= {"condition": factor.condition, "iterations": max(iterations)}
-
-    def sensitivity(_: Tensor, z_change: Tensor) -> Tensor:
-        return torch.stack([factor.sensitivity(image) for image in z_change]).reshape(x.shape)
-
-    return LayerSolution(x, problem.report(rank, rank_weights=rank, **fields), sensitivity)
+    report = problem.report(rank, rank_weights=rank, **fields)
+    return LayerSolution(x, report, lambda _, z: torch.stack([*map(factor.sensitivity, z)]).reshape(x.shape))
 
 
 def _weights_before_gradients(problem: _Problem) -> LayerSolution | None:
@@ -237,8 +234,7 @@ def _gradients_before_weights(problem: _Problem) -> LayerSolution:
     found = solve_gradients(layer, G, problem.dz, rcond, problem.limits.trusted_ratio)
     if found.V.shape[2]:
         return _reduced(problem, gradients_first(layer, G, problem.z, problem.known, found, rcond))
-    rank = problem.unknowns
-    report = problem.report(rank, found, rank_gradients=rank, residual=found.residual)
+    report = problem.report(problem.unknowns, found, rank_gradients=problem.unknowns, residual=found.residual)
     return LayerSolution(found.x0, report, lambda dG, _: found.sensitivity(dG), noise_std=found.noise_std)
 
 

@@ -107,9 +107,6 @@ def gradients_first(
     A = weights_on(layer, V) if known is None else dense_operator(weight_columns(layer, V[0])[known.flatten()])
     A = _without_rounding(A, layer, rcond)
 
-    def project(x: Tensor) -> Tensor:
-        return torch.einsum("bpk,bcp->ck", V, x.reshape(len(x), channels, -1)).flatten()
-
     def seen_by(image: int, L: Tensor) -> tuple[slice, Tensor]:
         return slice(None), torch.einsum("qcp,pk->qck", L.reshape(len(L), channels, -1), V[image]).flatten(1)
 
@@ -120,7 +117,7 @@ def gradients_first(
     return ReducedSystem(
         found.x0.flatten(1),
         lambda Y: spread(V, Y, channels),
-        project,
+        lambda x: torch.einsum("bpk,bcp->ck", V, x.reshape(len(x), channels, -1)).flatten(),
         seen_by,
         A,
         right - rows_known(layer.apply(found.x0), known),
@@ -148,21 +145,15 @@ def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, weak: WeakSubs
             rest.append((gradient_values(layer, block, G).T - seen).flatten())
         return torch.cat(rest)
 
-    def spread(Y: Tensor) -> Tensor:
-        return torch.einsum("nq,bqp->bnp", N, Y.reshape(count, q, -1))
-
-    def seen_by(image: int, L: Tensor) -> tuple[slice, Tensor]:
-        return slice(image * q, (image + 1) * q), L @ N
-
     def change(dG: Tensor, z_change: Tensor) -> tuple[Tensor, Tensor]:
         moved = weak.factor.minimum_norm(z_change).flatten(1)
         return moved, missing(dG, moved)
 
     return ReducedSystem(
         x0,
-        spread,
+        lambda Y: torch.einsum("nq,bqp->bnp", N, Y.reshape(count, q, -1)),
         lambda x: (x @ N).flatten(),
-        seen_by,
+        lambda image, L: (slice(image * q, (image + 1) * q), L @ N),
         dense_operator(torch.cat(rows)),
         missing(G, x0),
         (rows_scale(G, z) * weak.sigmas).repeat(count),
@@ -230,7 +221,7 @@ def rows_known(z: Tensor, known: Tensor | None) -> Tensor:
 
 
 def rows_scale(right: Tensor, other: Tensor) -> float:
-    """What makes equations with right-hand side `other` as large as those with `right`; 0 where they are all zero."""
+    """Factor that makes equations with right-hand side `other` as large as those with `right`; 0 if all are zero."""
     return (rms(right) / rms(other)).item() if other.any() and right.numel() else 0.0
 
 

@@ -172,13 +172,13 @@ def _sparse_factor(W: Any) -> SparseFactor:
     return SparseFactor(W, lu, condition, condition < 1 / (MIN_RATIO_SQUARE if square else MIN_RATIO))
 
 
-def _condition(W: Any, lu: Any, steps: int = 12) -> float:
+def _condition(W: Any, lu: Any) -> float:
     """σ_max / σ_min by power iteration on WᵀW and on its inverse (a lower bound, close after a few steps)."""
     square = W.shape[0] == W.shape[1]
     vectors = np.random.default_rng(0).standard_normal((2, W.shape[1]))
     largest = smallest = 0.0
     large, small = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    for _ in range(steps):
+    for _ in range(12):
         large = W.T @ (W @ large)
         small = lu.solve(lu.solve(small, "T")) if square else lu.solve(small)
         largest, smallest = np.linalg.norm(large), np.linalg.norm(small)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from cases import conv_layer, randn
+from cases import conv_layer, conv_layers, drawn, randn
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
@@ -24,6 +26,17 @@ def square():
 
 def condition_of(layer):
     return np.linalg.cond(weight_matrix(layer).toarray())
+
+
+@drawn
+@given(conv_layers(), st.integers(0, 1000))
+def test_the_weight_matrix_is_the_convolution(layer, seed):
+    x = randn(*layer.input_shape, seed=seed)
+    z = [
+        torch.from_numpy(weight_matrix(part) @ x_part.flatten().numpy())
+        for part, x_part in zip(layer.split_groups(), x.chunk(layer.groups), strict=True)
+    ]
+    assert_close(torch.cat(z), layer.apply(x).flatten(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("layer", [tall(), square()], ids=["tall", "square"])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import conv_layers, drawn, randn, sequential, small_cnn
+from cases import conv_layer, conv_layers, drawn, randn, sequential, small_cnn
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -229,3 +229,13 @@ def test_the_cache_builds_once():
     assert layer.cached("key", lambda: calls.append(1) or "value") == "value"
     assert layer.cached("key", lambda: calls.append(1) or "other") == "value"
     assert calls == [1]
+
+
+def test_groups_are_independent_layers_with_their_own_biases():
+    layer = conv_layer(nn.Conv2d(4, 6, 3, groups=2), 5, 5)
+    x = randn(4, 5, 5)
+    parts = layer.split_groups()
+    z = torch.cat([part.apply(chunk) + part.pre_bias() for part, chunk in zip(parts, x.chunk(2), strict=True)])
+    assert_close(z, layer.apply(x) + layer.pre_bias())
+    assert layer.split_groups() is parts
+    assert parts[0].split_groups() == [parts[0]]
