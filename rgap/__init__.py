@@ -74,7 +74,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str):
-    """Names come on first use: who runs a notebook needs none of them, and torch takes seconds to import."""
+    """Resolves names on first use: `python -m rgap` often needs none of them, and torch takes seconds to import."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in __all__:

@@ -44,7 +44,7 @@ class GradientMismatchError(ValueError):
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one layer's input was recovered. A field is None where the way that was taken does not compute it.
+    """How one layer's input was recovered. A field is None where the method used does not compute it.
 
     Attributes:
         name: The layer's path in the model.
@@ -59,11 +59,11 @@ class LayerReport:
         sigma_above_cut: Smallest singular value kept, relative to the largest of its matrix.
         sigma_below_cut: Largest singular value dropped, relative to the largest of its matrix.
         residual: ‖A x − b‖ / ‖b‖ over the constraints that were used.
-        predicted_error: Predicted root-mean-square error of the layer's input; where virtual constraints closed the
-            layer, with that of their own system by what it misses.
+        predicted_error: Predicted root-mean-square error of the layer's input, including that of the system of virtual
+            constraints where they closed the layer.
         seconds: Wall time spent on this layer.
-        saturated: Entries of the layer's output from which its activation does not tell the pre-activation, zeros of a
-            ReLU for one: W's rows there were not used. None where every entry tells it.
+        saturated: Entries of the layer's output that do not determine their pre-activation, such as zeros of a ReLU;
+            W's rows there were not used. None where every entry determines it.
     """
 
     name: str
@@ -96,8 +96,8 @@ class Candidate:
         layers: The reports of this candidate's descent, from the last layer to the first.
         open_layers: Names of rank-deficient layers whose null space nothing closed.
         beliefs: Name of a layer that virtual constraints closed -> belief on its input after each step, (steps, n).
-        residual_allowed: Residual up to which the candidate is consistent: by the gradient's format, or by what its
-            noise and the predicted error of the image make of it.
+        residual_allowed: Residual up to which the candidate is consistent, given the gradient's format, its noise and
+            the image's predicted error.
         predicted_error: Predicted root-mean-square error of the image, pixel units.
     """
 
@@ -170,7 +170,7 @@ class LayerRank:
         law_weights: Rank of W by the rank laws, for generic weights.
         law_gradients: Rank of K by the rank laws.
         law_rank: Rank of [W; K] by the rank laws.
-        note: What else there is to say: why a number is absent, where a step is counted, what the ranks rest on.
+        note: Why a number is absent, where a step is counted, or what the ranks are based on.
     """
 
     name: str
@@ -193,7 +193,7 @@ class LayerRank:
 
 @dataclass(frozen=True)
 class RankAnalysis:
-    """What an architecture gives away, predicted without data.
+    """What an architecture leaks, predicted without data.
 
     Attributes:
         layers: Every step of the network, from the image to the output; none is left out.
@@ -201,7 +201,7 @@ class RankAnalysis:
         max_ra_index: Largest counting index, the network's index; None where no step is counted.
         copa_index: COPA's index Σ round(−deficit_i (L − i − 1) / (L − 1)) over the L − 1 convolutions, i from 0 at the
             image: 0 where none lacks rank, the more negative the more they lack. None where a rank is unknown.
-        leaking: Names of the counted steps whose input follows from what is known of their output.
+        leaking: Names of the counted steps whose input is determined by the known part of their output.
         verdict: How far down a gradient can be followed, in words.
     """
 

@@ -1,7 +1,7 @@
 """The gradient as the attack receives it: checked, in float64, with its precision and the noise of every entry.
 
-How it was rounded shows in the values: each entry of a float format is a number of that format, int8 leaves a grid,
-and pruning leaves exact zeros among entries that are far from zero (ours).
+The values show how they were rounded: every entry is a number of its float format, int8 leaves a grid, and pruning
+leaves exact zeros among entries that are far from zero (ours).
 """
 
 from __future__ import annotations
@@ -21,47 +21,46 @@ from rgap.results import GradientMismatchError
 FORMATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 FLOAT64_FLOOR = 1e-13
-"""Least relative error of what a chain of layers passes on: that of the float64 arithmetic here."""
+"""Smallest relative error that a chain of layers passes on, from float64 arithmetic."""
 
 MAX_TOLERANCE = 0.3
-"""Largest gradient residual that a precision explains, and the relative rounding beyond which a gradient has
-underflowed."""
+"""Largest gradient residual that rounding explains; a gradient with a larger relative rounding has underflowed."""
 
 UNDERFLOW_STD = 1e-30
-"""Rounding next to zero that is no underflow: in formats other than float16 a gradient of zeros is one of zeros."""
+"""Rounding next to zero below which zeros are true zeros, not underflow: all formats but float16."""
 
 UNDERFLOW_NORM = 1e-140
 """Norm below which squares of the entries may underflow."""
 
 ARITHMETIC_ERROR = 0.6
-"""Error of the client's own arithmetic, in roundings of a gradient's root mean square."""
+"""Error of the client's own arithmetic, in units of the rounding of a gradient's root mean square."""
 
 INT8_LEVELS = 127
 """Steps of int8 on either side of zero."""
 
 MIN_GRID_ENTRIES = 10
-"""Entries strictly between zero and the ends of a grid that prove it: by chance one in 500 lies so close to it."""
+"""Entries strictly inside a grid that prove it: by chance only one in 500 lies so close to a grid point."""
 
 PREVIEW_ENTRIES = 4096
-"""Entries of a gradient that are looked at first."""
+"""Entries of a gradient that are tested first."""
 
 PRUNING_GAP = 10.0
-"""Smallest magnitude left, in units of the one expected among so many entries, from which zeros count as pruned."""
+"""Smallest remaining magnitude, relative to the one expected among so many entries, above which zeros are pruned."""
 
 
 @dataclass(frozen=True)
 class SharedGradient:
-    """The gradients as the attack uses them, and how far they can be trusted.
+    """The gradients as the attack uses them, and how precise they are.
 
     Attributes:
         gradients: Parameter name -> gradient, float64.
-        precision: Relative error of their entries: the rounding of their format, or the noise where that is larger.
+        precision: Relative error of their entries: the rounding of their format, or the noise if larger.
         rcond: Relative cutoff of singular values.
         underflowed: Names of gradients that underflowed: their true values are unknown, not zero.
-        rounding: Relative error of the head's δz by the client's own arithmetic, where that is larger.
+        rounding: Relative error of the head's δz from the client's own arithmetic, if larger.
         notes: Sentences on what limits the precision.
-        noise_std: Parameter name -> standard deviation of the noise on each entry, where the gradients came with one.
-        white_noise: Standard deviation of noise that is known to be on every entry besides.
+        noise_std: Parameter name -> standard deviation of the noise that the gradients declare for its entries.
+        white_noise: Standard deviation of further noise on every entry, as given.
         has_zeros: Whether gradients of this network may have single zeros of their own, as behind ReLU.
     """
 
@@ -106,17 +105,9 @@ def receive(
 ) -> SharedGradient:
     """Checks the gradients against the network and finds how precise they are.
 
-    Args:
-        chain: The prepared network.
-        gradients: One tensor for each parameter, in their order, or a mapping from name.
-        rcond: Relative cutoff of singular values; None matches it to the precision.
-        noise_std: Standard deviation of noise known to be on every entry.
-
-    Returns:
-        The `SharedGradient`.
-
-    Raises:
-        GradientMismatchError: If their number, names, shapes or dtypes do not fit, they are not finite, or all zero.
+    `rcond` is the relative cutoff of singular values, None to match it to the precision, `noise_std` the standard
+    deviation of noise known to be on every entry. Raises a GradientMismatchError if the gradients' number, names,
+    shapes or dtypes do not fit the parameters, they are not finite, or all zero.
     """
     has_zeros = not all(layer.activation.one_to_one for layer in chain.layers)
     received = receive_gradients(chain.parameters, gradients, rcond, noise_std, has_zeros=has_zeros)
@@ -159,14 +150,11 @@ def receive_gradients(
     given = getattr(gradients, "noise_std", {})  # of gradients that were computed from an update
     update = {name: given.get(name, given.get(place, 0.0)) for place, name in enumerate(values)} if given else {}
     for name, std in update.items():
-        errors[name] = max(
-            errors[name], math.inf if std and not values[name].any() else _relative_std(std, values[name])
-        )
+        lost = std and not values[name].any()
+        errors[name] = max(errors[name], math.inf if lost else _relative_std(std, values[name]))
     underflowed = tuple(name for name, error in errors.items() if error > MAX_TOLERANCE)
     usable = [name for name in formats if name not in underflowed]
-    precision = max(
-        [torch.finfo(formats[name]).eps for name in usable] + [errors[name] for name in usable], default=MAX_TOLERANCE
-    )
+    precision = max((max(torch.finfo(formats[name]).eps, errors[name]) for name in usable), default=MAX_TOLERANCE)
     if noise_std:
         precision = max(precision, *(_relative_std(noise_std, values[name]) for name in formats))
     default = 1e-5 if precision < 1e-10 else min(1e-4 * (precision / 1.2e-7) ** 0.5, 0.1)
@@ -176,11 +164,9 @@ def receive_gradients(
 
 
 def relative_residuals(gradients: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, float]:
-    """‖g′ − g‖ / ‖g‖ of every shared gradient g; of one that vanishes relative to the largest entry of all.
+    """‖g′ − g‖ / ‖g‖ of every shared gradient g by parameter name; where g vanishes, relative to the largest entry.
 
-    Args:
-        gradients: Parameter name -> g′, on any device; those that `shared` lacks are not compared.
-        shared: Parameter name -> g.
+    Gradients g′ may be on any device; those that `shared` lacks are not compared.
     """
     return {name: _relative_residual(gradients[name].cpu(), g, shared) for name, g in shared.items()}
 
@@ -196,19 +182,11 @@ def _relative_residual(mine: Tensor, g: Tensor, shared: Mapping[str, Tensor]) ->
 def entry_noise(
     gradients: Mapping[str, Tensor], noise_std: Mapping[str, float] | None = None, *, has_zeros: bool = True
 ) -> dict[str, Tensor]:
-    """Standard deviation of the error of every entry, as far as the values themselves show it.
+    """Standard deviation of the error of every entry, as far as the values themselves show it, by parameter name.
 
-    A float format shows by the coarsest rounding that leaves every entry as it is, int8 by its grid, and pruning by
-    exact zeros among entries that are none: what was removed was smaller than what was left.
-
-    Args:
-        gradients: Parameter name -> gradient, float64.
-        noise_std: Parameter name -> standard deviation of noise that is known to be on its entries besides.
-        has_zeros: Whether the network's gradients may have single zeros of their own, as behind ReLU. Where they may
-            not, one zero proves that the gradient was pruned, however little was removed.
-
-    Returns:
-        Parameter name -> standard deviations, shaped as the gradient.
+    The coarsest rounding that leaves every entry unchanged is the float format; int8 shows by its grid, and pruning by
+    exact zeros among larger entries: what was removed was smaller than what was left. `noise_std` is known noise on
+    top. Without `has_zeros` (single zeros of the network's own, as behind ReLU), one zero proves pruning.
     """
     grid = any(_on_grid(g) for g in gradients.values())
     shows_pruning = _has_single_zeros if not (has_zeros or grid) else _has_pruning_gap
@@ -220,8 +198,8 @@ def entry_noise(
         std = _grid_error(g) if grid else _rounding_error(g, formats[name] or finest)
         if pruned and (g == 0).any() and g.any():
             std = std + torch.where(g == 0, g[g != 0].abs().min() / 3**0.5, 0.0)
-        beside = (noise_std or {}).get(name, 0.0)
-        found[name] = (std.square() + beside**2).sqrt() if beside else std
+        further = (noise_std or {}).get(name, 0.0)
+        found[name] = (std.square() + further**2).sqrt() if further else std
     return found
 
 
@@ -229,11 +207,9 @@ def _notes(underflowed: tuple[str, ...], precision: float, update: bool) -> tupl
     notes = []
     if underflowed:
         cause = "the rounding of the weights" if update else "underflow"
-        notes = [f"lost to {cause}, and not used: the gradient of {', '.join(map(repr, underflowed))}"]
+        notes = [f"lost to {cause} and not used: the gradient of {', '.join(map(repr, underflowed))}"]
     if update:
-        notes.append(
-            f"the gradient was read off an update of rounded weights; its entries are known to {precision:.1g}"
-        )
+        notes.append(f"the gradient comes from an update of rounded weights; its relative precision is {precision:.1g}")
     return tuple(notes)
 
 
@@ -247,10 +223,8 @@ def _by_name(names: list[str], gradients) -> dict[str, Tensor]:
         return {name: gradients[name] for name in names}
     tensors = list(gradients.values()) if isinstance(gradients, Mapping) else list(gradients)
     if len(tensors) != len(names):
-        raise GradientMismatchError(
-            f"{len(tensors)} gradients for {len(names)} parameters; give one for each, in the "
-            "order of model.parameters()"
-        )
+        counts = f"{len(tensors)} gradients for {len(names)} parameters"
+        raise GradientMismatchError(f"{counts}; give one for each, in the order of model.parameters()")
     return dict(zip(names, tensors, strict=True))
 
 
@@ -300,7 +274,7 @@ def _everywhere(holds: Callable[[Tensor], bool], g: Tensor) -> bool:
 
 
 def _rounding_error(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """Error of a format's rounding and of the arithmetic; what is coarser than float32 is computed in that first."""
+    """Error of a format's rounding and of the arithmetic; coarser formats are rounded from float32 results."""
     if not g.any():
         return torch.zeros_like(g)
     info = torch.finfo(dtype)
@@ -310,7 +284,7 @@ def _rounding_error(g: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _grid_error(g: Tensor) -> Tensor:
-    """Error of uniform rounding by a 127th of the largest entry, which itself is exact."""
+    """Error of uniform rounding in steps of a 127th of the largest entry, which itself is exact."""
     return torch.where(g.abs() < g.abs().max(), g.abs().max() / INT8_LEVELS / 12**0.5, 0.0)
 
 
@@ -319,9 +293,9 @@ def _on_grid(g: Tensor) -> bool:
 
     A confident softmax has a gradient of ones and next to nothing else: it lies on any grid.
     """
-    if not g.any():
-        return False
     largest = g.abs().max()
+    if largest == 0:
+        return False
 
     def whole(part: Tensor) -> bool:
         steps = part / largest * INT8_LEVELS
@@ -334,11 +308,11 @@ def _on_grid(g: Tensor) -> bool:
 
 
 def _has_pruning_gap(g: Tensor) -> bool:
-    """Whether there are exact zeros, and no entries between them and where so many would be expected to begin."""
+    """Whether there are exact zeros and, above them, a gap in the magnitudes that so many entries would have filled."""
     if torch.count_nonzero(g) == g.numel():
         return False
     left = g[g != 0].abs()
-    return 0 < len(left) < g.numel() and bool(left.min() * len(left) > PRUNING_GAP * rms(left))
+    return len(left) > 0 and bool(left.min() * len(left) > PRUNING_GAP * rms(left))
 
 
 def _has_single_zeros(g: Tensor) -> bool:

@@ -72,13 +72,7 @@ def check_arguments(chain: Chain, loss, batch_size, labels) -> None:
 
 
 def checked_labels(labels: Tensor | Sequence[int] | None, loss: str, outputs: int) -> int | None:
-    """The label that was given for a single image, or None.
-
-    Args:
-        labels: What was given.
-        loss: Name of the loss, for the message.
-        outputs: Of the network; labels of one output are 0 and 1.
-    """
+    """The label that was given for a single image, or None; labels of a network with one output are 0 and 1."""
     if labels is None:
         return None
     values, classes = torch.as_tensor(labels), max(outputs, 2)
@@ -91,18 +85,14 @@ def checked_labels(labels: Tensor | Sequence[int] | None, loss: str, outputs: in
 
 
 def check_batch(chain: Chain, loss: str) -> None:
-    """Refuses networks through which no batch can be taken, by the first layer that stands in the way.
-
-    Raises:
-        UnsupportedLayerError: With the layer and the reason.
-    """
+    """Refuses networks through which no batch can be recovered, naming the first layer that prevents it."""
     below = first_dense(chain)
     _check_separable(chain.layers[below:], loss)
     for layer in chain.layers[:below]:
         if not layer.activation.one_to_one:
             raise UnsupportedLayerError(
-                f"layer {layer.name!r}: a batch is taken through convolutions with invertible activations, and "
-                f"{layer.activation.name} is constant on a half-line; single images go through it (batch_size=1)"
+                f"layer {layer.name!r}: a batch needs convolutions with invertible activations, and "
+                f"{layer.activation.name} is constant on a half-line; single images do not (batch_size=1)"
             )
 
 
@@ -135,11 +125,7 @@ def _check_separable(layers: Sequence[Layer], loss: str) -> None:
 
 
 def checked_batch_labels(labels: Tensor | Sequence[int] | None, size: int) -> list[int] | None:
-    """Labels that were given for a batch, sorted: their order has no meaning.
-
-    Raises:
-        ValueError: If they are not as many integers as the batch has images.
-    """
+    """Labels that were given for a batch, one integer an image, sorted: their order has no meaning."""
     if labels is None:
         return None
     values = torch.as_tensor(labels)

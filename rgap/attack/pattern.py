@@ -128,16 +128,8 @@ def settle_signs(layer: Layer, G: Tensor, x: Tensor, dx: Tensor, *, doubt: float
 
     A flipped unit adds its known share to one row of ⟨G[o], W[o′]⟩ − Σ_b ⟨δz_b[o], z_b[o′] − b[o′]⟩. Unlike
     `decide_activation_pattern` this needs neither the error of x nor the noise of G, for which a batch has no probe.
-
-    Args:
-        layer: The layer that these are the outputs of.
-        G: Gradient of the mean loss by its weight, shaped as it.
-        x: σ(z) of every image, (B, O, H′, W′).
-        dx: Gradient of the mean loss by x, (B, O, H′, W′).
-        doubt: Entries below this share of the root mean square are next to zero.
-
-    Returns:
-        x with the flipped units barely on the other side of zero.
+    x = σ(z) and dx are (B, O, H′, W′); entries below `doubt` times the root mean square are next to zero. The result is
+    x with the flipped units barely on the other side of zero.
     """
     slope = layer.activation.negative_slope
     if slope is None or bool((torch.as_tensor(slope) == 1).all()):
@@ -172,13 +164,9 @@ def project_to_pattern(
     """Moves images as little as it takes for their units to have the signs that were decided.
 
     A unit of an image that was recovered with errors may change sign when the image goes forward again; the image's
-    gradient then differs from the shared one until the image is moved, by less than its error.
-
-    Args:
-        layers: From the first on.
-        images: (B, C, H, W), recovered with errors.
-        positive: Layer name -> which of its pre-activations are positive, (B, …); layers not named are free.
-        max_flips: Disagreeing units above which an image stays as it is; each costs a backward pass.
+    gradient then differs from the shared one until the image is moved, by less than its error. `positive` maps a
+    layer's name to which of its pre-activations are positive, (B, …); layers not named are free. Images (B, C, H, W)
+    with more than `max_flips` disagreeing units stay as they are; each unit costs a backward pass.
     """
     layers = list(layers)
     while layers and layers[-1].name not in positive:

@@ -15,7 +15,7 @@ TWIN_RESIDUAL_RATIO = 1.01
 """Ratio of residuals up to which candidates that miss the gradient are twins: neither is less inconsistent."""
 
 MAX_CERTIFIED_ERROR = 0.1
-"""Predicted error, as a share of the pixel range, from which noise has drowned an image: nothing is certified."""
+"""Predicted error, as a share of the pixel range, above which noise has drowned an image: nothing is certified."""
 
 MAX_CERTIFIED_ERROR_BATCH = 2e-3
 """The same for an image of a batch."""
@@ -24,14 +24,7 @@ MAX_CERTIFIED_ERROR_BATCH = 2e-3
 def judge(
     weighed: Sequence[Weighed], notes: Sequence[str], pixels: PixelRange, device: torch.device | str | None = None
 ) -> Reconstruction:
-    """Ranks the candidates and gives the verdict.
-
-    Args:
-        weighed: In any order; of a batch a single one.
-        notes: What was noted so far.
-        pixels: The values that a pixel may have.
-        device: Where images and labels go, None for the CPU.
-    """
+    """Ranks the candidates, in any order, of a batch a single one, and gives the verdict; notes are those so far."""
     if weighed[0].start.batch_size > 1:
         return _judge_batch(weighed[0], notes, pixels, device)
 
@@ -43,7 +36,7 @@ def judge(
     best = candidates[0]
     consistent = [c for c in candidates if c.consistent]
     if unknown := [f"{r.saturated} at {r.name!r}" for r in best.layers if r.saturated]:
-        why = "outputs that do not tell their pre-activation (zeros of a ReLU, saturation)"
+        why = "outputs that do not determine their pre-activation (zeros of a ReLU, saturation)"
         notes = [*notes, f"{why}: {', '.join(unknown)}"]
     verdict, why = _verdict(best, consistent, MAX_CERTIFIED_ERROR * pixels.width)
     limit = TWIN_RESIDUAL_RATIO * best.gradient_residual
@@ -68,10 +61,10 @@ def _judge_batch(weighed: Weighed, notes: Sequence[str], pixels: PixelRange, dev
     if found and not whole.consistent and not whole.open_layers and top != "rank-deficient":
         top = "inconsistent"
         miss, allowed = whole.gradient_residual, whole.residual_allowed
-        notes.append(f"what was found misses the gradient by {miss:.2g}; {allowed:.2g} is allowed")
+        notes.append(f"the recovered images miss the gradient by {miss:.2g}; {allowed:.2g} is allowed")
     if whole.predicted_error is not None:
-        error = whole.predicted_error
-        notes.append(f"the gradient's noise explains an error of {error:.2g} of the images, tried out on them")
+        error = f"{whole.predicted_error:.2g}"
+        notes.append(f"the gradient's noise explains an error of {error} of the images, by a bootstrap on them")
     if start.layer == 0 or "inconsistent" not in verdicts:
         notes += _twins_chosen(weighed.each, verdicts)
     whole = _on_device(whole, device)
@@ -83,13 +76,7 @@ def _judge_batch(weighed: Weighed, notes: Sequence[str], pixels: PixelRange, dev
 
 
 def _verdict(best: Candidate, consistent: Sequence[Candidate], max_error: float) -> tuple[str, list[str]]:
-    """The first verdict that holds, and why.
-
-    Args:
-        best: The candidate that comes first.
-        consistent: Those that reproduce the gradient, `best` among them, or none.
-        max_error: Predicted error from which nothing is certified.
-    """
+    """The first verdict that holds, and why; above a predicted error of `max_error` nothing is certified."""
     inside = [c for c in consistent if c.in_pixel_range]
     if best.open_layers:
         return "rank-deficient", []
@@ -125,10 +112,8 @@ def _twins_chosen(each: Sequence[Sequence[Candidate]], verdicts: Sequence[str]) 
     if twins := verdicts.count("ambiguous"):
         notes.append(f"{twins} of {count} images have two scales between which the pixel range does not choose")
     if odd := verdicts.count("inconsistent"):
-        notes.append(
-            f"the shares of {odd} of {count} images are not those of one image each: equal images, or another "
-            "batch size"
-        )
+        why = "equal images, or another batch size"
+        notes.append(f"the gradient shares of {odd} of {count} images are not those of one image each: {why}")
     return notes
 
 

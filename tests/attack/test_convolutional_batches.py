@@ -138,7 +138,7 @@ def test_an_altered_gradient_is_certified_by_nothing():
     _, _, gradients = shared_batch(model)
     gradients[0] = gradients[0] * 1.5
     result = rgap.reconstruct(model, gradients, CNN_SHAPE, "cross_entropy", batch_size=3)
-    assert result.verdict == "inconsistent" and any("misses the gradient by" in note for note in result.notes)
+    assert result.verdict == "inconsistent" and any("miss the gradient by" in note for note in result.notes)
 
 
 def test_an_image_without_a_scale_ends_the_attack(monkeypatch):
@@ -182,7 +182,7 @@ def test_what_cannot_be_taken_apart_is_refused_by_name():
     smooth = sequential(*batch_cnn()[:5], nn.Linear(256, 40), nn.Tanh(), nn.Linear(40, 5))
     for model, message in (
         (lone, "a batch of 3 images cannot be taken apart: '5' is the only fully connected layer"),
-        (relu, "layer '0': a batch is taken through convolutions with invertible activations, and relu is constant"),
+        (relu, "layer '0': a batch needs convolutions with invertible activations, and relu is constant"),
         (smooth, "layer '5': a batch is taken apart through LeakyReLU, PReLU or ReLU, and its activation is tanh"),
     ):
         _, _, gradients = shared_batch(model)

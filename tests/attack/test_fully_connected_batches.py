@@ -128,7 +128,9 @@ def test_equal_images_collapse_and_are_said(bias):
     unlike = [v for v, _ in result.per_image if v != "exact"]
     assert len(unlike) == (1 if bias else 4)  # with a bias the share tells which image is there twice
     if bias:
-        assert any("the shares of 1 of 4 images are not those of one image each" in note for note in result.notes)
+        assert any(
+            "the gradient shares of 1 of 4 images are not those of one image each" in note for note in result.notes
+        )
 
 
 def test_an_image_of_zeros_is_missing_without_bias_and_found_with():

@@ -160,7 +160,7 @@ def test_gradients_that_underflow_are_noted_and_never_certify(virtual_constraint
     gradients = gradients_for(network)
     assert not gradients[2].any() or gradients[2].norm() < 1e-5
     result = rgap.reconstruct(network, gradients, SHAPE, virtual_constraints=virtual_constraints)
-    assert result.notes[0].startswith("lost to underflow, and not used: the gradient of '0.weight'")
+    assert result.notes[0].startswith("lost to underflow and not used: the gradient of '0.weight'")
     assert result.verdict == "rank-deficient" and result.images.isfinite().all()
     cast = rgap.reconstruct(network, [g.double() for g in gradients], SHAPE, virtual_constraints=virtual_constraints)
     assert cast.verdict == "rank-deficient"

@@ -58,16 +58,14 @@ def test_an_update_of_float32_weights_is_attacked_at_the_precision_that_it_has(r
     found = gradients_from_update(network, updated(network, torch.optim.SGD, lr=rate), rate)
     result = rgap.reconstruct(network, found, SHAPE)
     assert result.verdict == verdict and rgap.metrics.psnr_db(result.images, IMAGE).item() > least
-    assert result.notes[0].startswith(
-        "the gradient was read off an update of rounded weights; its entries are known to"
-    )
+    assert result.notes[0].startswith("the gradient comes from an update of rounded weights; its relative precision is")
 
 
 def test_what_moved_by_less_than_its_rounding_is_lost_by_name():
     network = copy.deepcopy(NETWORK).float()
     found = gradients_from_update(network, updated(network, torch.optim.SGD, lr=1e-7), 1e-7)
     result = rgap.reconstruct(network, found, SHAPE)
-    assert result.notes[0].startswith("lost to the rounding of the weights, and not used: the gradient of '0.weight'")
+    assert result.notes[0].startswith("lost to the rounding of the weights and not used: the gradient of '0.weight'")
     assert result.verdict in ("rank-deficient", "inconsistent")
 
 
