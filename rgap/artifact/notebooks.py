@@ -35,14 +35,9 @@ FAILURES = (NotebookError, papermill.PapermillExecutionError, CellExecutionError
 def run(source: Path, target: Path, parameters: dict | None = None, offered: dict | None = None) -> Path:
     """Runs a notebook by papermill and moves the executed copy to its target when everything has succeeded.
 
-    The working directory stays the caller's, so that relative paths in parameters refer to it. A failed run is left
-    beside the target, as `*.partial.ipynb`.
-
-    Args:
-        source: The notebook; its name begins with its number.
-        target: Where the executed copy goes; also what is returned.
-        parameters: Values for the cell tagged `parameters`.
-        offered: More values, each used only if the notebook has such a parameter.
+    The source's name begins with its number. `parameters` are values for the cell tagged `parameters`; each of those
+    `offered` is used only if the notebook has such a parameter. The working directory stays the caller's, so that
+    relative paths in parameters refer to it. A failed run is left beside the target, as `*.partial.ipynb`.
 
     Raises:
         NotebookError: If a parameter is unknown to the notebook, or the figures and tables that it wrote are not those

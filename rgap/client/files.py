@@ -71,9 +71,7 @@ def save_weights(model: nn.Module, path: str | Path, facts: Mapping[str, object]
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """A copy of a model with the weights of a checkpoint: a `.safetensors` file, or a `.pt` or `.pth` state dict.
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a checkpoint of this network.
+    Refuses a file that is missing or not a checkpoint of this network, and weights that are not finite.
     """
     state = _read(path, "a checkpoint is a state dict")
     if not isinstance(state, Mapping):

@@ -102,11 +102,7 @@ def gradients_of(
 
 
 def named_tensors(given: Mapping | Iterable, what: str) -> dict[str | int, Tensor]:
-    """Name, or place in a list, of every tensor.
-
-    Raises:
-        GradientMismatchError: If it is neither a mapping nor a list, or holds anything but tensors.
-    """
+    """Name, or place in a list, of every tensor; refuses whatever is neither a mapping nor a list of tensors."""
     if isinstance(given, Tensor | str) or not isinstance(given, Iterable):
         kind = type(given).__name__
         raise GradientMismatchError(f"{what}: a {kind}; give a list or a mapping with a tensor for each parameter")

@@ -31,13 +31,8 @@ def training(
     """Trains a copy of a model and yields its state before the first epoch and after each.
 
     Images (N, C, H, W) in [0, 1], labels (N,) int64, `loss` a name in `LOSSES`, `optimiser` "adam" or "sgd"; the seed
-    decides the order of the images.
-
-    Yields:
-        The mean loss over the images in eval mode, and a copy of the network at that point, in eval mode.
-
-    Raises:
-        ValueError: If an argument is out of range, or the loss is no longer finite.
+    decides the order of the images. Each state is the mean loss over the images and a copy of the network, both in eval
+    mode. Refuses to go on once the loss is no longer finite.
     """
     if optimiser not in OPTIMISERS:
         raise ValueError(f"optimiser is {optimiser!r}; it must be one of {', '.join(OPTIMISERS)}")
