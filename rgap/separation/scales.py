@@ -66,8 +66,7 @@ def output_gradients(
     c = torch.linalg.lstsq(jacobians[0].mT, dz[:, :, None]).solution[:, :, 0]
     if not complete:
         return c, outputs
-    tiny = torch.finfo(torch.float64).tiny
-    sizes = [gradients[layer.weight_name].square().sum().clamp(min=tiny) for layer in layers]
+    sizes = [gradients[layer.weight_name].square().sum().clamp(min=torch.finfo(c.dtype).tiny) for layer in layers]
     gram = c.new_zeros(c.numel(), c.numel())
     for layer, x, J, size in zip(layers, received, jacobians, sizes, strict=True):
         flat, classes = J.flatten(0, 1), c.shape[1]
