@@ -93,7 +93,7 @@ class _Run(fx.Interpreter):
         parameter = next(self.module.parameters(), torch.zeros(()))
         image = torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
                 self.run(image)
         except Exception as error:
             place = f"{'layer' if self.node.op == 'call_module' else 'operation'} {str(self.node.target)!r}"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from rgap.results import LayerRank
+from rgap.network.chain import prepare
+from rgap.results import LayerRank, UnsupportedLayerError
 from rgap.tokens.embedding import recognise
 
 BYPASSED = "inside the transformer, which plays no part in it"
@@ -23,7 +24,7 @@ def patch_ranks(model: nn.Module, image_shape: tuple[int, ...], batch_size: int)
     if batch_size != 1 or len(image_shape) != 3 or not _may_attend(model):
         return []
     try:
-        found = recognise(model, tuple(image_shape))
+        found = None if _is_chain(model, tuple(image_shape)) else recognise(model, tuple(image_shape))
     except ValueError:  # UnsupportedLayerError among them
         found = None
     if found is None:
@@ -48,6 +49,15 @@ def patch_ranks(model: nn.Module, image_shape: tuple[int, ...], batch_size: int)
         return [patches]
     note = "attention and layer norms add equations that no rank counts"
     return [LayerRank(found.position_name, "not analysed", 0, 0, note=note), patches]
+
+
+def _is_chain(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
+    """Whether the attack walks a network layer by layer, as it does one of convolutions with an added parameter."""
+    try:
+        prepare(model, image_shape)
+    except UnsupportedLayerError:
+        return False
+    return True
 
 
 def _may_attend(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from vits import SHAPE, small, torchvision_vit
 
 import rgap
@@ -42,3 +43,27 @@ def test_without_position_gradients_nothing_is_claimed(layout):
 
 def test_batches_are_not_claimed():
     assert exposure(rgap.rank_analysis(torchvision_vit(), SHAPE, batch_size=2)).outcome == "unknown"
+
+
+class Shifted(nn.Module):
+    """A convolution to whose output a learned parameter is added: a chain, which is attacked layer by layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 48, 4, 4), nn.Linear(768, 5)
+        self.shift = nn.Parameter(torch.zeros(1, 48, 4, 4))
+
+    def forward(self, x):
+        return self.last(nn.functional.leaky_relu(self.first(x) + self.shift).flatten(1))
+
+
+def test_a_chain_with_an_added_parameter_is_no_transformer():
+    layers = rgap.rank_analysis(Shifted(), SHAPE).layers
+    assert not any("patches" in layer.note or "transformer" in layer.note for layer in layers)
+
+
+def test_dropout_in_training_leaves_the_random_state():
+    network = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 5)).train()
+    state = torch.random.get_rng_state()
+    rgap.rank_analysis(network, SHAPE)
+    assert torch.equal(state, torch.random.get_rng_state())
