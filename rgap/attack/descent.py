@@ -191,12 +191,9 @@ def close_by_virtual_constraints(
     )
 
 
-def start_probe(chain: Chain, received: SharedGradient, start: Start, loss: str, seed: int = 1) -> NoiseProbe:
-    """Reads the head of a single image once more, with a draw of the noise on the gradients.
-
-    The seed is that of later draws: the rounding of the head's δz, and signs in doubt.
-    """
-    generator, head, label = torch.Generator().manual_seed(seed), chain.layers[-1], int(start.labels)
+def start_probe(chain: Chain, received: SharedGradient, start: Start, loss: str) -> NoiseProbe:
+    """Reads the head of a single image once more, with a draw of the noise on the gradients."""
+    generator, head, label = torch.Generator().manual_seed(1), chain.layers[-1], int(start.labels)
     noisy = replace(received, gradients={name: g + received.noise[name] for name, g in received.gradients.items()})
     try:
         found = [h for h in read_head(loss, head, noisy, label).hypotheses if h.label == label]

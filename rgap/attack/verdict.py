@@ -67,12 +67,9 @@ def _judge_batch(weighed: Weighed, notes: Sequence[str], pixels: PixelRange, dev
         notes.append(f"the gradient's noise explains an error of {error} of the images, by a bootstrap on them")
     if start.layer == 0 or "inconsistent" not in verdicts:
         notes += _twins_chosen(weighed.each, verdicts)
-    whole = _on_device(whole, device)
-    per_image = [
-        (verdict, tuple(_on_device(c, device) for c in each))
-        for verdict, each in zip(verdicts, weighed.each, strict=True)
-    ]
-    return Reconstruction(whole.images, whole.labels, top, (whole,), whole.layers, tuple(notes), tuple(per_image))
+    whole, each = _on_device(whole, device), [tuple(_on_device(c, device) for c in one) for one in weighed.each]
+    per_image = tuple(zip(verdicts, each, strict=True))
+    return Reconstruction(whole.images, whole.labels, top, (whole,), whole.layers, tuple(notes), per_image)
 
 
 def _verdict(best: Candidate, consistent: Sequence[Candidate], max_error: float) -> tuple[str, list[str]]:
