@@ -179,9 +179,9 @@ def _notebook(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     if options.claims:
         return artifact.print_report()
-    from rgap.artifact import report
+    from rgap.artifact import pages
 
-    print(f"written  {report.build()}")
+    print(f"written  {pages.build()}")
     return 0
 
 

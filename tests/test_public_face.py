@@ -71,10 +71,10 @@ FIELDS = {
 }
 
 MODULES = {
-    "artifact": "CLAIMS ROOT check_claim expected_outputs figures_dir forget_claims print_report profile "
-    "read_claims save_figure save_table write_atomically",
+    "artifact": "CLAIMS COLUMNS ROOT check_claim expected_outputs figures_dir forget_claims print_report profile "
+    "read_claims report save_figure save_table write_atomically",
     "baselines": "Optimised Snapshot dlg hybrid inverting_gradients",
-    "client": "LOSSES UpdateGradients check_loss client_gradients clip_and_noise epsilon gaussian_noise "
+    "client": "LOSSES LOSS_OUTPUTS UpdateGradients check_loss client_gradients clip_and_noise epsilon gaussian_noise "
     "gradients_from_update gradients_of load_gradients loss_value outputs_fit prune quantise save_gradients",
 }
 

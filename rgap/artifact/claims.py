@@ -95,7 +95,7 @@ def forget_claims(notebook: str) -> None:
             _update(name, lambda rows: rows[rows["notebook"] != notebook])
 
 
-def claims_table() -> tuple[pd.DataFrame, list[str]]:
+def report() -> tuple[pd.DataFrame, list[str]]:
     """The rows of claims.csv and claims_times.csv, and a line for each claim that fails or was not measured.
 
     Each expected figure or table that is absent adds a line, too.
@@ -114,7 +114,7 @@ def claims_table() -> tuple[pd.DataFrame, list[str]]:
 
 def print_report() -> int:
     """Prints the claims table, and what is wrong with the run; returns 1 if something is, else 0."""
-    rows, problems = claims_table()
+    rows, problems = report()
     with pd.option_context("display.width", None, "display.max_colwidth", None):
         print(rows[["id", "statement", "expected", "measured", "unit", "holds"]].to_string(index=False))
     for problem in problems:

@@ -2,11 +2,20 @@
 
 from rgap.client.defences import clip_and_noise, epsilon, gaussian_noise, prune, quantise
 from rgap.client.files import load_gradients, save_gradients
-from rgap.client.gradients import LOSSES, check_loss, client_gradients, gradients_of, loss_value, outputs_fit
+from rgap.client.gradients import (
+    LOSS_OUTPUTS,
+    LOSSES,
+    check_loss,
+    client_gradients,
+    gradients_of,
+    loss_value,
+    outputs_fit,
+)
 from rgap.client.updates import UpdateGradients, gradients_from_update
 
 __all__ = [
     "LOSSES",
+    "LOSS_OUTPUTS",
     "UpdateGradients",
     "check_loss",
     "client_gradients",

@@ -50,7 +50,7 @@ def test_a_false_claim_is_recorded_and_raises(figures, capsys, claim_id, measure
     with pytest.raises(AssertionError, match=f"claim {claim_id} fails: measured"):
         claims.check_claim(claim_id, measured)
     assert capsys.readouterr().out.endswith(": False\n")
-    assert claims.claims_table()[0]["holds"].tolist() == ["False"]
+    assert claims.report()[0]["holds"].tolist() == ["False"]
 
 
 @pytest.mark.parametrize(("profile", "asserted"), [("default", False), ("paper", True), ("custom", False)])
@@ -66,7 +66,7 @@ def test_a_claim_is_asserted_only_in_its_profiles(figures, monkeypatch, profile,
 def test_other_images_never_fail_a_claim(figures, monkeypatch):
     monkeypatch.setenv("RGAP_PROFILE", "custom")
     check_all(quality=1, few=99, share=7, verdict="rank-deficient", fast=60, full=0)
-    assert claims.claims_table()[1] == []
+    assert claims.report()[1] == []
 
 
 def test_an_unknown_claim_is_refused(figures):
@@ -87,9 +87,9 @@ def test_notebooks_that_run_at_the_same_time_lose_no_row(figures, write_claims):
     write_claims(many)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda claim_id: claims.check_claim(claim_id, 1), many))
-    assert claims.claims_table()[0]["id"].tolist() == list(many)
+    assert claims.report()[0]["id"].tolist() == list(many)
     claims.forget_claims("07_x")
-    assert claims.claims_table()[1] == ["claim c07 was not measured by 07_x"]
+    assert claims.report()[1] == ["claim c07 was not measured by 07_x"]
 
 
 def test_the_report_names_whatever_is_wrong(figures, write_claims, capsys):

@@ -8,7 +8,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from rgap import artifact
 from rgap.__main__ import main
-from rgap.artifact import report
+from rgap.artifact import pages
 
 OUTPUTS = {"01_one": ["01_line.png", "01_numbers.csv"], "02_two": ["02_absent.png"]}
 CLAIMS = {"01-good": {"notebook": "01_one", "statement": "share & more", "source": "ours", "equals": 1}}
@@ -38,7 +38,7 @@ def project(root, write_claims):
 
 
 def test_the_index_shows_every_figure_table_and_claim_and_leads_to_the_notebooks(project):
-    index = report.build()
+    index = pages.build()
     assert index == project / "build" / "report" / "index.html"
     text = index.read_text()
     parts = ['<img src="figures/01_line.png"', 'href="figures/01_numbers.csv"', "10 more in the file", "02 · Two"]
@@ -51,13 +51,13 @@ def test_the_index_shows_every_figure_table_and_claim_and_leads_to_the_notebooks
 
 
 def test_pages_have_the_executed_notebook_or_the_committed_one(project):
-    folder = report.build().parent
+    folder = pages.build().parent
     assert "freshly run" in (folder / "01_one.html").read_text()
     assert "as it was committed" in (folder / "02_two.html").read_text()
 
 
 def test_pages_load_nothing_from_elsewhere(project):
-    for page in report.build().parent.glob("*.html"):
+    for page in pages.build().parent.glob("*.html"):
         text = page.read_text()
         assert "<script" not in text
         assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", text)
@@ -65,7 +65,7 @@ def test_pages_load_nothing_from_elsewhere(project):
 
 
 def test_a_second_report_replaces_the_first_and_leaves_nothing_else(project):
-    report.build()
+    pages.build()
     (project / "build" / "report" / "stale.html").touch()
     assert main(["report"]) == 0
     assert not (project / "build" / "report" / "stale.html").exists()
@@ -73,7 +73,7 @@ def test_a_second_report_replaces_the_first_and_leaves_nothing_else(project):
 
 
 def test_formulas_become_pictures_with_their_source_as_text():
-    shown = report.with_formulas(r"with $x_2 = \sigma(W_1 x_1)$ and $$\lVert A \rVert$$")
+    shown = pages.with_formulas(r"with $x_2 = \sigma(W_1 x_1)$ and $$\lVert A \rVert$$")
     assert shown.count('<img class="formula"') == 2
     assert r'alt="x_2 = \sigma(W_1 x_1)"' in shown and "display: block" in shown and "vertical-align" in shown
     for picture in re.findall(r"base64,([^\"]+)", shown):
@@ -81,11 +81,11 @@ def test_formulas_become_pictures_with_their_source_as_text():
 
 
 def test_what_cannot_be_drawn_stays_readable_and_other_dollars_stay():
-    assert report.with_formulas(r"$\begin{cases} a < b \end{cases}$") == (
+    assert pages.with_formulas(r"$\begin{cases} a < b \end{cases}$") == (
         r"<code>\begin{cases} a &lt; b \end{cases}</code>"
     )
     for text in ("it costs $5 or $6", "`$x$`", "```\n$x$ and $y$\n```", r"\$x\$", "no formula"):
-        assert report.with_formulas(text) == text
+        assert pages.with_formulas(text) == text
 
 
 @pytest.mark.slow
@@ -93,4 +93,4 @@ def test_every_formula_of_this_projects_notebooks_is_drawn():
     for path in sorted((artifact.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         for cell in nbformat.read(path, 4).cells:
             if cell.cell_type == "markdown":
-                assert "<code>" not in report.with_formulas(cell.source), path.name
+                assert "<code>" not in pages.with_formulas(cell.source), path.name

@@ -20,7 +20,7 @@ from matplotlib.mathtext import math_to_image
 from nbconvert import HTMLExporter
 
 from rgap.artifact import outputs
-from rgap.artifact.claims import claims_table, expected_outputs
+from rgap.artifact.claims import expected_outputs, report
 
 TABLE_ROWS = 60  # the first rows of a table, which the index shows
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$(?!\s)([^$\n]+?)(?<!\s)\$(?!\d)", re.DOTALL)
@@ -63,7 +63,7 @@ def build(target: Path | None = None) -> Path:
 
 
 def _claims() -> list[str]:
-    rows, problems = claims_table()
+    rows, problems = report()
     rows["notebook"] = [f'<a href="{name}.html">{name}</a>' for name in rows["notebook"]]
     for column in set(rows) - {"notebook"}:
         rows[column] = rows[column].map(html.escape)
