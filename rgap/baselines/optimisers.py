@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ def lbfgs(
         (x.grad,) = torch.autograd.grad(LBFGS_LOSS_SCALE * value, x)
         return LBFGS_LOSS_SCALE * value.detach()
 
-    for step in tqdm(range(1, steps + 1), desc=title, leave=False, disable=None):
+    for step in _progress(steps, title):
         at = x.detach().clone()
         optimiser.step(closure)
         loss, residual = seen
@@ -128,7 +129,7 @@ def signed_adam(
     cuts = [max(1, steps * part // 8) for part in (3, 5, 7)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, cuts, gamma=0.1)
     best, lowest = x.detach().clone(), math.inf
-    for step in tqdm(range(1, steps + 1), desc=title, leave=False, disable=None):
+    for step in _progress(steps, title):
         value, residual = objective(x)
         loss, at = value.item(), x.detach().clone()
         record.note(step, loss, residual, at, last=step == steps or not math.isfinite(loss))
@@ -143,3 +144,8 @@ def signed_adam(
         with torch.no_grad():
             x.clamp_(*box)
     return Descended(best, lowest)
+
+
+def _progress(steps: int, title: str) -> tqdm:
+    """The steps, with a progress bar where stderr is a terminal; tqdm's own `disable=None` shows one in notebooks."""
+    return tqdm(range(1, steps + 1), desc=title, leave=False, disable=not sys.stderr.isatty())

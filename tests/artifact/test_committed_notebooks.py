@@ -65,3 +65,6 @@ def test_claims_outputs_and_paper_parameters_belong_to_notebooks():
     assert set(paper) <= names
     for notebook, outputs in artifact.expected_outputs().items():
         assert all(name.startswith(notebook[:3]) for name in outputs)
+
+    def test_no_progress_bar_stands_in_it(self, path):
+        assert "application/vnd.jupyter.widget" not in path.read_text()
