@@ -1,4 +1,4 @@
-"""What the layers above say of patches that are short of equations: Gauss–Newton on the rest of the gradient (ours).
+"""What the layers above add to patches that are short of equations: Gauss–Newton on the rest of the gradient (ours).
 
 Where the width does not exceed the number of patches, ΔᵀP = ∂ℓ/∂E leaves P = P₀ + N C open with few unknowns C. The
 gradients of attention, layer norms and the layers behind them are smooth functions of E C, and many more than it has

@@ -1,4 +1,4 @@
-"""The client replayed: the label that the head's gradient tells, and the gradient that a recovered image has."""
+"""The client replayed: the label by the head's gradient, and the gradient that a recovered image has."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_FLOAT64_PARAMETERS = 20_000_000
 """Parameters up to which an image's own gradient is computed in float64 whatever the precision of the shared one."""
 
 MAX_LABELS_TRIED = 16
-"""Most labels whose gradients are compared where the head's alone does not tell the label."""
+"""Most labels whose gradients are compared where the head's gradient alone does not decide the label."""
 
 LABEL_MISFIT_RATIO = 1.01
 """Misfit of the head's gradient, relative to the smallest, up to which a label is tried."""
@@ -111,7 +111,7 @@ class Replay:
 
         Raises:
             UnsupportedLayerError: If the loss does not take the network's outputs.
-            ValueError: If a label that was given is out of range, or many classes have a head that tells nothing.
+            ValueError: If a label that was given is out of range, or the gradient decides nothing between many classes.
         """
         buffers = {name: b.detach().clone() for name, b in self.model.named_buffers()}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
