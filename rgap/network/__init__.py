@@ -1,7 +1,8 @@
-"""An nn.Module as a chain of linear layers with activations; float64, prepared once."""
+"""An nn.Module as a chain of linear layers with activations, or as a graph of them; float64, prepared once."""
 
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Layer, prepare
+from rgap.network.graph import Graph, Node, prepare_graph
 from rgap.network.tracing import Step, trace
 
-__all__ = ["Activation", "Chain", "Layer", "Step", "prepare", "trace"]
+__all__ = ["Activation", "Chain", "Graph", "Layer", "Node", "Step", "prepare", "prepare_graph", "trace"]

@@ -92,7 +92,7 @@ class Folder:
         self.layers[-1] = replace(last, activation=compose(last.activation, activation))
 
     def _affine(self, step: Step) -> None:
-        scale, shift = _scale_and_shift(step)
+        scale, shift = scale_and_shift(step)
         if lost := int((scale == 0).sum()):
             raise UnsupportedLayerError(f"layer {step.title} multiplies {lost} of {scale.numel()} entries by zero")
         last = self._last(step)
@@ -170,7 +170,7 @@ def _fixed_layer(name: str, shape: tuple[int, ...], output_shape: tuple, after: 
     return Layer(name, weight, None, *shapes, groups=shape[0], after=after, is_fixed=True)
 
 
-def _scale_and_shift(step: Step) -> tuple[Tensor, Tensor]:
+def scale_and_shift(step: Step) -> tuple[Tensor, Tensor]:
     """Scale and shift of a step x -> scale·x + shift, each shaped as x."""
     call = step.call or copy.deepcopy(step.module).double().cpu().eval()
     zero = torch.zeros(1, *step.input_shape, dtype=torch.float64)
