@@ -32,8 +32,9 @@ from rgap.attack.arguments import (
     checked_labels,
     checked_network,
 )
-from rgap.attack.candidates import Attack, weigh
+from rgap.attack.candidates import weigh
 from rgap.attack.descent import Descent, close_by_virtual_constraints, descend, start_probe
+from rgap.attack.problem import Attack
 from rgap.attack.verdict import judge
 from rgap.head import read_head
 from rgap.head.hypothesis import Start, starts_of

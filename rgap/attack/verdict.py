@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from rgap.attack.candidates import Weighed
+from rgap.attack.problem import Weighed
 from rgap.results import VERDICTS, Candidate, PixelRange, Reconstruction
 
 TWIN_RESIDUAL_RATIO = 1.01

@@ -5,9 +5,10 @@ import torch
 from cases import CNN_SHAPE, batch_cnn, quality, randn, shared_batch, small_cnn
 
 import rgap
-from rgap.attack import candidates, verdict
-from rgap.attack.candidates import Attack, weigh
+from rgap.attack import batch, verdict
+from rgap.attack.candidates import weigh
 from rgap.attack.descent import descend, start_probe
+from rgap.attack.problem import Attack
 from rgap.head import read_head
 from rgap.head.hypothesis import starts_of
 from rgap.results import PixelRange
@@ -41,7 +42,7 @@ def test_an_altered_gradient_is_not_explained(monkeypatch):
     gradients[0] = gradients[0] * 1.02
     result = rgap.reconstruct(model, gradients, CNN_SHAPE, "cross_entropy", batch_size=3)
     (joint,) = result.candidates
-    assert joint.gradient_residual < candidates.MAX_NOISE_RESIDUAL and joint.predicted_error is not None
+    assert joint.gradient_residual < batch.MAX_NOISE_RESIDUAL and joint.predicted_error is not None
     assert result.verdict == "inconsistent" and any("is allowed" in note for note in result.notes)
 
 
@@ -62,7 +63,7 @@ def test_the_gradient_that_is_tried_out_has_the_errors_of_the_shared_one(dtype, 
     chain = rgap.prepare(model, CNN_SHAPE)
     std = noise * max(g.abs().max().item() for g in gradients)
     received = receive(chain, gradients, noise_std=std or None)
-    tried = candidates._as_shared(Attack(chain, received, "cross_entropy"), images, labels)
+    tried = batch._as_shared(Attack(chain, received, "cross_entropy"), images, labels)
     for name, g in tried.items():
         miss = ((g - received.gradients[name]).norm() / g.norm()).item()
         assert miss < max(1e-12 if dtype == torch.float64 else 1e-5, 1e3 * noise)

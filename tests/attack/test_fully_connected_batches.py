@@ -7,8 +7,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.attack.candidates import Attack, weigh
+from rgap.attack.candidates import weigh
 from rgap.attack.descent import descend
+from rgap.attack.problem import Attack
 from rgap.attack.verdict import judge
 from rgap.experiments.batch_fcn import combination
 from rgap.network.chain import Chain

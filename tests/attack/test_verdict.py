@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rgap.attack.candidates import Weighed
+from rgap.attack.problem import Weighed
 from rgap.attack.verdict import judge
 from rgap.head.hypothesis import Start
 from rgap.results import Candidate, PixelRange
