@@ -25,6 +25,15 @@ RESNET18_BLOCKS = tuple(f"layer{stage}.{block}" for stage in range(1, 5) for blo
 """The residual blocks of `resnet18`, from the image on."""
 
 
+def trained_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that a client trains, and whose gradients it therefore shares.
+
+    They are those with `requires_grad`; where none has it, the network was frozen for evaluation, and they are all.
+    """
+    every = dict(model.named_parameters())
+    return tuple(name for name, p in every.items() if p.requires_grad) or tuple(every)
+
+
 def cnn6(seed: int = 0, width: int = 36, classes: int = 1, head_bias: bool = False) -> nn.Sequential:
     """CNN6: six convolutions and a linear layer to one logit, for images of shape (3, 32, 32).
 

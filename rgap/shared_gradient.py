@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rgap.linalg import rms
+from rgap.models import trained_names
 from rgap.network.layer import Chain
 from rgap.results import GradientMismatchError
 
@@ -56,7 +57,8 @@ class SharedGradient:
         gradients: Parameter name -> gradient, float64.
         precision: Relative error of their entries: the rounding of their format, or the noise if larger.
         rcond: Relative cutoff of singular values.
-        underflowed: Names of gradients that underflowed: their true values are unknown, not zero.
+        absent: Names of gradients of which nothing is known: not shared, as those of frozen parameters, or lost to
+            rounding. `gradients` has zeros there, which stand for no value.
         rounding: Relative error of the head's δz from the client's own arithmetic, if larger.
         notes: Sentences on what limits the precision.
         noise_std: Parameter name -> standard deviation of the noise that the gradients declare for its entries.
@@ -67,7 +69,7 @@ class SharedGradient:
     gradients: dict[str, Tensor]
     precision: float
     rcond: float
-    underflowed: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
     rounding: float = 0.0
     notes: tuple[str, ...] = ()
     noise_std: Mapping[str, float] = field(default_factory=dict)
@@ -81,8 +83,8 @@ class SharedGradient:
 
     @property
     def usable(self) -> dict[str, Tensor]:
-        """The gradients that have not underflowed, by parameter name."""
-        return {name: g for name, g in self.gradients.items() if name not in self.underflowed}
+        """The gradients that are not absent, by parameter name."""
+        return {name: g for name, g in self.gradients.items() if name not in self.absent}
 
     @cached_property
     def entry_std(self) -> dict[str, Tensor]:
@@ -103,17 +105,22 @@ def receive(
     rcond: float | None = None,
     noise_std: float | None = None,
 ) -> SharedGradient:
-    """Checks the gradients against the network and finds how precise they are.
+    """Checks the gradients against the network and finds which are there, and how precise they are.
 
-    `rcond` is the relative cutoff of singular values, None to match it to the precision, `noise_std` the standard
-    deviation of noise known to be on every entry. Raises a GradientMismatchError if the gradients' number, names,
-    shapes or dtypes do not fit the parameters, they are not finite, or all zero.
+    What a client does not share (the gradient of a frozen parameter) may be None in a list, absent from a mapping or
+    from a list of all others, or zeros: none of them says anything. `rcond` is the relative cutoff of singular values,
+    None to match it to the precision, `noise_std` the standard deviation of noise known to be on every entry. Raises a
+    GradientMismatchError if the gradients' number, names, shapes or dtypes do not fit the parameters, they are not
+    finite, or all zero.
     """
     has_zeros = not all(layer.activation.one_to_one for layer in chain.layers)
-    received = receive_gradients(chain.parameters, gradients, rcond, noise_std, has_zeros=has_zeros)
+    trained = trained_names(chain.model)
+    received = receive_gradients(chain.parameters, gradients, rcond, noise_std, has_zeros=has_zeros, trained=trained)
     head = chain.layers[-1]
     if not received.gradients[head.weight_name].any():
-        raise GradientMismatchError(f"the last layer's gradient {head.weight_name!r} is zero; nothing can be recovered")
+        raise GradientMismatchError(
+            f"the last layer's gradient {head.weight_name!r} is zero or not shared; nothing can be recovered"
+        )
     return received
 
 
@@ -124,9 +131,12 @@ def receive_gradients(
     noise_std: float | None = None,
     *,
     has_zeros: bool = True,
+    trained: Sequence[str] = (),
 ) -> SharedGradient:
-    """The same for the named parameters of any network, whatever its last layer."""
-    named = _by_name(list(parameters), gradients)
+    """The same for the named parameters of any network, whatever its last layer; those `trained` may come alone."""
+    found = _by_name(list(parameters), gradients, trained)
+    unshared = [name for name, g in found.items() if g is None]
+    named = {name: torch.zeros_like(parameters[name]) if g is None else g for name, g in found.items()}
     for (name, g), parameter in zip(named.items(), parameters.values(), strict=True):
         if not isinstance(g, Tensor) or not g.is_floating_point():
             kind = g.dtype if isinstance(g, Tensor) else type(g).__name__
@@ -152,15 +162,17 @@ def receive_gradients(
     for name, std in update.items():
         lost = std and not values[name].any()
         errors[name] = max(errors[name], math.inf if lost else _relative_std(std, values[name]))
-    underflowed = tuple(name for name, error in errors.items() if error > MAX_TOLERANCE)
-    usable = [name for name in formats if name not in underflowed]
+    lost = [name for name, error in errors.items() if error > MAX_TOLERANCE and name not in unshared]
+    zeros = [name for name, g in values.items() if name not in formats and name not in lost and g.numel()]
+    absent = tuple(name for name in values if name in lost or name in zeros)
+    usable = [name for name in formats if name not in absent]
     precision = max((max(torch.finfo(formats[name]).eps, errors[name]) for name in usable), default=MAX_TOLERANCE)
     if noise_std:
         precision = max(precision, *(_relative_std(noise_std, values[name]) for name in formats))
     default = 1e-5 if precision < 1e-10 else min(1e-4 * (precision / 1.2e-7) ** 0.5, 0.1)
-    notes = _notes(underflowed, precision, bool(update))
+    notes = _notes(lost, zeros, precision, bool(update))
     cutoff = default if rcond is None else rcond
-    return SharedGradient(values, precision, cutoff, underflowed, 0.0, notes, update, noise_std or 0.0, has_zeros)
+    return SharedGradient(values, precision, cutoff, absent, 0.0, notes, update, noise_std or 0.0, has_zeros)
 
 
 def relative_residuals(gradients: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, float]:
@@ -203,25 +215,30 @@ def entry_noise(
     return found
 
 
-def _notes(underflowed: tuple[str, ...], precision: float, update: bool) -> tuple[str, ...]:
+def _notes(lost: list[str], zeros: list[str], precision: float, update: bool) -> tuple[str, ...]:
     notes = []
-    if underflowed:
+    if lost:
         cause = "the rounding of the weights" if update else "underflow"
-        notes = [f"lost to {cause} and not used: the gradient of {', '.join(map(repr, underflowed))}"]
+        notes = [f"lost to {cause} and not used: the gradient of {', '.join(map(repr, lost))}"]
+    if zeros:
+        notes.append(f"not shared, or zero, and not used: the gradient of {', '.join(map(repr, zeros))}")
     if update:
         notes.append(f"the gradient comes from an update of rounded weights; its relative precision is {precision:.1g}")
     return tuple(notes)
 
 
-def _by_name(names: list[str], gradients) -> dict[str, Tensor]:
+def _by_name(names: list[str], gradients, trained: Sequence[str] = ()) -> dict[str, Tensor | None]:
+    """Every parameter's gradient, None where it is not shared."""
     if not isinstance(gradients, Iterable):
         raise GradientMismatchError(f"gradients are a {type(gradients).__name__}; give a list or a mapping of tensors")
     if isinstance(gradients, Mapping) and not all(isinstance(key, int) for key in gradients):
         missing, extra = [n for n in names if n not in gradients], [n for n in gradients if n not in names]
-        if missing or extra:
+        if extra or len(missing) == len(names):
             raise GradientMismatchError(f"gradients do not fit the parameters: missing {missing}, unknown {extra}")
-        return {name: gradients[name] for name in names}
+        return {name: gradients.get(name) for name in names}
     tensors = list(gradients.values()) if isinstance(gradients, Mapping) else list(gradients)
+    if 0 < len(tensors) == len(trained) < len(names):
+        return dict.fromkeys(names) | dict(zip(trained, tensors, strict=True))
     if len(tensors) != len(names):
         counts = f"{len(tensors)} gradients for {len(names)} parameters"
         raise GradientMismatchError(f"{counts}; give one for each, in the order of model.parameters()")

@@ -25,6 +25,7 @@ WITHIN_A_LEVEL = {
     ("__main__", "commands"),
     ("commands", "experiments"),
     ("shared_gradient", "linalg"),
+    ("shared_gradient", "models"),
     ("shared_gradient", "network"),
     ("shared_gradient", "results"),
 }

@@ -65,7 +65,7 @@ FIELDS = {
     "LargestBatch": "batch_size alone limits reason",
     "Chain": "model image_shape layers parameters",
     "Layer": "name weight bias input_shape output_shape feature_shape stride padding dilation groups activation "
-    "weight_name bias_name before after output_scale shift is_fixed cache",
+    "weight_name bias_name before after output_scale shift is_fixed cache is_frozen",
     "baselines.Optimised": "images labels verdict candidates layers notes per_image history snapshots",
     "baselines.Snapshot": "restart step seconds images",
 }

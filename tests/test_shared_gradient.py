@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -55,7 +56,7 @@ def test_one_coarse_tensor_decides():
 def test_entries_next_to_float16s_smallest_number_widen_the_precision():
     small = [g.half() if i else (1e-5 * g / g.abs().max()).half() for i, g in enumerate(GRADIENTS)]
     found = receive(CHAIN, small)
-    assert 2e-3 < found.precision < 0.05 and found.underflowed == ()
+    assert 2e-3 < found.precision < 0.05 and found.absent == ()
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-8, 5e-8])
@@ -63,12 +64,35 @@ def test_a_gradient_that_underflowed_in_float16_is_lost_and_decides_nothing(size
     halves = [g.half() if i else (size * g / g.abs().max()).half() for i, g in enumerate(GRADIENTS)]
     for given in (halves, [g.double() for g in halves]):
         found = receive(CHAIN, given)
-        assert found.underflowed == ("0.weight",) and found.precision == pytest.approx(9.8e-4, rel=0.02)
+        assert found.absent == ("0.weight",) and found.precision == pytest.approx(9.8e-4, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_in_other_formats_a_gradient_of_zeros_is_one(dtype):
-    assert receive(CHAIN, [g.to(dtype) for g in changed(0, torch.zeros_like)]).underflowed == ()
+def test_in_every_format_a_gradient_of_zeros_is_that_of_a_frozen_parameter(dtype):
+    found = receive(CHAIN, [g.to(dtype) for g in changed(0, torch.zeros_like)])
+    assert found.absent == ("0.weight",) and "0.weight" not in found.usable
+    assert found.notes == ("not shared, or zero, and not used: the gradient of '0.weight'",)
+
+
+def test_zeros_none_a_shorter_mapping_and_a_shorter_list_say_the_same():
+    frozen = copy.deepcopy(NETWORK)
+    frozen[2].requires_grad_(False)
+    named = dict(zip(NAMES, GRADIENTS, strict=True))
+    left = {name: g for name, g in named.items() if not name.startswith("2.")}
+    zeros = [g if name in left else torch.zeros_like(g) for name, g in named.items()]
+    expected = receive(CHAIN, zeros)
+    assert expected.absent == ("2.weight", "2.bias")
+    chain = rgap.prepare(frozen, (3, 8, 8))
+    assert [layer.is_frozen for layer in chain.layers] == [False, True, False]
+    for given in ([left.get(name) for name in NAMES], left, list(left.values())):
+        found = receive(chain, given)
+        assert (found.absent, found.notes, found.precision) == (expected.absent, expected.notes, expected.precision)
+        assert all(g.equal(expected.gradients[name]) for name, g in found.gradients.items())
+
+
+def test_a_network_that_is_frozen_as_a_whole_shares_everything():
+    chain = rgap.prepare(copy.deepcopy(NETWORK).requires_grad_(False), (3, 8, 8))
+    assert not any(layer.is_frozen for layer in chain.layers) and receive(chain, GRADIENTS).absent == ()
 
 
 def test_the_heads_own_rounding_widens_the_tolerance_alone():
@@ -111,14 +135,17 @@ def test_gradients_that_track_their_own_gradient_are_taken():
         (GRADIENTS[:-1], "5 gradients for 6 parameters; give one for each, in the order of model.parameters"),
         ([*GRADIENTS, GRADIENTS[0]], "7 gradients for 6 parameters"),
         ([], "0 gradients for 6 parameters"),
-        (dict(zip(NAMES[1:], GRADIENTS[1:], strict=True)), r"missing \['0.weight'\], unknown \[\]"),
+        ({"0.wieght": GRADIENTS[0], "2.weight": GRADIENTS[2]}, r"missing \['0.weight', .*, unknown \['0.wieght'\]"),
+        ({}, "0 gradients for 6 parameters"),
         ({**dict(zip(NAMES, GRADIENTS, strict=True)), "9.weight": 0}, r"missing \[\], unknown \['9.weight'\]"),
         (changed(0, lambda g: g[:, :2]), r"'0.weight' has shape \(12, 2, 3, 3\); it must be \(12, 3, 3, 3\)"),
         (changed(5, lambda g: g.reshape(())), r"'5.bias' has shape \(\); it must be \(1,\)"),
         (changed(2, torch.Tensor.long), "'2.weight' is torch.int64; it must be a floating-point tensor"),
         (changed(2, lambda g: g.to(torch.complex128)), "'2.weight' is torch.complex128"),
         (changed(2, torch.Tensor.numpy), "'2.weight' is ndarray; it must be a floating-point tensor"),
-        (changed(3, lambda g: None), "'2.bias' is NoneType"),
+        (changed(3, lambda g: 1.0), "'2.bias' is float"),
+        (changed(4, lambda g: None), "the last layer's gradient '5.weight' is zero or not shared"),
+        ([None] * 6, "every gradient is zero"),
         (changed(0, lambda g: with_entry(g, torch.nan)), "'0.weight' holds NaN or infinity"),
         (changed(4, lambda g: with_entry(g, torch.inf)), "'5.weight' holds NaN or infinity"),
         (changed(4, lambda g: with_entry(g, -torch.inf)), "'5.weight' holds NaN or infinity"),

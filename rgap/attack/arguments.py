@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from rgap.client import check_loss, outputs_fit
 from rgap.network.chain import Chain, prepare
 from rgap.network.layer import Layer
-from rgap.results import UnsupportedLayerError
+from rgap.results import GradientMismatchError, UnsupportedLayerError
 from rgap.separation.subspaces import first_dense
+from rgap.shared_gradient import SharedGradient
 from rgap.tokens import PatchEmbedding, recognise
 
 
@@ -93,6 +94,18 @@ def check_batch(chain: Chain, loss: str) -> None:
             raise UnsupportedLayerError(
                 f"layer {layer.name!r}: a batch needs convolutions with invertible activations, and "
                 f"{layer.activation.name} is constant on a half-line; single images do not (batch_size=1)"
+            )
+
+
+def check_shared(chain: Chain, received: SharedGradient) -> None:
+    """Refuses gradients of a batch that lack one of a fully connected layer, where the images are told apart."""
+    for layer in chain.layers[first_dense(chain) :]:
+        missing = layer.bias_name in received.absent or not {layer.weight_name, layer.bias_name} & set(received.usable)
+        if missing and not layer.is_fixed:
+            absent = [name for name in (layer.weight_name, layer.bias_name) if name in received.absent]
+            raise GradientMismatchError(
+                f"the gradient of {absent[0]!r} is zero or not shared; a batch is taken apart by the gradients of all "
+                "fully connected layers, a single image (batch_size=1) by that of the last one"
             )
 
 

@@ -34,6 +34,9 @@ MAX_PRECISION_CONDITION = 1e-5
 DOUBT_RATIO = 1e4
 """Outputs smaller than this times the precision times their root mean square may have the wrong sign."""
 
+MAX_ZERO_INPUT = 1e-6
+"""Size of z − b relative to z up to which a layer's input is taken for zero where its weight's gradient is."""
+
 MIN_DOUBT = 1e-8
 """Smallest such size, relative to the root mean square."""
 
@@ -120,7 +123,7 @@ def descend(
     left_open, beliefs, noise_stds = [], {}, []
     for i in reversed(range(start.layer if len(x) else 0)):
         layer, above, begin = chain.layers[i], chain.layers[i + 1], time.perf_counter()
-        has_gradient = not layer.is_fixed and layer.weight_name not in received.underflowed
+        has_gradient = not layer.is_fixed and layer.weight_name not in received.absent
         G = layer.gradient(received.gradients) if has_gradient else torch.zeros_like(layer.weight)
         x, dx = (t.reshape(-1, *layer.output_shape) for t in (x, dx))
         if len(x) > 1 and has_gradient:
@@ -139,11 +142,11 @@ def descend(
             positive[layer.name] = z > 0 if slopes is None else slopes.positive
         if has_gradient:
             mismatch = max(mismatch, identity_residual(layer, G, dz, z, known))
-            if layer.bias_name is not None and layer.bias_name not in received.underflowed:
+            if layer.bias_name is not None and layer.bias_name not in received.absent:
                 mismatch = max(mismatch, bias_residual(layer, received.gradients[layer.bias_name], dz))
         if mismatch > give_up:
             return Descent(start, inputs, tuple(reports), mismatch, False)
-        equations = (G, dz if has_gradient else 0 * dz, z)
+        equations = (G, dz if has_gradient or _reads_zeros(layer, received, z) else 0 * dz, z)
         solution = solve_layer(layer, *equations, rcond=received.rcond, known=known, precision=received.precision)
         report = solution.report
         noise_stds += [] if solution.noise_std is None else [solution.noise_std]
@@ -239,6 +242,13 @@ def _above(chain: Chain, start: Start) -> tuple[dict[str, Tensor], dict[str, Ten
             positive[layer.name] = z > 0
         x = layer.activation.forward(z)
     return inputs, positive
+
+
+def _reads_zeros(layer: Layer, received: SharedGradient, z: Tensor) -> bool:
+    """Whether a weight's gradient is zero although the client trains the layer, as that of a black image is: z is b."""
+    if layer.bias_name not in received.usable:
+        return False
+    return bool(rms(z - layer.pre_bias()) <= MAX_ZERO_INPUT * rms(z))
 
 
 def _accuracy(report: LayerReport, received: SharedGradient) -> float:

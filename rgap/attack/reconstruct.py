@@ -28,6 +28,7 @@ from rgap.attack.arguments import (
     check_arguments,
     check_batch,
     check_options,
+    check_shared,
     checked_batch_labels,
     checked_labels,
     checked_network,
@@ -126,6 +127,7 @@ def read(
     chain, received, loss = attack.chain, attack.received, attack.loss
     notes: tuple[str, ...] = ()
     if batch_size != 1:
+        check_shared(chain, received)
         size = find_batch_size(chain, received, batch_size)
         if size.size > 1:
             check_batch(chain, loss)
@@ -195,7 +197,7 @@ def _with_noise_found(
     found = min((descent.noise_stds[0] for descent in descents if descent.noise_stds), default=0.0)
     if starts[0].batch_size > 1 or found <= NOISE_REESTIMATE_RATIO * max(map(rms, received.entry_std.values())):
         return attack, descents, notes
-    noisy = replace(receive(attack.chain, received.gradients, rcond, found), underflowed=received.underflowed)
+    noisy = replace(receive(attack.chain, received.gradients, rcond, found), absent=received.absent)
     noisy = replace(attack, received=noisy)
     again, others = follow(noisy, starts)
     most = NOISE_REESTIMATE_RATIO * found

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rgap.attack.arguments import check_options
 from rgap.baselines.optimisers import Objective
 from rgap.client import loss_value
+from rgap.models import trained_names
 from rgap.network.layer import Chain
 from rgap.results import PixelRange
 from rgap.shared_gradient import SharedGradient, receive_gradients
@@ -38,14 +39,14 @@ class GradientObjective:
     """The distance from the shared gradient as a function of trial images, in the optimiser's precision, on its device.
 
     The model is in the mode in which it was given; parameters and buffers are by name. `targets` is the shared gradient
-    in the order of the parameters, `sizes` has ‖g‖² of each of its tensors, `shape` is (B, C, H, W) of the images, and
+    by name, without what is absent, `sizes` has ‖g‖² of each of its tensors, `shape` is (B, C, H, W) of the images, and
     `received` holds the gradients in float64 and their precision.
     """
 
     model: nn.Module
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
-    targets: tuple[Tensor, ...]
+    targets: Mapping[str, Tensor]
     sizes: Tensor
     loss: str
     shape: tuple[int, int, int, int]
@@ -56,9 +57,10 @@ class GradientObjective:
         """Compares the gradient of trial images (B, C, H, W), in the precision of `sizes`, with the shared one."""
         outputs = torch.func.functional_call(self.model, {**self.buffers, **self.parameters}, images)
         value = loss_value(self.loss, outputs, labels)
-        mine = torch.autograd.grad(value, list(self.parameters.values()), create_graph=True, materialize_grads=True)
-        squares = torch.stack([(a - g).square().sum() for a, g in zip(mine, self.targets, strict=True)])
-        dot = sum((a * g).sum() for a, g in zip(mine, self.targets, strict=True))
+        wanted, targets = [self.parameters[name] for name in self.targets], self.targets.values()
+        mine = torch.autograd.grad(value, wanted, create_graph=True, materialize_grads=True)
+        squares = torch.stack([(a - g).square().sum() for a, g in zip(mine, targets, strict=True)])
+        dot = sum((a * g).sum() for a, g in zip(mine, targets, strict=True))
         length = sum(a.square().sum() for a in mine)
         total = self.sizes.sum()
         residual = (squares.detach() / torch.where(self.sizes > 0, self.sizes, self.sizes.max())).max().sqrt().item()
@@ -109,14 +111,14 @@ def gradient_objective(
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype is {dtype}; the optimisers work in torch.float32 or torch.float64")
     named = dict(model.named_parameters())
-    received = receive_gradients(named, gradients, noise_std=noise_std)
+    received = receive_gradients(named, gradients, noise_std=noise_std, trained=trained_names(model))
     target = {"device": device, "dtype": dtype}
     values = {name: p.detach().to(**target).requires_grad_() for name, p in named.items()}
-    shared = tuple(g.to(**target) for g in received.gradients.values())
+    shared = {name: g.to(**target) for name, g in received.usable.items()}
     # Copies, because a network in training mode writes to its buffers.
     floating = {n: dtype if b.is_floating_point() else b.dtype for n, b in model.named_buffers()}
     buffers = {n: b.to(device, floating[n], copy=True) for n, b in model.named_buffers()}
-    sizes = torch.stack([g.square().sum() for g in shared])
+    sizes = torch.stack([g.square().sum() for g in shared.values()])
     shape = (batch_size, *image_shape)
     return GradientObjective(model, values, buffers, shared, sizes, loss, shape, PixelRange(*pixel_range), received)
 

@@ -59,20 +59,27 @@ def gradient_matching_closer(
             return None
         notes.append(f"{solution.null_basis.shape[1]} open unknowns of layer {name!r} by gradient matching")
         shown = before is chain.layers[0]
-        return _filled(solution, factors, before.gradient(received.gradients), dx, steps, record, shown)
+        G = before.gradient(received.gradients) if before.weight_name not in received.absent else None
+        return _filled(solution, factors, G, dx, steps, record, shown)
 
     return close
 
 
 def _filled(
-    solution: LayerSolution, previous: PreviousLayer, G: Tensor, dx: Tensor, steps: int, record: Record, shown: bool
+    solution: LayerSolution,
+    previous: PreviousLayer,
+    G: Tensor | None,
+    dx: Tensor,
+    steps: int,
+    record: Record,
+    shown: bool,
 ) -> VirtualSolution:
     """The layer's input with the t that matches best; `shown`: the input of the layer before is the image to record."""
     before, x0, N = previous.layer, solution.x.flatten(), solution.null_basis
     left, pinv, order = map(torch.from_numpy, (previous.left, previous.pinv, np.argsort(previous.order)))
     bias = torch.from_numpy(previous.bias.copy())
     size = (before.activation.inverse(x0) - bias).square().sum()
-    range_only = N.shape[1] <= RANGE_ONLY_SHARE * left.shape[1]
+    range_only = G is None or N.shape[1] <= RANGE_ONLY_SHARE * left.shape[1]
 
     def input_before(t: Tensor) -> Tensor:
         z = before.activation.inverse(x0 + N @ t)

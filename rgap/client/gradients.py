@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rgap.models import trained_names
 from rgap.results import GradientMismatchError
 
 LOSSES = ("logistic", "cross_entropy", "mse")
@@ -69,7 +70,8 @@ def client_gradients(model: nn.Module, images: Tensor, labels: Tensor, loss: str
         loss: A name in `LOSSES`.
 
     Returns:
-        One tensor for each parameter, in the order of `model.parameters()`.
+        One tensor for each parameter, in the order of `model.parameters()`; zeros for a parameter that is frozen
+        (`requires_grad=False`), unless all are.
 
     Raises:
         ValueError: If the batch is empty, images and labels differ in number, labels are out of range, or the loss is
@@ -82,7 +84,9 @@ def client_gradients(model: nn.Module, images: Tensor, labels: Tensor, loss: str
         raise ValueError(f"labels have shape {tuple(labels.shape)}, and {len(images)} images need ({len(images)},)")
     if labels.is_floating_point():
         raise ValueError(f"labels are {labels.dtype}; they must be integers")
-    return list(gradients_of(model, dict(model.named_parameters()), images, labels, loss).values())
+    gradients = gradients_of(model, dict(model.named_parameters()), images, labels, loss)
+    trained = trained_names(model)
+    return [g if name in trained else torch.zeros_like(g) for name, g in gradients.items()]
 
 
 def gradients_of(

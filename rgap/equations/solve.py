@@ -209,7 +209,8 @@ def _iterate(problem: _Problem) -> LayerSolution | None:
     layer, G, z, known = problem.layer, problem.G, problem.z, problem.known
     if problem.left_open <= problem.limits.iterative_unknowns:
         return None
-    law = layer_laws(layer).both
+    laws = layer_laws(layer)
+    law = laws.both if problem.dz.any() else laws.weights
     missing = 0 if law is None else layer.unknowns - law
     if missing and not problem.is_too_large:
         return None

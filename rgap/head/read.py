@@ -11,6 +11,7 @@ from rgap.head.logistic import read_logistic
 from rgap.head.softmax import read_softmax
 from rgap.head.squared import read_squared
 from rgap.network.layer import Layer
+from rgap.results import GradientMismatchError
 from rgap.shared_gradient import SharedGradient
 
 READERS = {"logistic": read_logistic, "cross_entropy": read_softmax, "mse": read_squared}
@@ -32,8 +33,15 @@ def read_head(loss: str, layer: Layer, received: SharedGradient, known: int | No
         The `HeadReading`.
 
     Raises:
-        GradientMismatchError: If the gradient is clearly that of another label than the one given.
+        GradientMismatchError: If the gradient is clearly that of another label than the one given, or that of the bias
+            is absent where the loss needs it.
     """
     G = received.gradients[layer.weight_name].flatten(1)
-    bias = received.gradients[layer.bias_name] if layer.bias_name else None
+    shared = received.usable.get(layer.bias_name)
+    bias = shared if shared is not None and shared.any() else None
+    if bias is None and layer.bias is not None and layer.bias.any() and loss != "cross_entropy":
+        raise GradientMismatchError(
+            f"the gradient of the last layer's bias {layer.bias_name!r} is zero or not shared; beside a bias the "
+            f"{loss} loss needs it for the label and the scale"
+        )
     return READERS[loss](HeadGradient(layer, G, bias, received.precision, received.tolerance, known))

@@ -55,9 +55,8 @@ def read_softmax(head: HeadGradient) -> HeadReading:
 
     With a bias δz is the bias's gradient; its one negative entry is the label's.
     """
-    if head.bias is not None and head.bias.any():
+    if head.bias is not None:
         return _with_bias(head, head.bias)
-    notes = [] if head.bias is None else ["the last bias's gradient is zero, and its weight's is not: altered"]
     factors, known = rank_one(head.G), head.known
     misfits = sign_misfits(factors.u)
     likely = misfits.argsort()[:MAX_LABELS_TRIED]
@@ -73,7 +72,7 @@ def read_softmax(head: HeadGradient) -> HeadReading:
     residuals |= {k: min(h.residual for _, h in solved if h.label == k) for k in {h.label for _, h in solved}}
     allowed = max(MAX_MISFIT_STDS, 3 * min(chi for chi, h in solved if known in (None, h.label)))
     found = [h for chi, h in solved if chi <= allowed]
-    return reading(head, found, residuals, notes, max(h.rounding for h in found))
+    return reading(head, found, residuals, [], max(h.rounding for h in found))
 
 
 def sign_misfits(u: Tensor) -> Tensor:

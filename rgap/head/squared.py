@@ -102,9 +102,6 @@ def _one_output(head: HeadGradient) -> HeadReading:
 
 
 def _with_bias(head: HeadGradient) -> HeadReading:
-    dz, notes = head.bias, []
-    if not dz.any():
-        notes = ["the last bias's gradient is zero, and its weight's is not: it was altered, or lost to rounding"]
-        dz = 1e-12 * rank_one(head.G).u
+    dz = head.bias
     targets = torch.eye(len(dz), dtype=dz.dtype) if len(dz) > 1 else dz.new_tensor([[-1.0], [1.0]])
-    return reading_with_bias(head, dz, lambda z, label: (z - targets[label]) / (len(dz) / 2), notes)
+    return reading_with_bias(head, dz, lambda z, label: (z - targets[label]) / (len(dz) / 2), [])

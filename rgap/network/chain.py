@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from rgap.models import trained_names
 from rgap.network.activations import IDENTITY
 from rgap.network.folding import Folder, parameter_copy
 from rgap.network.layer import Chain, Layer
@@ -41,7 +42,8 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
         raise ValueError(f"parameter {missing[0]!r} is on the meta device, which holds no values; load the weights")
     steps = trace(model, image_shape)
     constants = {step.name for step in steps if step.kind == "constant"}
-    folder, previous = Folder({id(p): name for name, p in model.named_parameters()}, []), None
+    names = {id(p): name for name, p in model.named_parameters()}
+    folder, previous = Folder(names, trained_names(model), []), None
     for step in steps:
         if step.kind == "constant" or (step.kind == "reshape" and not step.output_shape):
             continue  # a size is read here, not a tensor

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,10 +28,12 @@ from rgap.results import UnsupportedLayerError
 class Folder:
     """Folds the steps of a chain into `layers`, one after the other.
 
-    `names` has the name of a parameter by its id; `pad` is an injective fixed layer that the next convolution takes in.
+    `names` has the name of a parameter by its id, `trained` those that a client trains; `pad` is an injective fixed
+    layer that the next convolution takes in.
     """
 
     names: dict[int, str]
+    trained: Sequence[str]
     layers: list[Layer]
     pad: Layer | None = None
 
@@ -78,7 +81,12 @@ class Folder:
             takes = f"it takes channels and {len(module.kernel_size)} axes of pixels"
             raise UnsupportedLayerError(f"layer {step.title} gets an input of shape {shape}; {takes}")
         layer = linear_layer(module, shape, step.output_shape)
-        parameters = {"weight": parameter_copy(layer.weight), "weight_name": self.names[id(module.weight)]}
+        name = self.names[id(module.weight)]
+        parameters = {
+            "weight": parameter_copy(layer.weight),
+            "weight_name": name,
+            "is_frozen": name not in self.trained,
+        }
         if module.bias is not None:
             parameters |= {"bias": parameter_copy(module.bias), "bias_name": self.names[id(module.bias)]}
         if getattr(module, "padding_mode", "zeros") != "zeros" and any(layer.padding):

@@ -41,6 +41,7 @@ class Layer:
         shift: Constant added after everything else, shaped as the output; None for 0.
         is_fixed: Whether the layer has no weight of its own, and so no gradient constraints.
         cache: Results that depend on the model alone, kept for the next attack.
+        is_frozen: Whether the client does not train its weight, and so shares no gradient of it.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Layer:
     shift: Tensor | None = None
     is_fixed: bool = False
     cache: dict[str, Any] = field(default_factory=dict, repr=False)
+    is_frozen: bool = False
 
     @property
     def unknowns(self) -> int:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from rgap.models import trained_names
 from rgap.results import UnsupportedLayerError
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
@@ -196,7 +197,7 @@ def _run(model: nn.Module, image_shape: tuple[int, ...], image: Tensor, only_pat
         statistics = name in buffers and t.ndim < 2  # such as batch norm's, which may not require gradients
         values[name] = value.requires_grad_(t.is_floating_point() and not statistics)
     leaves = {name: value for name, value in values.items() if value.requires_grad}
-    watch = _Watch(leaves, _trainable(model), only_patches)
+    watch = _Watch(leaves, set(trained_names(model)), only_patches)
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=[]), watch:
             torch.func.functional_call(model, values, image if only_patches else image.to(wide))
@@ -207,12 +208,6 @@ def _run(model: nn.Module, image_shape: tuple[int, ...], image: Tensor, only_pat
             f"image_shape {tuple(image_shape)} does not fit {type(model).__name__}: {str(error).partition(chr(10))[0]}"
         ) from error
     return watch
-
-
-def _trainable(model: nn.Module) -> set[str]:
-    """Parameters whose gradients are shared: all of them where the whole network was frozen for the attack."""
-    parameters = dict(model.named_parameters())
-    return {name for name, p in parameters.items() if p.requires_grad} or set(parameters)
 
 
 def _embedding(func, args, kwargs, values: dict[str, Tensor]) -> _Embedding | None:

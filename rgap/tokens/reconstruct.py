@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rgap.client import UpdateGradients, check_loss
+from rgap.models import trained_names
 from rgap.results import (
     Candidate,
     GradientMismatchError,
@@ -146,7 +147,8 @@ def _receive(embedding: PatchEmbedding, gradients, noise_std: float | None) -> t
     Others may be nothing but rounding, as that of a key's bias is, and seem to be in a coarser format.
     """
     parameters = dict(embedding.model.named_parameters())
-    received = receive_gradients(parameters, gradients, noise_std=noise_std)
+    trained = trained_names(embedding.model)
+    received = receive_gradients(parameters, gradients, noise_std=noise_std, trained=trained)
     if not all(received.gradients[name].any() for name in (embedding.weight_name, embedding.position_name)):
         reached = [name for name, g in received.gradients.items() if g.any()]
         if zero := [name for name in reached if parameters[name].ndim == 2 and not parameters[name].any()]:
@@ -154,8 +156,8 @@ def _receive(embedding: PatchEmbedding, gradients, noise_std: float | None) -> t
                 f"the head's weight {zero[-1]!r} is zero: no gradient reaches the image; draw it, or take trained ones"
             )
         raise GradientMismatchError(
-            f"the gradient of {embedding.weight_name!r} or {embedding.position_name!r} is zero, and that of "
-            f"{reached[-1]!r} is not; nothing can be recovered"
+            f"the gradient of {embedding.weight_name!r} or {embedding.position_name!r} is zero or not shared, and "
+            f"that of {reached[-1]!r} is not; nothing can be recovered"
         )
     used = {name: received.gradients[name] for name in _used(embedding)}
     if received.noise_std:
@@ -191,7 +193,7 @@ def _about(embedding: PatchEmbedding, solution: PatchSolution, shared: Mapping[s
         f"{max(0, width - 1 - solution.rank)} surplus equations for each entry of a patch all are missed by "
         f"{solution.residual:.2g}"
     ]
-    if embedding.bias_name:
+    if embedding.bias_name and shared[embedding.bias_name].any():
         total = shared[embedding.position_name].flatten()[embedding.position_entries].sum(0)
         miss = (total - shared[embedding.bias_name]).norm() / shared[embedding.bias_name].norm().clamp(min=1e-300)
         notes.append(f"the tokens' gradients add up to that of {embedding.bias_name!r}, missed by {miss.item():.2g}")

@@ -88,10 +88,11 @@ def close_by_previous(
 
     Returns:
         A `VirtualSolution`; None where there is no null basis, or the layer before has groups, no weight or an
-        activation without inverse, is too large, or is itself rank-deficient.
+        activation without inverse, is too large, is itself rank-deficient, or has nothing to add.
     """
     factors = previous_factors(before) if solution.null_basis is not None and before.activation.one_to_one else None
-    if factors is None:
+    is_shared = before.weight_name not in received.absent
+    if factors is None or not (is_shared or factors.left.size):
         return None
     noise = ERROR_AMPLIFICATION * max(received.precision, FLOAT64_FLOOR)
     problem = DeficientLayer(
@@ -100,7 +101,7 @@ def close_by_previous(
         known=(noise * z.square().mean().sqrt() * solution.weak_gain).numpy(),
         activation=flattened(before.activation, before.output_shape),
         previous=factors,
-        G=before.gradient(received.gradients).numpy(),
+        G=before.gradient(received.gradients).numpy() if is_shared else None,
         dx=dx.reshape(before.output_shape).numpy(),
         noise=noise,
     )
@@ -118,7 +119,8 @@ def solve_virtual(problem: DeficientLayer, *, reads_image: bool = False) -> Virt
     """
     beliefs: list = []
     for channels, rows in _plan(problem, reads_image):
-        room = problem.previous.left.shape[1] + channels.size * problem.G[0].size - problem.homogeneous * channels.size
+        independent = 0 if problem.G is None else channels.size * (problem.G[0].size - problem.homogeneous)
+        room = problem.previous.left.shape[1] + independent
         hopeless = room + problem.known.size - problem.unknowns < CERTIFICATE_SURPLUS
         t, image = _attempt(problem, channels, rows, hopeless, beliefs)
         solution = _certify(problem, t, image, _channels(problem), beliefs)
@@ -132,7 +134,8 @@ def _plan(problem: DeficientLayer, reads_image: bool) -> list[tuple[NDArray, tup
     supplied = problem.previous.left.shape[1]
     channels, deficit = _channels(problem), problem.N.shape[1] - problem.known.size
     plan = [(channels[:0], None)] if deficit <= 0.75 * supplied else []
-    tight = deficit + problem.previous.null.shape[1] > 0.7 * (supplied + problem.G.size)
+    gradients = 0 if problem.G is None else problem.G.size
+    tight = deficit + problem.previous.null.shape[1] > 0.7 * (supplied + gradients)
     if reads_image and tight:
         plan.append((channels, smooth_image_rows(problem.previous)))
     return [*plan, (channels, None)]
@@ -140,6 +143,8 @@ def _plan(problem: DeficientLayer, reads_image: bool) -> list[tuple[NDArray, tup
 
 def _channels(problem: DeficientLayer, most: int = 4000) -> NDArray:
     """Output channels whose gradient is used: all, or in large layers enough for three equations per unknown."""
+    if problem.G is None:
+        return np.arange(0)
     outputs, taps = problem.G.shape[0], problem.G[0].size
     enough = outputs if outputs * taps <= 1000 else max(1, min(outputs, -(-3 * problem.unknowns // taps), most // taps))
     return np.linspace(0, outputs - 1, enough).round().astype(int)

@@ -30,7 +30,7 @@ class DeficientLayer:
         known: Standard deviation of the layer's own values, which are 0, for the last w coefficients, (w,).
         activation: σ between the layer before and this one, on vectors (n,).
         previous: Factors of the layer before.
-        G: That layer's gradient, (O, C, kh, kw).
+        G: That layer's gradient, (O, C, kh, kw); None where it is absent.
         dx: Gradient of the loss by x, in the shape of that layer's output, (O, H′, W′).
         noise: Relative noise of the data.
     """
@@ -40,7 +40,7 @@ class DeficientLayer:
     known: NDArray
     activation: Activation
     previous: PreviousLayer
-    G: NDArray
+    G: NDArray | None
     dx: NDArray
     noise: float
 
@@ -171,6 +171,8 @@ def independent_gradients(problem: DeficientLayer, m: NDArray, channels: NDArray
     ⟨G′[o], W′[o′]⟩ = ⟨δz′[o], z′[o′]⟩ = ⟨δx[o], x[o′]⟩ holds for o = o′ where σ is homogeneous and there is no bias,
     and for o ≠ o′ where each of the two channels has one sign throughout: these equations are redundant.
     """
+    if not channels.size:
+        return 0
     slopes = slope(problem.activation, m).reshape(problem.dx.shape)
     rank = problem.previous.gradient_rank((slopes * problem.dx)[channels])
     if not problem.homogeneous:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import rand, sequential, small_cnn
+from cases import batch, fcn, rand, sequential, small_cnn
 from torch import nn
 from torch.testing import assert_close
 
@@ -164,6 +164,52 @@ def test_gradients_that_underflow_are_noted_and_never_certify(virtual_constraint
     assert result.verdict == "rank-deficient" and result.images.isfinite().all()
     cast = rgap.reconstruct(network, [g.double() for g in gradients], SHAPE, virtual_constraints=virtual_constraints)
     assert cast.verdict == "rank-deficient"
+
+
+def three_ways(network, gradients, frozen):
+    """A gradient without that of the `frozen` parameters: None in a list, a mapping without them, zeros."""
+    named = dict(zip(dict(network.named_parameters()), gradients, strict=True))
+    left = {name: g for name, g in named.items() if name not in frozen}
+    return [left.get(name) for name in named], left, [left.get(name, torch.zeros_like(g)) for name, g in named.items()]
+
+
+@pytest.mark.parametrize("frozen", [("2.weight", "2.bias"), ("0.weight",), ("0.weight", "0.bias", "2.weight")])
+def test_what_a_client_does_not_train_is_not_used_however_it_says_so(frozen):
+    modules = [nn.Conv2d(3, 14, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(14, 20, 3, 1, 1), nn.LeakyReLU(0.2)]
+    network = sequential(*modules, nn.Flatten(), nn.Linear(320, 1))
+    note = f"not shared, or zero, and not used: the gradient of {', '.join(map(repr, frozen))}"
+    for given in three_ways(network, gradients_for(network), frozen):
+        result = rgap.reconstruct(network, given, SHAPE)
+        assert result.verdict == "exact" and note in result.notes
+        assert rgap.metrics.psnr_db(result.images, IMAGE).item() > 150
+
+
+def test_a_frozen_layer_that_its_weights_do_not_invert_stays_open():
+    modules = [nn.Conv2d(3, 8, 3, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(128, 4)]
+    network = sequential(*modules)
+    network[0].requires_grad_(False)
+    gradients = rgap.client_gradients(network, IMAGE, torch.tensor([2]), "cross_entropy")
+    for given in (gradients, gradients[2:], three_ways(network, gradients, ("0.weight", "0.bias"))[1]):
+        result = rgap.reconstruct(network, given, SHAPE, "cross_entropy")
+        assert result.verdict == "rank-deficient" and result.layers[-1].deficit == 192 - 128
+
+
+@pytest.mark.parametrize("channels", [8, 14])
+def test_a_black_image_has_a_gradient_of_zeros_and_comes_back(channels):
+    modules = [nn.Conv2d(3, channels, 3, 2, 1), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(16 * channels, 4)]
+    network, black = sequential(*modules), torch.zeros_like(IMAGE)
+    gradients = rgap.client_gradients(network, black, torch.tensor([1]), "cross_entropy")
+    result = rgap.reconstruct(network, gradients, SHAPE, "cross_entropy")
+    assert not gradients[0].any() and result.verdict == "exact"
+    assert_close(result.images, black, rtol=0, atol=1e-12)
+
+
+def test_a_batch_needs_the_gradients_of_all_fully_connected_layers():
+    network = fcn(bias=True)
+    images, labels = batch(3)
+    for given in three_ways(network, rgap.client_gradients(network, images, labels), ("3.weight", "3.bias")):
+        with pytest.raises(rgap.GradientMismatchError, match=r"'3.weight' is zero or not shared; a batch"):
+            rgap.reconstruct(network, given, (1, 6, 6), batch_size=3)
 
 
 def test_a_confident_softmax_in_float32_is_recovered():

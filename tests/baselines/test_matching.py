@@ -15,7 +15,7 @@ def test_the_distance_is_that_of_dense_algebra_and_its_slope_that_of_differences
     x = rand(1, 3, 8, 8, seed=5).requires_grad_()
     found = problem.distances(x, LABEL)
     mine = torch.cat([g.flatten() for g in rgap.client_gradients(model, x.detach(), LABEL, "cross_entropy")])
-    target = torch.cat([g.flatten() for g in problem.targets])
+    target = torch.cat([g.flatten() for g in problem.targets.values()])
     assert found.squared.item() == pytest.approx(((mine - target).norm() / target.norm()).item() ** 2)
     assert found.cosine.item() == pytest.approx(1 - torch.cosine_similarity(mine, target, dim=0).item())
     assert torch.autograd.gradcheck(lambda x: problem.distances(x, LABEL).squared, x, fast_mode=True)

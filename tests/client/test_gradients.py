@@ -60,14 +60,16 @@ def test_gradients_are_taken_at_the_given_values():
         assert_close(gradient, expected.double(), rtol=1e-4, atol=1e-7)
 
 
-def test_a_parameter_that_is_not_used_or_frozen_has_a_gradient_all_the_same():
+def test_a_parameter_that_is_not_used_or_frozen_has_zeros():
     network = small_cnn().float()
     network.register_parameter("unused", nn.Parameter(torch.ones(2)))
     network[0].weight.requires_grad_(False)
     gradients = dict(zip(dict(network.named_parameters()), rgap.client_gradients(network, IMAGES, LABELS), strict=True))
     assert gradients["unused"].equal(torch.zeros(2))
-    assert gradients["0.weight"].any()
+    assert gradients["0.weight"].equal(torch.zeros(12, 3, 3, 3)) and gradients["2.weight"].any()
     assert not network[0].weight.requires_grad
+    network.requires_grad_(False)
+    assert rgap.client_gradients(network, IMAGES, LABELS)[1].any()  # frozen as a whole, for evaluation
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -67,13 +67,17 @@ def test_a_bias_determines_label_and_input_of_one_output(f, label):
     assert_close(h.x, x, rtol=1e-9, atol=0)
 
 
-def test_a_bias_gradient_of_zero_is_noted():
+def test_without_the_bias_gradient_it_is_refused_and_beside_a_bias_of_zero_read():
     model, image = last_layer(3, 10, True, seed=0), rand(1, 1, 1, 10)
     chain = rgap.prepare(model, (1, 1, 10))
     G, b = rgap.client_gradients(model, image, torch.tensor([1]), "mse")
-    found = read_head("mse", chain.layers[-1], receive(chain, [G, 0 * b]))
-    assert "the last bias's gradient is zero" in found.notes[0]
-    assert all(h.x.isfinite().all() for h in found.hypotheses)
+    with pytest.raises(rgap.GradientMismatchError, match=r"'1.bias' is zero or not shared; beside a bias the mse"):
+        read_head("mse", chain.layers[-1], receive(chain, [G, 0 * b]))
+    torch.nn.init.zeros_(model[1].bias)
+    chain = rgap.prepare(model, (1, 1, 10))
+    G, _ = rgap.client_gradients(model, image, torch.tensor([1]), "mse")
+    found = read_head("mse", chain.layers[-1], receive(chain, [G, None]))
+    assert_close(found.hypotheses[0].x, image.flatten(), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("gap", [1e-1, 1e-4, 1e-8])

