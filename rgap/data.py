@@ -4,6 +4,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ import skimage.data
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from rgap.arguments import check_choice, check_count, check_image_shape, check_labels, check_seed, check_tensor
 
 # Photographs that scikit-image's wheel contains; a label is the place in this tuple.
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")
@@ -72,7 +75,7 @@ def load_images(
             image.
         FileNotFoundError: If the folder is missing or has no image, or a data set is neither there nor downloadable.
     """
-    _check_arguments(count, image_shape, split, classes)
+    _check_arguments(count, image_shape, seed, split, classes)
     images = _open_source(source, grey=image_shape[0] == 1, split=split)
     places = _places(index, count, seed, len(images.labels), source)
     pixels = torch.stack([_fit(images.pixels(i), image_shape) for i in places])
@@ -80,15 +83,15 @@ def load_images(
     return pixels, labels if classes is None else _two_classes(images.class_names)[labels]
 
 
-def _check_arguments(count, image_shape, split, classes):
-    shape = tuple(image_shape)
-    if len(shape) != 3 or shape[0] not in (1, 3) or not all(isinstance(n, int) and n > 0 for n in shape):
+def _check_arguments(count, image_shape, seed, split, classes):
+    shape = check_image_shape(image_shape)
+    if len(shape) != 3 or shape[0] not in (1, 3):
         raise ValueError(f"image_shape is {image_shape}; it must be (C, H, W) with C = 1 or 3 and positive H and W")
-    if count is not None and count < 1:
-        raise ValueError(f"count is {count}; an empty batch has no gradient, ask for at least one image")
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; it must be 'train' or 'test'")
-    if classes not in (None, 2):
+    if count is not None:
+        check_count("count", count, hint=": an empty batch has no gradient")
+    check_seed(seed)
+    check_choice("split", split, SPLITS)
+    if classes is not None and check_count("classes", classes) != 2:
         raise ValueError(f"classes is {classes!r}; it must be None (labels unchanged) or 2 (labels mapped to 0 and 1)")
 
 
@@ -100,7 +103,9 @@ def _places(index, count, seed, size, source):
         if count > size:
             raise ValueError(f"count is {count}, but {source!r} has {size} images in this split")
         return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    places = [int(place) for place in ([index] if np.ndim(index) == 0 else index)]
+    if isinstance(index, torch.Tensor | np.ndarray | Integral):
+        index = torch.atleast_1d(check_tensor("index", np.asarray(index) if isinstance(index, Integral) else index))
+    places = check_labels(index, name="index").tolist()
     if not places:
         raise ValueError("index is an empty sequence; give at least one place, or None for random images")
     if outside := [place for place in places if not 0 <= place < size]:
@@ -110,12 +115,12 @@ def _places(index, count, seed, size, source):
 
 
 def _open_source(source, *, grey, split):
-    name, _, path = source.partition(":")
+    name, _, path = source.partition(":") if isinstance(source, str) else ("", "", "")
     if name == "folder" and path:
         return _folder(Path(path).expanduser())
     if source == "embedded":
         return _faces(split) if grey else _crops(split)
-    if source in DOWNLOADS:
+    if name in DOWNLOADS and not path:
         return _torchvision(source, split)
     raise ValueError(f"source is {source!r}; it must be 'embedded', 'cifar10', 'mnist' or 'folder:PATH'")
 

@@ -3,6 +3,8 @@
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from rgap.arguments import check_tensor
+
 
 def mse(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Mean squared error, mean over channels and pixels.
@@ -78,6 +80,9 @@ def match(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If there are more images than references, or their shapes differ.
     """
+    images, references = (
+        check_tensor(name, value, finite=True) for name, value in (("images", images), ("references", references))
+    )
     if images.ndim != 4 or images.shape[1:] != references.shape[1:] or len(images) > len(references):
         given = f"cannot match images {tuple(images.shape)} with references {tuple(references.shape)}"
         needed = "both must be (N, C, H, W) with equal C, H, W and at least one reference per image"
@@ -90,6 +95,7 @@ def match(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
 
 
 def _pair(x, y):
+    x, y = check_tensor("x", x), check_tensor("y", y)
     if x.ndim != 4 or x.shape != y.shape:
         raise ValueError(f"shapes are {tuple(x.shape)} and {tuple(y.shape)}; both must be the same (N, C, H, W)")
     return x.detach().double(), y.detach().double()

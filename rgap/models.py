@@ -7,10 +7,15 @@ import itertools
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
+
+from rgap.arguments import check_count, check_number, check_seed, shown
+
+MAX_UNIFORM_BOUND = 1e6
+"""Largest bound of uniform weights."""
 
 LEAKY_SLOPE = 0.2
 """Negative slope of every LeakyReLU here."""
@@ -46,6 +51,7 @@ def cnn6(seed: int = 0, width: int = 36, classes: int = 1, head_bias: bool = Fal
         classes: Outputs; 1 is one logit, as in the paper.
         head_bias: Whether the last layer has a bias.
     """
+    width, classes = check_count("width", width), check_count("classes", classes)
     return _seeded(lambda: nn.Sequential(*_cnn6_layers(width), *_dense_layers((3200, classes), head_bias)), seed)
 
 
@@ -66,7 +72,7 @@ def cnn6_batch(
         bias: Whether all layers have biases.
         width: Channels of the second convolution, as in `cnn6`.
     """
-    sizes = (3200, *hidden, classes)
+    width, sizes = check_count("width", width), (3200, *_widths("hidden", hidden), check_count("classes", classes))
     return _seeded(lambda: nn.Sequential(*_cnn6_layers(width, bias), *_dense_layers(sizes, bias)), seed)
 
 
@@ -77,7 +83,7 @@ def fcn3(seed: int = 0, widths: tuple[int, ...] = (1000, 100)) -> nn.Sequential:
         seed: Seed of the weights; the global generator is left as it was.
         widths: Hidden widths.
     """
-    return _seeded(lambda: nn.Sequential(nn.Flatten(), *_dense_layers((784, *widths, 1))), seed)
+    return _seeded(lambda: nn.Sequential(nn.Flatten(), *_dense_layers((784, *_widths("widths", widths), 1))), seed)
 
 
 def lenet(
@@ -105,8 +111,15 @@ def lenet(
     Raises:
         ValueError: If the numbers of widths, strides and activations differ.
     """
-    strides = (2, 2, *[1] * len(widths))[: len(widths)] if strides is None else strides
+    widths, classes = _widths("widths", widths), check_count("classes", classes)
+    strides = (2, 2, *[1] * len(widths))[: len(widths)] if strides is None else _widths("strides", strides)
+    if isinstance(activation, nn.Module):
+        raise ValueError(f"activation is a {type(activation).__name__}; give a function that makes one, its class")
     makers = [activation] * len(widths) if callable(activation) else activation
+    if not isinstance(makers, Sequence) or not all(isinstance(make, Callable) for make in makers):
+        raise ValueError(f"activation is {shown(activation)}; give a function that makes a module, or one for each")
+    if uniform is not None:
+        check_number("uniform", uniform, high=MAX_UNIFORM_BOUND)
     if not len(widths) == len(strides) == len(makers):
         given = f"{len(widths)} widths, {len(strides)} strides, {len(makers)} activations"
         raise ValueError(f"{given}; give the same number of each")
@@ -141,8 +154,9 @@ def resnet18(seed: int = 0, cut: tuple[str, ...] = (), classes: int = 10) -> nn.
     """
     from torchvision.models.resnet import BasicBlock, ResNet  # slow to import, and only needed here
 
-    if unknown := set(cut) - set(RESNET18_BLOCKS):
-        raise ValueError(f"cut has {sorted(unknown)}; the blocks are {', '.join(RESNET18_BLOCKS)}")
+    classes, blocks = check_count("classes", classes), isinstance(cut, Collection) and not isinstance(cut, str | bytes)
+    if not blocks or (unknown := [name for name in cut if name not in RESNET18_BLOCKS]):
+        raise ValueError(f"cut has {unknown if blocks else cut!r}; the blocks are {', '.join(RESNET18_BLOCKS)}")
 
     def network():
         model = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=classes)
@@ -242,9 +256,21 @@ def _dense_layers(sizes: Sequence[int], bias: bool = False) -> list[nn.Module]:
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    seed = check_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build().eval()
+        try:
+            return build().eval()
+        except RuntimeError as error:  # the allocator's
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"a network of these widths (hidden, classes) cannot be built: {reason}") from error
+
+
+def _widths(name: str, widths: Sequence[int]) -> tuple[int, ...]:
+    """Whole numbers of at least 1, one a layer."""
+    if isinstance(widths, Sequence) and not isinstance(widths, str | bytes):
+        return tuple(check_count(name, width) for width in widths)
+    raise ValueError(f"{name} is {shown(widths)}; give a sequence of whole numbers, one a layer")
 
 
 def load_model(name: str, seed: int = 0) -> tuple[nn.Module, tuple[int, ...] | None]:
@@ -261,6 +287,9 @@ def load_model(name: str, seed: int = 0) -> tuple[nn.Module, tuple[int, ...] | N
     Raises:
         ValueError: If there is no network of this name; the message says what there is instead.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"model's name is {shown(name)}; give a text, such as cnn6")
+    check_seed(seed)
     if name in ANALYSIS_SHAPES:
         return globals()[name](seed=seed), ANALYSIS_SHAPES[name]
     module, _, attribute = name.partition(":")

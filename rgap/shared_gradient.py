@@ -7,13 +7,14 @@ leaves exact zeros among entries that are far from zero (ours).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from rgap.arguments import all_finite, check_tensor
 from rgap.linalg import rms
 from rgap.models import trained_names
 from rgap.network.layer import Chain
@@ -136,18 +137,19 @@ def receive_gradients(
     """The same for the named parameters of any network, whatever its last layer; those `trained` may come alone."""
     found = _by_name(list(parameters), gradients, trained)
     unshared = [name for name, g in found.items() if g is None]
-    named = {name: torch.zeros_like(parameters[name]) if g is None else g for name, g in found.items()}
+    named = {
+        name: torch.zeros_like(parameters[name])
+        if g is None
+        else check_tensor(f"gradient of {name!r}", g, GradientMismatchError)
+        for name, g in found.items()
+    }
     for (name, g), parameter in zip(named.items(), parameters.values(), strict=True):
-        if not isinstance(g, Tensor) or not g.is_floating_point():
-            kind = g.dtype if isinstance(g, Tensor) else type(g).__name__
-            raise GradientMismatchError(f"gradient of {name!r} is {kind}; it must be a floating-point tensor")
-        if g.layout != torch.strided or g.is_meta:
-            kind = "on the meta device" if g.is_meta else g.layout
-            raise GradientMismatchError(f"gradient of {name!r} is {kind}; it must be a dense tensor with values")
+        if not g.is_floating_point():
+            raise GradientMismatchError(f"gradient of {name!r} is {g.dtype}; it must be a floating-point tensor")
         if g.shape != parameter.shape:
             have, need = tuple(g.shape), tuple(parameter.shape)
             raise GradientMismatchError(f"gradient of {name!r} has shape {have}; it must be {need}")
-        if not all(torch.isfinite(end) for end in torch.aminmax(g)):  # a NaN is both
+        if not all_finite(g):
             raise GradientMismatchError(f"gradient of {name!r} holds NaN or infinity; nothing can be recovered from it")
     if not any(g.any() for g in named.values()):
         raise GradientMismatchError("every gradient is zero; nothing can be recovered from them")
@@ -229,7 +231,7 @@ def _notes(lost: list[str], zeros: list[str], precision: float, update: bool) ->
 
 def _by_name(names: list[str], gradients, trained: Sequence[str] = ()) -> dict[str, Tensor | None]:
     """Every parameter's gradient, None where it is not shared."""
-    if not isinstance(gradients, Iterable):
+    if not isinstance(gradients, Iterable) or isinstance(gradients, str | bytes | Set):
         raise GradientMismatchError(f"gradients are a {type(gradients).__name__}; give a list or a mapping of tensors")
     if isinstance(gradients, Mapping) and not all(isinstance(key, int) for key in gradients):
         missing, extra = [n for n in names if n not in gradients], [n for n in gradients if n not in names]

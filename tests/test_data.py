@@ -215,7 +215,7 @@ def test_without_a_network_the_error_names_the_folder_and_its_files(source, tmp_
         ({"index": [0, -1]}, ValueError, "index -1 is out of range"),
         ({"image_shape": (32, 32)}, ValueError, r"image_shape is \(32, 32\)"),
         ({"image_shape": (2, 32, 32)}, ValueError, "C = 1 or 3"),
-        ({"image_shape": (3, 0, 32)}, ValueError, "positive H and W"),
+        ({"image_shape": (3, 0, 32)}, ValueError, "each at least 1"),
         ({"image_shape": (3, 32.5, 32)}, ValueError, "image_shape"),
         ({"split": "validation"}, ValueError, "split is 'validation'"),
         ({"classes": 10}, ValueError, "classes is 10"),

@@ -73,7 +73,7 @@ def check_claim(claim_id: str, measured: float | str) -> None:
         AssertionError: If the claim does not hold and the profile is one in which it is asserted.
     """
     claims = read_claims()
-    if claim_id not in claims:
+    if not isinstance(claim_id, str) or claim_id not in claims:
         raise ValueError(f"claim {claim_id!r} is not in {CLAIMS.name}; it has {', '.join(claims) or 'none'}")
     claim = claims[claim_id]
     measured = measured if isinstance(measured, str) else float(measured)

@@ -70,6 +70,8 @@ def save_figure(fig: Figure, name: str, *, times: bool = False) -> Path:
         ValueError: If the name does not begin with the notebook's number.
     """
     # Software would name matplotlib's version in the file, and an upgrade would then change every figure.
+    if not hasattr(fig, "savefig"):
+        raise ValueError(f"fig is a {type(fig).__name__}; it must be a matplotlib Figure")
     options = {"format": "png", "dpi": 150, "bbox_inches": "tight", "metadata": {"Software": None}}
     return write_atomically(_output(name, ".png", times), lambda file: fig.savefig(file, **options))
 
@@ -84,11 +86,13 @@ def save_table(frame: pd.DataFrame, name: str, *, times: bool = False) -> Path:
 
 def save_csv(frame: pd.DataFrame, path: Path) -> Path:
     """Writes a table as CSV, numbers with six significant digits, without the index; returns the path."""
+    if not hasattr(frame, "to_csv"):
+        raise ValueError(f"frame is a {type(frame).__name__}; it must be a pandas DataFrame")
     options = {"index": False, "float_format": "%.6g", "lineterminator": "\n"}
     return write_atomically(path, lambda file: frame.to_csv(file, **options))
 
 
 def _output(name: str, suffix: str, times: bool) -> Path:
-    if not re.fullmatch(r"\d\d_\w+", name):
+    if not isinstance(name, str) or not re.fullmatch(r"\d\d_\w+", name):
         raise ValueError(f"name is {name!r}; it must begin with the notebook's number, as in '01_layers'")
     return figures_dir() / f"{name}{'_times' if times else ''}{suffix}"

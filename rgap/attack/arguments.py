@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
+from rgap.arguments import (
+    MAX_SQUARED_NUMBER,
+    check_count,
+    check_labels,
+    check_number,
+    check_pixel_range,
+)
 from rgap.client import check_loss, outputs_fit
 from rgap.network.chain import Chain, prepare
 from rgap.network.layer import Layer
@@ -21,10 +26,6 @@ def checked_chain(model: nn.Module | Chain, image_shape: tuple[int, ...] | None)
     """The prepared network, or an error that says what is missing."""
     if isinstance(model, Chain) and image_shape is None:
         return model
-    if not isinstance(model, nn.Module | Chain):
-        raise ValueError(f"model is a {type(model).__name__}; give an nn.Module or a Chain from rgap.prepare")
-    if image_shape is None:
-        raise ValueError("image_shape is missing; give (channels, height, width), or a Chain from rgap.prepare")
     return prepare(model, image_shape)
 
 
@@ -49,15 +50,13 @@ def checked_network(model, image_shape: tuple[int, ...] | None) -> Chain | Patch
 def check_options(loss, batch_size, pixel_range, rcond, noise_std) -> None:
     """Refuses options that are out of range for any network, by name."""
     check_loss(loss)
-    if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
-        raise ValueError(f"batch_size is {batch_size}; give a positive integer, or None to find it from the gradient")
-    limits = tuple(pixel_range) if isinstance(pixel_range, Sequence) else ()
-    if len(limits) != 2 or not limits[0] < limits[1]:
-        raise ValueError(f"pixel_range is {pixel_range}; give (smallest, largest)")
-    if rcond is not None and not 0 <= rcond < 1:
-        raise ValueError(f"rcond is {rcond}; it must be at least 0 and below 1")
-    if noise_std is not None and not 0 <= noise_std < math.inf:
-        raise ValueError(f"noise_std is {noise_std}; it must be at least 0 and finite")
+    if batch_size is not None:
+        check_count("batch_size", batch_size, hint=", or None to find it from the gradient")
+    check_pixel_range(pixel_range)
+    if rcond is not None:
+        check_number("rcond", rcond, high=1)
+    if noise_std is not None:
+        check_number("noise_std", noise_std, high=MAX_SQUARED_NUMBER)
 
 
 def check_arguments(chain: Chain, loss, batch_size, labels) -> None:
@@ -76,10 +75,8 @@ def checked_labels(labels: Tensor | Sequence[int] | None, loss: str, outputs: in
     """The label that was given for a single image, or None; labels of a network with one output are 0 and 1."""
     if labels is None:
         return None
-    values, classes = torch.as_tensor(labels), max(outputs, 2)
-    if values.numel() == 0:
-        raise ValueError("labels are empty; give one for the image, or None")
-    if values.shape != (1,) or values.is_floating_point() or not 0 <= values.item() < classes:
+    values, classes = check_labels(labels, 1), max(outputs, 2)
+    if not 0 <= values.item() < classes:
         takes = "[0] or [1]" if classes == 2 else f"[0] to [{classes - 1}]"
         raise ValueError(f"labels are {values.tolist()}; a single image of the {loss} loss takes {takes}")
     return int(values.item())
@@ -141,9 +138,4 @@ def checked_batch_labels(labels: Tensor | Sequence[int] | None, size: int) -> li
     """Labels that were given for a batch, one integer an image, sorted: their order has no meaning."""
     if labels is None:
         return None
-    values = torch.as_tensor(labels)
-    if values.shape != (size,) or values.is_floating_point():
-        raise ValueError(
-            f"labels have shape {tuple(values.shape)} and {values.dtype}; a batch of {size} takes {size} integers"
-        )
-    return sorted(values.tolist())
+    return sorted(check_labels(labels, size).tolist())

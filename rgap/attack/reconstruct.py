@@ -24,6 +24,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rgap.arguments import check_device, check_seed
 from rgap.attack.arguments import (
     check_arguments,
     check_batch,
@@ -100,6 +101,8 @@ def reconstruct(
         GradientMismatchError: If the gradients do not belong to the network or are not finite.
         ValueError: If another argument is out of range.
     """
+    device = check_device(device)
+    check_seed(seed)
     chain = checked_network(model, image_shape)
     check_options(loss, batch_size, pixel_range, rcond, noise_std)
     if isinstance(chain, PatchEmbedding):

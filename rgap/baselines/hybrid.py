@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rgap.arguments import check_count, check_number
 from rgap.attack.arguments import checked_chain
 from rgap.attack.descent import descend
 from rgap.attack.reconstruct import reconstruct
 from rgap.baselines.matching import GradientObjective, gradient_objective
-from rgap.baselines.methods import Gradients, check_counts
+from rgap.baselines.methods import Gradients
 from rgap.baselines.nullspace import gradient_matching_closer, start_of
 from rgap.baselines.optimisers import Record, lbfgs
 from rgap.baselines.outcome import MAX_ROUNDING, Optimised, candidate, outcome
@@ -79,9 +80,9 @@ def hybrid(
         GradientMismatchError: If the gradients do not belong to the network or are not finite.
         ValueError: If another argument is out of range.
     """
-    check_counts(steps=steps)
-    if tv_weight is not None and not tv_weight >= 0:
-        raise ValueError(f"tv_weight is {tv_weight}; give at least 0")
+    check_count("steps", steps)
+    if tv_weight is not None:
+        check_number("tv_weight", tv_weight)
     record = Record()
     chain = checked_chain(model, image_shape)
     problem = gradient_objective(chain, gradients, None, loss, 1, pixel_range, noise_std, dtype, device)

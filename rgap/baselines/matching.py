@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rgap.arguments import check_count, check_device, check_dtype, check_image_shape, check_model
 from rgap.attack.arguments import check_options
 from rgap.baselines.optimisers import Objective
 from rgap.client import loss_value
@@ -99,17 +101,15 @@ def gradient_objective(
     model, gradients, image_shape, loss, batch_size, pixel_range, noise_std, dtype, device
 ) -> GradientObjective:
     """Checks the arguments of `dlg`, refusing them by name, and builds the objective from them."""
+    device = check_device(device)
     check_options(loss, None, pixel_range, None, noise_std)
     if isinstance(model, Chain):
-        model, image_shape = model.model, image_shape or model.image_shape
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}; give an nn.Module or a Chain from rgap.prepare")
-    if image_shape is None:
-        raise ValueError("image_shape is missing; give (channels, height, width), or a Chain from rgap.prepare")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; an optimiser must know it, give at least 1")
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype is {dtype}; the optimisers work in torch.float32 or torch.float64")
+        model, image_shape = model.model, model.image_shape if image_shape is None else image_shape
+    check_model(model)
+    image_shape = check_image_shape(image_shape)
+    batch_size = check_count("batch_size", batch_size, hint="; an optimiser must know it")
+    check_dtype(dtype, (torch.float32, torch.float64))
+    check_passes(model, image_shape)
     named = dict(model.named_parameters())
     received = receive_gradients(named, gradients, noise_std=noise_std, trained=trained_names(model))
     target = {"device": device, "dtype": dtype}
@@ -121,6 +121,18 @@ def gradient_objective(
     sizes = torch.stack([g.square().sum() for g in shared.values()])
     shape = (batch_size, *image_shape)
     return GradientObjective(model, values, buffers, shared, sizes, loss, shape, PixelRange(*pixel_range), received)
+
+
+def check_passes(model: nn.Module, image_shape: tuple[int, ...]) -> None:
+    """Refuses an image shape that does not pass the network."""
+    copied = copy.deepcopy(model).eval()  # in training mode a pass changes buffers
+    some = next(copied.parameters(), torch.zeros(()))
+    try:
+        with torch.no_grad():
+            copied(torch.zeros(1, *image_shape, dtype=some.dtype, device=some.device))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"image_shape {image_shape} does not fit the network: {reason}") from error
 
 
 def total_variation(images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from rgap.arguments import MAX_SQUARED_NUMBER, check_count, check_labels, check_number, check_seed
 from rgap.baselines.matching import GradientObjective, gradient_objective
 from rgap.baselines.optimisers import Descended, Record, lbfgs, signed_adam
 from rgap.baselines.outcome import Optimised, candidate, outcome
@@ -100,8 +101,10 @@ def inverting_gradients(
     in widths of the pixel range.
     """
     problem = gradient_objective(model, gradients, image_shape, loss, batch_size, pixel_range, noise_std, dtype, device)
-    if not tv_weight >= 0 or not rate > 0:
-        raise ValueError(f"tv_weight is {tv_weight} and rate is {rate}; give at least 0, and a positive rate")
+    tv_weight, rate = (
+        check_number("tv_weight", tv_weight),
+        check_number("rate", rate, high=MAX_SQUARED_NUMBER, open_low=True),
+    )
     box, first_step = (problem.pixels.low, problem.pixels.high), rate * problem.pixels.width
 
     def descend(start: Tensor, known: Tensor, record: Record) -> Descended:
@@ -109,13 +112,6 @@ def inverting_gradients(
         return signed_adam(objective, start, steps, record, box, first_step, "Inverting Gradients")
 
     return _restarted(problem, descend, labels, steps, restarts, seed)
-
-
-def check_counts(**counts: int) -> None:
-    """Refuses by name whatever is not a positive integer."""
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value}; give at least 1")
 
 
 def label_choices(problem: GradientObjective, labels: Tensor | Sequence[int] | None) -> list[Tensor]:
@@ -128,10 +124,7 @@ def label_choices(problem: GradientObjective, labels: Tensor | Sequence[int] | N
     """
     count = problem.shape[0]
     if labels is not None:
-        known = torch.as_tensor(labels)
-        if known.shape != (count,) or known.is_floating_point():
-            raise ValueError(f"labels are {known.tolist()}; give an integer for each of the {count} images, or None")
-        return [known.to(problem.sizes.device)]
+        return [check_labels(labels, count).to(problem.sizes.device)]
     if count > 1:
         raise ValueError(f"labels are missing; of {count} images in one gradient they are not inferred, give them")
     found = _labels_from_head(problem)
@@ -163,8 +156,9 @@ def _restarted(
     problem: GradientObjective, descend: Callable[[Tensor, Tensor, Record], Descended], labels, steps, restarts, seed
 ) -> Optimised:
     """Runs every restart for every label; a descent that diverges is started again from new noise."""
-    check_counts(steps=steps, restarts=restarts)
-    generator, record = torch.Generator().manual_seed(seed), Record()
+    check_count("steps", steps)
+    check_count("restarts", restarts)
+    generator, record = torch.Generator().manual_seed(check_seed(seed)), Record()
     candidates, notes = [], []
     for known in label_choices(problem, labels):
         for _ in range(restarts):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from rgap.arguments import MAX_SQUARED_NUMBER, check_choice, check_count, check_number, check_seed
 from rgap.client.gradients import named_tensors
 from rgap.results import GradientMismatchError
 from rgap.shared_gradient import INT8_LEVELS
@@ -35,8 +35,7 @@ def gaussian_noise(gradients: Gradients, std: float, seed: int = 0) -> Gradients
     Raises:
         ValueError: If `std` is negative or not finite, or the noise overflows a gradient's dtype.
     """
-    _check_at_least_0("std", std)
-    return _each(gradients, _noise(std, seed))
+    return _each(gradients, _noise(check_number("std", std), seed))
 
 
 def clip_and_noise(gradients: Gradients, clip_norm: float, noise_multiplier: float, seed: int = 0) -> Gradients:
@@ -55,8 +54,8 @@ def clip_and_noise(gradients: Gradients, clip_norm: float, noise_multiplier: flo
         ValueError: If `clip_norm` is not positive or `noise_multiplier` is negative, one of them is not finite, or the
             noise overflows a gradient's dtype.
     """
-    _check(0 < clip_norm < math.inf, f"clip_norm is {clip_norm}; it must be above 0 and finite")
-    _check_at_least_0("noise_multiplier", noise_multiplier)
+    clip_norm = check_number("clip_norm", clip_norm, open_low=True)
+    noise_multiplier = check_number("noise_multiplier", noise_multiplier)
     add_noise = _noise(noise_multiplier * clip_norm, seed)
     norms = [g.detach().double().norm().item() for g in _checked(gradients).values()]
     scale = min(1.0, clip_norm / max(math.hypot(*norms), math.ulp(0.0)))
@@ -74,7 +73,7 @@ def prune(gradients: Gradients, share: float) -> Gradients:
     Raises:
         ValueError: If `share` is out of range.
     """
-    _check(0 <= share < 1, f"share is {share}; it must be at least 0 and below 1, so that something is shared")
+    share = check_number("share", share, high=1)
 
     def without_smallest(g: Tensor) -> Tensor:
         flat = g.flatten().clone()
@@ -95,9 +94,8 @@ def quantise(gradients: Gradients, dtype: str) -> Gradients:
     Raises:
         ValueError: If `dtype` is another, or an entry overflows the format.
     """
-    if dtype == "int8":
+    if check_choice("dtype", dtype, (*FORMATS, "int8")) == "int8":
         return _each(gradients, _on_grid)
-    _check(dtype in FORMATS, f"dtype is {dtype!r}; it must be one of {', '.join(FORMATS)}, int8")
     return _each(gradients, lambda g: _to(g, FORMATS[dtype]).double())
 
 
@@ -119,33 +117,22 @@ def epsilon(noise_multiplier: float, sample_rate: float = 1.0, steps: int = 1, d
     Raises:
         ValueError: If an argument is out of range.
     """
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, rdp  # takes seconds to import
-
-    _check_at_least_0("noise_multiplier", noise_multiplier)
-    _check(0 < sample_rate <= 1, f"sample_rate is {sample_rate}; it must be above 0 and at most 1")
-    _check(isinstance(steps, Integral) and steps >= 1, f"steps is {steps}; it must be an integer of at least 1")
-    _check(0 < delta < 1, f"delta is {delta}; it must be between 0 and 1")
+    noise_multiplier = check_number("noise_multiplier", noise_multiplier, high=MAX_SQUARED_NUMBER)
+    sample_rate = check_number("sample_rate", sample_rate, high=1, open_low=True, closed=True)
+    steps, delta = check_count("steps", steps), check_number("delta", delta, high=1, open_low=True)
     if noise_multiplier == 0:
         return math.inf
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, rdp  # takes seconds to import
+
     event = GaussianDpEvent(noise_multiplier)
     accountant = rdp.RdpAccountant()
-    accountant.compose(event if sample_rate == 1 else PoissonSampledDpEvent(sample_rate, event), int(steps))
+    accountant.compose(event if sample_rate == 1 else PoissonSampledDpEvent(sample_rate, event), steps)
     return float(accountant.get_epsilon(delta))
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
-def _check_at_least_0(name: str, value: float) -> None:
-    _check(0 <= value < math.inf, f"{name} is {value}; it must be at least 0 and finite")
 
 
 def _noise(std: float, seed: int) -> Callable[[Tensor], Tensor]:
     """A function that adds noise to a tensor; its calls draw from one stream of random numbers."""
-    _check(isinstance(seed, Integral), f"seed is {seed!r}; it must be an integer")
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = torch.Generator().manual_seed(check_seed(seed))
     return lambda g: g + std * torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g.device)
 
 

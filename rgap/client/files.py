@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from rgap.arguments import check_path
 from rgap.artifact.outputs import write_atomically
 from rgap.client.gradients import named_tensors
 from rgap.results import GradientMismatchError
@@ -111,7 +112,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] |
 
 
 def _known_path(path: str | Path) -> Path:
-    path = Path(path).expanduser()
+    path = check_path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} ends in {path.suffix!r}; files of tensors end in {', '.join(SUFFIXES)}")
     return path

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rgap.arguments import check_count, check_labels, check_model, check_tensor
 from rgap.models import trained_names
 from rgap.results import GradientMismatchError
 
@@ -30,6 +31,10 @@ def loss_value(loss: str, outputs: Tensor, labels: Tensor) -> Tensor:
         ValueError: If the loss is unknown, or does not fit the outputs or the labels.
     """
     check_loss(loss)
+    outputs = check_tensor("outputs", outputs)
+    if not outputs.is_floating_point():
+        raise ValueError(f"outputs are {outputs.dtype}; they must be floating-point")
+    labels = check_labels(labels, len(outputs) if outputs.ndim else None)
     if outputs.ndim != 2 or not outputs_fit(loss, outputs.shape[1]):
         raise ValueError(
             f"the {loss} loss takes outputs {LOSS_OUTPUTS[loss]}, and the network gives {tuple(outputs.shape)}"
@@ -51,12 +56,14 @@ def loss_value(loss: str, outputs: Tensor, labels: Tensor) -> Tensor:
 
 def outputs_fit(loss: str, outputs: int) -> bool:
     """Whether a network with this number of outputs can have this loss."""
+    check_loss(loss)
+    check_count("outputs", outputs, 0)
     return outputs == 1 if loss == "logistic" else outputs >= (2 if loss == "cross_entropy" else 1)
 
 
 def check_loss(loss: str) -> None:
     """Refuses an unknown loss by name."""
-    if loss not in LOSSES:
+    if not isinstance(loss, str) or loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}")
 
 
@@ -77,13 +84,11 @@ def client_gradients(model: nn.Module, images: Tensor, labels: Tensor, loss: str
         ValueError: If the batch is empty, images and labels differ in number, labels are out of range, or the loss is
             unknown.
     """
-    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
-    if len(images) == 0:
-        raise ValueError("the batch is empty; give at least one image")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}, and {len(images)} images need ({len(images)},)")
-    if labels.is_floating_point():
-        raise ValueError(f"labels are {labels.dtype}; they must be integers")
+    check_model(model)
+    images = check_tensor("images", images, finite=True)
+    if images.ndim == 0 or len(images) == 0:
+        raise ValueError("images are an empty batch; give at least one image, (B, C, H, W)")
+    labels = check_labels(labels, len(images))
     gradients = gradients_of(model, dict(model.named_parameters()), images, labels, loss)
     trained = trained_names(model)
     return [g if name in trained else torch.zeros_like(g) for name, g in gradients.items()]
@@ -96,22 +101,28 @@ def gradients_of(
 
     The model and its `.grad`s are left untouched; images (B, C, H, W), labels (B,) int64, `loss` as in `LOSSES`.
     """
+    check_model(model)
+    check_loss(loss)
+    images, labels = check_tensor("images", images), check_labels(labels)
+    if not parameters or set(parameters) - set(dict(model.named_parameters())):
+        raise ValueError(f"model has parameters {list(dict(model.named_parameters()))}, not {list(parameters)}")
     values = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     some = next(iter(values.values()))
     buffers = {n: b.to(some.dtype if b.is_floating_point() else b.dtype, copy=True) for n, b in model.named_buffers()}
     with torch.enable_grad():
-        outputs = torch.func.functional_call(model, {**buffers, **values}, images.to(some))
+        try:
+            outputs = torch.func.functional_call(model, {**buffers, **values}, images.to(some))
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"images of shape {tuple(images.shape)} do not pass the network: {reason}") from error
         value = loss_value(loss, outputs, labels.to(some.device))
     return dict(zip(values, torch.autograd.grad(value, list(values.values()), materialize_grads=True), strict=True))
 
 
 def named_tensors(given: Mapping | Iterable, what: str) -> dict[str | int, Tensor]:
     """Name, or place in a list, of every tensor; refuses whatever is neither a mapping nor a list of tensors."""
-    if isinstance(given, Tensor | str) or not isinstance(given, Iterable):
+    if isinstance(given, Tensor | str | bytes | Set) or not isinstance(given, Iterable):
         kind = type(given).__name__
         raise GradientMismatchError(f"{what}: a {kind}; give a list or a mapping with a tensor for each parameter")
     named = dict(given) if isinstance(given, Mapping) else dict(enumerate(given))
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise GradientMismatchError(f"{what}: {name!r} is a {type(tensor).__name__}; it must be a tensor")
-    return named
+    return {name: check_tensor(f"{what}: {name!r}", value, GradientMismatchError) for name, value in named.items()}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rgap.client.gradients import loss_value
+from rgap.arguments import check_choice, check_count, check_labels, check_model, check_number, check_seed, check_tensor
+from rgap.client.gradients import check_loss, loss_value
 
 OPTIMISERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
@@ -34,18 +35,20 @@ def training(
     decides the order of the images. Each state is the mean loss over the images and a copy of the network, both in eval
     mode. Refuses to go on once the loss is no longer finite.
     """
-    if optimiser not in OPTIMISERS:
-        raise ValueError(f"optimiser is {optimiser!r}; it must be one of {', '.join(OPTIMISERS)}")
-    if epochs < 0 or batch_size < 1 or not 0 < learning_rate < math.inf:
+    check_loss(loss)
+    check_model(model)
+    check_choice("optimiser", optimiser, OPTIMISERS)
+    epochs, batch_size = check_count("epochs", epochs, 0), check_count("batch_size", batch_size)
+    learning_rate = check_number("learning_rate", learning_rate, open_low=True)
+    images, labels = check_tensor("images", images, finite=True), check_labels(labels)
+    if images.ndim == 0 or len(images) == 0 or len(images) != len(labels):
         raise ValueError(
-            f"epochs {epochs}, batch_size {batch_size}, learning_rate {learning_rate}: epochs must be at least 0, "
-            "batch_size at least 1, and learning_rate positive and finite"
+            f"images are {tuple(images.shape)} and labels {len(labels)}; give as many of each, at least one"
         )
-    if len(images) == 0 or len(images) != len(labels):
-        raise ValueError(f"there are {len(images)} images and {len(labels)} labels; give as many of each, at least one")
+    images = images.to(next(model.parameters(), images))
     student = copy.deepcopy(model)
     steps = OPTIMISERS[optimiser](student.parameters(), learning_rate)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     total = epochs * math.ceil(len(images) / batch_size)
     with tqdm(total=total, desc="training", disable=not sys.stderr.isatty()) as bar:
         yield _state(student, images, labels, loss, 0)

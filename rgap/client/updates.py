@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from rgap.arguments import check_count, check_number
 from rgap.client.gradients import named_tensors
 from rgap.results import GradientMismatchError
 
@@ -67,14 +67,12 @@ def gradients_from_update(
         GradientMismatchError: If names, number, or shapes differ, a value is not finite, or nothing has changed.
         ValueError: If the rate is not positive, there are several steps, or momentum.
     """
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate is {learning_rate}; it must be positive and finite")
-    if steps != 1:
+    learning_rate = check_number("learning_rate", learning_rate, open_low=True)
+    if check_count("steps", steps) != 1:
         raise ValueError(f"steps is {steps}; only one local step leaves the gradient of a batch in the update")
-    if momentum != 0:
+    if check_number("momentum", momentum) != 0:
         raise ValueError(f"momentum is {momentum}; it mixes in gradients of earlier steps, which are not known here")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay is {weight_decay}; it must be at least 0 and finite")
+    weight_decay = check_number("weight_decay", weight_decay)
     old, new = _parameters(before, "before"), _parameters(after, "after")
     for model in (before, after):  # only a module distinguishes all of its buffers from its parameters
         if isinstance(model, nn.Module):
@@ -89,7 +87,9 @@ def gradients_from_update(
         if w.shape != v.shape:
             raise GradientMismatchError(f"parameter {name!r} has shape {tuple(w.shape)} before, {tuple(v.shape)} after")
         if not (torch.isfinite(w).all() and torch.isfinite(v).all()):
-            raise GradientMismatchError(f"parameter {name!r} holds NaN or infinity; no gradient follows from it")
+            raise GradientMismatchError(
+                f"parameter {name!r} holds NaN or infinity before or after; no gradient follows"
+            )
         w64, v64 = (t.detach().to("cpu", torch.float64) for t in (w, v))
         gradients[name] = (w64 - v64) / learning_rate - weight_decay * w64
         noise[name] = max(_rounding_std(v), _rounding_std(w)) / learning_rate

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 from torch import nn
 
+from rgap.arguments import check_image_shape, check_model
 from rgap.models import trained_names
 from rgap.network.activations import IDENTITY
 from rgap.network.folding import Folder, parameter_copy
@@ -32,14 +32,15 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
         UnsupportedLayerError: If the network is no such chain; the message has the first offending step and the reason.
         ValueError: If the image shape does not fit the network, or a parameter has no values.
     """
+    if not isinstance(model, Chain):
+        check_model(model)
+    image_shape = check_image_shape(image_shape)
     if isinstance(model, Chain):
-        if tuple(image_shape) != model.image_shape:
-            raise ValueError(f"the chain was prepared for images {model.image_shape}, not {tuple(image_shape)}")
+        if image_shape != model.image_shape:
+            raise ValueError(f"image_shape is {image_shape}; the chain was prepared for images {model.image_shape}")
         return model
-    if isinstance(image_shape, Sequence) and len(image_shape) > 3:
+    if len(image_shape) > 3:
         raise ValueError(f"image_shape is {image_shape}; it must be (channels, height, width) or (channels, length)")
-    if missing := [name for name, p in model.named_parameters() if p.is_meta]:
-        raise ValueError(f"parameter {missing[0]!r} is on the meta device, which holds no values; load the weights")
     steps = trace(model, image_shape)
     constants = {step.name for step in steps if step.kind == "constant"}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -64,7 +65,7 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
             f"the last layer {last.name!r} must be a Linear with nothing after it: the loss is taken on its output"
         )
     parameters = {name: parameter_copy(p) for name, p in model.named_parameters()}
-    return Chain(model, tuple(image_shape), tuple(layers), parameters)
+    return Chain(model, image_shape, tuple(layers), parameters)
 
 
 def _check_parameters(layers: list[Layer], steps: list[Step], names: dict[int, str]) -> None:

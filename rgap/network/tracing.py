@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from rgap.arguments import check_image_shape
 from rgap.network.operations import RESHAPES, kind_of_function, kind_of_module
 from rgap.results import UnsupportedLayerError
 
@@ -67,9 +68,7 @@ def trace(model: nn.Module, image_shape: tuple[int, ...]) -> list[Step]:
         UnsupportedLayerError: If the module cannot be traced.
         ValueError: If the image shape does not fit; the message names the layer at which it fails.
     """
-    shape = tuple(image_shape) if isinstance(image_shape, Sequence) else ()
-    if not shape or any(not isinstance(n, int) or n < 1 for n in shape):
-        raise ValueError(f"image_shape is {image_shape}; it must be (channels, height, width), each at least 1")
+    shape = check_image_shape(image_shape)
     root = model if list(model.children()) else nn.Sequential(model)
     try:
         graph = fx.Tracer().trace(root)

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from rgap.arguments import VALUE_FORMATS, check_count, check_dtype, check_image_shape, check_model, check_seed
 from rgap.equations.rank_laws import RankLaws, rank_laws
 from rgap.network.folding import linear_layer
 from rgap.network.layer import Chain
@@ -56,11 +57,15 @@ def rank_analysis(
     Raises:
         TypeError: If the model is not a `torch.nn.Module`.
         UnsupportedLayerError: If it cannot be traced, or has no layer with weights.
-        ValueError: If the image shape or the batch size does not fit.
+        ValueError: If another argument is out of range, or the image shape does not fit.
     """
+    model = check_model(model.model if isinstance(model, Chain) else model, TypeError)
+    image_shape = check_image_shape(image_shape)
+    batch_size, limit, seed = check_count("batch_size", batch_size), check_count("limit", limit, 0), check_seed(seed)
+    check_dtype(dtype, VALUE_FORMATS)
     patches = patch_ranks(model, image_shape, batch_size)
     try:
-        steps = _checked_steps(model, image_shape, batch_size)
+        steps = _checked_steps(model, image_shape)
     except UnsupportedLayerError:
         if not patches:
             raise
@@ -82,12 +87,7 @@ def rank_analysis(
     )
 
 
-def _checked_steps(model: nn.Module | Chain, image_shape: tuple[int, ...], batch_size: int) -> list[CountedStep]:
-    model = model.model if isinstance(model, Chain) else model
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}; it must be a torch.nn.Module")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be a whole number of images, at least 1")
+def _checked_steps(model: nn.Module, image_shape: tuple[int, ...]) -> list[CountedStep]:
     if next(model.parameters(), None) is None:
         raise UnsupportedLayerError(f"{type(model).__name__} has no parameters, and so no gradient that could leak")
     steps = counted_steps(trace(model, image_shape))

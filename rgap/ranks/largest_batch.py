@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from rgap.client import check_loss
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS, SPARE_UNITS, layer_laws
 from rgap.network.chain import Chain, Layer, prepare
 from rgap.ranks.numbers import MAX_UNKNOWNS, numerical_ranks, too_large
@@ -70,8 +71,9 @@ def largest_batch(
 
     Raises:
         UnsupportedLayerError: If the network is no chain of invertible layers.
-        ValueError: If the image shape does not fit.
+        ValueError: If the image shape does not fit, or the loss is unknown.
     """
+    check_loss(loss)
     chain = prepare(model, image_shape)
     first = next(i for i, layer in enumerate(chain.layers) if all(part.is_dense for part in chain.layers[i:]))
     before = (None, *chain.layers[:first])

@@ -370,7 +370,7 @@ def test_model_gradients_mode_and_generator_stay(training):
         ({"rcond": float("nan")}, "rcond is nan"),
         ({"noise_std": -1.0}, "noise_std is -1.0; it must be at least 0"),
         ({"noise_std": float("nan")}, "noise_std is nan"),
-        ({"labels": []}, "labels are empty"),
+        ({"labels": []}, r"labels are \[\]"),
         ({"labels": [2]}, r"labels are \[2\]; a single image of the logistic loss takes \[0\] or \[1\]"),
         ({"labels": [0, 1]}, r"labels are \[0, 1\]"),
         ({"model": TEN, "loss": "mse", "labels": [10]}, r"\[10\]; a single image of the mse loss takes \[0\] to \[9\]"),

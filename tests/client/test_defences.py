@@ -152,7 +152,7 @@ def test_epsilon_falls_with_noise_and_sampling_and_rises_with_steps():
         (lambda: client.epsilon(1.0, sample_rate=0.0), "sample_rate is 0.0; it must be above 0 and at most 1"),
         (lambda: client.epsilon(1.0, steps=0), "steps is 0; it must be an integer of at least 1"),
         (lambda: client.epsilon(1.0, steps=1.5), "steps is 1.5"),
-        (lambda: client.epsilon(1.0, delta=1.0), "delta is 1.0; it must be between 0 and 1"),
+        (lambda: client.epsilon(1.0, delta=1.0), "delta is 1.0; it must be above 0 and below 1"),
     ],
 )
 def test_arguments_out_of_range_are_refused_by_name(call, message):

@@ -47,11 +47,11 @@ def test_other_losses_train():
     ("options", "message"),
     [
         ({"optimiser": "lion"}, "optimiser is 'lion'; it must be one of adam, sgd"),
-        ({"epochs": -1}, "epochs -1, batch_size 32, learning_rate 0.001: epochs must be at least 0"),
-        ({"batch_size": 0}, "batch_size 0"),
-        ({"learning_rate": 0.0}, "learning_rate 0.0"),
+        ({"epochs": -1}, "epochs is -1; it must be an integer of at least 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"optimiser": "sgd", "learning_rate": 1e30}, "the loss is .* after epoch 1; take a smaller learning_rate"),
-        ({"labels": LABELS[:3]}, "there are 24 images and 3 labels"),
+        ({"labels": LABELS[:3]}, r"images are \(24, 3, 8, 8\) and labels 3"),
     ],
 )
 def test_bad_training_is_refused(options, message):

@@ -110,7 +110,7 @@ MOVED = {"w": torch.ones(2, 3) * 0.9, "b": torch.ones(2)}
 @pytest.mark.parametrize(
     ("before", "after", "options", "message"),
     [
-        (STATE, MOVED, {"learning_rate": 0}, "learning_rate is 0; it must be positive"),
+        (STATE, MOVED, {"learning_rate": 0}, "learning_rate is 0; it must be above 0"),
         (STATE, MOVED, {"learning_rate": -0.1}, "learning_rate is -0.1"),
         (STATE, MOVED, {"learning_rate": float("nan")}, "learning_rate is nan"),
         (STATE, MOVED, {"steps": 5}, "steps is 5; only one local step"),

@@ -219,7 +219,7 @@ def test_training_a_float64_model_on_does_not_change_its_chain():
 def test_a_chain_is_its_own_preparation_for_its_image_shape_alone():
     chain = rgap.prepare(small_cnn(), IMAGE)
     assert rgap.prepare(chain, list(IMAGE)) is chain
-    with pytest.raises(ValueError, match=r"prepared for images \(3, 8, 8\), not \(3, 9, 9\)"):
+    with pytest.raises(ValueError, match=r"image_shape is \(3, 9, 9\); the chain was prepared for images \(3, 8, 8\)"):
         rgap.prepare(chain, (3, 9, 9))
 
 

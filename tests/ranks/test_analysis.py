@@ -134,7 +134,7 @@ class Branching(nn.Module):
         (models.cnn6(), (3, 30, 30), {}, ValueError, "does not fit the network at layer '13'"),
         (models.cnn6(), (3, 0, 32), {}, ValueError, r"image_shape is \(3, 0, 32\)"),
         (models.cnn6(), (3, 32, 32), {"batch_size": 0}, ValueError, "batch_size is 0"),
-        ("resnet18", (3, 32, 32), {}, TypeError, "model is str"),
+        ("resnet18", (3, 32, 32), {}, TypeError, "model is a str"),
     ],
 )
 def test_errors_say_what_was_given_and_what_is_needed(model, shape, options, error, message):
