@@ -60,17 +60,17 @@ def tap_splits(filters: int, channels: int, geometry: Geometry) -> list[TapSplit
     for taps in itertools.product(*(range(1, k + 1) for k in kernel)):
         axes = [_axis(*axis, t) for axis, t in zip(geometry, taps, strict=True)]
         positions = np.prod([axis.outputs.shape[1] for axis in axes])
-        rows = filters * np.prod(taps)
-        columns = channels * np.prod([k + 1 - t for k, t in zip(kernel, taps, strict=True)])
-        if positions == 0 or min(rows, columns) < positions:
+        rows, columns = (
+            n * np.prod([axis.reading[side] for axis in axes]) for side, n in enumerate((filters, channels))
+        )
+        if min(rows, columns) < positions or not all(axis.complete for axis in axes):
             continue
         for of_input in (True, False):
             units = channels if of_input else filters
-            tables = [axis.pixels if of_input else axis.outputs for axis in axes]
-            reads = np.prod([table.size for table in tables])
-            read = np.prod([len(np.unique(table[table >= 0])) for table in tables])
-            surplus = int(units * (reads - read) - positions**2 + 1)
-            if surplus >= 0 and all(axis.unique[0 if of_input else 1] for axis in axes):
+            reads = positions * np.prod([axis.reading[of_input] for axis in axes])
+            entries = np.prod([axis.sizes[of_input] for axis in axes])
+            surplus = int(units * (reads - entries) - positions**2 + 1)
+            if surplus >= 0 and all(axis.unique[of_input] for axis in axes):
                 short = min(rows, columns) < COMFORTABLE_ROWS * positions
                 cost = (bool(short), int(positions), -surplus)
                 found.append((cost, TapSplit(taps, *_tables(axes), of_input, surplus)))
@@ -97,10 +97,14 @@ def is_blind(
 
 @dataclass(frozen=True, eq=False)
 class _SplitAxis:
+    """One axis of a split; pairs are of the side of δz and that of x."""
+
     outputs: np.ndarray  # (taps on the rows, N), −1 where none is read
     pixels: np.ndarray  # (taps on the columns, N)
     sizes: tuple[int, int]  # outputs and pixels
-    unique: tuple[bool, bool]  # whether only scalars keep shifts of x shifts, and shifts of δz
+    reading: tuple[int, int]  # taps that read anything but padding
+    complete: bool  # whether every output and every pixel is read
+    unique: tuple[bool, bool]  # whether shifts of generic values remain shifts under scalars alone
 
 
 @functools.cache
@@ -113,7 +117,10 @@ def _axis(size: int, kernel: int, stride: int, padding: tuple[int, int], dilatio
     j = np.where((j >= 0) & (j < size), j, -1)
     used = (p >= 0).any(0) & (j >= 0).any(0)
     p, j = p[:, used], j[:, used]
-    return _SplitAxis(p, j, (count, size), (_only_scalars(j, size), _only_scalars(p, count)))
+    sides = ((p, count), (j, size))
+    reading = tuple(int((table >= 0).any(1).sum()) for table, _ in sides)
+    complete = all(len(np.unique(table[table >= 0])) == entries for table, entries in sides)
+    return _SplitAxis(p, j, (count, size), reading, complete, tuple(_only_scalars(*side) for side in sides))
 
 
 def _only_scalars(table: np.ndarray, size: int) -> bool:
