@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rgap import artifact, baselines, client, data, metrics, models
+    from rgap.attack.local_steps import reconstruct_update
     from rgap.attack.reconstruct import reconstruct
     from rgap.client import client_gradients
     from rgap.network.chain import Chain, Layer, prepare
@@ -52,9 +53,11 @@ __all__ = [
     "prepare",
     "rank_analysis",
     "reconstruct",
+    "reconstruct_update",
 ]
 
 _MODULES = {
+    "rgap.attack.local_steps": ("reconstruct_update",),
     "rgap.attack.reconstruct": ("reconstruct",),
     "rgap.network.chain": ("Chain", "Layer", "prepare"),
     "rgap.client": ("client_gradients",),

@@ -13,6 +13,8 @@ from rgap.results import VERDICTS
 SIGNATURES = {
     "reconstruct": "model, gradients, image_shape=None, loss='logistic', *, batch_size=1, labels=None, "
     "virtual_constraints=True, pixel_range=(0.0, 1.0), rcond=None, noise_std=None, seed=0, device=None",
+    "reconstruct_update": "before, after, image_shape=None, loss='logistic', *, learning_rate, steps=1, batch_size=1, "
+    "momentum=0.0, weight_decay=0.0, optimizer='sgd', labels=None, pixel_range=(0.0, 1.0), seed=0, device=None",
     "prepare": "model, image_shape",
     "client_gradients": "model, images, labels, loss='logistic'",
     "rank_analysis": "model, image_shape, batch_size=1, dtype=torch.float64, *, limit=4000, seed=0",
@@ -21,7 +23,7 @@ SIGNATURES = {
     "restarts=1, pixel_range=(0.0, 1.0), noise_std=None, dtype=torch.float32, seed=0, device=None",
     "baselines.inverting_gradients": "model, gradients, image_shape=None, loss='logistic', *, batch_size=1, "
     "labels=None, steps=1000, restarts=1, tv_weight=0.01, rate=0.05, pixel_range=(0.0, 1.0), noise_std=None, "
-    "dtype=torch.float32, seed=0, device=None",
+    "dtype=torch.float32, seed=0, device=None, training=None",
     "baselines.hybrid": "model, gradients, image_shape=None, loss='logistic', *, labels=None, steps=300, "
     "tv_weight=None, virtual_constraints=False, pixel_range=(0.0, 1.0), rcond=None, noise_std=None, "
     "dtype=torch.float64, seed=0, device=None",
@@ -74,8 +76,9 @@ MODULES = {
     "artifact": "CLAIMS COLUMNS ROOT check_claim expected_outputs figures_dir forget_claims print_report profile "
     "read_claims report save_figure save_table write_atomically",
     "baselines": "Optimised Snapshot dlg hybrid inverting_gradients",
-    "client": "LOSSES LOSS_OUTPUTS UpdateGradients check_loss client_gradients clip_and_noise epsilon gaussian_noise "
-    "gradients_from_update gradients_of load_gradients loss_value outputs_fit prune quantise save_gradients",
+    "client": "LOSSES LOSS_OUTPUTS LocalTraining UpdateGradients check_loss client_gradients clip_and_noise epsilon "
+    "gaussian_noise gradients_from_update gradients_of load_gradients loss_value mean_gradients outputs_fit prune "
+    "quantise save_gradients",
 }
 
 

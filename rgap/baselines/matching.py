@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rgap.arguments import check_count, check_device, check_dtype, check_image_shape, check_model
 from rgap.attack.arguments import check_options
 from rgap.baselines.optimisers import Objective
-from rgap.client import loss_value
+from rgap.client import LocalTraining, loss_value
 from rgap.models import trained_names
 from rgap.network.layer import Chain
 from rgap.results import PixelRange
@@ -42,7 +42,8 @@ class GradientObjective:
 
     The model is in the mode in which it was given; parameters and buffers are by name. `targets` is the shared gradient
     by name, without what is absent, `sizes` has ‖g‖² of each of its tensors, `shape` is (B, C, H, W) of the images, and
-    `received` holds the gradients in float64 and their precision.
+    `received` holds the gradients in float64 and their precision. With `training` the gradient is the weighted mean
+    over the client's local steps, which `rgap.client.mean_gradients` reads off an update.
     """
 
     model: nn.Module
@@ -54,19 +55,38 @@ class GradientObjective:
     shape: tuple[int, int, int, int]
     pixels: PixelRange
     received: SharedGradient
+    training: LocalTraining | None = None
 
     def distances(self, images: Tensor, labels: Tensor) -> Distances:
         """Compares the gradient of trial images (B, C, H, W), in the precision of `sizes`, with the shared one."""
-        outputs = torch.func.functional_call(self.model, {**self.buffers, **self.parameters}, images)
-        value = loss_value(self.loss, outputs, labels)
-        wanted, targets = [self.parameters[name] for name in self.targets], self.targets.values()
-        mine = torch.autograd.grad(value, wanted, create_graph=True, materialize_grads=True)
+        mine = self._gradient(self.parameters, images, labels)
+        if self.training is not None:
+            mine = self._mean_gradient(mine, images, labels)
+        mine, targets = [mine[name] for name in self.targets], self.targets.values()
         squares = torch.stack([(a - g).square().sum() for a, g in zip(mine, targets, strict=True)])
         dot = sum((a * g).sum() for a, g in zip(mine, targets, strict=True))
         length = sum(a.square().sum() for a in mine)
         total = self.sizes.sum()
         residual = (squares.detach() / torch.where(self.sizes > 0, self.sizes, self.sizes.max())).max().sqrt().item()
         return Distances(squares.sum() / total, 1 - dot / (length * total).sqrt().clamp(min=1e-30), residual)
+
+    def _gradient(self, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        outputs = torch.func.functional_call(self.model, {**self.buffers, **parameters}, images)
+        value, wanted = loss_value(self.loss, outputs, labels), [parameters[name] for name in self.targets]
+        found = torch.autograd.grad(value, wanted, create_graph=True, materialize_grads=True)
+        return dict(zip(self.targets, found, strict=True))
+
+    def _mean_gradient(self, first: dict[str, Tensor], images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The weighted mean of the gradients over the local steps, of which the first is known."""
+        training, weights, g = self.training, dict(self.parameters), first
+        velocity, mean = ({name: torch.zeros_like(w) for name, w in first.items()} for _ in range(2))
+        for step, d in enumerate(training.coefficients[1]):
+            g = self._gradient(weights, images, labels) if step else first
+            for name in first:
+                mean[name] = mean[name] + d / training.total * g[name]
+                velocity[name] = training.momentum * velocity[name] + g[name] + training.weight_decay * weights[name]
+                weights[name] = weights[name] - training.learning_rate * velocity[name]
+        return mean
 
     def objective(self, labels: Tensor, distance: str, tv_weight: float = 0.0) -> Objective:
         """What an optimiser minimises over images: "squared" or "cosine" distance plus weighted total variation.
@@ -98,7 +118,7 @@ class GradientObjective:
 
 
 def gradient_objective(
-    model, gradients, image_shape, loss, batch_size, pixel_range, noise_std, dtype, device
+    model, gradients, image_shape, loss, batch_size, pixel_range, noise_std, dtype, device, training=None
 ) -> GradientObjective:
     """Checks the arguments of `dlg`, refusing them by name, and builds the objective from them."""
     device = check_device(device)
@@ -120,7 +140,8 @@ def gradient_objective(
     buffers = {n: b.to(device, floating[n], copy=True) for n, b in model.named_buffers()}
     sizes = torch.stack([g.square().sum() for g in shared.values()])
     shape = (batch_size, *image_shape)
-    return GradientObjective(model, values, buffers, shared, sizes, loss, shape, PixelRange(*pixel_range), received)
+    pixels = PixelRange(*pixel_range)
+    return GradientObjective(model, values, buffers, shared, sizes, loss, shape, pixels, received, training)
 
 
 def check_passes(model: nn.Module, image_shape: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ from rgap.arguments import MAX_SQUARED_NUMBER, check_count, check_labels, check_
 from rgap.baselines.matching import GradientObjective, gradient_objective
 from rgap.baselines.optimisers import Descended, Record, lbfgs, signed_adam
 from rgap.baselines.outcome import Optimised, candidate, outcome
+from rgap.client import LocalTraining
 from rgap.network.chain import Chain
 
 Gradients = Sequence[Tensor] | Mapping[str, Tensor]
@@ -90,17 +91,20 @@ def inverting_gradients(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: torch.device | str | None = None,
+    training: LocalTraining | None = None,
 ) -> Optimised:
     """Inverting Gradients (Geiping et al. 2020): cosine distance and total variation, Adam on signs, in the pixel box.
 
     The cosine does not depend on the gradient's scale: in a fully connected network without biases an image and its
     darker copy have gradients of one direction, and the total variation prefers the darker.
 
-    Arguments, result and errors are those of `dlg`, with `pixel_range` as the box, and two more: `tv_weight`, the
-    weight of the total variation (mean absolute difference of neighbouring pixels), and `rate`, the first step length
-    in widths of the pixel range.
+    Arguments, result and errors are those of `dlg`, with `pixel_range` as the box, and three more: `tv_weight`, the
+    weight of the total variation (mean absolute difference of neighbouring pixels), `rate`, the first step length in
+    widths of the pixel range, and `training`, the client's local steps, which are then unrolled at every step of the
+    optimiser: the gradients are those of `rgap.client.mean_gradients`.
     """
-    problem = gradient_objective(model, gradients, image_shape, loss, batch_size, pixel_range, noise_std, dtype, device)
+    options = (batch_size, pixel_range, noise_std, dtype, device, training)
+    problem = gradient_objective(model, gradients, image_shape, loss, *options)
     tv_weight, rate = (
         check_number("tv_weight", tv_weight),
         check_number("rate", rate, high=MAX_SQUARED_NUMBER, open_low=True),

@@ -11,11 +11,12 @@ from rgap.client.gradients import (
     loss_value,
     outputs_fit,
 )
-from rgap.client.updates import UpdateGradients, gradients_from_update
+from rgap.client.updates import LocalTraining, UpdateGradients, gradients_from_update, mean_gradients
 
 __all__ = [
     "LOSSES",
     "LOSS_OUTPUTS",
+    "LocalTraining",
     "UpdateGradients",
     "check_loss",
     "client_gradients",
@@ -26,6 +27,7 @@ __all__ = [
     "gradients_of",
     "load_gradients",
     "loss_value",
+    "mean_gradients",
     "outputs_fit",
     "prune",
     "quantise",

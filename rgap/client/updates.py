@@ -1,14 +1,17 @@
-"""The gradient behind a model update: one local step of SGD is the gradient times the rate."""
+"""The gradient behind a model update: one local step of SGD is the gradient times the rate, several are a mixture."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rgap.arguments import check_count, check_number
-from rgap.client.gradients import named_tensors
+from rgap.client.gradients import gradients_of, named_tensors
 from rgap.results import GradientMismatchError
 
 State = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
@@ -33,6 +36,58 @@ class UpdateGradients(dict[str | int, Tensor]):
         self.noise_std = dict(noise_std)
 
 
+@dataclass(frozen=True)
+class LocalTraining:
+    """Local steps of `torch.optim.SGD` on the whole batch, as the server knows them.
+
+    Attributes:
+        learning_rate: Of every step.
+        steps: How many.
+        momentum: Of the optimiser, without dampening, and 0 at the first step.
+        weight_decay: λ of the optimiser.
+    """
+
+    learning_rate: float
+    steps: int = 1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that no training has, by name."""
+        check_number("learning_rate", self.learning_rate, open_low=True)
+        check_count("steps", self.steps)
+        check_number("momentum", self.momentum, high=1.0)
+        check_number("weight_decay", self.weight_decay)
+
+    @cached_property
+    def coefficients(self) -> tuple[float, tuple[float, ...]]:
+        """α and d_1 … d_k of w_k = α w_0 − Σ_j d_j g_j, with g_j the gradient at the weights of step j.
+
+        v ← momentum v + g_j + λ w and w ← w − rate v are linear in w_0 and the g_j, decay and momentum included.
+        """
+        w, v = np.eye(1, self.steps + 1)[0], np.zeros(self.steps + 1)
+        for g in np.eye(self.steps + 1)[1:]:
+            v = self.momentum * v + g + self.weight_decay * w
+            w = w - self.learning_rate * v
+        return float(w[0]), tuple((-w[1:]).tolist())
+
+    @property
+    def total(self) -> float:
+        """Σ_j d_j: the update in units of a gradient."""
+        return sum(self.coefficients[1])
+
+    def run(
+        self, model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor, loss: str
+    ) -> dict[str, Tensor]:
+        """The parameters after the steps, by name and in the dtype of those given; the model is left as it is."""
+        w, v = dict(parameters), {name: torch.zeros_like(p) for name, p in parameters.items()}
+        for _ in range(self.steps):
+            for name, g in gradients_of(model, w, images, labels, loss).items():
+                v[name] = self.momentum * v[name] + g + self.weight_decay * w[name]
+                w[name] = w[name] - self.learning_rate * v[name]
+        return w
+
+
 def gradients_from_update(
     before: State,
     after: State,
@@ -45,10 +100,10 @@ def gradients_from_update(
     """The gradient of the one SGD step that leads from one state of a model to another: (before − after) / rate.
 
     Two states alone do not distinguish one SGD step from several, from momentum, or from another optimiser; no image
-    has the gradient of such an update, and `rgap.reconstruct` calls it inconsistent. The gradient is not exact: weights
-    are rounded to their format, which in float32 leaves an error of about 1e-8 of the weight over the rate. The result
-    carries it as `noise_std`, from which `rgap.reconstruct` takes its cutoffs and tolerances; parameters that moved by
-    less than their rounding are set aside by name.
+    has the gradient of such an update, and `rgap.reconstruct` calls it inconsistent; `rgap.reconstruct_update` takes
+    several steps. The gradient is not exact: weights are rounded to their format, which in float32 leaves an error of
+    about 1e-8 of the weight over the rate. The result carries it as `noise_std`, from which `rgap.reconstruct` takes
+    its cutoffs and tolerances; parameters that moved by less than their rounding are set aside by name.
 
     Args:
         before: The model that was sent out, its state, or its parameters in their order. Give the network itself (not
@@ -67,12 +122,19 @@ def gradients_from_update(
         GradientMismatchError: If names, number, or shapes differ, a value is not finite, or nothing has changed.
         ValueError: If the rate is not positive, there are several steps, or momentum.
     """
-    learning_rate = check_number("learning_rate", learning_rate, open_low=True)
+    training = LocalTraining(learning_rate, weight_decay=weight_decay)
     if check_count("steps", steps) != 1:
         raise ValueError(f"steps is {steps}; only one local step leaves the gradient of a batch in the update")
     if check_number("momentum", momentum) != 0:
         raise ValueError(f"momentum is {momentum}; it mixes in gradients of earlier steps, which are not known here")
-    weight_decay = check_number("weight_decay", weight_decay)
+    return mean_gradients(before, after, training)
+
+
+def mean_gradients(before: State, after: State, training: LocalTraining) -> UpdateGradients:
+    """Σ_j d_j g_j / Σ_j d_j over the local steps between two states of a model, (α w_0 − w_k) / Σ_j d_j.
+
+    Args and errors are those of `gradients_from_update`; for one step this is the gradient itself.
+    """
     old, new = _parameters(before, "before"), _parameters(after, "after")
     for model in (before, after):  # only a module distinguishes all of its buffers from its parameters
         if isinstance(model, nn.Module):
@@ -81,6 +143,7 @@ def gradients_from_update(
     if old.keys() != new.keys():
         missing, extra = [k for k in old if k not in new], [k for k in new if k not in old]
         raise GradientMismatchError(f"the two states differ in names: missing after {missing}, unknown before {extra}")
+    kept, total = training.coefficients[0], training.total
     gradients, noise = {}, {}
     for name, w in old.items():
         v = new[name]
@@ -91,8 +154,8 @@ def gradients_from_update(
                 f"parameter {name!r} holds NaN or infinity before or after; no gradient follows"
             )
         w64, v64 = (t.detach().to("cpu", torch.float64) for t in (w, v))
-        gradients[name] = (w64 - v64) / learning_rate - weight_decay * w64
-        noise[name] = max(_rounding_std(v), _rounding_std(w)) / learning_rate
+        gradients[name] = (w64 - v64 - (1 - kept) * w64) / total  # w − v is exact where the two are close
+        noise[name] = max(_rounding_std(v), _rounding_std(w)) * training.steps**0.5 / total  # rounded at every step
     if all(torch.equal(old[name].to(new[name]), new[name]) for name in old):
         cause = "no step was made, or every change is below the rounding of the weights"
         raise GradientMismatchError(f"before and after are equal: {cause}")

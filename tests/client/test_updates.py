@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.client import gradients_from_update, loss_value
+from rgap.client import LocalTraining, gradients_from_update, gradients_of, loss_value, mean_gradients
 
 SHAPE, IMAGE, LABEL = (3, 8, 8), rand(1, 3, 8, 8), torch.tensor([1])
 NETWORK = small_cnn(bias=True)
@@ -136,3 +136,26 @@ MOVED = {"w": torch.ones(2, 3) * 0.9, "b": torch.ones(2)}
 def test_what_is_no_update_is_refused_by_name(before, after, options, message):
     with pytest.raises(ValueError, match=message):
         gradients_from_update(before, after, **{"learning_rate": 0.1, **options})
+
+
+@pytest.mark.parametrize(
+    "training", [LocalTraining(0.1, 3), LocalTraining(0.05, 4, 0.9), LocalTraining(0.1, 3, 0.5, 0.01)]
+)
+def test_local_training_is_torchs_sgd_and_its_update_a_mean_of_gradients(training):
+    options = {"momentum": training.momentum, "weight_decay": training.weight_decay}
+    after = updated(NETWORK, torch.optim.SGD, steps=training.steps, lr=training.learning_rate, **options)
+    start = {name: p.detach() for name, p in NETWORK.named_parameters()}
+    mine = training.run(NETWORK, start, IMAGE, LABEL, "logistic")
+    for name, w in after.named_parameters():
+        assert_close(mine[name], w.detach(), rtol=0, atol=1e-14)
+    weights, mean = training.coefficients[1], dict.fromkeys(start, 0.0)
+    for step, d in enumerate(weights):
+        before = (
+            LocalTraining(training.learning_rate, step, **options).run(NETWORK, start, IMAGE, LABEL, "logistic")
+            if step
+            else start
+        )
+        for name, g in gradients_of(NETWORK, before, IMAGE, LABEL, "logistic").items():
+            mean[name] = mean[name] + d / training.total * g
+    for name, g in mean_gradients(NETWORK, after, training).items():
+        assert_close(g, mean[name], rtol=0, atol=1e-12)

@@ -1,0 +1,215 @@
+"""From an update of several local steps to the images behind it (ours).
+
+An update of k steps of SGD is a weighted sum of the gradients at k different weights, momentum and decay included:
+Ḡ = Σ_j d_j g_j / Σ_j d_j. Three ways lead from it to the images:
+
+    the first layer's input is the image itself and does not drift, so that equations without anything from above hold
+    as they are: of a vision transformer's patches, Ḡ_1 = Δ̄ᵀ P, and of a fully connected first layer, Ḡ_1 = h̄ xᵀ with
+    h̄ the bias's;
+    for several images, units of that layer that one image alone switches on at every step have Ḡ_j / h̄_j = x;
+    a chain of smooth activations has a drift Ḡ(x) − g(x) that is small and smooth in x: a fixed point takes it off.
+
+The verdict is a simulation: the images, run through the client's steps, must reproduce the update to within the
+rounding of its weights. Where activations have kinks, single units flip between the steps, which no approximate image
+predicts; the fixed point then does not contract, and nothing is certified.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from rgap.attack.arguments import check_options, checked_network
+from rgap.attack.drift import by_fixed_point
+from rgap.attack.reconstruct import reconstruct
+from rgap.attack.update import FoundImages, UpdateTask, by_first_layer, by_patches
+from rgap.client import LocalTraining, mean_gradients
+from rgap.network.layer import Chain
+from rgap.results import Candidate, PixelRange, Reconstruction, UnsupportedLayerError
+from rgap.tokens import PatchEmbedding
+
+STEPS_TRIED = (1, 2, 3, 4, 5, 6, 8, 10)
+"""Numbers of local steps that are tried where it is unknown."""
+
+NOISE_RESIDUAL_FACTOR = 5.0
+"""Multiple of the expected residual up to which a simulated update counts as the shared one."""
+
+MIN_ALLOWED_RESIDUAL = 1e-10
+"""Residual that float64 arithmetic of many steps explains."""
+
+MAX_ALLOWED_RESIDUAL = 1e-2
+"""Residual from which a simulated update is not the shared one, however large its rounding is."""
+
+MIN_RELATIVE_RMS = 1e-3
+"""Smallest root mean square of a gradient, relative to the median over the parameters, to which a miss is compared."""
+
+MAX_CERTIFIED_ERROR = 1e-2
+"""Predicted error, as a share of the pixel range, up to which an image is certified."""
+
+
+def reconstruct_update(
+    before: nn.Module | Chain,
+    after: nn.Module,
+    image_shape: tuple[int, ...] | None = None,
+    loss: str = "logistic",
+    *,
+    learning_rate: float,
+    steps: int | None = 1,
+    batch_size: int = 1,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    optimizer: str = "sgd",
+    labels: Tensor | Sequence[int] | None = None,
+    pixel_range: tuple[float, float] = (0.0, 1.0),
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Reconstruction:
+    """Computes a client's images back from the weights that it returns after local steps of SGD on all of them.
+
+    Args:
+        before: The network that was sent out, in the mode in which the client used it, or a `Chain` of it.
+        after: The network that came back, its state dict, or its parameters in their order.
+        image_shape: (C, H, W) of one image; may be left out with a `Chain`.
+        loss: A name in `rgap.client.LOSSES`.
+        learning_rate: Of every step.
+        steps: Local steps, each on the same batch; None to try small numbers, among which the certificate chooses.
+        batch_size: Images in the batch; more than one need a fully connected first layer with a bias.
+        momentum: Of `torch.optim.SGD`, without dampening.
+        weight_decay: λ of `torch.optim.SGD`.
+        optimizer: "sgd"; the updates of others are no sum of gradients.
+        labels: Labels if they are known, (B,).
+        pixel_range: Smallest and largest value of a pixel.
+        seed: Seed of random choices in batches.
+        device: Where the returned images and labels live.
+
+    Returns:
+        A `Reconstruction`. It is `exact` where the images, run through the client's steps, reproduce the update to
+        within the rounding of the weights; one step is a gradient, and judged as `rgap.reconstruct` judges it.
+
+    Raises:
+        UnsupportedLayerError: If the network is of no supported kind.
+        GradientMismatchError: If the two states do not fit each other, or nothing has changed.
+        ValueError: If another argument is out of range.
+    """
+    if optimizer != "sgd":
+        raise ValueError(
+            f"optimizer is {optimizer!r}; only 'sgd' is supported: Adam and its kin divide by gradients' sizes, so "
+            "that their updates are no weighted sums of gradients"
+        )
+    network = checked_network(before, image_shape)
+    check_options(loss, batch_size, pixel_range, None, None)
+    if batch_size is None:
+        raise ValueError("batch_size is None; an update of several steps needs the number of images")
+    options = {"momentum": momentum, "weight_decay": weight_decay}
+    found = []
+    for count in STEPS_TRIED if steps is None else (steps,):
+        training = LocalTraining(learning_rate, count, **options)
+        update = mean_gradients(network.model, after, training)
+        task = UpdateTask(network, update, training, loss, batch_size, labels, PixelRange(*pixel_range), seed, device)
+        found.append(_one_step(task) if count == 1 else _several_steps(task))
+        if found[-1].verdict == "exact":
+            break
+    best = min(found, key=lambda one: (one.verdict != "exact", one.candidates[0].gradient_residual))
+    if steps is None:
+        count = STEPS_TRIED[next(i for i, one in enumerate(found) if one is best)]
+        why = "by the simulated update" if best.verdict == "exact" else "which misses least; none is certified"
+        best = replace(best, notes=(*best.notes, f"{count} local steps of {STEPS_TRIED}, {why}"))
+    return best
+
+
+def _one_step(task: UpdateTask) -> Reconstruction:
+    options = {"labels": task.labels, "pixel_range": (task.pixels.low, task.pixels.high), "device": task.device}
+    return reconstruct(
+        task.network, task.update, None, task.loss, batch_size=task.batch_size, seed=task.seed, **options
+    )
+
+
+def _several_steps(task: UpdateTask) -> Reconstruction:
+    if isinstance(task.network, PatchEmbedding):
+        found = by_patches(task)
+    elif task.network.layers[0].is_dense and task.network.layers[0].bias_name:
+        found = by_first_layer(task)
+    elif task.batch_size > 1:
+        raise UnsupportedLayerError(
+            f"{task.batch_size} images and several local steps: the first layer {task.network.layers[0].name!r} must "
+            "be a Linear with a bias; the inputs of all other layers drift between the steps"
+        )
+    else:
+        found = by_fixed_point(task)
+    return _certified(task, found)
+
+
+def _certified(task: UpdateTask, found: FoundImages) -> Reconstruction:
+    """The verdict: the images, run through the client's steps, must reproduce the update."""
+    images, complete = found.images, len(found.images) == task.batch_size
+    residual, allowed, labels = math.inf, 0.0, found.labels[0]
+    if complete and torch.isfinite(images).all():
+        for one in found.labels:
+            miss, limit = _simulated_miss(task, found, one)
+            if miss < residual:
+                residual, allowed, labels = miss, limit, one
+            if residual <= allowed:
+                break
+    limit = MAX_CERTIFIED_ERROR * task.pixels.width
+    inside = task.pixels.contains(images, max(limit, NOISE_RESIDUAL_FACTOR * (found.error or 0.0)))
+    candidate = Candidate(
+        images.to(task.device or "cpu"), labels.to(task.device or "cpu"), residual, inside,
+        {found.layers[-1].name: images}, found.layers, beliefs=found.iterates, residual_allowed=allowed,
+        predicted_error=found.error,
+    )  # fmt: skip
+    steps, notes = f"{task.training.steps} simulated local steps", list(found.notes)
+    if not complete:
+        verdict = "rank-deficient"
+    elif residual > allowed:
+        verdict = "inconsistent"
+        notes.append(
+            f"{steps} miss the update by {residual:.2g}; {allowed:.2g} is allowed: other steps, or other images"
+        )
+    elif found.error is None or found.error > limit:
+        verdict = "inconsistent"
+        drowned = "" if found.error is None else f": its predicted error is {found.error:.2g}"
+        notes.append(f"the rounding of the weights drowns the image{drowned}")
+    else:
+        verdict = "exact"
+        notes.append(f"{steps} reproduce the update, missed by {residual:.2g}; {allowed:.2g} is allowed")
+        if not inside:
+            notes.append("pixels lie outside the pixel range by more than their predicted error")
+    per_image = ()
+    if task.batch_size > 1:
+        each = [
+            replace(candidate, images=x[None], labels=y[None])
+            for x, y in zip(candidate.images, candidate.labels, strict=True)
+        ]
+        per_image = tuple(("inconsistent" if verdict == "rank-deficient" else verdict, (one,)) for one in each)
+    return Reconstruction(
+        candidate.images, candidate.labels, verdict, (candidate,), found.layers, tuple(notes), per_image
+    )
+
+
+def _simulated_miss(task: UpdateTask, found: FoundImages, labels: Tensor) -> tuple[float, float]:
+    """How far the simulated Ḡ is from the shared one, relative, and how far it may be.
+
+    That far the client's own arithmetic, in the format of the weights, and the predicted error of the images move it,
+    by one draw of the latter, and the rounding of the weights that were subtracted.
+    """
+    dtype = next(iter(task.parameters.values())).dtype
+    mine = task.simulate(found.images, labels)
+    generator = torch.Generator().manual_seed(task.seed)
+    drawn = found.images + (found.error or 0.0) * torch.randn(
+        found.images.shape, generator=generator, dtype=found.images.dtype
+    )
+    other = task.simulate(drawn, labels, dtype)
+    rms = {n: g.norm().item() / g.numel() ** 0.5 for n, g in task.update.items()}
+    least = MIN_RELATIVE_RMS * median(size for size in rms.values() if size > 0)
+    miss = expected = 0.0
+    for name, g in task.update.items():
+        size = max(rms[name], least) * g.numel() ** 0.5
+        rounding = task.update.noise_std[name] * g.numel() ** 0.5
+        miss = max(miss, (mine[name] - g).norm().item() / size)
+        expected = max(expected, math.hypot((other[name] - mine[name]).norm().item(), rounding) / size)
+    return miss, min(max(NOISE_RESIDUAL_FACTOR * expected, MIN_ALLOWED_RESIDUAL), MAX_ALLOWED_RESIDUAL)
