@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rgap.arguments import all_finite, check_tensor
+from rgap.isolation import for_autograd
 from rgap.linalg import rms
 from rgap.models import trained_names
 from rgap.network.layer import Chain
@@ -97,7 +98,10 @@ class SharedGradient:
     def noise(self) -> dict[str, Tensor]:
         """One Gaussian draw of the errors, always the same; in float32, which takes a fifth of the time."""
         generator = torch.Generator().manual_seed(0)
-        return {name: std * torch.randn(std.shape, generator=generator) for name, std in self.entry_std.items()}
+        return {
+            name: std * torch.randn(std.shape, generator=generator, dtype=torch.float32)
+            for name, std in self.entry_std.items()
+        }
 
 
 def receive(
@@ -153,7 +157,7 @@ def receive_gradients(
             raise GradientMismatchError(f"gradient of {name!r} holds NaN or infinity; nothing can be recovered from it")
     if not any(g.any() for g in named.values()):
         raise GradientMismatchError("every gradient is zero; nothing can be recovered from them")
-    values = {name: g.detach().to("cpu", torch.float64) for name, g in named.items()}
+    values = {name: for_autograd(g).to("cpu", torch.float64) for name, g in named.items()}
     formats = _formats({name: g for name, g in named.items() if g.any()})
     coarsest = max(_quantum(dtype) for dtype in formats.values())
     errors = {

@@ -10,7 +10,7 @@ import rgap
 ROOT = Path(rgap.__file__).parent
 
 LEVELS = {
-    "arguments": -1,
+    **dict.fromkeys(("arguments", "isolation"), -1),
     **dict.fromkeys(("results", "linalg", "shared_gradient", "data", "models", "metrics", "artifact"), 0),
     **dict.fromkeys(("network", "client"), 1),
     **dict.fromkeys(("equations", "tokens"), 2),

@@ -40,6 +40,7 @@ from rgap.attack.problem import Attack
 from rgap.attack.verdict import judge
 from rgap.head import read_head
 from rgap.head.hypothesis import Start, starts_of
+from rgap.isolation import isolated
 from rgap.linalg import rms
 from rgap.network.layer import Chain
 from rgap.results import GradientMismatchError, PixelRange, Reconstruction
@@ -55,6 +56,7 @@ MAX_IDENTITY_RESIDUAL = 0.3
 """Residual of a layer's identities (0 for the right label, about 0.9 for a wrong one) that refutes a start."""
 
 
+@isolated()
 def reconstruct(
     model: nn.Module | Chain,
     gradients: Sequence[Tensor] | Mapping[str, Tensor],

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgap.arguments import check_count, check_labels, check_model, check_tensor
+from rgap.isolation import for_autograd, isolated
 from rgap.models import trained_names
 from rgap.results import GradientMismatchError
 
@@ -94,6 +95,7 @@ def client_gradients(model: nn.Module, images: Tensor, labels: Tensor, loss: str
     return [g if name in trained else torch.zeros_like(g) for name, g in gradients.items()]
 
 
+@isolated(one_thread=False)
 def gradients_of(
     model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor, loss: str
 ) -> dict[str, Tensor]:
@@ -106,12 +108,12 @@ def gradients_of(
     images, labels = check_tensor("images", images), check_labels(labels)
     if not parameters or set(parameters) - set(dict(model.named_parameters())):
         raise ValueError(f"model has parameters {list(dict(model.named_parameters()))}, not {list(parameters)}")
-    values = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    values = {name: for_autograd(p).requires_grad_() for name, p in parameters.items()}
     some = next(iter(values.values()))
     buffers = {n: b.to(some.dtype if b.is_floating_point() else b.dtype, copy=True) for n, b in model.named_buffers()}
     with torch.enable_grad():
         try:
-            outputs = torch.func.functional_call(model, {**buffers, **values}, images.to(some))
+            outputs = torch.func.functional_call(model, {**buffers, **values}, for_autograd(images.to(some)))
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"images of shape {tuple(images.shape)} do not pass the network: {reason}") from error

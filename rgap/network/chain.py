@@ -7,6 +7,7 @@ from collections import Counter
 from torch import nn
 
 from rgap.arguments import check_image_shape, check_model
+from rgap.isolation import isolated
 from rgap.models import trained_names
 from rgap.network.activations import IDENTITY
 from rgap.network.folding import Folder, parameter_copy
@@ -17,6 +18,7 @@ from rgap.results import UnsupportedLayerError
 __all__ = ["Chain", "Layer", "prepare"]
 
 
+@isolated()
 def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
     """Makes the chain that `rgap.reconstruct` walks; pass it instead of the model to attack many gradients.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rgap.arguments import check_image_shape
+from rgap.isolation import TRACING
 from rgap.network.operations import RESHAPES, kind_of_function, kind_of_module
 from rgap.results import UnsupportedLayerError
 
@@ -71,7 +73,8 @@ def trace(model: nn.Module, image_shape: tuple[int, ...]) -> list[Step]:
     shape = check_image_shape(image_shape)
     root = model if list(model.children()) else nn.Sequential(model)
     try:
-        graph = fx.Tracer().trace(root)
+        with TRACING:
+            graph = _Tracer().trace(root)
     except Exception as error:
         raise UnsupportedLayerError(
             f"{type(model).__name__} cannot be traced by torch.fx ({error}); its forward must not branch on data"
@@ -81,6 +84,24 @@ def trace(model: nn.Module, image_shape: tuple[int, ...]) -> list[Step]:
     run.on_image(shape)
     modules = dict(root.named_modules())
     return [_step(node, modules, run) for node in graph.nodes if node.op != "output"]
+
+
+class _Tracer(fx.Tracer):
+    """A tracer that leaves other threads alone: meanwhile every forward pass of the program comes by here."""
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        self.thread = threading.get_ident()
+        return super().trace(root, concrete_args)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 class _Run(fx.Interpreter):

@@ -15,6 +15,7 @@ from torch import nn
 
 from rgap.arguments import VALUE_FORMATS, check_count, check_dtype, check_image_shape, check_model, check_seed
 from rgap.equations.rank_laws import RankLaws, rank_laws
+from rgap.isolation import isolated
 from rgap.network.folding import linear_layer
 from rgap.network.layer import Chain
 from rgap.network.tracing import Step, trace
@@ -28,6 +29,7 @@ KNOWN_BELOW = {"convolution", "linear", "activation", "batch norm", "reshape"}
 """Kinds of steps through which ∂ℓ/∂z is known as soon as their output and its gradient are."""
 
 
+@isolated()
 def rank_analysis(
     model: nn.Module | Chain,
     image_shape: tuple[int, ...],

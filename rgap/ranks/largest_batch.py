@@ -14,6 +14,7 @@ from torch import nn
 
 from rgap.client import check_loss
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS, SPARE_UNITS, layer_laws
+from rgap.isolation import isolated
 from rgap.network.chain import Chain, Layer, prepare
 from rgap.ranks.numbers import MAX_UNKNOWNS, numerical_ranks, too_large
 
@@ -54,6 +55,7 @@ class LargestBatch:
     reason: str
 
 
+@isolated()
 def largest_batch(
     model: nn.Module | Chain, image_shape: tuple[int, int, int], loss: str = "cross_entropy"
 ) -> LargestBatch:
