@@ -1,4 +1,4 @@
-"""Settings of the caller's program that a computation here neither follows nor changes, and locks between its threads.
+"""Settings of the caller's program that a computation here neither follows nor changes.
 
 The systems solved are small: where BLAS divides them among threads, waiting for each other takes longer than the work.
 """
@@ -13,9 +13,6 @@ from contextlib import ExitStack, contextmanager
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
-
-TRACING = threading.RLock()
-"""Held while `torch.fx` traces, which replaces methods of `nn.Module` for all threads."""
 
 CPU = torch.device("cpu")
 

@@ -122,7 +122,7 @@ def receive(
     trained = trained_names(chain.model)
     received = receive_gradients(chain.parameters, gradients, rcond, noise_std, has_zeros=has_zeros, trained=trained)
     head = chain.layers[-1]
-    if not received.gradients[head.weight_name].any():
+    if not head.gradient(received.gradients).any():
         raise GradientMismatchError(
             f"the last layer's gradient {head.weight_name!r} is zero or not shared; nothing can be recovered"
         )

@@ -11,7 +11,7 @@ ROOT = Path(rgap.__file__).parent
 
 LEVELS = {
     **dict.fromkeys(("arguments", "isolation"), -1),
-    **dict.fromkeys(("results", "linalg", "shared_gradient", "data", "models", "metrics", "artifact"), 0),
+    **dict.fromkeys(("results", "linalg", "forward", "shared_gradient", "data", "models", "metrics", "artifact"), 0),
     **dict.fromkeys(("network", "client"), 1),
     **dict.fromkeys(("equations", "tokens"), 2),
     **dict.fromkeys(("head", "virtual", "ranks"), 3),

@@ -67,6 +67,10 @@ def check_arguments(chain: Chain, loss, batch_size, labels) -> None:
         raise UnsupportedLayerError(
             f"the last layer {head.name!r} has {outputs} outputs; the {loss} loss takes {least}"
         )
+    if chain.log_softmax and loss != "cross_entropy":
+        raise UnsupportedLayerError(
+            f"a logarithmic softmax before the {loss} loss cannot be inverted; cross_entropy can"
+        )
     if batch_size == 1:
         checked_labels(labels, loss, outputs)
 

@@ -123,7 +123,7 @@ def descend(
     left_open, beliefs, noise_stds = [], {}, []
     for i in reversed(range(start.layer if len(x) else 0)):
         layer, above, begin = chain.layers[i], chain.layers[i + 1], time.perf_counter()
-        has_gradient = not layer.is_fixed and layer.weight_name not in received.absent
+        has_gradient = not layer.is_fixed and not set(layer.weight_names) & set(received.absent)
         G = layer.gradient(received.gradients) if has_gradient else torch.zeros_like(layer.weight)
         x, dx = (t.reshape(-1, *layer.output_shape) for t in (x, dx))
         if len(x) > 1 and has_gradient:

@@ -59,7 +59,8 @@ def gradient_matching_closer(
             return None
         notes.append(f"{solution.null_basis.shape[1]} open unknowns of layer {name!r} by gradient matching")
         shown = before is chain.layers[0]
-        G = before.gradient(received.gradients) if before.weight_name not in received.absent else None
+        is_shared = not set(before.weight_names) & set(received.absent)
+        G = before.gradient(received.gradients) if is_shared else None
         return _filled(solution, factors, G, dx, steps, record, shown)
 
     return close

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgap.arguments import check_count, check_labels, check_model, check_tensor
+from rgap.forward import outputs_of, select_output
 from rgap.isolation import for_autograd, isolated
 from rgap.models import trained_names
 from rgap.results import GradientMismatchError
@@ -68,7 +69,9 @@ def check_loss(loss: str) -> None:
         raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}")
 
 
-def client_gradients(model: nn.Module, images: Tensor, labels: Tensor, loss: str = "logistic") -> list[Tensor]:
+def client_gradients(
+    model: nn.Module, images: Tensor, labels: Tensor, loss: str = "logistic", *, output: str | int | None = None
+) -> list[Tensor]:
     """The gradient that a client shares: of the mean loss of its batch, by every parameter.
 
     Args:
@@ -76,6 +79,8 @@ def client_gradients(model: nn.Module, images: Tensor, labels: Tensor, loss: str
         images: (B, C, H, W), in [0, 1].
         labels: (B,), int64.
         loss: A name in `LOSSES`.
+        output: Name or place of the output that the loss is taken on, where the network gives several; the first tensor
+            by default.
 
     Returns:
         One tensor for each parameter, in the order of `model.parameters()`; zeros for a parameter that is frozen
@@ -90,6 +95,7 @@ def client_gradients(model: nn.Module, images: Tensor, labels: Tensor, loss: str
     if images.ndim == 0 or len(images) == 0:
         raise ValueError("images are an empty batch; give at least one image, (B, C, H, W)")
     labels = check_labels(labels, len(images))
+    model = select_output(model, output)
     gradients = gradients_of(model, dict(model.named_parameters()), images, labels, loss)
     trained = trained_names(model)
     return [g if name in trained else torch.zeros_like(g) for name, g in gradients.items()]
@@ -113,7 +119,7 @@ def gradients_of(
     buffers = {n: b.to(some.dtype if b.is_floating_point() else b.dtype, copy=True) for n, b in model.named_buffers()}
     with torch.enable_grad():
         try:
-            outputs = torch.func.functional_call(model, {**buffers, **values}, for_autograd(images.to(some)))
+            outputs = outputs_of(model, {**values, **buffers}, for_autograd(images.to(some)))
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"images of shape {tuple(images.shape)} do not pass the network: {reason}") from error

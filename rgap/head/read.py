@@ -36,7 +36,7 @@ def read_head(loss: str, layer: Layer, received: SharedGradient, known: int | No
         GradientMismatchError: If the gradient is clearly that of another label than the one given, or that of the bias
             is absent where the loss needs it.
     """
-    G = received.gradients[layer.weight_name].flatten(1)
+    G = layer.gradient(received.gradients).flatten(1)
     shared = received.usable.get(layer.bias_name)
     bias = shared if shared is not None and shared.any() else None
     if bias is None and layer.bias is not None and layer.bias.any() and loss != "cross_entropy":

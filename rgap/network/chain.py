@@ -7,11 +7,12 @@ from collections import Counter
 from torch import nn
 
 from rgap.arguments import check_image_shape, check_model
+from rgap.forward import select_output
 from rgap.isolation import isolated
 from rgap.models import trained_names
-from rgap.network.activations import IDENTITY
 from rgap.network.folding import Folder, parameter_copy
 from rgap.network.layer import Chain, Layer
+from rgap.network.operations import is_log_softmax
 from rgap.network.tracing import Step, trace
 from rgap.results import UnsupportedLayerError
 
@@ -19,13 +20,15 @@ __all__ = ["Chain", "Layer", "prepare"]
 
 
 @isolated()
-def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
+def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...], *, output: str | int | None = None) -> Chain:
     """Makes the chain that `rgap.reconstruct` walks; pass it instead of the model to attack many gradients.
 
     Args:
         model: A chain of convolutions and linear layers with activations between them, and with the pooling, padding
             and normalisation that `rgap.network.folding` folds into these. A `Chain` is returned as it is.
         image_shape: (C, H, W) of one image; (C, L) and (n,) are taken too.
+        output: Name or place of the output that the loss is taken on, where the network gives several; the first tensor
+            by default.
 
     Returns:
         A `Chain` with float64 copies of the weights. It keeps factorisations, which are computed on first use.
@@ -43,13 +46,15 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
         return model
     if len(image_shape) > 3:
         raise ValueError(f"image_shape is {image_shape}; it must be (channels, height, width) or (channels, length)")
-    steps = trace(model, image_shape)
+    model = select_output(model, output)
+    steps = [step for step in trace(model, image_shape) if step.used]
     constants = {step.name for step in steps if step.kind == "constant"}
+    main = [step for step in steps if step.kind != "constant"]
+    end, dim = main[-1], (*main[-1].arguments, None)[0]
+    log_softmax = is_log_softmax(end.module or end.operation, end.options.get("dim", dim))
     names = {id(p): name for name, p in model.named_parameters()}
     folder, previous = Folder(names, trained_names(model), []), None
-    for step in steps:
-        if step.kind == "constant" or (step.kind == "reshape" and not step.output_shape):
-            continue  # a size is read here, not a tensor
+    for step in main[: -1 if log_softmax else None]:
         sources = tuple(name for name in step.sources if name not in constants)
         if step.kind == "unsupported":
             raise UnsupportedLayerError(f"layer {step.title} cannot be inverted: {step.reason}")
@@ -62,21 +67,21 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> Chain:
     layers = folder.finish()
     _check_parameters(layers, steps, folder.names)
     last = layers[-1]
-    if not last.is_dense or last.is_fixed or last.activation is not IDENTITY or last.output_scale is not None:
+    if not last.is_dense or last.is_fixed or last.output_scale is not None or folder.order is not None:
         raise UnsupportedLayerError(
-            f"the last layer {last.name!r} must be a Linear with nothing after it: the loss is taken on its output"
+            f"the last layer {last.name!r} must be a Linear, with nothing but activations between it and the loss"
         )
     parameters = {name: parameter_copy(p) for name, p in model.named_parameters()}
-    return Chain(model, image_shape, tuple(layers), parameters)
+    return Chain(model, image_shape, tuple(layers), parameters, log_softmax)
 
 
 def _check_parameters(layers: list[Layer], steps: list[Step], names: dict[int, str]) -> None:
-    """Every parameter must be used, and a weight only once: a shared one gets the sum of several gradients."""
+    """A weight must be used once: a shared one gets the sum of several gradients. Parameters without use have none."""
     if all(layer.is_fixed for layer in layers):
         raise UnsupportedLayerError("the network has no linear layer and so no gradient to attack")
     read = [step.module.parameters() if step.module is not None else [step.value] for step in steps]
     uses = Counter(id(value) for values in read for value in values)
-    weights = {name for layer in layers for name in (layer.weight_name, layer.bias_name) if name}
+    weights = {name for layer in layers for name in (*layer.weight_names, layer.bias_name) if name}
     for key, name in names.items():
-        if uses[key] == 0 or (uses[key] > 1 and name in weights):
+        if uses[key] > 1 and name in weights:
             raise UnsupportedLayerError(f"parameter {name!r} is used by {uses[key]} layers; it must be one")

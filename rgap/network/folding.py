@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from rgap.network.activations import IDENTITY, Activation, affine, compose
 from rgap.network.layer import Layer
 from rgap.network.operations import as_module, from_module
+from rgap.network.parametrised import current_weight, weight_terms
 from rgap.network.pixel_maps import PixelMap, image_shape_of, pixel_map
-from rgap.network.tracing import Step
+from rgap.network.tracing import Step, entry_order
 from rgap.results import UnsupportedLayerError
 
 
@@ -29,13 +30,15 @@ class Folder:
     """Folds the steps of a chain into `layers`, one after the other.
 
     `names` has the name of a parameter by its id, `trained` those that a client trains; `pad` is an injective fixed
-    layer that the next convolution takes in.
+    layer that the next convolution takes in, `order` the entry of the last layer's output at each place, where entries
+    have changed places since.
     """
 
     names: dict[int, str]
     trained: Sequence[str]
     layers: list[Layer]
     pad: Layer | None = None
+    order: Tensor | None = None
 
     def take(self, step: Step) -> None:
         """Folds one more step; raises an UnsupportedLayerError with its path and the reason where it cannot."""
@@ -48,7 +51,13 @@ class Folder:
         elif step.kind == "affine":
             self._affine(step)
         elif step.kind == "pixels":
+            self._refuse_order(step)
             self._pixels(step)
+        elif step.kind == "order":
+            order = entry_order(step)
+            self.order = order if self.order is None else self.order[order]
+            if not self.layers and self.pad is None:
+                self._refuse_order(step)
 
     def finish(self) -> list[Layer]:
         """All layers."""
@@ -57,8 +66,21 @@ class Folder:
             self.pad = None
         return self.layers
 
+    def _refuse_order(self, step: Step) -> None:
+        """Refuses entries that have changed places, unless back again; only a linear layer takes them in."""
+        if self.order is not None and not self.order.equal(torch.arange(len(self.order))):
+            raise UnsupportedLayerError(
+                f"layer {step.title}: entries change places (permute, flip) before it, which only a Linear takes in"
+            )
+        self.order = None
+
     def _linear(self, step: Step) -> None:
+        if not isinstance(step.module, nn.Linear):
+            self._refuse_order(step)
         layer = self._named_layer(step)
+        if self.order is not None:
+            columns, self.order = self.order.argsort(), None
+            layer = replace(layer, weight=layer.weight[:, columns], columns=columns)
         pad, self.pad = self.pad, None
         if pad is not None and pad.output_shape == layer.input_shape:
             shapes = {"input_shape": pad.input_shape, "feature_shape": pad.feature_shape}
@@ -81,13 +103,17 @@ class Folder:
             takes = f"it takes channels and {len(module.kernel_size)} axes of pixels"
             raise UnsupportedLayerError(f"layer {step.title} gets an input of shape {shape}; {takes}")
         layer = linear_layer(module, shape, step.output_shape)
-        name = self.names[id(module.weight)]
+        terms = weight_terms(module, step.title, self.names)
+        name = terms[0][0] if terms else self.names[id(module.weight)]
         parameters = {
             "weight": parameter_copy(layer.weight),
             "weight_name": name,
+            "weight_terms": terms,
             "is_frozen": name not in self.trained,
         }
         if module.bias is not None:
+            if id(module.bias) not in self.names:
+                raise UnsupportedLayerError(f"the bias of layer {step.title} is no parameter of the network")
             parameters |= {"bias": parameter_copy(module.bias), "bias_name": self.names[id(module.bias)]}
         if getattr(module, "padding_mode", "zeros") != "zeros" and any(layer.padding):
             flat, mode = tuple(module._reversed_padding_repeated_twice), module.padding_mode
@@ -96,6 +122,8 @@ class Folder:
         return replace(layer, name=step.path, **parameters)
 
     def _elementwise(self, step: Step, activation: Activation) -> None:
+        if isinstance(activation.negative_slope, Tensor):
+            self._refuse_order(step)
         last = self._last(step)
         self.layers[-1] = replace(last, activation=compose(last.activation, activation))
 
@@ -103,6 +131,9 @@ class Folder:
         scale, shift = scale_and_shift(step)
         if lost := int((scale == 0).sum()):
             raise UnsupportedLayerError(f"layer {step.title} multiplies {lost} of {scale.numel()} entries by zero")
+        if self.order is not None:
+            back = self.order.argsort()
+            scale, shift = scale.flatten()[back], shift.flatten()[back]
         last = self._last(step)
         scale, shift = scale.reshape(last.output_shape), shift.reshape(last.output_shape)
         per_channel = scale[:, 0, 0]
@@ -156,7 +187,7 @@ def linear_layer(module: nn.Module, input_shape: tuple[int, ...], output_shape: 
 
     Shapes are without the batch dimension; on (…, n) a `Linear` is a 1×1 convolution over the positions.
     """
-    weight = module.weight.detach()
+    weight = current_weight(module)
     if isinstance(module, nn.Linear):
         positions = math.prod(input_shape[:-1])
         shapes = (weight.shape[1], positions, 1), (weight.shape[0], positions, 1)

@@ -40,6 +40,9 @@ class Layer:
         output_scale: Factor of each output channel, (O,): `weight` is the module's weight times this; None for 1.
         shift: Constant added after everything else, shaped as the output; None for 0.
         is_fixed: Whether the layer has no weight of its own, and so no gradient constraints.
+        columns: Where entries change places before a linear layer: for each column of `weight` that of the module's.
+        weight_terms: Of a weight that is computed from other parameters, their names and factors, whose products with
+            the shared gradients sum up to the weight's.
         cache: Results that depend on the model alone, kept for the next attack.
         is_frozen: Whether the client does not train its weight, and so shares no gradient of it.
     """
@@ -62,6 +65,8 @@ class Layer:
     output_scale: Tensor | None = None
     shift: Tensor | None = None
     is_fixed: bool = False
+    columns: Tensor | None = None
+    weight_terms: tuple[tuple[str, Tensor], ...] = ()
     cache: dict[str, Any] = field(default_factory=dict, repr=False)
     is_frozen: bool = False
 
@@ -75,6 +80,11 @@ class Layer:
         """Whether the layer is a matrix on a vector (a linear layer, or a 1×1 convolution of one pixel)."""
         plain = self.before is None and self.after is None and self.groups == 1
         return plain and self.input_shape[1:] == self.output_shape[1:] == self.weight.shape[2:] == (1, 1)
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """Names of the parameters behind its weight."""
+        return tuple(name for name, _ in self.weight_terms) or (self.weight_name,)
 
     @property
     def pixels_in(self) -> tuple[int, int]:
@@ -137,7 +147,12 @@ class Layer:
 
     def gradient(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """∂ℓ/∂`weight`, shaped as it, from the shared gradients by parameter name."""
-        G = gradients[self.weight_name].reshape(self.weight.shape)
+        if self.weight_terms:
+            G = sum(factor * gradients[name] for name, factor in self.weight_terms)
+        else:
+            G = gradients[self.weight_name]
+        G = G if self.columns is None else G[:, self.columns]
+        G = G.reshape(self.weight.shape)
         return G if self.output_scale is None else G / self.output_scale[:, None, None, None]
 
     def split_groups(self) -> list[Layer]:
@@ -180,12 +195,14 @@ class Chain:
         image_shape: (C, H, W).
         layers: From the image to the output; the last is dense.
         parameters: Parameter name -> float64 copy, in the order of `model.named_parameters()`.
+        log_softmax: Whether a logarithmic softmax follows, which a cross-entropy does not notice.
     """
 
     model: nn.Module
     image_shape: tuple[int, int, int]
     layers: tuple[Layer, ...]
     parameters: dict[str, Tensor] = field(repr=False)
+    log_softmax: bool = False
 
     @property
     def homogeneous(self) -> bool:

@@ -19,7 +19,37 @@ from rgap.network import activations
 from rgap.network.activations import IDENTITY, RELU, Activation, clipped, exponential, leaky_relu
 
 RESHAPES = {torch.flatten, "flatten", "view", "reshape", torch.reshape, "contiguous", torch.unsqueeze, "unsqueeze"}
-RESHAPES |= {torch.squeeze, "squeeze", "unflatten", torch.unflatten}
+RESHAPES |= {torch.squeeze, "squeeze", "unflatten", torch.unflatten, "view_as", "reshape_as", "expand", "expand_as"}
+RESHAPES |= {"clone", torch.clone, "requires_grad_", "alias"}
+CASTS = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda"}
+RESHAPES |= CASTS
+ORDERS = {
+    "permute",
+    torch.permute,
+    "transpose",
+    torch.transpose,
+    "swapaxes",
+    "swapdims",
+    "movedim",
+    torch.movedim,
+    "T",
+    "mT",
+}
+ORDERS |= {
+    "flip",
+    torch.flip,
+    "roll",
+    torch.roll,
+    "rot90",
+    torch.rot90,
+    torch.cat,
+    torch.concat,
+    torch.stack,
+    "getitem",
+    "t",
+}
+ORDERS |= {F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, torch.channel_shuffle, "narrow", torch.narrow}
+LINEAR_FUNCTIONS = {F.linear, torch.conv1d, torch.conv2d}
 PIXEL_MODULES = (
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
@@ -35,7 +65,7 @@ POOLING = re.compile(r"(?:adaptive_?)?(avg|max)_?pool[123]d")
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 AFFINE_FUNCTIONS = SUMS | {operator.sub, operator.mul, operator.truediv, operator.neg, operator.isub, operator.imul}
 AFFINE_FUNCTIONS |= {operator.itruediv, torch.sub, torch.mul, torch.div}
-AFFINE_FUNCTIONS |= {"sub", "mul", "div", "neg", "sub_", "mul_", "div_"}
+AFFINE_FUNCTIONS |= {"sub", "mul", "div", "neg", "sub_", "mul_", "div_", "truediv", "true_divide", torch.neg}
 DROPOUTS = {F.dropout, F.dropout2d, torch.dropout}
 
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
@@ -119,6 +149,33 @@ def as_module(operation: Any, arguments: tuple, options: Mapping[str, Any]) -> n
         return None
 
 
+def is_log_softmax(operation: Any, dim: int | None) -> bool:
+    """Whether a module or function is a logarithmic softmax over the classes of (B, classes)."""
+    if isinstance(operation, nn.LogSoftmax):
+        dim = operation.dim
+    elif operation not in (F.log_softmax, torch.log_softmax, "log_softmax"):
+        return False
+    return dim in (None, 1, -1)
+
+
+def functional_layer(operation: Any, arguments: tuple, options: Mapping[str, Any]) -> nn.Module | None:
+    """The module that computes the same as a convolution or linear function of two parameters; None for others."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = {"bias": None, **dict(zip(names, arguments, strict=False)), **options}
+    weight, bias = given.pop("weight"), given.pop("bias")
+    del given["input"]
+    if not (isinstance(weight, nn.Parameter) and (bias is None or isinstance(bias, nn.Parameter))):
+        return None
+    if operation is F.linear:
+        module = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
+    else:
+        kind, groups = nn.Conv1d if weight.ndim == 3 else nn.Conv2d, given.get("groups", 1)
+        sizes = weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:])
+        module = kind(*sizes, bias=bias is not None, device="meta", **given)
+    module.weight, module.bias = weight, bias
+    return module
+
+
 def kind_of_module(module: nn.Module) -> tuple[str, str]:
     """The kind of a module, and the reason where it is not supported."""
     if isinstance(module, nn.Linear):
@@ -145,6 +202,7 @@ def kind_of_module(module: nn.Module) -> tuple[str, str]:
 
 def kind_of_function(operation: Any, call: Callable | None, arguments: tuple, options: Mapping) -> tuple[str, str]:
     """The kind of a traced function of one tensor, and the reason where it is not supported."""
+    label = operation if isinstance(operation, str) else operation.__name__
     if pooling(operation) == "max":
         return "unsupported", LOST_POSITIONS
     if operation in DROPOUTS:
@@ -155,9 +213,11 @@ def kind_of_function(operation: Any, call: Callable | None, arguments: tuple, op
     if operation in (F.prelu, torch.prelu) or operation in MODULES:
         if (module := as_module(operation, arguments, options)) is not None:
             return kind_of_module(module)
-        return "unsupported", f"the operation {operation!r} has no closed-form inverse with these arguments"
+        return "unsupported", f"the operation {label!r} has no closed-form inverse with these arguments"
     if call is not None and (pooling(operation) or operation in PIXEL_FUNCTIONS):
         return "pixels", ""
     if call is not None and operation in AFFINE_FUNCTIONS:
         return "affine", ""
-    return "unsupported", f"the operation {operation!r} has no closed-form inverse here"
+    if operation in LINEAR_FUNCTIONS:
+        return "unsupported", f"the weight of {label!r} is computed; it must be a parameter"
+    return "unsupported", f"the operation {label!r} has no closed-form inverse here"

@@ -1,21 +1,54 @@
-"""Every operation of a network with its shapes, its kind, and the reason where it cannot be inverted."""
+"""Every operation of a network with its shapes, its kind, and the reason where it cannot be inverted.
+
+The network runs once, as it is, on an image of zeros, and what it calls is recorded (a mode of this thread alone; no
+class is patched). So shapes are numbers, and whatever Python does with them works; what may not happen is a decision on
+the values of the image, which another image might decide otherwise.
+"""
 
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
+import linecache
 import math
-import threading
+import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode
 
 from rgap.arguments import check_image_shape
-from rgap.isolation import TRACING
-from rgap.network.operations import RESHAPES, kind_of_function, kind_of_module
+from rgap.forward import first_tensor, unwrap
+from rgap.network.operations import (
+    CASTS,
+    LINEAR_FUNCTIONS,
+    ORDERS,
+    RESHAPES,
+    functional_layer,
+    kind_of_function,
+    kind_of_module,
+)
 from rgap.results import UnsupportedLayerError
+
+METADATA = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "type"}
+METADATA |= {"is_complex", "__len__", "element_size", "storage_offset", "get_device", "is_same_size", "data_ptr"}
+"""Names of functions that tell about a tensor, but not its values."""
+
+RANDOM = {"rand", "randn", "rand_like", "randn_like", "randint", "randperm", "bernoulli", "normal", "multinomial"}
+RANDOM |= {"bernoulli_", "normal_", "uniform_", "poisson", "rrelu", "alpha_dropout", "feature_dropout"}
+"""Names of functions that draw random numbers."""
+
+OPERATORS = {"__rsub__": "sub", "__rdiv__": "truediv", "__rtruediv__": "truediv", "__getitem__": "getitem"}
+OPERATORS |= {"__setitem__": "setitem", "__matmul__": "matmul", "__rpow__": "pow"}
+"""Special methods by the names of the operators."""
+
+OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 @dataclass(frozen=True)
@@ -25,18 +58,20 @@ class Step:
     Attributes:
         path: Path of the module in the model, or the name of the traced function.
         kind: "input", "linear", "activation", "affine" (entry by entry), "pixels" (a linear map of pixels, the same for
-            every channel), "reshape", "constant" (does not depend on the image) or "unsupported".
+            every channel), "reshape", "order" (entries change places), "constant" (does not depend on the image) or
+            "unsupported".
         module: The module, None for a function.
         sources: Names of the steps whose outputs it reads.
-        name: Its name in the graph.
-        input_shape: Shape of its first input without the batch dimension; () where that is no tensor.
-        output_shape: Shape of its output without the batch dimension; () where that is no tensor.
+        name: Its name, each of its own.
+        input_shape: Shape of its first input without the batch dimension.
+        output_shape: Shape of its output, of several the first, without the batch dimension.
         reason: Why it cannot be inverted; empty where it can.
         operation: The function or the name of the method that a function step calls; None for a module.
         call: A function step as a function of one tensor, its other arguments as traced; None for a module, and where
             it reads several tensors that depend on the image.
         arguments, options: Positional arguments of a function step after the first, and its keyword arguments.
         value: Value of a constant.
+        used: Whether the network's first output rests on it.
     """
 
     path: str
@@ -52,6 +87,7 @@ class Step:
     arguments: tuple = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     value: Any = None
+    used: bool = True
 
     @property
     def title(self) -> str:
@@ -63,113 +99,258 @@ def trace(model: nn.Module, image_shape: tuple[int, ...]) -> list[Step]:
     """Lists every operation of a network with its shapes, from one run on zeros, in the order of execution.
 
     Args:
-        model: Any module that `torch.fx` can trace.
+        model: Any module that gives a tensor, or a tuple, mapping or record of which the first tensor is taken.
         image_shape: Shape of one image without the batch dimension, e.g. (C, H, W), (C, L) or (n,).
 
     Raises:
-        UnsupportedLayerError: If the module cannot be traced.
-        ValueError: If the image shape does not fit; the message names the layer at which it fails.
+        UnsupportedLayerError: If `forward` needs more than the image, decides on values of the image, or hides what it
+            computes; the message has the line.
+        ValueError: If the image shape does not fit; the message has the layer at which it fails, and the line.
     """
     shape = check_image_shape(image_shape)
+    model = unwrap(model)
+    wanted = [p for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty]
+    if missing := [p.name for p in wanted if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]:
+        raise UnsupportedLayerError(f"the forward of {type(model).__name__} needs more than the image: {missing}")
     root = model if list(model.children()) else nn.Sequential(model)
+    recorder = _Recorder(root)
+    image = recorder.image(shape, wanted[0].name if wanted and root is model else "input")
     try:
-        with TRACING:
-            graph = _Tracer().trace(root)
-    except Exception as error:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), recorder:  # dropout draws from the global generator
+            output = first_tensor(recorder.root(image))
+    except _BranchError as error:
         raise UnsupportedLayerError(
-            f"{type(model).__name__} cannot be traced by torch.fx ({error}); its forward must not branch on data"
+            f"{type(model).__name__} decides on values of the image{_users_line(error)}: its forward must not branch "
+            "on data, nor read single values"
         ) from error
-    # The copy shares the parameters and owns its buffers, so that running it in eval mode changes nothing.
-    run = _Run(fx.GraphModule(copy.deepcopy(root, {id(p): p for p in root.parameters()}).eval(), graph))
-    run.on_image(shape)
-    modules = dict(root.named_modules())
-    return [_step(node, modules, run) for node in graph.nodes if node.op != "output"]
+    except Exception as error:
+        place = f" at {recorder.place}" if recorder.place else ""
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"image_shape {shape} does not fit the network{place}: {reason}{_users_line(error)}"
+        ) from error
+    if output is None or id(output) not in recorder.names:
+        what = (
+            "gives no tensor" if output is None else "hides what it computes: its output comes from no operation seen"
+        )
+        raise UnsupportedLayerError(f"{type(model).__name__} {what}")
+    return recorder.finished(recorder.names[id(output)])
 
 
-class _Tracer(fx.Tracer):
-    """A tracer that leaves other threads alone: meanwhile every forward pass of the program comes by here."""
-
-    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        self.thread = threading.get_ident()
-        return super().trace(root, concrete_args)
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != self.thread:
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self.thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+class _BranchError(Exception):
+    """The values of the image were asked for."""
 
 
-class _Run(fx.Interpreter):
-    """Runs the graph once on zeros; keeps every output's shape, and the values that do not depend on the image."""
+def _users_line(error: BaseException) -> str:
+    """The last line of an error's way that is neither torch's nor this library's, in parentheses."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(OWN_CODE)]
+    if not frames or not linecache.getline(frames[-1].filename, frames[-1].lineno):
+        return ""
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})"
 
-    def on_image(self, shape: tuple[int, ...]) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.constants: dict[str, Any] = {}
-        parameter = next(self.module.parameters(), torch.zeros(()))
-        image = torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device)
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
-                self.run(image)
-        except Exception as error:
-            place = f"{'layer' if self.node.op == 'call_module' else 'operation'} {str(self.node.target)!r}"
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"image_shape {shape} does not fit the network at {place}: {reason}") from error
 
-    def run_node(self, node: fx.Node) -> Any:
-        self.node = node
-        result = super().run_node(node)
-        if isinstance(result, Tensor) and node.op != "output":
-            self.shapes[node.name] = tuple(result.shape[1:])
-        if node.op not in ("placeholder", "output") and all(n.name in self.constants for n in node.all_input_nodes):
-            self.constants[node.name] = result
+class _Recorder(TorchFunctionMode):
+    """Records the calls of a copy of the network, which shares its parameters and owns its buffers.
+
+    Modules of torch are single steps, and in eval mode; others keep theirs, which their functions may read.
+
+    Attributes:
+        root: The copy.
+        names: id of a tensor -> name of the step that made it.
+        place: What is being run, for messages.
+    """
+
+    def __init__(self, root: nn.Module):
+        """Copies the network and marks the modules that are single steps."""
+        super().__init__()
+        memo: dict[int, Any] = {id(p): p for p in root.parameters()}
+        for module in root.modules():  # the weight under a weight norm, which cannot be copied
+            memo |= {id(t): t.detach() for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf}
+        self.root = copy.deepcopy(root, memo)
+        self.originals = dict(zip(map(id, self.root.modules()), root.named_modules(), strict=True))
+        self.attributes = {id(t): name for name, t in (*self.root.named_parameters(), *self.root.named_buffers())}
+        for module in [*self.root.modules()]:
+            module._modules.update(
+                {name: unwrap(child) for name, child in module._modules.items() if child is not None}
+            )
+        for module in self.root.modules():
+            if type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(
+                module, nn.Sequential
+            ):
+                module.eval()
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._leave, with_kwargs=True)
+        self.steps: list[Step] = []
+        self.names: dict[int, str] = {}
+        self.constants: set[str] = set()
+        self.alive: list[Any] = []  # an id is that of one object only while it lives
+        self.taken: set[str] = set()
+        self.inside: nn.Module | None = None
+        self.place = ""
+
+    def image(self, shape: tuple[int, ...], name: str) -> Tensor:
+        """An image of zeros as the first step."""
+        parameter = next(self.root.parameters(), torch.zeros(()))
+        image, name = torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device), self._name(name)
+        self._add(Step(name, "input", None, (), name, (), shape), image)
+        return image
+
+    def finished(self, output: str) -> list[Step]:
+        """All steps, modules with their kinds, and marked by whether the output rests on them."""
+        sources, used, waiting = {step.name: step.sources for step in self.steps}, set(), [output]
+        while waiting:
+            if (name := waiting.pop()) not in used:
+                used.add(name)
+                waiting += sources[name]
+        kinds = {s.name: kind_of_module(s.module) for s in self.steps if s.module is not None and not s.kind}
+        each = [(step, *kinds.get(step.name, (step.kind, step.reason))) for step in self.steps]
+        return [replace(step, kind=kind, reason=reason, used=step.name in used) for step, kind, reason in each]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Runs a function, and records it unless it is part of a module that is a single step."""
+        kwargs = kwargs or {}
+        if self.inside is not None:
+            return func(*args, **kwargs)
+        operation = _operation(func)
+        tensors = _tensors((args, kwargs))
+        reads = any(self.names.get(id(t), "") not in {"", *self.constants} for t in tensors)
+        self.place = f"operation {_label(operation)!r}"
+        result = func(*args, **kwargs)
+        self.place = ""
+        made = args[0] if operation == "setitem" else result
+        if _tensors(made):
+            self._record(operation, func, args, kwargs, tensors, made)
+        elif reads and not (func.__name__ == "__get__" or func.__name__ in METADATA):
+            raise _BranchError
         return result
 
+    def _enter(self, module: nn.Module, _) -> None:
+        if self.inside is None:
+            self.inside, self.place = module, f"layer {self.originals[id(module)][0]!r}"
 
-def _step(node: fx.Node, modules: dict[str, nn.Module], run: _Run) -> Step:
-    module = modules[node.target] if node.op == "call_module" else None
-    path = str(node.target) if node.op == "call_module" else node.name
-    sources = tuple(source.name for source in node.all_input_nodes if source.name in run.shapes)
-    input_shape = run.shapes[sources[0]] if sources else ()
-    output_shape = run.shapes.get(node.name, ())
-    is_function = node.op in ("call_function", "call_method")
-    call = _call(node, run.constants) if is_function else None
-    arguments, options = _filled(node, run.constants) if is_function else ((), {})
-    kind, reason = "unsupported", ""
-    if node.op == "placeholder":
-        kind = "input"
-    elif node.name in run.constants:
-        kind = "constant"
-    elif module is not None:
-        kind, reason = kind_of_module(module)
-    elif node.name not in run.shapes or (node.target in RESHAPES and math.prod(input_shape) == math.prod(output_shape)):
-        kind = "reshape"
-    else:
-        kind, reason = kind_of_function(node.target, call, arguments[1:], options)
-    operation, value = node.target if is_function else None, run.constants.get(node.name)
-    what = (path, kind, module, sources, node.name, input_shape, output_shape, reason, operation, call)
-    return Step(*what, arguments[1:], options, value)
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, result: Any) -> None:
+        if self.inside is not module:
+            return
+        self.inside, self.place = None, ""
+        (path, original), tensors = self.originals[id(module)], _tensors((args, kwargs))
+        sources = self._sources(tensors)
+        if not all(source in self.constants for source in sources):
+            name, shapes = self._name(path.replace(".", "_")), (_shape(tensors), _shape(_tensors(result)))
+            self._add(Step(path, "", original, sources, name, *shapes), result)
+        elif sources:
+            self._constant(path.replace(".", "_"), sources, result)
+
+    def _record(self, operation: Any, func: Callable, args, kwargs, tensors: list[Tensor], result: Any) -> None:
+        label = _label(operation)
+        module = functional_layer(operation, args, kwargs) if operation in LINEAR_FUNCTIONS else None
+        sources = self._sources(tensors[:1] if module is not None else tensors)
+        depends = {source for source in sources if source not in self.constants}
+        if not depends and label not in RANDOM:
+            if sources:
+                self._constant(label, sources, result)
+            return
+        name, call = self._name(label), None
+        images = [t for t in tensors if self.names.get(id(t)) in depends]
+        if len(depends) == 1:
+            before = dict.fromkeys(map(id, images))
+
+            def call(x: Tensor, args=args, kwargs=kwargs) -> Any:
+                given, options = _mapped((args, kwargs), lambda t: x if id(t) in before else t)
+                return func(*given, **options)
+
+        shapes = _shape(images), _shape([first_tensor(result)])
+        arguments, options = _mapped((args[1:], kwargs), lambda t: None if self.names.get(id(t)) in depends else t)
+        step = Step(name, "linear", module, sources, name, *shapes)
+        if module is None:
+            step = replace(step, operation=operation, call=call, arguments=arguments, options=options)
+            kind, reason = _kind(step, result)
+            step = replace(step, kind=kind, reason=reason)
+        self._add(step, result)
+
+    def _constant(self, label: str, sources: tuple[str, ...], value: Any) -> None:
+        name = self._name(label)
+        self.constants.add(name)
+        self._add(
+            Step(label.removeprefix("@"), "constant", None, sources, name, (), _shape(_tensors(value)), value=value),
+            value,
+        )
+
+    def _add(self, step: Step, made: Any) -> None:
+        self.steps.append(step)
+        self.alive.append(made)
+        self.names |= dict.fromkeys(map(id, _tensors(made)), step.name)
+
+    def _sources(self, tensors: list[Tensor]) -> tuple[str, ...]:
+        """Names of the steps that made these tensors; a parameter or buffer is a new step wherever it is read."""
+        for t in tensors:
+            if path := self.attributes.get(id(t)):
+                self._constant(f"@{path}", (), t)
+        return tuple(dict.fromkeys(self.names[id(t)] for t in tensors if id(t) in self.names))
+
+    def _name(self, wish: str) -> str:
+        """The wish, or with the first free number behind it."""
+        wish = wish.strip("_") or "call"
+        numbered = (f"{wish}_{i}" for i in itertools.count(1))
+        name = next(name for name in itertools.chain([wish], numbered) if name not in self.taken)
+        self.taken.add(name)
+        return name
 
 
-def _filled(node: fx.Node, constants: dict[str, Any], x: Tensor | None = None) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a function step, constants by their values and what depends on the image by x."""
-    arguments, options = fx.map_arg((node.args, node.kwargs), lambda source: constants.get(source.name, x))
-    return arguments, dict(options)
+def _operation(func: Callable) -> Any:
+    """The function, or the name where it is a method, operator or property of a tensor."""
+    if func.__name__ == "__get__":
+        return func.__self__.__name__
+    is_method = getattr(Tensor, func.__name__, None) is func or "Tensor" in getattr(func, "__qualname__", "")
+    return OPERATORS.get(func.__name__, func.__name__) if is_method else func
 
 
-def _call(node: fx.Node, constants: dict[str, Any]) -> Callable[[Tensor], Any] | None:
-    """A function step as a function of the tensor that depends on the image."""
-    if len([source for source in node.all_input_nodes if source.name not in constants]) != 1:
-        return None
+def _label(operation: Any) -> str:
+    return operation if isinstance(operation, str) else operation.__name__
 
-    def call(x: Tensor) -> Any:
-        arguments, options = _filled(node, constants, x)
-        if node.op == "call_method":
-            return getattr(arguments[0], node.target)(*arguments[1:], **options)
-        return node.target(*arguments, **options)
 
-    return call
+def _tensors(arguments: Any) -> list[Tensor]:
+    """Every tensor in nested arguments, in order."""
+    found: list[Tensor] = []
+    _mapped(arguments, lambda t: found.append(t))
+    return found
+
+
+def _mapped(arguments: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Nested arguments with every tensor changed."""
+    return map_aggregate(arguments, lambda value: change(value) if isinstance(value, Tensor) else value)
+
+
+def _shape(tensors: list[Tensor]) -> tuple[int, ...]:
+    """Shape of the first without the batch dimension."""
+    return tuple(tensors[0].shape[1:]) if tensors else ()
+
+
+def _kind(step: Step, result: Any) -> tuple[str, str]:
+    """The kind of a recorded function, and the reason where it is not supported."""
+    label = _label(step.operation)
+    if label in RANDOM:
+        return "unsupported", f"{label} draws random numbers"
+    if not isinstance(result, Tensor):
+        return "unsupported", f"the operation {label!r} gives several tensors"
+    if step.operation in CASTS and result.dtype not in (torch.float32, torch.float64):
+        return "unsupported", f"it rounds to {str(result.dtype).removeprefix('torch.')}"
+    same = math.prod(step.input_shape) == math.prod(step.output_shape)
+    if step.operation in RESHAPES and same:
+        return "reshape", ""
+    if step.call is not None and same and (step.operation in ORDERS):
+        order = entry_order(step)
+        if order is not None:
+            return ("reshape" if order.equal(torch.arange(len(order))) else "order"), ""
+    return kind_of_function(step.operation, step.call, step.arguments, step.options)
+
+
+def entry_order(step: Step) -> Tensor | None:
+    """The entry of a step's input at each place of its output, flattened; None where it is no change of places."""
+    entries = torch.arange(math.prod(step.input_shape), dtype=torch.float64)
+    moved = (
+        step.call(entries.reshape(1, *step.input_shape))
+        if step.call
+        else step.module(entries.reshape(1, *step.input_shape))
+    )
+    order = moved.flatten().long()
+    return order if moved.shape == (1, *step.output_shape) and order.sort().values.equal(entries.long()) else None

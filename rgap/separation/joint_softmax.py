@@ -77,7 +77,7 @@ def fit_and_refit(layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: T
     head = refine_inputs(layers, gradients, x, labels, "cross_entropy")
     if REFIT_RESIDUALS[0] < head.residual < REFIT_RESIDUALS[1]:
         dz = _pre_activation_gradients(layers, head.x, labels, output_jacobians(layers, head.x)[2])
-        G = gradients[layers[0].weight_name].flatten(1)
+        G = layers[0].gradient(gradients).flatten(1)
         x = torch.linalg.lstsq(dz, G, driver="gelsd").solution
         head = min(head, refine_inputs(layers, gradients, x, labels, "cross_entropy"), key=lambda one: one.residual)
     return head
@@ -109,7 +109,7 @@ def _likely_labels(last: Layer, gradients: Mapping[str, Tensor], count: int) -> 
     The rows of classes without an image are then nearly equal, a multiple of the mean hidden vector. The distances of
     the others from that row show which classes are present, and their components along it how many images each has.
     """
-    G = gradients[last.weight_name].flatten(1)
+    G = last.gradient(gradients).flatten(1)
     classes = len(G)
     between = torch.cdist(G, G).fill_diagonal_(torch.inf)
     absent = G[list(divmod(int(between.argmin()), classes))].mean(0)

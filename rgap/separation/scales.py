@@ -66,7 +66,7 @@ def output_gradients(
     c = torch.linalg.lstsq(jacobians[0].mT, dz[:, :, None]).solution[:, :, 0]
     if not complete:
         return c, outputs
-    sizes = [gradients[layer.weight_name].square().sum().clamp(min=torch.finfo(c.dtype).tiny) for layer in layers]
+    sizes = [layer.gradient(gradients).square().sum().clamp(min=torch.finfo(c.dtype).tiny) for layer in layers]
     gram = c.new_zeros(c.numel(), c.numel())
     for layer, x, J, size in zip(layers, received, jacobians, sizes, strict=True):
         flat, classes = J.flatten(0, 1), c.shape[1]
@@ -79,7 +79,7 @@ def output_gradients(
         right = torch.zeros_like(c)
         for layer, x, J, size in zip(layers, received, jacobians, sizes, strict=True):
             dz = torch.einsum("bco,bc->bo", J, c)
-            projected = x @ (gradients[layer.weight_name].flatten(1) - dz.T @ x).T
+            projected = x @ (layer.gradient(gradients).flatten(1) - dz.T @ x).T
             if layer.bias_name is not None:
                 projected = projected + gradients[layer.bias_name] - dz.sum(0)
             right += torch.einsum("bco,bo->bc", J, projected) / size
@@ -146,8 +146,8 @@ def refine_inputs(
     """
     Q, R = torch.linalg.qr(x.T)
     W = layers[0].weight.flatten(1) @ Q
-    target = [gradients[layers[0].weight_name].flatten(1) @ Q]
-    target += [gradients[layer.weight_name].flatten(1) for layer in layers[1:]]
+    target = [layers[0].gradient(gradients).flatten(1) @ Q]
+    target += [layer.gradient(gradients).flatten(1) for layer in layers[1:]]
     target += [gradients[layer.bias_name] for layer in layers if layer.bias_name is not None]
     sizes = [g.norm().clamp(min=torch.finfo(g.dtype).tiny) for g in target]
 

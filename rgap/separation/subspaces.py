@@ -50,7 +50,7 @@ def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float) ->
     Entries with relative errors of `precision` have spurious singular values of about a tenth of it, relative to the
     largest; those above `precision` count.
     """
-    G = gradients[layer.weight_name].flatten(1)
+    G = layer.gradient(gradients).flatten(1)
     if layer.bias_name is not None:
         G = torch.cat([G, gradients[layer.bias_name][:, None]], 1)
     U, S, Vt = torch.linalg.svd(G, full_matrices=False)

@@ -91,7 +91,7 @@ def close_by_previous(
         activation without inverse, is too large, is itself rank-deficient, or has nothing to add.
     """
     factors = previous_factors(before) if solution.null_basis is not None and before.activation.one_to_one else None
-    is_shared = before.weight_name not in received.absent
+    is_shared = not set(before.weight_names) & set(received.absent)
     if factors is None or not (is_shared or factors.left.size):
         return None
     noise = ERROR_AMPLIFICATION * max(received.precision, FLOAT64_FLOOR)
