@@ -1,7 +1,7 @@
 """A module's forward pass as users bring it: wrappers taken off, one tensor of its outputs, any precision.
 
-Wrappers (`DataParallel`, `DistributedDataParallel`, `torch.compile`) compute what the module inside them computes, whose
-parameters they share in the same order.
+Wrappers (`DataParallel`, `DistributedDataParallel`, `torch.compile`) compute what the module inside them computes, with
+its parameters in its order.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def select_output(model: nn.Module, output: str | int | None) -> nn.Module:
     if output is None:
         return model
     selected = copy.copy(model)
-    selected._forward_hooks = dict(model._forward_hooks)
+    selected._forward_hooks = copy.copy(model._forward_hooks)
     selected.register_forward_hook(lambda _, __, outputs: _selected(outputs, output))
     return selected
 
@@ -66,7 +66,7 @@ def first_tensor(outputs) -> Tensor | None:
     if isinstance(outputs, Mapping):
         outputs = outputs.values()
     elif dataclasses.is_dataclass(outputs):
-        outputs = (getattr(outputs, field.name) for field in dataclasses.fields(outputs))
+        outputs = [getattr(outputs, field.name) for field in dataclasses.fields(outputs)]
     elif not isinstance(outputs, tuple | list):
         outputs = ()
     return next((found for found in map(first_tensor, outputs) if found is not None), None)

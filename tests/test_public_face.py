@@ -12,11 +12,11 @@ from rgap.results import VERDICTS
 
 SIGNATURES = {
     "reconstruct": "model, gradients, image_shape=None, loss='logistic', *, batch_size=1, labels=None, "
-    "virtual_constraints=True, pixel_range=(0.0, 1.0), rcond=None, noise_std=None, seed=0, device=None",
+    "virtual_constraints=True, pixel_range=(0.0, 1.0), rcond=None, noise_std=None, seed=0, device=None, output=None",
     "reconstruct_update": "before, after, image_shape=None, loss='logistic', *, learning_rate, steps=1, batch_size=1, "
     "momentum=0.0, weight_decay=0.0, optimizer='sgd', labels=None, pixel_range=(0.0, 1.0), seed=0, device=None",
-    "prepare": "model, image_shape",
-    "client_gradients": "model, images, labels, loss='logistic'",
+    "prepare": "model, image_shape, *, output=None",
+    "client_gradients": "model, images, labels, loss='logistic', *, output=None",
     "rank_analysis": "model, image_shape, batch_size=1, dtype=torch.float64, *, limit=4000, seed=0",
     "largest_batch": "model, image_shape, loss='cross_entropy'",
     "baselines.dlg": "model, gradients, image_shape=None, loss='logistic', *, batch_size=1, labels=None, steps=1000, "
@@ -65,9 +65,9 @@ FIELDS = {
     "LayerRank": "name kind unknowns weight_rows gradient_rows ra_index rank_weights rank_gradients rank deficit "
     "virtual_constraints condition law_weights law_gradients law_rank note",
     "LargestBatch": "batch_size alone limits reason",
-    "Chain": "model image_shape layers parameters",
+    "Chain": "model image_shape layers parameters log_softmax",
     "Layer": "name weight bias input_shape output_shape feature_shape stride padding dilation groups activation "
-    "weight_name bias_name before after output_scale shift is_fixed cache is_frozen",
+    "weight_name bias_name before after output_scale shift is_fixed cache is_frozen columns weight_terms",
     "baselines.Optimised": "images labels verdict candidates layers notes per_image history snapshots",
     "baselines.Snapshot": "restart step seconds images",
 }

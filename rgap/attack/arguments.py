@@ -14,6 +14,7 @@ from rgap.arguments import (
     check_pixel_range,
 )
 from rgap.client import check_loss, outputs_fit
+from rgap.forward import select_output
 from rgap.network.chain import Chain, prepare
 from rgap.network.layer import Layer
 from rgap.results import GradientMismatchError, UnsupportedLayerError
@@ -22,22 +23,26 @@ from rgap.shared_gradient import SharedGradient
 from rgap.tokens import PatchEmbedding, recognise
 
 
-def checked_chain(model: nn.Module | Chain, image_shape: tuple[int, ...] | None) -> Chain:
+def checked_chain(
+    model: nn.Module | Chain, image_shape: tuple[int, ...] | None, output: str | int | None = None
+) -> Chain:
     """The prepared network, or an error that says what is missing."""
     if isinstance(model, Chain) and image_shape is None:
         return model
-    return prepare(model, image_shape)
+    return prepare(model, image_shape, output=output)
 
 
-def checked_network(model, image_shape: tuple[int, ...] | None) -> Chain | PatchEmbedding:
+def checked_network(
+    model, image_shape: tuple[int, ...] | None, output: str | int | None = None
+) -> Chain | PatchEmbedding:
     """The network as it is attacked: a chain of layers, or patches with learned positions; or the chain's refusal."""
     if isinstance(model, PatchEmbedding):
         return model
     try:
-        return checked_chain(model, image_shape)
+        return checked_chain(model, image_shape, output)
     except UnsupportedLayerError as refusal:
         try:
-            found = recognise(model, image_shape)
+            found = recognise(select_output(model, output), image_shape)
         except UnsupportedLayerError:
             raise
         except ValueError as error:

@@ -71,6 +71,7 @@ def reconstruct(
     noise_std: float | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
+    output: str | int | None = None,
 ) -> Reconstruction:
     """Computes a client's images back from their gradient (R-GAP; Zhu & Blaschko, ICLR 2021).
 
@@ -93,6 +94,8 @@ def reconstruct(
         noise_std: Standard deviation of noise known to be on every gradient entry; widens cutoff and tolerance.
         seed: Seed of a batch's random starts; a single image needs none.
         device: Where the returned images and labels live, by default the CPU, on which the systems are solved.
+        output: Name or place of the output that the loss is taken on, where the network gives several; the first tensor
+            by default.
 
     Returns:
         A `Reconstruction`; read its `verdict` before its images.
@@ -105,7 +108,7 @@ def reconstruct(
     """
     device = check_device(device)
     check_seed(seed)
-    chain = checked_network(model, image_shape)
+    chain = checked_network(model, image_shape, output)
     check_options(loss, batch_size, pixel_range, rcond, noise_std)
     if isinstance(chain, PatchEmbedding):
         return reconstruct_tokens(

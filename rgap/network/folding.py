@@ -56,8 +56,6 @@ class Folder:
         elif step.kind == "order":
             order = entry_order(step)
             self.order = order if self.order is None else self.order[order]
-            if not self.layers and self.pad is None:
-                self._refuse_order(step)
 
     def finish(self) -> list[Layer]:
         """All layers."""
@@ -122,7 +120,7 @@ class Folder:
         return replace(layer, name=step.path, **parameters)
 
     def _elementwise(self, step: Step, activation: Activation) -> None:
-        if isinstance(activation.negative_slope, Tensor):
+        if isinstance(activation.negative_slope, Tensor) or not self.finish():
             self._refuse_order(step)
         last = self._last(step)
         self.layers[-1] = replace(last, activation=compose(last.activation, activation))
@@ -131,6 +129,8 @@ class Folder:
         scale, shift = scale_and_shift(step)
         if lost := int((scale == 0).sum()):
             raise UnsupportedLayerError(f"layer {step.title} multiplies {lost} of {scale.numel()} entries by zero")
+        if not self.finish():
+            self._refuse_order(step)
         if self.order is not None:
             back = self.order.argsort()
             scale, shift = scale.flatten()[back], shift.flatten()[back]

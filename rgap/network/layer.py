@@ -40,11 +40,11 @@ class Layer:
         output_scale: Factor of each output channel, (O,): `weight` is the module's weight times this; None for 1.
         shift: Constant added after everything else, shaped as the output; None for 0.
         is_fixed: Whether the layer has no weight of its own, and so no gradient constraints.
+        cache: Results that depend on the model alone, kept for the next attack.
+        is_frozen: Whether the client does not train its weight, and so shares no gradient of it.
         columns: Where entries change places before a linear layer: for each column of `weight` that of the module's.
         weight_terms: Of a weight that is computed from other parameters, their names and factors, whose products with
             the shared gradients sum up to the weight's.
-        cache: Results that depend on the model alone, kept for the next attack.
-        is_frozen: Whether the client does not train its weight, and so shares no gradient of it.
     """
 
     name: str
@@ -65,10 +65,10 @@ class Layer:
     output_scale: Tensor | None = None
     shift: Tensor | None = None
     is_fixed: bool = False
-    columns: Tensor | None = None
-    weight_terms: tuple[tuple[str, Tensor], ...] = ()
     cache: dict[str, Any] = field(default_factory=dict, repr=False)
     is_frozen: bool = False
+    columns: Tensor | None = None
+    weight_terms: tuple[tuple[str, Tensor], ...] = ()
 
     @property
     def unknowns(self) -> int:

@@ -19,10 +19,11 @@ from rgap.network import activations
 from rgap.network.activations import IDENTITY, RELU, Activation, clipped, exponential, leaky_relu
 
 RESHAPES = {torch.flatten, "flatten", "view", "reshape", torch.reshape, "contiguous", torch.unsqueeze, "unsqueeze"}
-RESHAPES |= {torch.squeeze, "squeeze", "unflatten", torch.unflatten, "view_as", "reshape_as", "expand", "expand_as"}
+RESHAPES |= {torch.squeeze, "squeeze", "unflatten", torch.unflatten, "expand"}
 RESHAPES |= {"clone", torch.clone, "requires_grad_", "alias"}
 CASTS = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda"}
-RESHAPES |= CASTS
+SHAPED_AS = {"view_as", "reshape_as", "expand_as", *CASTS}
+RESHAPES |= SHAPED_AS
 ORDERS = {
     "permute",
     torch.permute,

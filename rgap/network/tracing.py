@@ -30,6 +30,7 @@ from rgap.network.operations import (
     LINEAR_FUNCTIONS,
     ORDERS,
     RESHAPES,
+    SHAPED_AS,
     functional_layer,
     kind_of_function,
     kind_of_module,
@@ -243,7 +244,8 @@ class _Recorder(TorchFunctionMode):
     def _record(self, operation: Any, func: Callable, args, kwargs, tensors: list[Tensor], result: Any) -> None:
         label = _label(operation)
         module = functional_layer(operation, args, kwargs) if operation in LINEAR_FUNCTIONS else None
-        sources = self._sources(tensors[:1] if module is not None else tensors)
+        told = module is not None or operation in SHAPED_AS  # by the others' shapes and formats alone, or parameters
+        sources = self._sources(tensors[:1] if told else tensors)
         depends = {source for source in sources if source not in self.constants}
         if not depends and label not in RANDOM:
             if sources:

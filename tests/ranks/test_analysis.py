@@ -121,7 +121,7 @@ class Branching(nn.Module):
 @pytest.mark.parametrize(
     ("model", "shape", "options", "error", "message"),
     [
-        (Branching(), (4,), {}, rgap.UnsupportedLayerError, "Branching cannot be traced by torch.fx"),
+        (Branching(), (4,), {}, rgap.UnsupportedLayerError, "Branching decides on values of the image"),
         (nn.Sequential(nn.ReLU()), (4,), {}, rgap.UnsupportedLayerError, "Sequential has no parameters"),
         (nn.BatchNorm2d(3), (3, 4, 4), {}, rgap.UnsupportedLayerError, "no convolution and no linear layer"),
         (
