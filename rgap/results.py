@@ -10,7 +10,23 @@ import pandas as pd
 import torch
 
 VERDICTS = ("rank-deficient", "inconsistent", "ambiguous", "exact")
-"""The verdicts of a reconstruction, worst first; the first that holds is given."""
+"""The verdicts of a reconstruction, worst first; the first that holds is given. What each licenses, without any truth:
+
+- "exact": the image is the client's, to `certified_psnr_db`. Its own gradient is the shared one, tensor by tensor, to
+  within what the gradient's format, or noise that was declared or confirmed, explains; the same errors leave the image
+  with a predicted error of at most 1 % of the pixel range; and no other hypothesis inside that range has this gradient.
+- "ambiguous": the client's image is one of the candidates, and the gradient does not tell which; the notes name what it
+  leaves open.
+- "inconsistent": nothing is certified. The gradient is not that of the image found: it was altered, belongs to another
+  network, loss or batch, or its noise exceeds what is known of it; or noise limits the accuracy, as a note then says.
+- "rank-deficient": nothing is certified. Equations are missing: many images have this gradient, and one is shown.
+"""
+
+MAX_CERTIFIED_ERROR = 0.01
+"""Largest predicted error of an image that is certified, in widths of the pixel range."""
+
+MIN_ERROR = 1e-16
+"""Smallest error that a number of dB is given for, that of float64: 320 dB."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,24 @@ class PixelRange:
     def contains(self, images: torch.Tensor, slack: float) -> bool:
         """Whether every pixel lies in the range, up to `slack`."""
         return bool((images >= self.low - slack).all() and (images <= self.high + slack).all())
+
+
+def certified_psnr_db(candidate: Candidate, pixels: PixelRange) -> float | None:
+    """The PSNR that a candidate's predicted error allows; None without prediction, or beyond `MAX_CERTIFIED_ERROR`."""
+    error = math.inf if candidate.predicted_error is None else candidate.predicted_error / pixels.width
+    return -20 * math.log10(max(error, MIN_ERROR)) if error <= MAX_CERTIFIED_ERROR else None
+
+
+def noise_limit(error: float | None, pixels: PixelRange) -> str:
+    """That noise is all that keeps an image from being certified, in words."""
+    if error is None or not math.isfinite(error):
+        return "the gradient's noise drowns the image: what it does to the image could not be predicted"
+    psnr = -20 * math.log10(error / pixels.width)
+    limit = f"{MAX_CERTIFIED_ERROR * pixels.width:.2g}"
+    return (
+        f"the gradient's noise limits the accuracy to {psnr:.0f} dB, by a predicted error of {error:.2g}; a "
+        f"certificate takes at most {limit}"
+    )
 
 
 class UnsupportedLayerError(ValueError):
@@ -98,7 +132,9 @@ class Candidate:
         beliefs: Name of a layer that virtual constraints closed -> belief on its input after each step, (steps, n).
         residual_allowed: Residual up to which the candidate is consistent, given the gradient's format, its noise and
             the image's predicted error.
-        predicted_error: Predicted root-mean-square error of the image, pixel units.
+        predicted_error: Predicted root-mean-square error of the image, of a batch that of the worst one, pixel units.
+        certified_psnr_db: The same as a PSNR for the pixel range, where the verdict vouches for it: of an "exact"
+            image, and of each of several "ambiguous" ones if it is the right one. None where nothing is certified.
     """
 
     images: torch.Tensor
@@ -111,6 +147,7 @@ class Candidate:
     beliefs: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     residual_allowed: float = 0.0
     predicted_error: float | None = None
+    certified_psnr_db: float | None = None
 
     @property
     def consistent(self) -> bool:
@@ -131,6 +168,8 @@ class Reconstruction:
         layers: A report for each layer of the best candidate, from the last layer to the first.
         notes: Sentences on what was decided, and on what evidence.
         per_image: For a mini-batch, a (verdict, candidates) pair for each image found.
+        certified_psnr_db: The accuracy that the verdict "exact" vouches for, by the predicted error, of a batch that of
+            the worst image; None with any other verdict.
     """
 
     images: torch.Tensor
@@ -140,6 +179,7 @@ class Reconstruction:
     layers: tuple[LayerReport, ...]
     notes: tuple[str, ...] = ()
     per_image: tuple[tuple[str, tuple[Candidate, ...]], ...] = ()
+    certified_psnr_db: float | None = None
 
     def to_frame(self) -> pd.DataFrame:
         """The layer reports as a table, one row a layer, columns as in `LayerReport`."""

@@ -38,6 +38,9 @@ UNDERFLOW_NORM = 1e-140
 ARITHMETIC_ERROR = 0.6
 """Error of the client's own arithmetic, in units of the rounding of a gradient's root mean square."""
 
+ARITHMETIC_ROUNDINGS = 100.0
+"""Roundings of float32 by which a gradient may miss that of the true image, by the arithmetic of deep networks."""
+
 INT8_LEVELS = 127
 """Steps of int8 on either side of zero."""
 
@@ -66,6 +69,7 @@ class SharedGradient:
         noise_std: Parameter name -> standard deviation of the noise that the gradients declare for its entries.
         white_noise: Standard deviation of further noise on every entry, as given.
         has_zeros: Whether gradients of this network may have single zeros of their own, as behind ReLU.
+        coarse: Whether the client computed in the format that the values show, not only rounded to it.
     """
 
     gradients: dict[str, Tensor]
@@ -77,11 +81,25 @@ class SharedGradient:
     noise_std: Mapping[str, float] = field(default_factory=dict)
     white_noise: float = 0.0
     has_zeros: bool = True
+    coarse: bool = False
 
     @property
     def tolerance(self) -> float:
         """Gradient residual up to which a candidate counts as consistent."""
         return min(max(1e-8, 1e4 * self.precision, 10 * self.rounding), MAX_TOLERANCE)
+
+    @property
+    def arithmetic(self) -> float:
+        """Gradient residual that the client's and our own arithmetic explain, whatever coarser format was shared."""
+        single = torch.finfo(torch.float32).eps
+        return 1e-8 if self.precision < single else ARITHMETIC_ROUNDINGS * single
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the values are those of a format of 16 bits, and nothing else is known of their errors."""
+        return self.precision >= torch.finfo(torch.float16).eps and not (
+            self.white_noise or any(self.noise_std.values())
+        )
 
     @property
     def usable(self) -> dict[str, Tensor]:
@@ -92,7 +110,7 @@ class SharedGradient:
     def entry_std(self) -> dict[str, Tensor]:
         """Standard deviation of every entry's error, by parameter name; computed on first use."""
         stds = {name: math.hypot(self.white_noise, self.noise_std.get(name, 0.0)) for name in self.gradients}
-        return entry_noise(self.gradients, stds, has_zeros=self.has_zeros)
+        return entry_noise(self.gradients, stds, has_zeros=self.has_zeros, coarse=self.coarse)
 
     @cached_property
     def noise(self) -> dict[str, Tensor]:
@@ -198,13 +216,18 @@ def _relative_residual(mine: Tensor, g: Tensor, shared: Mapping[str, Tensor]) ->
 
 
 def entry_noise(
-    gradients: Mapping[str, Tensor], noise_std: Mapping[str, float] | None = None, *, has_zeros: bool = True
+    gradients: Mapping[str, Tensor],
+    noise_std: Mapping[str, float] | None = None,
+    *,
+    has_zeros: bool = True,
+    coarse: bool = False,
 ) -> dict[str, Tensor]:
     """Standard deviation of the error of every entry, as far as the values themselves show it, by parameter name.
 
     The coarsest rounding that leaves every entry unchanged is the float format; int8 shows by its grid, and pruning by
     exact zeros among larger entries: what was removed was smaller than what was left. `noise_std` is known noise on
     top. Without `has_zeros` (single zeros of the network's own, as behind ReLU), one zero proves pruning.
+    A client that computes in a `coarse` format makes larger errors than one that rounds its result.
     """
     grid = any(_on_grid(g) for g in gradients.values())
     shows_pruning = _has_single_zeros if not (has_zeros or grid) else _has_pruning_gap
@@ -213,7 +236,7 @@ def entry_noise(
     finest = max((d for d in formats.values() if d is not None), key=FORMATS.index, default=torch.float64)
     found = {}
     for name, g in gradients.items():
-        std = _grid_error(g) if grid else _rounding_error(g, formats[name] or finest)
+        std = _grid_error(g) if grid else _rounding_error(g, formats[name] or finest, coarse)
         if pruned and (g == 0).any() and g.any():
             std = std + torch.where(g == 0, g[g != 0].abs().min() / 3**0.5, 0.0)
         further = (noise_std or {}).get(name, 0.0)
@@ -296,12 +319,12 @@ def _everywhere(holds: Callable[[Tensor], bool], g: Tensor) -> bool:
     return holds(g.flatten()[:PREVIEW_ENTRIES]) and holds(g)
 
 
-def _rounding_error(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """Error of a format's rounding and of the arithmetic; coarser formats are rounded from float32 results."""
+def _rounding_error(g: Tensor, dtype: torch.dtype, coarse: bool) -> Tensor:
+    """Error of a format's rounding and of the arithmetic, which is that of float32 unless it is as coarse."""
     if not g.any():
         return torch.zeros_like(g)
     info = torch.finfo(dtype)
-    arithmetic = ARITHMETIC_ERROR * min(info.eps, torch.finfo(torch.float32).eps) * rms(g)
+    arithmetic = ARITHMETIC_ERROR * (info.eps if coarse else min(info.eps, torch.finfo(torch.float32).eps)) * rms(g)
     step = info.eps / 12**0.5
     return g.abs().mul_(0.7 * step).add_(step * info.smallest_normal + arithmetic)
 

@@ -1,46 +1,84 @@
 """The images of a batch, weighed by their own gradient, each in the best of its twins.
 
-How much of a misfit noise explains is measured by a parametric bootstrap: the images' own gradient, with errors of the
-same size, goes through the same attack, and the result misses by as much as right images would (ours).
+How far noise moves the images is measured by a bootstrap: a gradient with errors of the same size goes through the same
+attack once more, without the search. Behind convolutions it is that of the images found, in the client's arithmetic,
+whose errors are amplified more than white noise is; else the shared one with one more draw of the noise (ours).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from rgap.attack.descent import Descent, descend
+from rgap.attack.misfit import NOISE_RESIDUAL_FACTOR, Misfit, misfit
 from rgap.attack.pattern import batch_on_pattern
-from rgap.attack.problem import NOISE_RESIDUAL_FACTOR, Attack, Match, Weighed
+from rgap.attack.problem import Attack, Weighed
 from rgap.client import gradients_of
 from rgap.head.hypothesis import Twin
 from rgap.results import Candidate
 from rgap.separation.joint_softmax import fit_and_refit
+from rgap.separation.read import read_again
 from rgap.separation.scales import refine_inputs
-from rgap.shared_gradient import relative_residuals
 
-MAX_NOISE_RESIDUAL = 0.05
-"""Residual of a batch from which noise is no explanation, and no bootstrap is run."""
+MAX_SHARE_RESIDUAL = 1e-3
+"""Residual of the equations of an image's share of the gradient that needs no noise as an explanation."""
+
+
+@dataclass(frozen=True)
+class _Again:
+    """The images of a batch, found again from a gradient with errors of the same size."""
+
+    change: Tensor  # of every image, (B, C, H, W); NaN where it was not found again
+    shares: Tensor  # residual of every image's share of the gradient, (B,); 0 where it has none
+
+    @property
+    def errors(self) -> Tensor:
+        """Root mean square of every image's change, (B,)."""
+        return self.change.flatten(1).square().mean(1).sqrt().nan_to_num(math.inf)
+
+    @property
+    def largest(self) -> Tensor:
+        """Every image's largest change of a pixel, (B,)."""
+        return self.change.flatten(1).abs().amax(1).nan_to_num(math.inf)
 
 
 def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
     """Weighs the images of a batch, each in the best of its twins."""
-    chain, received, pixels, start = attack.chain, attack.received, attack.pixels, descent.start
+    chain, start = attack.chain, descent.start
     images = attack.images(descent)
-    if start.layer and torch.isfinite(images).all():
+    finite = len(images) > 0 and bool(torch.isfinite(images).all())
+    if start.layer and finite:
         images = batch_on_pattern(chain, images, descent.positive)
     inputs = attack.inputs(descent, images)
+    again = _Again(torch.full_like(images, math.nan), torch.zeros(len(images)))
+    if finite and not descent.open_layers:
+        again = _find_again(attack, descent, images)
+
+    match = _match(attack, descent, images, again) if finite else Misfit(math.inf if len(images) else 1.0, 0.0)
+
+    # Each image has its own share of fully connected gradients, which tests it unless the share has only a scale.
+    one_scale = chain.homogeneous and chain.layers[-1].output_shape[0] == 1
+    has_shares = start.layer == 0 and (
+        not one_scale or match.residual <= match.allowed or len(images) < start.batch_size
+    )
 
     def candidate(b: int, twin: Twin) -> Candidate:
         own, image = {key: twin.factor * x[b : b + 1] for key, x in inputs.items()}, twin.factor * images[b : b + 1]
-        residual, inside = math.nan if twin.residual is None else twin.residual, pixels.contains(image, attack.slack)
+        size = (match.excess if match.residual <= match.allowed else 1.0) * abs(twin.factor)
+        inside = attack.pixels.contains(image, attack.slack(size * again.largest[b].item()))
+        residual, allowed = match.residual, match.allowed
+        if has_shares:
+            residual = math.nan if twin.residual is None else twin.residual
+            allowed = max(NOISE_RESIDUAL_FACTOR * again.shares[b].item(), MAX_SHARE_RESIDUAL)
+            allowed = min(allowed, attack.received.tolerance)
         return Candidate(
             image, torch.tensor([twin.label]), residual, inside, own, descent.reports, descent.open_layers,
-            residual_allowed=received.tolerance,
+            residual_allowed=allowed, predicted_error=None if descent.open_layers else size * again.errors[b].item(),
         )  # fmt: skip
 
     def preference(one: Candidate) -> tuple[bool, float]:  # inside the pixel range first, then the darker
@@ -48,49 +86,54 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
 
     each = [sorted((candidate(b, twin) for twin in twins), key=preference) for b, twins in enumerate(start.twins)]
     best = [found[0] for found in each]
-    joint = torch.cat([images[:0], *(one.images for one in best)])
-    labels = torch.cat([start.labels[:0], *(one.labels for one in best)])
-    match = Match(math.inf if len(joint) else 1.0, received.tolerance)
-    if len(joint) and torch.isfinite(joint).all():
-        found = len(joint) / start.batch_size  # images that were not found contribute nothing
-        mine = {key: found * g for key, g in attack.gradients(joint, labels).items()}
-        residual = max(relative_residuals(mine, received.usable).values())
-        match = _residual_under_noise(attack, descent, images, residual)
-    numbers = {"residual_allowed": match.allowed, "predicted_error": match.error}
     whole = Candidate(
-        joint, labels, match.residual, all(one.in_pixel_range for one in best),
+        torch.cat([images[:0], *(one.images for one in best)]),
+        torch.cat([start.labels[:0], *(one.labels for one in best)]),
+        match.residual,
+        all(one.in_pixel_range for one in best),
         {key: torch.cat([x[:0], *(one.layer_inputs[key] for one in best)]) for key, x in inputs.items()},
-        descent.reports, descent.open_layers, **numbers,
-    )  # fmt: skip
-    if start.layer:  # the images' shares of the gradients of the layers below cannot be separated
-        each = [[replace(one, gradient_residual=match.residual, **numbers) for one in found] for found in each]
-    unconfirmed = start.ranks[0] < start.batch_size and chain.homogeneous and chain.layers[-1].output_shape[0] == 1
+        descent.reports,
+        descent.open_layers,
+        residual_allowed=match.allowed,
+        predicted_error=max((one.predicted_error for one in best if one.predicted_error is not None), default=None),
+    )
+    unconfirmed = start.ranks[0] < start.batch_size and one_scale
     return Weighed(start, whole, tuple(map(tuple, each)), unconfirmed)
 
 
-def _residual_under_noise(attack: Attack, descent: Descent, images: Tensor, residual: float) -> Match:
-    """How much of a batch's residual the gradient's own noise explains, by a bootstrap on the images that were found.
+def _match(attack: Attack, descent: Descent, images: Tensor, again: _Again) -> Misfit:
+    """Compares the gradients of the images, those not found contributing nothing, and as the noise changes them."""
+    start = descent.start
+    found = len(images) / start.batch_size
 
-    The format's tolerance alone where the residual is below it or beyond `MAX_NOISE_RESIDUAL`, layers are left open, or
-    no layer lies below the start that could amplify errors.
-    """
+    def gradients(images: Tensor) -> dict[str, Tensor]:
+        return {key: found * g for key, g in attack.gradients(images, start.labels).items()}
+
+    mine = gradients(images)
+    moved = gradients(images + again.change) if torch.isfinite(again.change).all() else mine
+    return misfit(attack.received, mine, moved)
+
+
+def _find_again(attack: Attack, descent: Descent, images: Tensor) -> _Again:
+    """The images from a gradient with errors of the same size, in the order of those found first."""
     chain, received, start = attack.chain, attack.received, descent.start
-    in_doubt = received.tolerance < residual < MAX_NOISE_RESIDUAL
-    if not in_doubt or descent.open_layers or start.layer == 0:
-        return Match(residual, received.tolerance)
-    noisy = replace(received, gradients=_as_shared(attack, images, start.labels))
-    fit = fit_and_refit if attack.loss == "cross_entropy" else partial(refine_inputs, loss=attack.loss)
-    features = descent.layer_inputs[chain.layers[start.layer].name].flatten(1)
-    head = fit(chain.layers[start.layer :], noisy.gradients, features, start.labels)
-    again = descend(chain, noisy, replace(start, x=head.x, dx=head.dx), close=attack.close)
-    moved = attack.images(again)
-    if again.open_layers or not torch.isfinite(moved).all():
-        return Match(residual, received.tolerance, math.inf)
-    moved = batch_on_pattern(chain, moved, again.positive)
-    expected = max(relative_residuals(attack.gradients(moved, start.labels), noisy.usable).values())
-    error = (moved - images).flatten(1).square().mean(1).sqrt().max().item()
-    allowed = min(NOISE_RESIDUAL_FACTOR * expected, MAX_NOISE_RESIDUAL)
-    return Match(residual, max(received.tolerance, allowed), error)
+    if start.layer == 0:
+        noisy = replace(received, gradients={name: g + received.noise[name] for name, g in received.gradients.items()})
+        other = read_again(chain, noisy, attack.loss, start)
+        found = other.x.reshape(-1, *images.shape[1:])
+        shares = [twins[0].residual or 0.0 for twins in other.twins]
+    else:
+        noisy = replace(received, gradients=_as_shared(attack, images, start.labels))
+        fit = fit_and_refit if attack.loss == "cross_entropy" else partial(refine_inputs, loss=attack.loss)
+        features = descent.layer_inputs[chain.layers[start.layer].name].flatten(1)
+        head = fit(chain.layers[start.layer :], noisy.gradients, features, start.labels)
+        other = descend(chain, noisy, replace(start, x=head.x, dx=head.dx), close=attack.close)
+        found, shares = attack.images(other), [0.0] * len(images)
+        if other.open_layers:
+            found = torch.full_like(found, math.nan)
+        elif torch.isfinite(found).all():
+            found = batch_on_pattern(chain, found, other.positive)
+    return _Again(found - images, images.new_tensor(shares))
 
 
 def _as_shared(attack: Attack, images: Tensor, labels: Tensor) -> dict[str, Tensor]:

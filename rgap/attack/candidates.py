@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from statistics import median
 
 import torch
 from torch import Tensor
 
 from rgap.attack.batch import weigh_batch
 from rgap.attack.descent import Descent
+from rgap.attack.misfit import NOISE_RESIDUAL_FACTOR, Misfit, misfit
 from rgap.attack.pattern import project_to_pattern
-from rgap.attack.problem import NOISE_RESIDUAL_FACTOR, Attack, Match, Weighed
+from rgap.attack.problem import Attack, Weighed
 from rgap.network.layer import Chain
 from rgap.results import Candidate
-from rgap.shared_gradient import FLOAT64_FLOOR, relative_residuals
-
-MAX_ALLOWED_RESIDUAL = 0.5
-"""Residual from which an image's gradient is not reproduced, however large the noise is."""
+from rgap.shared_gradient import FLOAT64_FLOOR
 
 MAX_PATTERN_FLIPS = 30
 """Units of an image that may lie on another piece than was decided when it goes forward again; noise flips more."""
@@ -33,38 +30,33 @@ def weigh(attack: Attack, descent: Descent) -> Weighed:
     if descent.start.batch_size > 1:
         return weigh_batch(attack, descent)
     received, labels, image = attack.received, descent.start.labels, attack.images(descent)
-    match = Match(math.inf, received.tolerance)
+    match = Misfit(math.inf, received.arithmetic)
     if torch.isfinite(image).all():
         match = _match(attack, descent, image)
-        moved = _on_decided_pattern(attack.chain, descent, image) if match.residual > match.allowed else None
+        moved = _on_decided_pattern(attack.chain, descent, image) if not match.residual <= match.allowed else None
         if moved is not None:
             pairs = (image, match), (moved, _match(attack, descent, moved))
             image, match = min(pairs, key=lambda pair: pair[1].residual)
     reports = descent.reports
-    if match.error is not None:
+    if descent.probe is not None:
         reports = tuple(replace(r, predicted_error=match.excess * r.predicted_error) for r in reports)
-    by_noise = min(NOISE_RESIDUAL_FACTOR * (match.error or 0.0), attack.pixels.width / 2)
-    inside = attack.pixels.contains(image, max(attack.slack, by_noise))
+    inside = attack.pixels.contains(image, attack.slack(max(match.largest_errors, default=0.0)))
     return Weighed(descent.start, Candidate(
         image, labels, match.residual, inside, attack.inputs(descent, image), reports, descent.open_layers,
-        descent.beliefs, match.allowed, match.error,
-    ))  # fmt: skip
+        descent.beliefs, match.allowed, max(match.errors, default=None),
+    ), doubt=match.doubt)  # fmt: skip
 
 
-def _match(attack: Attack, descent: Descent, image: Tensor) -> Match:
+def _match(attack: Attack, descent: Descent, image: Tensor) -> Misfit:
     """Compares the gradients of one image, and of the image as the noise may have changed it."""
-    received, labels, probe = attack.received, descent.start.labels, descent.probe
+    labels, probe = descent.start.labels, descent.probe
     mine = attack.gradients(image, labels)
-    misses = relative_residuals(mine, received.usable)
     if probe is None:
-        return Match(max(misses.values()), received.tolerance)
-    noisy = attack.gradients(image + probe.x.reshape(image.shape), labels)
-    noisy = {name: noisy[name].cpu() + received.entry_std[name] for name in misses}
-    expected = relative_residuals(noisy, {name: mine[name].cpu() for name in misses})
-    allowed = min(NOISE_RESIDUAL_FACTOR * max(expected.values()), MAX_ALLOWED_RESIDUAL)
-    # Residuals above those predicted show that there was more noise than the descent assumed.
-    excess = max(1.0, median(miss / max(expected[name], 1e-300) for name, miss in misses.items()))
-    return Match(max(misses.values()), max(received.tolerance, allowed), excess * probe.error, excess)
+        return misfit(attack.received, mine, mine)
+    moved = attack.gradients(image + probe.x.reshape(image.shape), labels)
+    match = misfit(attack.received, mine, moved, inferred=attack.inferred)
+    errors = (match.excess * probe.error,), (match.excess * probe.x.abs().max().item(),)
+    return replace(match, errors=errors[0], largest_errors=errors[1])
 
 
 def _on_decided_pattern(chain: Chain, descent: Descent, image: Tensor) -> Tensor | None:

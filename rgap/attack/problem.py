@@ -13,11 +13,11 @@ from rgap.network.layer import Chain
 from rgap.results import Candidate, PixelRange
 from rgap.shared_gradient import SharedGradient
 
-NOISE_RESIDUAL_FACTOR = 5.0
-"""Multiple of the predicted residual up to which a residual is attributed to noise."""
+PIXEL_SLACK_FACTOR = 5.0
+"""Times its predicted error by which a pixel may lie outside the range."""
 
-MAX_PIXEL_SLACK = 0.1
-"""Largest distance outside the pixel range that the gradient's precision excuses, in widths of the range."""
+MIN_PIXEL_SLACK = 1e-8
+"""The same in widths of the range, for errors of float64 arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Attack:
         loss: A name in `rgap.client.LOSSES`.
         close: What may close rank-deficient layers; None leaves them open.
         pixels: The values that a pixel may have.
+        inferred: Whether the gradient's noise was inferred from surplus equations, not declared or seen by its format.
     """
 
     chain: Chain
@@ -37,6 +38,7 @@ class Attack:
     loss: str
     close: Closer | None = None
     pixels: PixelRange = field(default_factory=PixelRange)
+    inferred: bool = False
 
     def gradients(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The gradient that a client with these images (B, C, H, W) would share, by parameter name."""
@@ -51,10 +53,9 @@ class Attack:
         name = self.chain.layers[0].name
         return {**descent.layer_inputs, name: images.reshape(descent.layer_inputs[name].shape)}
 
-    @property
-    def slack(self) -> float:
-        """How far outside the range a pixel may lie by the gradient's precision."""
-        return self.pixels.width * min(self.received.tolerance, MAX_PIXEL_SLACK)
+    def slack(self, largest_error: float) -> float:
+        """How far outside the range a pixel may lie where the largest error of a pixel is predicted to be this."""
+        return PIXEL_SLACK_FACTOR * largest_error + MIN_PIXEL_SLACK * self.pixels.width
 
 
 @dataclass(frozen=True)
@@ -66,26 +67,11 @@ class Weighed:
         joint: The candidate of all images together.
         each: For each image of a batch its candidates, one for each of its twins, those in the pixel range first.
         unconfirmed: Whether the scales of a batch rest on its size alone, without confirmation by the gradient's rank.
+        doubt: Why noise that was inferred does not explain the misfit; empty where it does.
     """
 
     start: Start
     joint: Candidate
     each: tuple[tuple[Candidate, ...], ...] = ()
     unconfirmed: bool = False
-
-
-@dataclass(frozen=True)
-class Match:
-    """How the images' gradient compares with the shared one.
-
-    Attributes:
-        residual: The largest relative residual of a parameter's gradient.
-        allowed: The residual up to which the images are consistent.
-        error: Predicted root-mean-square error of the image, of a batch that of the worst one; None without prediction.
-        excess: Ratio of the noise to that assumed in the descent, at least 1.
-    """
-
-    residual: float
-    allowed: float
-    error: float | None = None
-    excess: float = 1.0
+    doubt: str = ""

@@ -36,7 +36,7 @@ from rgap.attack.arguments import (
 )
 from rgap.attack.candidates import weigh
 from rgap.attack.descent import Descent, close_by_virtual_constraints, descend, start_probe
-from rgap.attack.problem import Attack
+from rgap.attack.problem import Attack, Weighed
 from rgap.attack.verdict import judge
 from rgap.head import read_head
 from rgap.head.hypothesis import Start, starts_of
@@ -122,7 +122,10 @@ def reconstruct(
     descents, found = follow(attack, starts)
     if noise_std is None:
         attack, descents, found = _with_noise_found(attack, starts, rcond, descents, found)
-    return judge([weigh(attack, descent) for descent in descents], [*notes, *found], attack.pixels, device)
+    weighed = [weigh(attack, descent) for descent in descents]
+    if starts[0].batch_size == 1 and attack.received.is_half and not any(one.joint.consistent for one in weighed):
+        weighed, found = _with_coarse_arithmetic(attack, starts, weighed, found)
+    return judge(weighed, [*notes, *found], attack.pixels, device)
 
 
 def read(
@@ -205,11 +208,23 @@ def _with_noise_found(
     found = min((descent.noise_stds[0] for descent in descents if descent.noise_stds), default=0.0)
     if starts[0].batch_size > 1 or found <= NOISE_REESTIMATE_RATIO * max(map(rms, received.entry_std.values())):
         return attack, descents, notes
-    noisy = replace(receive(attack.chain, received.gradients, rcond, found), absent=received.absent)
-    noisy = replace(attack, received=noisy)
+    noisy = receive(attack.chain, received.gradients, rcond, found)
+    noisy = replace(attack, received=replace(noisy, absent=received.absent, rounding=received.rounding), inferred=True)
     again, others = follow(noisy, starts)
     most = NOISE_REESTIMATE_RATIO * found
     if not any(d.mismatch <= MAX_IDENTITY_RESIDUAL and max(d.noise_stds, default=0.0) <= most for d in again):
         return attack, descents, notes  # no white noise: the layers contradict each other
     note = f"noise of standard deviation {found:.2g} on the gradient, estimated from the residual of surplus equations"
     return noisy, again, [*others, note]
+
+
+def _with_coarse_arithmetic(
+    attack: Attack, starts: Sequence[Start], weighed: list[Weighed], notes: list[str]
+) -> tuple[list[Weighed], list[str]]:
+    """Follows and weighs the starts once more, for a client that not only shared but computed in 16 bits."""
+    coarse = replace(attack, received=replace(attack.received, coarse=True))
+    descents, others = follow(coarse, starts)
+    again = [weigh(coarse, descent) for descent in descents]
+    if not any(one.joint.consistent for one in again):
+        return weighed, notes
+    return again, [*others, "the gradient fits a client that computed in 16 bits, not one that rounded to them"]

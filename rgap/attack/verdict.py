@@ -9,16 +9,10 @@ from dataclasses import replace
 import torch
 
 from rgap.attack.problem import Weighed
-from rgap.results import VERDICTS, Candidate, PixelRange, Reconstruction
+from rgap.results import VERDICTS, Candidate, PixelRange, Reconstruction, certified_psnr_db, noise_limit
 
 TWIN_RESIDUAL_RATIO = 1.01
 """Ratio of residuals up to which candidates that miss the gradient are twins: neither is less inconsistent."""
-
-MAX_CERTIFIED_ERROR = 0.1
-"""Predicted error, as a share of the pixel range, above which noise has drowned an image: nothing is certified."""
-
-MAX_CERTIFIED_ERROR_BATCH = 2e-3
-"""The same for an image of a batch."""
 
 
 def judge(
@@ -32,57 +26,79 @@ def judge(
         size = 0.0 if candidate.in_pixel_range else candidate.images.abs().max().item()
         return not candidate.consistent, size, candidate.gradient_residual
 
-    candidates = sorted((one.joint for one in weighed), key=order)
+    candidates = sorted(_twins_together(weighed), key=order)
     best = candidates[0]
     consistent = [c for c in candidates if c.consistent]
     if unknown := [f"{r.saturated} at {r.name!r}" for r in best.layers if r.saturated]:
         why = "outputs that do not determine their pre-activation (zeros of a ReLU, saturation)"
         notes = [*notes, f"{why}: {', '.join(unknown)}"]
-    verdict, why = _verdict(best, consistent, MAX_CERTIFIED_ERROR * pixels.width)
+    verdict, why = _verdict(best, consistent, pixels)
+    doubts = [] if consistent or best.open_layers else [one.doubt for one in weighed if one.doubt][:1]
     limit = TWIN_RESIDUAL_RATIO * best.gradient_residual
     alike = [c for c in candidates if c is best or c.gradient_residual <= limit < math.inf]
-    kept = tuple(_on_device(c, device) for c in consistent or alike)
-    notes = (*notes, *_deficits(best), *why)
-    return Reconstruction(kept[0].images, kept[0].labels, verdict, kept, best.layers, notes)
+    kept = tuple(_certified(c, verdict, pixels, device) for c in consistent or alike)
+    accuracy = [_accuracy(kept[0])] if verdict == "exact" else []
+    notes = (*notes, *_deficits(best), *doubts, *accuracy, *why)
+    return Reconstruction(
+        kept[0].images, kept[0].labels, verdict, kept, best.layers, notes,
+        certified_psnr_db=kept[0].certified_psnr_db if verdict == "exact" else None,
+    )  # fmt: skip
+
+
+def _twins_together(weighed: Sequence[Weighed]) -> list[Candidate]:
+    """The candidates; twins have the same gradient, so that where one is consistent, all are.
+
+    Their own gradients differ by rounding and by the noise's error of the scale, which decides nothing between them.
+    """
+    found = [one for one in weighed if one.joint.consistent]
+    agreed = [any(one.start.twins is other.start.twins for other in found) for one in weighed]
+    return [
+        replace(one.joint, residual_allowed=max(one.joint.residual_allowed, one.joint.gradient_residual * together))
+        for one, together in zip(weighed, agreed, strict=True)
+    ]
 
 
 def _judge_batch(weighed: Weighed, notes: Sequence[str], pixels: PixelRange, device) -> Reconstruction:
     """The verdict of every image, and the worst of them, or that of the batch where images are missing."""
     start, whole = weighed.start, weighed.joint
-    limit, size, found = MAX_CERTIFIED_ERROR_BATCH * pixels.width, start.batch_size, len(whole.images)
-    verdicts = [_verdict(one[0], one if one[0].consistent else (), limit)[0] for one in weighed.each]
+    size, found = start.batch_size, len(whole.images)
+    judged = [_verdict(one[0], one if one[0].consistent else (), pixels) for one in weighed.each]
+    verdicts = [verdict for verdict, _ in judged]
     if weighed.unconfirmed:
         verdicts = ["rank-deficient"] * found
+    notes = [*notes, *_deficits(whole, len(start.reports))]
+    if found == size and not whole.consistent and not whole.open_layers:
+        miss, allowed = whole.gradient_residual, whole.residual_allowed
+        notes.append(f"the recovered images miss the gradient by {miss:.2g}; {allowed:.2g} is allowed")
     if start.ranks[0] < size or (found < size and start.ranks[1] < size):
         top = "rank-deficient"
     else:
         top = "inconsistent" if found < size else min(verdicts, key=VERDICTS.index)
-    notes = [*notes, *_deficits(whole, len(start.reports))]
-    if found and not whole.consistent and not whole.open_layers and top != "rank-deficient":
-        top = "inconsistent"
-        miss, allowed = whole.gradient_residual, whole.residual_allowed
-        notes.append(f"the recovered images miss the gradient by {miss:.2g}; {allowed:.2g} is allowed")
-    if whole.predicted_error is not None:
-        error = f"{whole.predicted_error:.2g}"
-        notes.append(f"the gradient's noise explains an error of {error} of the images, by a bootstrap on them")
+    if found and whole.predicted_error is not None and certified_psnr_db(whole, pixels) is None and whole.consistent:
+        notes.append(noise_limit(whole.predicted_error, pixels))
     if start.layer == 0 or "inconsistent" not in verdicts:
         notes += _twins_chosen(weighed.each, verdicts)
-    whole, each = _on_device(whole, device), [tuple(_on_device(c, device) for c in one) for one in weighed.each]
-    per_image = tuple(zip(verdicts, each, strict=True))
-    return Reconstruction(whole.images, whole.labels, top, (whole,), whole.layers, tuple(notes), per_image)
+    pairs = zip(verdicts, weighed.each, strict=True)
+    per_image = tuple((verdict, tuple(_certified(c, verdict, pixels, device) for c in one)) for verdict, one in pairs)
+    whole = _certified(whole, top, pixels, device)
+    if top == "exact":
+        notes.append(_accuracy(whole))
+    psnr = whole.certified_psnr_db if top == "exact" else None
+    return Reconstruction(
+        whole.images, whole.labels, top, (whole,), whole.layers, tuple(notes), per_image, certified_psnr_db=psnr
+    )
 
 
-def _verdict(best: Candidate, consistent: Sequence[Candidate], max_error: float) -> tuple[str, list[str]]:
-    """The first verdict that holds, and why; above a predicted error of `max_error` nothing is certified."""
+def _verdict(best: Candidate, consistent: Sequence[Candidate], pixels: PixelRange) -> tuple[str, list[str]]:
+    """The first verdict that holds, and why; above a predicted error of `MAX_CERTIFIED_ERROR` nothing is certified."""
     inside = [c for c in consistent if c.in_pixel_range]
     if best.open_layers:
         return "rank-deficient", []
     if not consistent:
         why = f"no hypothesis reproduces the gradient: the best misses it by {best.gradient_residual:.2g}"
         return "inconsistent", [f"{why}; {best.residual_allowed:.2g} is allowed at this precision"]
-    if (best.predicted_error or 0.0) > max_error:
-        why = f"the gradient's noise drowns the image: its predicted error is {best.predicted_error:.2g}"
-        return "inconsistent", [why]
+    if all(certified_psnr_db(c, pixels) is None for c in inside or [best]):
+        return "inconsistent", [noise_limit(best.predicted_error, pixels)]
     if len(inside) > 1:
         return "ambiguous", [f"{len(inside)} hypotheses inside the pixel range have this very gradient (twin data)"]
     if len(inside) == 1 and len(consistent) > 1:
@@ -114,7 +130,17 @@ def _twins_chosen(each: Sequence[Sequence[Candidate]], verdicts: Sequence[str]) 
     return notes
 
 
-def _on_device(candidate: Candidate, device: torch.device | str | None) -> Candidate:
+def _accuracy(candidate: Candidate) -> str:
+    """What accuracy is certified, in words."""
+    what = "each image" if len(candidate.images) > 1 else "the image"
+    error, psnr = candidate.predicted_error, candidate.certified_psnr_db
+    return f"{what} is certified to {psnr:.0f} dB, by a predicted error of {error:.2g}"
+
+
+def _certified(candidate: Candidate, verdict: str, pixels: PixelRange, device: torch.device | str | None) -> Candidate:
+    """The candidate on its device, with the accuracy that the verdict vouches for."""
+    psnr = certified_psnr_db(candidate, pixels) if verdict in ("exact", "ambiguous") else None
+    candidate = replace(candidate, certified_psnr_db=psnr)
     if device is None:
         return candidate
     return replace(candidate, images=candidate.images.to(device), labels=candidate.labels.to(device))

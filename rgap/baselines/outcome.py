@@ -10,10 +10,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rgap.attack.verdict import MAX_CERTIFIED_ERROR
 from rgap.baselines.matching import GradientObjective
 from rgap.baselines.optimisers import Record, Snapshot
 from rgap.results import Candidate, Reconstruction
+
+MAX_PIXEL_SLACK = 0.1
+"""Largest distance outside the pixel range that the gradient's precision excuses, in widths of the range."""
 
 MATCHED_ROUNDINGS = 100
 """Gradient residual, in units of the precision, up to which an optimiser has reproduced a gradient."""
@@ -48,7 +50,7 @@ def candidate(problem: GradientObjective, images: Tensor, labels: Tensor) -> Can
     """The images with their gradient residual."""
     residual = problem.distances(images.to(problem.sizes), labels).residual
     images = images.detach().to("cpu", torch.float64)
-    margin = problem.pixels.width * min(problem.received.tolerance, MAX_CERTIFIED_ERROR)
+    margin = problem.pixels.width * min(problem.received.tolerance, MAX_PIXEL_SLACK)
     inside = problem.pixels.contains(images, margin)
     return Candidate(images, labels.cpu(), residual if math.isfinite(residual) else math.inf, inside)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from rgap.results import LayerReport
 from rgap.separation.joint_softmax import fit_joint_softmax
 from rgap.separation.scales import output_gradients, output_jacobians, refine_inputs, scale_hypotheses, share_residual
 from rgap.separation.search import Separation, separate
-from rgap.separation.subspaces import BatchSize, first_dense
+from rgap.separation.subspaces import BatchSize, first_dense, row_span
 from rgap.shared_gradient import SharedGradient
 
 MAX_COMBINATIONS = 64
@@ -95,6 +96,24 @@ def _hypotheses(first: Layer, loss: str, f: Tensor, c: Tensor) -> tuple[list[lis
     """The (label, scale) hypotheses of every image, and notes without repetitions."""
     options = [scale_hypotheses(loss, f_b, c_b, first.bias is not None) for f_b, c_b in zip(f, c, strict=True)]
     return [found for found, _ in options], list(dict.fromkeys(note for _, notes in options for note in notes))
+
+
+def read_again(chain: Chain, received: SharedGradient, loss: str, start: Start) -> Start:
+    """The images of a fully connected network that was read, once more from other gradients, without a search.
+
+    Their activation patterns are kept, and everything else is computed anew: how the images differ from those of
+    `start` shows what the difference of the gradients does to them. They come in the same order, x NaN where an image
+    was not found again.
+    """
+    tail = chain.layers
+    size = BatchSize(start.batch_size, (), row_span(tail[0], received.gradients, received.precision))
+    apart = separate(*tail[:2], received.gradients, precision=received.precision, span=size.span, near=start.x)
+    found, _ = _each_alone(tail, received, apart, start.batch_size, loss)
+    scaled = [(twin.factor * x, twins) for x, twins in zip(found.x, found.twins, strict=True) for twin in twins]
+    missing = [(torch.full_like(start.x[0], math.nan), (Twin(0),))]
+    nearest = [min(scaled or missing, key=lambda pair: (pair[0] - x).norm().item()) for x in start.x]
+    x, twins = torch.stack([one for one, _ in nearest]), [found for _, found in nearest]
+    return replace(start, x=x, twins=tuple(twins))
 
 
 def _fitted(chain: Chain, received: SharedGradient, apart: Separation, loss: str) -> tuple[Start | None, list[str]]:

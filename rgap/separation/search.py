@@ -52,6 +52,7 @@ def separate(
     precision: float = 1e-14,
     seed: int = 0,
     span: Span | None = None,
+    near: Tensor | None = None,
 ) -> Separation:
     """Separates the inputs of a fully connected layer from the gradients of it and the next one.
 
@@ -76,6 +77,7 @@ def separate(
         precision: Relative error of the gradients' entries.
         seed: Of the starts.
         span: `row_span` of the first layer, where it is known already.
+        near: Inputs (F, n) whose activation patterns are tried, in place of random starts.
 
     Raises:
         UnsupportedLayerError: If the activation between the layers is linear or not homogeneous.
@@ -84,7 +86,12 @@ def separate(
     search = Search(first, second, spans, precision)
     generator = torch.Generator().manual_seed(seed)
     starts, failed, whole = 0, 0, False
-    while search.unknown > 0 and failed < MAX_FAILED_STARTS and search.has_tests:
+    if near is not None:
+        for signs in search.patterns(near):
+            search.accept(signs)
+        if search.partial:
+            search.resolve_partial()
+    while near is None and search.unknown > 0 and failed < MAX_FAILED_STARTS and search.has_tests:
         count = min(STARTS_AT_ONCE, search.unknown, MAX_FAILED_STARTS - failed)
         known = search.known
         search.run_starts(count, generator, whole=whole)
@@ -116,6 +123,13 @@ class Search(SearchState):
             signs = self.iterate(torch.linalg.qr(self.Z)[0], self.H, signs)
         for s in signs:
             self.accept(s)
+
+    def patterns(self, inputs: Tensor) -> Tensor:
+        """Signs of the units of known inputs (F, n), (F, units)."""
+        q = inputs @ self.first.V[: inputs.shape[1]]
+        if self.has_constant:
+            q = q + self.first.V[-1]
+        return q @ self.Z.T > 0
 
     def iterate(self, Z: Tensor, H: Tensor, signs: Tensor) -> Tensor:
         """Replaces signs (S, units) by those of the vector D_s Z q nearest to the range of H, until they are stable."""

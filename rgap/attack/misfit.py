@@ -1,0 +1,139 @@
+"""How far an image's gradient misses the shared one, tensor by tensor, and whether noise explains it (ours).
+
+What a misfit does to the image depends on its structure: white noise of one size hardly moves a least-squares solution,
+the same norm in one direction does. So misfits are measured by their spectral norm, against that of one draw of the
+noise and of what this draw makes of the image. A tensor that misses by a few times as much is no evidence against the
+image, but enlarges its predicted error; beyond that nothing is certified. Noise that was not declared but inferred must
+also look like white noise: of the same size in at least two tensors, along the directions that nothing else explains.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.linalg import largest_eigenvalue
+from rgap.shared_gradient import SharedGradient, relative_residuals
+
+NOISE_RESIDUAL_FACTOR = 5.0
+"""Multiple of its prediction up to which a tensor's misfit is attributed to noise."""
+
+CHANCE_RATIO = 1.5
+"""The same that is usual by chance for the largest of all tensors, and enlarges no predicted error."""
+
+MAX_ALLOWED_RESIDUAL = 0.1
+"""Residual from which a gradient is not reproduced, however large the noise is."""
+
+WHITE_RATIO = 1.5
+"""Ratio, either way, of a misfit's smaller singular values to those of the noise that was inferred."""
+
+MIN_SURPLUS_ENTRIES = 30
+"""Entries of a tensor beside its larger singular values from which these tell whether a misfit is noise."""
+
+MIN_WHITE_TENSORS = 2
+"""Tensors that must show noise of the same size before it counts as confirmed."""
+
+SMALL_SIDE = 256
+"""Rows or columns up to which singular values are computed from the smaller Gram matrix."""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """How the gradient of images compares with the shared one.
+
+    Attributes:
+        residual: The largest relative residual of a parameter's gradient.
+        allowed: The residual up to which the images are consistent: that at which, with all misfits scaled alike, the
+            first tensor would miss by more than noise explains.
+        excess: The largest ratio of a tensor's misfit to its prediction, in units of `CHANCE_RATIO`, at least 1.
+        errors: Predicted root-mean-square error of the image, of a batch that of every image, in order; empty without.
+        largest_errors: Predicted largest error of a pixel, likewise.
+        doubt: Why noise that was inferred is no explanation; empty where it is.
+    """
+
+    residual: float
+    allowed: float
+    excess: float = 1.0
+    errors: tuple[float, ...] = ()
+    largest_errors: tuple[float, ...] = ()
+    doubt: str = ""
+
+
+def misfit(
+    received: SharedGradient, mine: Mapping[str, Tensor], moved: Mapping[str, Tensor], *, inferred: bool = False
+) -> Misfit:
+    """Compares the gradient of images with the shared one, without errors of the images themselves.
+
+    Args:
+        received: The gradients.
+        mine: Parameter name -> gradient of the images, float64.
+        moved: The same for the images as one draw of the noise changes them.
+        inferred: Whether the noise was inferred from surplus equations.
+    """
+    shared = received.usable
+    mine, moved = ({name: gradients[name].cpu() for name in shared} for gradients in (mine, moved))
+    residual = max(relative_residuals(mine, shared).values())
+    unit = max(g.abs().max().item() for g in shared.values())
+    worst, excess = 0.0, 1.0
+    for name, g in shared.items():
+        miss = spectral_norm(mine[name] - g)
+        size = spectral_norm(g)
+        by_noise = spectral_norm(moved[name] - mine[name]), spectral_norm(received.noise[name])
+        expected = math.hypot(*by_noise, received.rounding * size)
+        floor = received.arithmetic * (size or unit)
+        if miss > 0 or not math.isfinite(miss):
+            worst = max(worst, miss / max(NOISE_RESIDUAL_FACTOR * expected, floor))
+            excess = max(excess, miss / expected / CHANCE_RATIO if expected > 0 else 1.0)
+    allowed = min(residual / worst, MAX_ALLOWED_RESIDUAL) if worst > 0 else received.arithmetic
+    doubt = _doubt(received, mine, moved) if inferred else ""
+    return Misfit(residual, received.arithmetic if doubt else allowed, excess, doubt=doubt)
+
+
+def spectral_norm(g: Tensor) -> float:
+    """The largest singular value of a tensor, as a matrix with a row an output; of a vector its norm."""
+    unit = g.abs().max().item()
+    if unit == 0 or not math.isfinite(unit):
+        return unit
+    A = (g if g.ndim < 2 else g.flatten(1)) / unit  # squares of the smallest gradients underflow
+    if A.ndim < 2 or min(A.shape) == 1:
+        return unit * A.norm().item()
+    if min(A.shape) > SMALL_SIDE:
+        return unit * largest_eigenvalue(lambda v: A.T @ (A @ v), A.shape[1]) ** 0.5
+    return unit * _singular_values(A)[-1].item()
+
+
+def _singular_values(A: Tensor) -> Tensor:
+    """Singular values of a matrix, the smallest first."""
+    gram = A @ A.T if len(A) <= A.shape[1] else A.T @ A
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+
+
+def _doubt(received: SharedGradient, mine: Mapping[str, Tensor], moved: Mapping[str, Tensor]) -> str:
+    """Why a misfit does not look like the white noise that was inferred from it; empty where it does.
+
+    A draw of that noise, with what it makes of the image, leaves a misfit with the same directions explained. The
+    smaller half of its singular values is noise alone: those of the true misfit must be as large, in every tensor.
+    """
+    alike, unlike = [], []
+    for name, g in received.usable.items():
+        if g.ndim < 2:
+            continue
+        found, drawn = (mine[name] - g).flatten(1), (moved[name] - mine[name] - received.noise[name]).flatten(1)
+        few, many = sorted(found.shape)
+        if few // 2 * (few // 2 + many - few) < MIN_SURPLUS_ENTRIES:
+            continue
+        sizes = (_singular_values(M)[: few // 2].norm().item() for M in (found, drawn))
+        ratio = operator.truediv(*(max(size, torch.finfo(g.dtype).tiny) for size in sizes))
+        (alike if 1 / WHITE_RATIO < ratio < WHITE_RATIO else unlike).append((name, ratio))
+    size = f"noise of standard deviation {received.white_noise:.2g}, estimated from surplus equations, is not confirmed"
+    if unlike:
+        name, ratio = max(unlike, key=lambda pair: abs(math.log(pair[1])))
+        return f"{size}: the misfit of {name!r} is {ratio:.2g} times what white noise would leave beside its structure"
+    if len(alike) < MIN_WHITE_TENSORS:
+        return f"{size}: {len(alike)} tensors have surplus equations that show it; it takes {MIN_WHITE_TENSORS}"
+    return ""

@@ -1,0 +1,55 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from rgap.experiments import calibration
+from rgap.experiments.calibration import CLIENTS, calibration_table, false_rate, random_case, sample_calibration
+from rgap.results import Candidate, Reconstruction
+
+
+def test_small_networks_are_attacked_and_no_certificate_is_false():
+    sample = sample_calibration(len(CLIENTS), seed=5)
+    assert sample["ok"].all() and set(sample["client"]) == set(CLIENTS)
+    clean = sample[sample["client"] == "clean"]
+    assert (clean["verdict"] == "exact").all() and (clean["psnr_db"] > 100).all()
+    certified = sample["verdict"] == "exact"
+    assert sample["certified_psnr_db"].notna().equals(certified)
+    assert np.allclose(sample["certified_psnr_db"][certified], -20 * np.log10(sample["predicted"][certified]))
+    assert sample_calibration(2, seed=5).equals(sample_calibration(2, seed=5))
+
+
+def test_a_certificate_of_another_image_is_false():
+    case = random_case(np.random.default_rng(0))
+    other = torch.zeros_like(case.images)
+    candidate = Candidate(case.images.double(), case.labels, 0.0, True, predicted_error=1e-3)
+    result = Reconstruction(candidate.images, case.labels, "exact", (candidate,), ())
+    assert calibration._outcome(result, case.images)["ok"]
+    found = calibration._outcome(result, other)
+    assert not found["ok"] and "certified, and off by" in found["why"]
+    assert calibration._outcome(result, torch.cat([other, case.images]))["ok"]
+
+
+def attacks(ratios, predicted=1e-3, ok=True):
+    rmse = predicted * np.array(ratios)
+    return pd.DataFrame({"verdict": "exact", "predicted": predicted, "rmse": rmse, "ok": ok})
+
+
+def test_certified_attacks_are_binned_by_their_predicted_error():
+    table = calibration_table(pd.concat([attacks([1.0, 2.0, 4.0], 2e-3), attacks([0.5], 2e-5)]))
+    assert table["attacks"].tolist() == [1, 3] and table["median"].tolist() == pytest.approx([0.5, 2.0])
+    assert table["within_3"].tolist() == pytest.approx([1.0, 2 / 3])
+    assert table["quantile_95"].iloc[1] == pytest.approx(3.8)
+    unsure = attacks([100.0]).assign(verdict="inconsistent")
+    assert calibration_table(pd.concat([attacks([1.0]), unsure]))["attacks"].sum() == 1
+
+
+def test_the_rate_of_false_certificates_has_its_clopper_pearson_bound():
+    rate = false_rate(attacks(np.ones(1000)))
+    assert rate["false"] == 0 and rate["certified"] == 1000
+    assert rate["at_most"] == pytest.approx(1 - 0.05 ** (1 / 1000))
+    some = pd.concat([attacks(np.ones(98)), attacks([9.0, 9.0], ok=False)])
+    assert false_rate(some)["false"] == 2 and 0.02 < false_rate(some)["at_most"] < 0.07
+    assert math.isclose(false_rate(attacks([]))["at_most"], 1.0)
