@@ -56,9 +56,9 @@ SIGNATURES = {
 }
 
 FIELDS = {
-    "Reconstruction": "images labels verdict candidates layers notes per_image",
+    "Reconstruction": "images labels verdict candidates layers notes per_image certified_psnr_db",
     "Candidate": "images labels gradient_residual in_pixel_range layer_inputs layers open_layers beliefs "
-    "residual_allowed predicted_error",
+    "residual_allowed predicted_error certified_psnr_db",
     "LayerReport": "name unknowns rank_weights rank_gradients rank deficit virtual_constraints iterations condition "
     "sigma_above_cut sigma_below_cut residual predicted_error seconds saturated",
     "RankAnalysis": "layers batch_size max_ra_index copa_index leaking verdict",
@@ -68,7 +68,8 @@ FIELDS = {
     "Chain": "model image_shape layers parameters log_softmax",
     "Layer": "name weight bias input_shape output_shape feature_shape stride padding dilation groups activation "
     "weight_name bias_name before after output_scale shift is_fixed cache is_frozen columns weight_terms",
-    "baselines.Optimised": "images labels verdict candidates layers notes per_image history snapshots",
+    "baselines.Optimised": "images labels verdict candidates layers notes per_image certified_psnr_db "
+    "history snapshots",
     "baselines.Snapshot": "restart step seconds images",
 }
 
