@@ -46,4 +46,4 @@ def test_the_fully_connected_layers_alone_need_no_descent():
     images = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0)) ** 3
     gradients = rgap.client_gradients(chain.model, images, torch.tensor([0, 1, 0]))
     crossed = modules_crossed(lambda: reconstruct(chain, gradients, batch_size=3))
-    assert len(crossed) <= 23 and not any(name.startswith("equations/") for name in crossed), crossed
+    assert len(crossed) <= 27 and not any(name.startswith("equations/") for name in crossed), crossed
