@@ -7,17 +7,17 @@ leaves exact zeros among entries that are far from zero (ours).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgap.arguments import all_finite, check_tensor
+from rgap.gradient_names import gradients_by_name
 from rgap.isolation import for_autograd
 from rgap.linalg import rms
-from rgap.models import trained_names
 from rgap.network.layer import Chain
 from rgap.results import GradientMismatchError
 
@@ -137,8 +137,7 @@ def receive(
     finite, or all zero.
     """
     has_zeros = not all(layer.activation.one_to_one for layer in chain.layers)
-    trained = trained_names(chain.model)
-    received = receive_gradients(chain.parameters, gradients, rcond, noise_std, has_zeros=has_zeros, trained=trained)
+    received = receive_gradients(chain.parameters, gradients, rcond, noise_std, has_zeros=has_zeros, model=chain.model)
     head = chain.layers[-1]
     if not head.gradient(received.gradients).any():
         raise GradientMismatchError(
@@ -154,10 +153,13 @@ def receive_gradients(
     noise_std: float | None = None,
     *,
     has_zeros: bool = True,
-    trained: Sequence[str] = (),
+    model: nn.Module | None = None,
 ) -> SharedGradient:
-    """The same for the named parameters of any network, whatever its last layer; those `trained` may come alone."""
-    found = _by_name(list(parameters), gradients, trained)
+    """The same for the named parameters of any network, whatever its last layer.
+
+    By the `model` lists of the trained parameters alone, or of all parameters and buffers, are told apart.
+    """
+    found, keys = gradients_by_name(parameters, gradients, model)
     unshared = [name for name, g in found.items() if g is None]
     named = {
         name: torch.zeros_like(parameters[name])
@@ -182,7 +184,7 @@ def receive_gradients(
         name: _relative_std(_quantum(formats[name]) if name in formats else coarsest, g) for name, g in values.items()
     }
     given = getattr(gradients, "noise_std", {})  # of gradients that were computed from an update
-    update = {name: given.get(name, given.get(place, 0.0)) for place, name in enumerate(values)} if given else {}
+    update = {name: given.get(keys.get(name), 0.0) for name in values} if given else {}
     for name, std in update.items():
         lost = std and not values[name].any()
         errors[name] = max(errors[name], math.inf if lost else _relative_std(std, values[name]))
@@ -254,24 +256,6 @@ def _notes(lost: list[str], zeros: list[str], precision: float, update: bool) ->
     if update:
         notes.append(f"the gradient comes from an update of rounded weights; its relative precision is {precision:.1g}")
     return tuple(notes)
-
-
-def _by_name(names: list[str], gradients, trained: Sequence[str] = ()) -> dict[str, Tensor | None]:
-    """Every parameter's gradient, None where it is not shared."""
-    if not isinstance(gradients, Iterable) or isinstance(gradients, str | bytes | Set):
-        raise GradientMismatchError(f"gradients are a {type(gradients).__name__}; give a list or a mapping of tensors")
-    if isinstance(gradients, Mapping) and not all(isinstance(key, int) for key in gradients):
-        missing, extra = [n for n in names if n not in gradients], [n for n in gradients if n not in names]
-        if extra or len(missing) == len(names):
-            raise GradientMismatchError(f"gradients do not fit the parameters: missing {missing}, unknown {extra}")
-        return {name: gradients.get(name) for name in names}
-    tensors = list(gradients.values()) if isinstance(gradients, Mapping) else list(gradients)
-    if 0 < len(tensors) == len(trained) < len(names):
-        return dict.fromkeys(names) | dict(zip(trained, tensors, strict=True))
-    if len(tensors) != len(names):
-        counts = f"{len(tensors)} gradients for {len(names)} parameters"
-        raise GradientMismatchError(f"{counts}; give one for each, in the order of model.parameters()")
-    return dict(zip(names, tensors, strict=True))
 
 
 def _formats(named: Mapping[str, Tensor]) -> dict[str, torch.dtype]:

@@ -11,7 +11,10 @@ ROOT = Path(rgap.__file__).parent
 
 LEVELS = {
     **dict.fromkeys(("arguments", "isolation"), -1),
-    **dict.fromkeys(("results", "linalg", "forward", "shared_gradient", "data", "models", "metrics", "artifact"), 0),
+    **dict.fromkeys(
+        ("results", "linalg", "forward", "gradient_names", "shared_gradient", "data", "models", "metrics", "artifact"),
+        0,
+    ),
     **dict.fromkeys(("network", "client"), 1),
     **dict.fromkeys(("equations", "tokens"), 2),
     **dict.fromkeys(("head", "virtual", "ranks"), 3),
@@ -25,8 +28,10 @@ LEVELS = {
 WITHIN_A_LEVEL = {
     ("__main__", "commands"),
     ("commands", "experiments"),
+    ("gradient_names", "models"),
+    ("gradient_names", "results"),
+    ("shared_gradient", "gradient_names"),
     ("shared_gradient", "linalg"),
-    ("shared_gradient", "models"),
     ("shared_gradient", "network"),
     ("shared_gradient", "results"),
 }

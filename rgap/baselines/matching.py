@@ -15,7 +15,6 @@ from rgap.arguments import check_count, check_device, check_dtype, check_image_s
 from rgap.attack.arguments import check_options
 from rgap.baselines.optimisers import Objective
 from rgap.client import LocalTraining, loss_value
-from rgap.models import trained_names
 from rgap.network.layer import Chain
 from rgap.results import PixelRange
 from rgap.shared_gradient import SharedGradient, receive_gradients
@@ -131,7 +130,7 @@ def gradient_objective(
     check_dtype(dtype, (torch.float32, torch.float64))
     check_passes(model, image_shape)
     named = dict(model.named_parameters())
-    received = receive_gradients(named, gradients, noise_std=noise_std, trained=trained_names(model))
+    received = receive_gradients(named, gradients, noise_std=noise_std, model=model)
     target = {"device": device, "dtype": dtype}
     values = {name: p.detach().to(**target).requires_grad_() for name, p in named.items()}
     shared = {name: g.to(**target) for name, g in received.usable.items()}

@@ -10,6 +10,7 @@ from rgap.client.gradients import (
     gradients_of,
     loss_value,
     outputs_fit,
+    unflatten,
 )
 from rgap.client.updates import LocalTraining, UpdateGradients, gradients_from_update, mean_gradients
 
@@ -32,4 +33,5 @@ __all__ = [
     "prune",
     "quantise",
     "save_gradients",
+    "unflatten",
 ]

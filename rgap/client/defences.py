@@ -1,7 +1,8 @@
 """Defences: what a client may do to its gradient before sharing it.
 
-Each takes a list or a mapping of gradients and returns the same kind with the same dtypes; the arguments are not
-changed. All raise `GradientMismatchError` unless the gradients are finite floating-point tensors.
+Each takes a list or a mapping of gradients and returns the same kind with the same dtypes, None for None (a frozen
+parameter); the arguments are not changed. All raise `GradientMismatchError` unless the gradients are finite
+floating-point tensors.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def clip_and_noise(gradients: Gradients, clip_norm: float, noise_multiplier: flo
     clip_norm = check_number("clip_norm", clip_norm, open_low=True)
     noise_multiplier = check_number("noise_multiplier", noise_multiplier)
     add_noise = _noise(noise_multiplier * clip_norm, seed)
-    norms = [g.detach().double().norm().item() for g in _checked(gradients).values()]
+    norms = [g.detach().double().norm().item() for g in _checked(gradients).values() if g is not None]
     scale = min(1.0, clip_norm / max(math.hypot(*norms), math.ulp(0.0)))
     return _each(gradients, lambda g: add_noise(scale * g))
 
@@ -143,13 +144,18 @@ def _on_grid(g: Tensor) -> Tensor:
 
 def _each(gradients: Gradients, change: Callable[[Tensor], Tensor]) -> Gradients:
     """Applies a change, computed in float64, to every tensor, and keeps the list or mapping that came in."""
-    changed = {name: _to(change(g.detach().double()), g.dtype, name) for name, g in _checked(gradients).items()}
+    changed = {
+        name: None if g is None else _to(change(g.detach().double()), g.dtype, name)
+        for name, g in _checked(gradients).items()
+    }
     return changed if isinstance(gradients, Mapping) else list(changed.values())
 
 
-def _checked(gradients: Gradients) -> dict[str | int, Tensor]:
-    named = named_tensors(gradients, "gradients")
+def _checked(gradients: Gradients) -> dict[str | int, Tensor | None]:
+    named = named_tensors(gradients, "gradients", frozen=True)
     for name, g in named.items():
+        if g is None:
+            continue
         if not g.is_floating_point():
             raise GradientMismatchError(f"gradient {name!r} is {g.dtype}; it must be a floating-point tensor")
         if not torch.isfinite(g).all():

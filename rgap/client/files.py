@@ -25,7 +25,8 @@ def save_gradients(path: str | Path, gradients: Sequence[Tensor] | Mapping[str, 
     Args:
         path: The file; its suffix, one of `SUFFIXES`, decides the format.
         gradients: One tensor for each parameter, in the order of `model.parameters()`, or a mapping from name. A
-            safetensors file has names only: there a sequence gets its places as names, "0", "1" and so on.
+            safetensors file has names only: there a sequence gets its places as names, "0", "1" and so on. None, for a
+            frozen parameter, stays None in a sequence.
 
     Returns:
         The path.
@@ -36,8 +37,13 @@ def save_gradients(path: str | Path, gradients: Sequence[Tensor] | Mapping[str, 
     """
     path, named = _known_path(path), _checked(gradients, "gradients")
     if path.suffix == ".safetensors":
+        if absent := [name for name, g in named.items() if g is None]:
+            advice = "save a mapping from parameter name without it, or a .pt file"
+            raise GradientMismatchError(
+                f"gradients: {absent[0]!r} is None, and safetensors hold tensors alone; {advice}"
+            )
         return _write(path, {str(name): g for name, g in named.items()})
-    detached = {name: g.detach() for name, g in named.items()}
+    detached = {name: None if g is None else g.detach() for name, g in named.items()}
     content = detached if isinstance(gradients, Mapping) else list(detached.values())
     return write_atomically(path, lambda file: torch.save(content, file))
 
@@ -118,7 +124,8 @@ def _known_path(path: str | Path) -> Path:
     return path
 
 
-def _checked(given, what: str) -> dict[str | int, Tensor]:
-    if not (named := named_tensors(given, what)):
+def _checked(given, what: str) -> dict[str | int, Tensor | None]:
+    named = named_tensors(given, what, frozen=True)
+    if all(g is None for g in named.values()):
         raise GradientMismatchError(f"{what}: no tensor; give one for each parameter")
     return named

@@ -127,10 +127,39 @@ def gradients_of(
     return dict(zip(values, torch.autograd.grad(value, list(values.values()), materialize_grads=True), strict=True))
 
 
-def named_tensors(given: Mapping | Iterable, what: str) -> dict[str | int, Tensor]:
-    """Name, or place in a list, of every tensor; refuses whatever is neither a mapping nor a list of tensors."""
+def unflatten(model: nn.Module, vector: Tensor) -> list[Tensor | None]:
+    """One vector of all gradients as a list with a tensor for each parameter, in the order of `model.parameters()`.
+
+    The inverse of `torch.nn.utils.parameters_to_vector`. A vector of the trained parameters alone gives None for those
+    that are frozen.
+
+    Args:
+        model: The network.
+        vector: (n,), n entries of all parameters, or of all trained ones.
+
+    Raises:
+        GradientMismatchError: If it is no vector, or of another length.
+    """
+    named, vector = dict(check_model(model).named_parameters()), check_tensor("vector", vector, GradientMismatchError)
+    for chosen in (list(named), trained_names(model)):
+        sizes = [named[name].numel() for name in chosen]
+        if vector.ndim == 1 and len(vector) == sum(sizes):
+            parts = dict(zip(chosen, vector.split(sizes), strict=True))
+            return [parts[name].reshape(p.shape) if name in parts else None for name, p in named.items()]
+    entries = sum(p.numel() for p in named.values())
+    raise GradientMismatchError(f"vector has shape {tuple(vector.shape)}; the parameters have {entries} entries")
+
+
+def named_tensors(given: Mapping | Iterable, what: str, *, frozen: bool = False) -> dict[str | int, Tensor | None]:
+    """Name, or place in a list, of every tensor; refuses whatever is neither a mapping nor a list of tensors.
+
+    With `frozen`, None stands for a parameter that the client does not train.
+    """
     if isinstance(given, Tensor | str | bytes | Set) or not isinstance(given, Iterable):
         kind = type(given).__name__
         raise GradientMismatchError(f"{what}: a {kind}; give a list or a mapping with a tensor for each parameter")
     named = dict(given) if isinstance(given, Mapping) else dict(enumerate(given))
-    return {name: check_tensor(f"{what}: {name!r}", value, GradientMismatchError) for name, value in named.items()}
+    return {
+        name: None if frozen and value is None else check_tensor(f"{what}: {name!r}", value, GradientMismatchError)
+        for name, value in named.items()
+    }

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from rgap.client import UpdateGradients, check_loss
-from rgap.models import trained_names
 from rgap.results import (
     Candidate,
     GradientMismatchError,
@@ -147,8 +146,7 @@ def _receive(embedding: PatchEmbedding, gradients, noise_std: float | None) -> t
     Others may be nothing but rounding, as that of a key's bias is, and seem to be in a coarser format.
     """
     parameters = dict(embedding.model.named_parameters())
-    trained = trained_names(embedding.model)
-    received = receive_gradients(parameters, gradients, noise_std=noise_std, trained=trained)
+    received = receive_gradients(parameters, gradients, noise_std=noise_std, model=embedding.model)
     if not all(received.gradients[name].any() for name in (embedding.weight_name, embedding.position_name)):
         reached = [name for name, g in received.gradients.items() if g.any()]
         if zero := [name for name in reached if parameters[name].ndim == 2 and not parameters[name].any()]:

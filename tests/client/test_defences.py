@@ -166,7 +166,7 @@ def test_arguments_out_of_range_are_refused_by_name(call, message):
     [
         (torch.ones(3), "gradients: a Tensor; give a list or a mapping with a tensor"),
         (None, "gradients: a NoneType"),
-        ({**NAMED, "b": None}, "gradients: 'b' is a NoneType; it must be a tensor"),
+        ({**NAMED, "b": 1.0}, "gradients: 'b' is a float; it must be a tensor"),
         ([*GRADIENTS, torch.ones(2).long()], "gradient 3 is torch.int64"),
         ({**NAMED, "c": torch.tensor([1.0, math.nan])}, "gradient 'c' holds NaN or infinity"),
         ([torch.tensor([math.inf])], "gradient 0 holds NaN or infinity"),
