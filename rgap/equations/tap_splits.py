@@ -72,7 +72,7 @@ def tap_splits(filters: int, channels: int, geometry: Geometry) -> list[TapSplit
             surplus = int(units * (reads - entries) - positions**2 + 1)
             if surplus >= 0 and all(axis.unique[of_input] for axis in axes):
                 short = min(rows, columns) < COMFORTABLE_ROWS * positions
-                cost = (bool(short), int(positions), -surplus)
+                cost = (bool(short), int(positions), of_input)
                 found.append((cost, TapSplit(taps, *_tables(axes), of_input, surplus)))
     return [split for _, split in sorted(found, key=lambda pair: pair[0])]
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.linalg import eigvalsh_tridiagonal
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
-DENSE_UNKNOWNS = 64
-"""Unknowns up to which the operator is formed and decomposed; Lanczos needs some room."""
+DENSE_UNKNOWNS = 600
+"""Unknowns up to which the operator is formed and decomposed."""
 
 LANCZOS_VECTORS = 60
 """Vectors that Lanczos keeps."""
 
 LANCZOS_RESTARTS = 25
-"""Restarts after which several eigenvalues lie too close to 1 to be told apart."""
+"""Restarts after which other eigenvalues lie too close to 1."""
 
-LANCZOS_TOLERANCE = 1e-12
-"""Relative error of the eigenvalues."""
+VECTOR_TOLERANCE = 1e-10
+"""Residual of the first eigenvector."""
 
 
 class Shifts(NamedTuple):
@@ -80,14 +82,31 @@ def _largest_two(product: Callable[[Tensor], Tensor], shape: tuple[int, int]) ->
     if size <= DENSE_UNKNOWNS:
         values, vectors = np.linalg.eigh(np.stack([apply(unit) for unit in np.eye(size)]))
         return values[-2:], torch.from_numpy(vectors[:, -1].copy()).reshape(shape)
+    steps = itertools.count()
     start = np.random.default_rng(0).standard_normal(size)
-    operator = LinearOperator((size, size), matvec=apply, dtype=float)
+    options = {"ncv": LANCZOS_VECTORS, "maxiter": LANCZOS_RESTARTS, "tol": VECTOR_TOLERANCE}
+    operator = LinearOperator((size, size), matvec=lambda v: (next(steps), apply(v))[1], dtype=float)
     try:
-        values, vectors = eigsh(
-            operator, 2, which="LA", v0=start, ncv=min(LANCZOS_VECTORS, size - 1), tol=LANCZOS_TOLERANCE,
-            maxiter=LANCZOS_RESTARTS,
-        )  # fmt: skip
+        (value,), vectors = eigsh(operator, 1, which="LA", v0=start, **options)
     except ArpackNoConvergence:
         return None
-    order = np.argsort(values)
-    return values[order], torch.from_numpy(vectors[:, order[-1]].copy()).reshape(shape)
+    vector = vectors[:, 0].copy()
+    second = _largest(lambda v: apply(v) - value * vector * (vector @ v), np.roll(start, 1), next(steps) // 2)
+    return np.array([second, value]), torch.from_numpy(vector).reshape(shape)
+
+
+def _largest(apply: Callable[[np.ndarray], np.ndarray], start: np.ndarray, steps: int) -> float:
+    """The largest eigenvalue, from below, by so many steps of Lanczos without restarts, whose vectors are not kept.
+
+    Steps that sufficed to find an eigenvalue of 1 from a random start would show another one.
+    """
+    v, before, b = start / np.linalg.norm(start), np.zeros_like(start), 0.0
+    diagonal, beside = [], []
+    for _ in range(steps):
+        w = apply(v) - b * before
+        diagonal.append(w @ v)
+        w -= diagonal[-1] * v
+        b = np.linalg.norm(w)
+        beside.append(b)
+        v, before = w / b, v
+    return float(eigvalsh_tridiagonal(diagonal, beside[:-1])[-1])
