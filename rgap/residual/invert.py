@@ -1,0 +1,216 @@
+"""What lies below a walk as one nonlinear least squares in the image: Levenberg–Marquardt with conjugate gradients.
+
+Residuals are what the walk knows: values of pre-activations where their ReLU is on, max(z, 0) where it is off, and the
+gradient equations K(δz) x = vec(G) of every layer below, whose δz the candidate's own activation pattern passes down.
+The pattern is constant almost everywhere, so that these equations are linear in the layer's input (ours).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rgap.network.graph import Graph
+from rgap.network.layer import Layer
+from rgap.residual.walk import Known, Walk
+
+START_STD = 1e-3
+"""Standard deviation of the noise that the iterations start from."""
+
+START_DAMPING = 1e-2
+"""First damping, relative to the mean eigenvalue of JᵀJ."""
+
+MAX_DAMPING = 1e6
+"""Damping above which no step helps any more."""
+
+MIN_GAIN_RATIO = 1e-3
+"""Gain over predicted gain from which a step is taken."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor of which something is known."""
+
+    name: str
+    known: Known
+    weight: float
+
+    def residual(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a candidate misses, and where it does: below a bound nothing is missed."""
+        missed, mask = value - self.known.value, self.known.mask
+        if mask is None:
+            return self.weight * missed, None
+        active = mask | (missed > 0)
+        return self.weight * missed * active, active
+
+
+@dataclass(frozen=True)
+class Equations:
+    """The gradient equations of a layer."""
+
+    name: str
+    source: str
+    layer: Layer
+    G: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """The residuals of a candidate, and their Jacobian by functions."""
+
+    residuals: list[Tensor]
+    push: Callable[[Tensor], list[Tensor]]
+    pull: Callable[[list[Tensor]], Tensor]
+
+    @cached_property
+    def size(self) -> float:
+        """Sum of the residuals' squares."""
+        return sum(r.square().sum().item() for r in self.residuals)
+
+
+@dataclass(frozen=True)
+class Below:
+    """Everything that is known of the part of a network below a walk."""
+
+    graph: Graph
+    single: Graph
+    names: list[str]
+    targets: list[Target]
+    equations: list[Equations]
+    deltas: dict[str, Tensor]
+
+    def linearise(self, image: Tensor, *, exact: bool = False) -> Linearised:
+        """Residuals in float64, the Jacobian in float32 unless `exact`."""
+        values = self.graph.forward({self.graph.image: image}, self.names)
+        slopes = self.graph.slopes(values)
+        deltas = self.graph.pull(slopes, self.deltas, self.names, fixed=True) if self.equations else {}
+        parts = [target.residual(values[target.name]) for target in self.targets]
+        residuals, active = [part[0] for part in parts], [part[1] for part in parts]
+        residuals += [
+            eq.weight * (eq.layer.weight_gradient(values[eq.source], deltas[eq.name]) - eq.G) for eq in self.equations
+        ]
+        graph = self.graph if exact else self.single
+        dtype = torch.float64 if exact else torch.float32
+        slopes = {n: s.to(dtype) if s is not None and s.is_floating_point() else s for n, s in slopes.items()}
+        layers = [(replace(graph.nodes[eq.name].layer), deltas[eq.name].to(dtype)) for eq in self.equations]
+
+        def push(change: Tensor) -> list[Tensor]:
+            moved = graph.push(slopes, change.to(dtype), self.names)
+            found = [
+                t.weight * (moved[t.name] if a is None else moved[t.name] * a)
+                for t, a in zip(self.targets, active, strict=True)
+            ]
+            for eq, (layer, dz) in zip(self.equations, layers, strict=True):
+                found.append(eq.weight * layer.weight_gradient(moved[eq.source], dz))
+            return found
+
+        def pull(rest: list[Tensor]) -> Tensor:
+            seeds: dict[str, Tensor] = {}
+            for t, a, r in zip(self.targets, active, rest, strict=False):
+                part = t.weight * r.to(dtype)
+                seeds[t.name] = seeds.get(t.name, 0) + (part if a is None else part * a)
+            for eq, (layer, dz), r in zip(self.equations, layers, rest[len(self.targets) :], strict=True):
+                part = eq.weight * replace(layer, weight=r.to(dtype), cache={}).adjoint(dz)
+                seeds[eq.source] = seeds.get(eq.source, 0) + part
+            return graph.pull(slopes, seeds, self.names)[graph.image]
+
+        return Linearised(residuals, push, pull)
+
+
+def below(walk: Walk, *, own: bool = True) -> Below:
+    """Gathers what is known at the end of a walk and below."""
+    graph, found = walk.graph, {}
+
+    def gather(name: str) -> None:
+        for reader in graph.consumers[name]:
+            known = walk.known(reader)
+            if known is not None:
+                found[reader] = known
+            elif reader != walk.top:
+                gather(reader)
+
+    here = walk.known(walk.frontier)
+    if here is not None:
+        found[walk.frontier] = here
+    if here is None or here.mask is not None:
+        gather(walk.frontier)
+    names = graph.below({*found, *graph.consumers[walk.frontier]} - ({walk.top} - set(found)))
+    targets = [Target(n, k, 1 / k.value.norm().item()) for n, k in found.items()]
+    sure = {n: d for n, d in walk.deltas.items() if n in names}
+    equations = []
+    for name in names:
+        node = graph.nodes[name]
+        if node.has_weight and (own or walk.frontier in node.sources):
+            G = walk.gradient(name)
+            equations.append(Equations(name, node.sources[0], node.layer, G, 1 / G.norm().item()))
+    return Below(graph, graph.to(torch.float32), names, targets, equations, sure)
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """An image, what it misses and what it took."""
+
+    image: Tensor
+    misfit: float
+    steps: int
+    products: int
+
+
+def invert(
+    problem: Below, start: Tensor, *, tolerance: float = 1e-13, max_steps: int = 60, max_cg: int = 60,
+    deadline: float = float("inf"), verbose=None,
+) -> Inverted:  # fmt: skip
+    """Levenberg–Marquardt from a start (C, H, W)."""
+    image, at = start, problem.linearise(start)
+    damping, products = None, 0
+    for step in range(max_steps):
+        gradient = -at.pull(at.residuals)
+        if damping is None:
+            probe = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+            mean = sum(r.square().sum().item() for r in at.push(probe)) / image.numel()
+            damping = START_DAMPING * mean
+        change, predicted, count = _conjugate_gradients(at, gradient, damping, max_cg)
+        products += count
+        candidate = image + change.double()
+        there = problem.linearise(candidate)
+        gain = (at.size - there.size) / max(predicted, 1e-300)
+        if verbose: verbose(step, at.size, there.size, gain, damping, count, candidate)
+        if gain > MIN_GAIN_RATIO:
+            improved = at.size - there.size
+            image, at = candidate, there
+            damping *= 0.2 if gain > 0.5 else (1 if gain > 0.2 else 3)
+            if change.norm() < tolerance * image.norm() or improved < 1e-6 * at.size:
+                break
+        else:
+            damping *= 5
+            if damping > MAX_DAMPING or change.norm() < tolerance * image.norm():
+                break
+        if time.perf_counter() > deadline:
+            break
+    return Inverted(image, at.size**0.5, step + 1, products)
+
+
+def _conjugate_gradients(at: Linearised, b: Tensor, damping: float, most: int) -> tuple[Tensor, float, int]:
+    """(JᵀJ + damping) change = b to a tolerance, and the gain that the linear model predicts."""
+    x = torch.zeros_like(b)
+    r, p = b.clone(), b.clone()
+    size = first = r.square().sum()
+    tolerance = 1e-2
+    count = 0
+    while count < most and size > tolerance**2 * first:
+        q = at.pull(at.push(p)) + damping * p
+        alpha = size / (p * q).sum()
+        x += alpha * p
+        r -= alpha * q
+        size, last = r.square().sum(), size
+        p = r + (size / last) * p
+        count += 1
+    # ‖r0‖² − ‖r0 + J x‖² = 2 bᵀx − xᵀJᵀJx
+    predicted = (x * b).sum() + (x * r).sum() + damping * x.square().sum()
+    return x, predicted.item(), count
