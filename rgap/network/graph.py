@@ -150,11 +150,11 @@ class Graph:
                 found[source].append(name)
         return {name: tuple(readers) for name, readers in found.items()}
 
-    def below(self, names: Iterable[str]) -> list[str]:
-        """The nodes and everything they depend on, in the order of execution."""
+    def below(self, names: Iterable[str], given: Iterable[str] = ()) -> list[str]:
+        """The nodes and everything they depend on, in the order of execution, down to those given."""
         wanted = set(names)
         for name in reversed(self.nodes):
-            if name in wanted:
+            if name in wanted and name not in given:
                 wanted.update(self.nodes[name].sources)
         return [name for name in self.nodes if name in wanted]
 
@@ -166,7 +166,7 @@ class Graph:
     def forward(self, values: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
         """The values of those nodes and of all that they depend on, from given values of some, such as the image."""
         found = dict(values)
-        for name in self.below(names):
+        for name in self.below(names, values):
             if name not in found:
                 node = self.nodes[name]
                 found[name] = node.forward([found[source] for source in node.sources])

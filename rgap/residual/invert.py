@@ -7,7 +7,7 @@ The pattern is constant almost everywhere, so that these equations are linear in
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rgap.linalg import rms
 from rgap.network.graph import Graph
 from rgap.network.layer import Layer
 from rgap.residual.walk import Known, Walk
@@ -25,11 +26,34 @@ START_STD = 1e-3
 START_DAMPING = 1e-2
 """First damping, relative to the mean eigenvalue of JᵀJ."""
 
-MAX_DAMPING = 1e6
-"""Damping above which no step helps any more."""
+DAMPING_DOWN, DAMPING_UP = 0.2, 5.0
 
 MIN_GAIN_RATIO = 1e-3
 """Gain over predicted gain from which a step is taken."""
+
+GOOD_GAIN_RATIO = 0.5
+"""Gain over predicted gain from which the damping is reduced."""
+
+SLOW_GAIN = 0.999
+"""Sum of squares relative to the last from which on nothing is gained any more."""
+
+SETTLED_CHANGE = 1e-5
+"""Relative size of the last step below which a refused one ends the iterations."""
+
+MAX_REFUSED = 8
+"""Steps refused in a row that end them."""
+
+MAX_STEPS = 60
+"""Steps taken or refused."""
+
+MAX_PRODUCTS = 30
+"""Conjugate gradient iterations in a step."""
+
+PRODUCTS_TOLERANCE = 1e-2
+"""Relative residual of the normal equations at which they end."""
+
+MAX_CONVERGED_MISFIT = 1e-3
+"""Relative misfit of what is known up to which the iterations count as converged; the gradient decides the rest."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +109,12 @@ class Below:
     equations: list[Equations]
     deltas: dict[str, Tensor]
 
+    def known_numbers(self) -> int:
+        """Entries that are known, and independent gradient equations by the size of M, at most."""
+        entries = [t.known.value.numel() if t.known.mask is None else int(t.known.mask.sum()) for t in self.targets]
+        rows = [min(e.G.numel(), math.prod(e.layer.input_shape)) for e in self.equations]
+        return sum(entries) + sum(rows)
+
     def linearise(self, image: Tensor, *, exact: bool = False) -> Linearised:
         """Residuals in float64, the Jacobian in float32 unless `exact`."""
         values = self.graph.forward({self.graph.image: image}, self.names)
@@ -123,7 +153,7 @@ class Below:
         return Linearised(residuals, push, pull)
 
 
-def below(walk: Walk, *, own: bool = True) -> Below:
+def below(walk: Walk, *, own: bool = False) -> Below:
     """Gathers what is known at the end of a walk and below."""
     graph, found = walk.graph, {}
 
@@ -154,63 +184,60 @@ def below(walk: Walk, *, own: bool = True) -> Below:
 
 @dataclass(frozen=True)
 class Inverted:
-    """An image, what it misses and what it took."""
+    """An image (C, H, W), how far it misses what is known relative to its size, and what it took."""
 
     image: Tensor
     misfit: float
     steps: int
-    products: int
+    converged: bool
 
 
-def invert(
-    problem: Below, start: Tensor, *, tolerance: float = 1e-13, max_steps: int = 60, max_cg: int = 60,
-    deadline: float = float("inf"), verbose=None,
-) -> Inverted:  # fmt: skip
-    """Levenberg–Marquardt from a start (C, H, W)."""
+def invert(problem: Below, start: Tensor, *, max_steps: int = MAX_STEPS, watch: Callable | None = None) -> Inverted:
+    """Levenberg–Marquardt from a start (C, H, W); `watch` sees each image."""
     image, at = start, problem.linearise(start)
-    damping, products = None, 0
-    for step in range(max_steps):
-        gradient = -at.pull(at.residuals)
-        if damping is None:
-            probe = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
-            mean = sum(r.square().sum().item() for r in at.push(probe)) / image.numel()
-            damping = START_DAMPING * mean
-        change, predicted, count = _conjugate_gradients(at, gradient, damping, max_cg)
-        products += count
-        candidate = image + change.double()
-        there = problem.linearise(candidate)
+    probe = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    damping = START_DAMPING * sum(r.square().sum().item() for r in at.push(probe)) / image.numel()
+    moved, steps, refused = math.inf, 0, 0
+    while steps < max_steps:
+        steps += 1
+        change, predicted = _conjugate_gradients(at, -at.pull(at.residuals), damping)
+        there = problem.linearise(image + change.double())
         gain = (at.size - there.size) / max(predicted, 1e-300)
-        if verbose: verbose(step, at.size, there.size, gain, damping, count, candidate)
         if gain > MIN_GAIN_RATIO:
-            improved = at.size - there.size
-            image, at = candidate, there
-            damping *= 0.2 if gain > 0.5 else (1 if gain > 0.2 else 3)
-            if change.norm() < tolerance * image.norm() or improved < 1e-6 * at.size:
+            moved = (change.norm() / image.norm()).item()
+            slow = there.size > SLOW_GAIN * at.size
+            image, at, refused = image + change.double(), there, 0
+            damping *= DAMPING_DOWN if gain > GOOD_GAIN_RATIO else 1.0
+            if watch is not None:
+                watch(image, at.size**0.5)
+            if slow:
                 break
         else:
-            damping *= 5
-            if damping > MAX_DAMPING or change.norm() < tolerance * image.norm():
+            damping, refused = damping * DAMPING_UP, refused + 1
+            if refused == MAX_REFUSED or moved < SETTLED_CHANGE:
                 break
-        if time.perf_counter() > deadline:
-            break
-    return Inverted(image, at.size**0.5, step + 1, products)
+    misfit = (at.size / len(at.residuals)) ** 0.5
+    return Inverted(image, misfit, steps, misfit < MAX_CONVERGED_MISFIT)
 
 
-def _conjugate_gradients(at: Linearised, b: Tensor, damping: float, most: int) -> tuple[Tensor, float, int]:
+def _conjugate_gradients(at: Linearised, b: Tensor, damping: float) -> tuple[Tensor, float]:
     """(JᵀJ + damping) change = b to a tolerance, and the gain that the linear model predicts."""
-    x = torch.zeros_like(b)
-    r, p = b.clone(), b.clone()
+    x, r, p = torch.zeros_like(b), b.clone(), b.clone()
     size = first = r.square().sum()
-    tolerance = 1e-2
-    count = 0
-    while count < most and size > tolerance**2 * first:
+    for _ in range(MAX_PRODUCTS):
+        if not size > PRODUCTS_TOLERANCE**2 * first:
+            break
         q = at.pull(at.push(p)) + damping * p
         alpha = size / (p * q).sum()
-        x += alpha * p
-        r -= alpha * q
+        x, r = x + alpha * p, r - alpha * q
         size, last = r.square().sum(), size
         p = r + (size / last) * p
-        count += 1
-    # ‖r0‖² − ‖r0 + J x‖² = 2 bᵀx − xᵀJᵀJx
-    predicted = (x * b).sum() + (x * r).sum() + damping * x.square().sum()
-    return x, predicted.item(), count
+    # ‖r₀‖² − ‖r₀ + J x‖² = 2 bᵀx − xᵀ JᵀJ x, and JᵀJ x = b − r − damping x
+    return x, ((x * b).sum() + (x * r).sum() + damping * x.square().sum()).item()
+
+
+def draw_error(problem: Below, found: Inverted) -> float:
+    """Root-mean-square error of the image for one draw of noise as large as what it misses of every part."""
+    at, generator = problem.linearise(found.image), torch.Generator().manual_seed(0)
+    draws = [rms(r) * torch.randn(r.shape, generator=generator) for r in at.residuals]
+    return rms(_conjugate_gradients(at, at.pull(draws), 0.0)[0].double()).item()

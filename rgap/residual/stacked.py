@@ -1,4 +1,4 @@
-"""The gradient equations of all layers that read one tensor, and the same equations read for δz where the input is known.
+"""The gradient equations of all layers that read one tensor, and the same equations read for δz, the input known.
 
 K(δz) x = vec(G) and N(x) δz = vec(G) are one product. Stacked, a convolution and the projection beside it determine
 more pixels than either; read for δz, the equations decide activation bits that a threshold leaves in doubt (ours).
@@ -17,7 +17,7 @@ from rgap.linalg import gram_matrix
 from rgap.network.layer import Layer
 
 MIN_GRAM_RATIO = 1e-12
-"""Smallest eigenvalue of NᵀN, relative to the largest, that counts when N(x) δz = vec(G) is solved."""
+"""Ridge, relative to the largest entry of NᵀN, with which N(x) δz = vec(G) is solved: dead pixels are columns of 0."""
 
 
 @dataclass(frozen=True)
@@ -115,19 +115,36 @@ def _parts(layers, gradients, dzs, pixels: int) -> list[tuple[Tensor, Tensor, Te
     ]
 
 
-def solve_delta(layer: Layer, G: Tensor, x: Tensor) -> Tensor | None:
-    """δz (O, H′, W′) from N(x) δz = vec(G), None where these equations do not determine it."""
+def solve_changes(layer: Layer, missed: Tensor, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor] | None:
+    """By how much δz changes at some places if that explains what the layer's gradient equations miss.
+
+    Solves N(x) change = missed for the places of each filter, a few unknowns each.
+
+    Args:
+        layer: The layer, without groups.
+        missed: vec(G) − K(δz) x, (O, C, kh, kw).
+        x: The layer's input, (C, H, W).
+        places: Mask of the entries of δz that may change, (O, H′, W′).
+
+    Returns:
+        The changes (O, H′, W′), 0 elsewhere, and their standard deviations by what remains; None where the layer has
+        groups or a map of pixels around its convolution, or a filter has more places than equations.
+    """
     if layer.before is not None or layer.after is not None or layer.groups > 1:
         return None
-    C, (taps, positions) = layer.input_shape[0], layer.tap_pixels().shape
-    if C * taps < positions:
-        return None
-    padded = F.pad(x.flatten(1), (0, 1))  # index −1 is the padding
-    N = padded[:, layer.tap_pixels()].reshape(C * taps, positions)
-    values, V = torch.linalg.eigh(gram_matrix(N))
-    if values[0] <= MIN_GRAM_RATIO * values[-1]:
-        return None
-    right = G.reshape(len(G), C * taps).T
-    dz = (V / values) @ (V.T @ (N.T @ right))
-    dz = dz + (V / values) @ (V.T @ (N.T @ (right - N @ dz)))
-    return dz.T.reshape(layer.output_shape)
+    padded, places = F.pad(x.flatten(1), (0, 1)), places.flatten(1)  # index −1 is the padding
+    N = padded[:, layer.tap_pixels()].flatten(0, 1)
+    changes, errors = torch.zeros_like(places, dtype=x.dtype), torch.zeros_like(places, dtype=x.dtype)
+    for filter in places.any(1).nonzero()[:, 0].tolist():
+        columns, right = N[:, places[filter]], missed[filter].flatten()
+        if columns.shape[1] >= len(right):
+            return None
+        gram = gram_matrix(columns)
+        gram.diagonal().add_(MIN_GRAM_RATIO * gram.diagonal().max().clamp(min=1e-300))
+        factor = torch.linalg.cholesky(gram)
+        found = torch.cholesky_solve((columns.T @ right)[:, None], factor)[:, 0]
+        found = found + torch.cholesky_solve((columns.T @ (right - columns @ found))[:, None], factor)[:, 0]
+        std = (right - columns @ found).norm() / (len(right) - len(found)) ** 0.5
+        changes[filter, places[filter]] = found
+        errors[filter, places[filter]] = std * torch.cholesky_inverse(factor).diagonal().sqrt()
+    return changes.reshape(layer.output_shape), errors.reshape(layer.output_shape)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from rgap.linalg import rms
-from rgap.network.graph import Graph
 from rgap.network.activations import RELU
-from rgap.residual.stacked import StackedSolution, solve_delta, solve_stacked
+from rgap.network.graph import Graph
+from rgap.residual.stacked import StackedSolution, solve_changes, solve_stacked
 from rgap.results import LayerReport
 from rgap.shared_gradient import FLOAT64_FLOOR
 
@@ -37,9 +37,6 @@ MAX_ZERO_GAP = 8.0
 
 DOUBT_RATIO = 10.0
 """Times that limit up to which an output is in doubt, so that division may change its bit."""
-
-MAX_CORRECTED_SHARE = 0.05
-"""Share of a layer's bits above which no threshold was wrong, but the solution is."""
 
 SAFE_BIT_RATIO = 6.0
 """Size of a bit's effect, in units of the division's typical error, from which the division decides it."""
@@ -79,6 +76,7 @@ class Walk:
         reports: One for each tensor that was solved for.
         frontier: The tensor at which it ended; "" where that is below the image.
         why: Why it ended there.
+        contradicted: Whether its equations contradict each other there.
     """
 
     graph: Graph
@@ -93,6 +91,7 @@ class Walk:
     decided: set[str] = field(default_factory=set)
     frontier: str = ""
     why: str = ""
+    contradicted: bool = False
 
     @property
     def residual_limit(self) -> float:
@@ -145,20 +144,23 @@ class Walk:
         """Walks down until a tensor is not determined."""
         for name in reversed(self.graph.below([self.top])):
             node = self.graph.nodes[name]
-            if name not in self.deltas:
-                if self.graph.consumers[name] and node.kind != "image":
-                    self.deltas[name] = sum(self._pulled(reader, name) for reader in self.graph.consumers[name])
             started = time.perf_counter()
             if name not in self.values and self.readers(name):
                 self._solve(name, started)
             if self.frontier:
                 break
+            self.find_delta(name)
             if node.kind == "max pooling":
                 self._stop(name, "max pooling discards the positions of the maxima")
                 break
             if node.kind == "activation":
                 self._find_slope(name)
         return self
+
+    def find_delta(self, name: str) -> None:
+        """The gradient by a tensor, from those by its consumers."""
+        if name not in self.deltas and name != self.graph.image:
+            self.deltas[name] = sum(self._pulled(reader, name) for reader in self.graph.consumers[name])
 
     def _pulled(self, reader: str, name: str) -> Tensor:
         node = self.graph.nodes[reader]
@@ -195,7 +197,7 @@ class Walk:
             found = self._equations(name, readers)
             if found is None or not found.determined:
                 break
-            changed = sum(self._correct_bits(reader, found.x) for reader in readers)
+            changed = sum(self._decide(reader, found.x) for reader in readers)
             corrected += changed
             if not changed:
                 break
@@ -208,8 +210,11 @@ class Walk:
                 self.values[name] = whole
                 return None
             lack = found.unknowns - found.rank
-            return self._stop(name, f"the gradient equations of {' and '.join(readers)} lack {lack} of {found.unknowns}")
+            return self._stop(
+                name, f"the gradient equations of {' and '.join(readers)} lack {lack} of {found.unknowns}"
+            )
         if found.residual > self.residual_limit:
+            self.contradicted = True
             miss = f"missed by {found.residual:.2g}; {self.residual_limit:.2g} is allowed"
             return self._stop(name, f"the equations of {' and '.join(readers)} contradict each other, {miss}")
         self.values[name] = Known(found.x, error=found.error)
@@ -237,30 +242,42 @@ class Walk:
             above = self.graph.consumers[above[0]]
         return above[0] if len(above) == 1 and self.graph.nodes[above[0]].kind == "activation" else None
 
-    def _correct_bits(self, reader: str, x: Tensor) -> int:
-        """Corrects the bits of the activation above a layer by division, given its input; how many changed."""
+    def _decide(self, reader: str, x: Tensor) -> int:
+        """Corrects the bits in doubt of the activation above a layer whose input is known; how many changed."""
         act = self.activation_above(reader)
-        if act is None or act not in self.slopes or act in self.decided or act not in self.deltas:
+        if act is None or act not in self.slopes or act in self.decided:
             return 0
+        known = self.values[act]
+        limit = self._zero(known)
+        return self.correct_bits(
+            reader, x, (known.value.abs() < DOUBT_RATIO * limit) & (known.value > limit / DOUBT_RATIO)
+        )
+
+    def correct_bits(self, reader: str, x: Tensor, doubt: Tensor) -> int:
+        """Corrects bits of the activation above a layer by division, given the layer's input and where to doubt them.
+
+        δz / δ, with δz by the layer's own gradient and δ from above, is the slope on one side or the other.
+        """
+        act, node = self.activation_above(reader), self.graph.nodes[reader]
         activation = self.graph.nodes[act].activation
         slope = 0.0 if activation is RELU else activation.negative_slope
-        found = None if slope is None else solve_delta(self.graph.nodes[reader].layer, self.gradient(reader), x)
-        if found is None:
+        if slope is None or not doubt.any():
+            return 0
+        missed = self.gradient(reader) - node.layer.weight_gradient(x, self.deltas[reader])
+        solved = solve_changes(node.layer, missed, x, doubt)
+        if solved is None:
             return 0
         above, bits = self.deltas[act], self.slopes[act]
-        error = (found - bits * above).abs().median()
-        one = (found / above.where(above != 0, 1.0)) > (1 + slope) / 2
+        one = bits * above + solved[0] > above * (1 + slope) / 2
+        one = torch.where(above > 0, one, ~one)
         wanted = torch.where(one, torch.ones_like(bits), slope * torch.ones_like(bits))
-        in_doubt = self.values[act].value.abs() < DOUBT_RATIO * self._zero(self.values[act])
-        changes = in_doubt & (wanted != bits) & ((1 - slope) * above.abs() > SAFE_BIT_RATIO * error)
-        count = int(changes.sum())
-        if not 0 < count <= MAX_CORRECTED_SHARE * changes.numel():
-            return 0
-        self.slopes[act] = bits.where(~changes, wanted)
-        source = self.graph.nodes[act].sources[0]
-        self.deltas[source] = self._pulled(act, source)
-        if self.graph.nodes[source].kind == "addition":
-            for branch in self.graph.nodes[source].sources:
-                if branch in self.deltas and self.graph.consumers[branch] == (source,):
-                    self.deltas[branch] = self.deltas[source]
-        return count
+        changes = doubt & (wanted != bits) & ((1 - slope) * above.abs() > SAFE_BIT_RATIO * solved[1])
+        if changes.any():
+            self.slopes[act] = bits.where(~changes, wanted)
+            source = self.graph.nodes[act].sources[0]
+            self.deltas[source] = self._pulled(act, source)
+            if self.graph.nodes[source].kind == "addition":
+                for branch in self.graph.nodes[source].sources:
+                    if branch in self.deltas and self.graph.consumers[branch] == (source,):
+                        self.deltas[branch] = self.deltas[source]
+        return int(changes.sum())
