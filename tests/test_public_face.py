@@ -35,6 +35,8 @@ SIGNATURES = {
     "models.fcn3": "seed=0, widths=(1000, 100)",
     "models.lenet": "seed=0, classes=10, activation=<class 'torch.nn.modules.activation.Sigmoid'>, "
     "widths=(12, 12, 12), strides=None, bias=False, uniform=None",
+    "models.resnet": "seed=0, widths=(16, 32, 64), blocks=1, activation=<class 'torch.nn.modules.activation.ReLU'>, "
+    "expansion=0, flat_pixels=0, classes=10, kaiming=False",
     "models.resnet18": "seed=0, cut=(), classes=10",
     "metrics.mse": "x, y",
     "metrics.psnr_db": "x, y",

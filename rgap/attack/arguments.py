@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from rgap.client import check_loss, outputs_fit
 from rgap.forward import select_output
 from rgap.network.chain import Chain, prepare
 from rgap.network.layer import Layer
+from rgap.residual import ResidualNetwork, prepare_residual
 from rgap.results import GradientMismatchError, UnsupportedLayerError
 from rgap.separation.subspaces import first_dense
 from rgap.shared_gradient import SharedGradient
@@ -33,23 +36,45 @@ def checked_chain(
 
 
 def checked_network(
-    model, image_shape: tuple[int, ...] | None, output: str | int | None = None
-) -> Chain | PatchEmbedding:
-    """The network as it is attacked: a chain of layers, or patches with learned positions; or the chain's refusal."""
-    if isinstance(model, PatchEmbedding):
+    model, image_shape: tuple[int, ...] | None, output: str | int | None = None, batch_size: int | None = 1
+) -> Chain | PatchEmbedding | ResidualNetwork:
+    """The network as it is attacked: a chain of layers, patches with learned positions, or blocks below a blind layer.
+
+    A chain that averages its last map away is entered below, too, where one image is asked for; else the chain's
+    refusal stands, with the reasons why the network is none of the others.
+    """
+    if isinstance(model, PatchEmbedding | ResidualNetwork):
         return model
     try:
-        return checked_chain(model, image_shape, output)
+        chain = checked_chain(model, image_shape, output)
     except UnsupportedLayerError as refusal:
-        try:
-            found = recognise(select_output(model, output), image_shape)
-        except UnsupportedLayerError:
-            raise
-        except ValueError as error:
-            raise UnsupportedLayerError(f"{refusal}; nor does the network run as a transformer: {error}") from error
-        if found is None:
-            raise
+        return _without_chain(select_output(model, output), image_shape, refusal)
+    if batch_size == 1 and not isinstance(model, Chain) and _averages_away(chain):
+        with contextlib.suppress(UnsupportedLayerError):
+            return prepare_residual(select_output(model, output), image_shape)
+    return chain
+
+
+def _without_chain(model, image_shape, refusal: UnsupportedLayerError) -> PatchEmbedding | ResidualNetwork:
+    found = None
+    try:
+        found = recognise(model, image_shape)
+    except UnsupportedLayerError as error:  # a softmax makes no transformer of a network of convolutions
+        refusal = error
+    except ValueError as error:
+        raise UnsupportedLayerError(f"{refusal}; nor does the network run as a transformer: {error}") from error
+    if found is not None:
         return found
+    try:
+        return prepare_residual(model, image_shape)
+    except UnsupportedLayerError as reason:
+        raise UnsupportedLayerError(f"{refusal}; {reason}") from reason
+
+
+def _averages_away(chain: Chain) -> bool:
+    """Whether an activation's whole map becomes one pixel: no equation of the layers above gives it back."""
+    pooled = [layer for layer in chain.layers if layer.is_fixed and layer.after is not None]
+    return any(math.prod(layer.output_shape[1:]) == 1 < math.prod(layer.input_shape[1:]) for layer in pooled)
 
 
 def check_options(loss, batch_size, pixel_range, rcond, noise_std) -> None:

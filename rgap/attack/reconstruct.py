@@ -43,6 +43,7 @@ from rgap.head.hypothesis import Start, starts_of
 from rgap.isolation import isolated
 from rgap.linalg import rms
 from rgap.network.layer import Chain
+from rgap.residual import ResidualNetwork, reconstruct_residual
 from rgap.results import GradientMismatchError, PixelRange, Reconstruction
 from rgap.separation.read import read_batch
 from rgap.separation.subspaces import find_batch_size
@@ -77,7 +78,8 @@ def reconstruct(
 
     The attack knows the network and the gradient. It solves for the input of each layer in turn, from the last to the
     first, for every hypothesis on label and scale that the last layers' gradients allow, in float64 throughout. Of a
-    vision transformer with learned position embeddings it solves for the patches at once (`rgap.tokens`).
+    vision transformer with learned position embeddings it solves for the patches at once (`rgap.tokens`); a network
+    with residual blocks or pooling it enters at a layer whose own gradient gives its input (`rgap.residual`).
 
     Args:
         model: The network, or a `Chain` from `rgap.prepare`, which keeps its factorisations for the next attack.
@@ -108,12 +110,17 @@ def reconstruct(
     """
     device = check_device(device)
     check_seed(seed)
-    chain = checked_network(model, image_shape, output)
+    chain = checked_network(model, image_shape, output, batch_size)
     check_options(loss, batch_size, pixel_range, rcond, noise_std)
     if isinstance(chain, PatchEmbedding):
         return reconstruct_tokens(
             chain, gradients, loss, batch_size=batch_size, labels=labels, virtual_constraints=virtual_constraints,
             pixel_range=pixel_range, rcond=rcond, noise_std=noise_std, device=device,
+        )  # fmt: skip
+    if isinstance(chain, ResidualNetwork):
+        return reconstruct_residual(
+            chain, gradients, loss, batch_size=batch_size, labels=labels, pixel_range=pixel_range, rcond=rcond,
+            noise_std=noise_std, seed=seed, device=device,
         )  # fmt: skip
     check_arguments(chain, loss, batch_size, labels)
     close = close_by_virtual_constraints if virtual_constraints else None

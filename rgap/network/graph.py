@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rgap.models import trained_names
 from rgap.network.activations import IDENTITY, Activation
 from rgap.network.folding import Folder, parameter_copy, scale_and_shift
 from rgap.network.layer import Layer
@@ -239,7 +240,7 @@ class _Builder:
 
     def __init__(self, model: nn.Module, constants: set[str], steps: list[Step]):
         """Starts without nodes."""
-        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.names, self.trained = {id(p): name for name, p in model.named_parameters()}, trained_names(model)
         modules = [step.module for step in steps if step.module is not None]
         self.uses = Counter(id(p) for module in modules for p in module.parameters())
         self.constants, self.nodes, self.alias = constants, {}, {}
@@ -278,7 +279,7 @@ class _Builder:
         if step.kind == "affine":
             return self._affine(step, made)
         if step.kind == "pixels":
-            layer = Folder(self.names, [])
+            layer = Folder(self.names, self.trained, [])
             layer.take(step)
             return replace(made, kind="layer", layer=layer.finish()[0])
         plain = not step.arguments or (len(step.arguments) == 1 and isinstance(step.arguments[0], Tensor | None))
@@ -292,7 +293,7 @@ class _Builder:
         return self._opaque(step, sources, step.reason or "it joins branches in another way than by adding them")
 
     def _linear(self, step: Step, made: Node) -> Node:
-        folder = Folder(self.names, [])
+        folder = Folder(self.names, self.trained, [])
         folder.take(step)
         layer, bias = folder.finish()[0], step.module.bias
         if any(self.uses[id(p)] > 1 for p in step.module.parameters()):
@@ -303,7 +304,7 @@ class _Builder:
         before = self.nodes[made.sources[0]]
         alone = self.readers[step.sources[0]] == 1 and before.has_weight
         if alone:
-            folder = Folder(self.names, [before.layer])
+            folder = Folder(self.names, self.trained, [before.layer])
             folder.take(step)
             if (layer := folder.layers[-1]).activation is IDENTITY:
                 factor = layer.output_scale

@@ -173,10 +173,10 @@ def below(walk: Walk, *, own: bool = False) -> Below:
     names = graph.below({*found, *graph.consumers[walk.frontier]} - ({walk.top} - set(found)))
     targets = [Target(n, k, 1 / k.value.norm().item()) for n, k in found.items()]
     sure = {n: d for n, d in walk.deltas.items() if n in names}
-    equations = []
+    equations, readers = [], {reader for name in names for reader in walk.readers(name)}
     for name in names:
         node = graph.nodes[name]
-        if node.has_weight and (own or walk.frontier in node.sources):
+        if name in readers and (own or walk.frontier in node.sources):
             G = walk.gradient(name)
             equations.append(Equations(name, node.sources[0], node.layer, G, 1 / G.norm().item()))
     return Below(graph, graph.to(torch.float32), names, targets, equations, sure)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rgap.linalg import rms
+from rgap.models import trained_names
 from rgap.residual.blind import BlindSolution
 from rgap.residual.cut import Cut, ResidualNetwork, delta_at_top, enter
 from rgap.residual.invert import START_STD, Below, Inverted, below, draw_error, invert
@@ -80,7 +81,8 @@ def reconstruct_residual(
             "is a sum over the images; 1 is supported"
         )
     graph = network.graph
-    received = receive_gradients(graph.parameters, gradients, rcond, noise_std)
+    trained = trained_names(network.model)
+    received = receive_gradients(graph.parameters, gradients, rcond, noise_std, trained=trained)
     found = _best_descent(network, received, seed)
     pixels, replay = PixelRange(*pixel_range), Replay(network.model, received, loss)
     image = torch.zeros(1, *network.image_shape, dtype=torch.float64) if found.image is None else found.image[None]
@@ -95,6 +97,10 @@ def reconstruct_residual(
         residual_allowed=received.tolerance, predicted_error=found.error,
     )  # fmt: skip
     verdict, why = _verdict(candidate, whole, part, pixels)
+    if verdict == "exact" and whole > received.tolerance and label.item() >= 0:
+        scale, residual = replay.scaled_residual(image, label)
+        if residual <= received.tolerance:
+            why = [f"the shared gradient is {scale:.4g} times the image's own, missed by {residual:.2g}"]
     if device is not None:
         candidate = replace(candidate, images=image.to(device), labels=label.to(device))
     layers = candidate.layers
@@ -167,7 +173,11 @@ def _best_descent(network: ResidualNetwork, received: SharedGradient, seed: int)
     tried, failed = [], []
     for cut in network.cuts:
         started = time.perf_counter()
-        walk = Walk(network.graph, received.gradients, cut.top, received.precision, received.rcond)
+        walk = Walk(network.graph, received.gradients, cut.top, received.precision, received.rcond, received.absent)
+        node, last = network.graph.nodes[cut.layer], network.graph.nodes[cut.last]
+        if lost := {node.layer.weight_name, node.total, last.layer.weight_name} & set(received.absent):
+            failed.append(f"{node.path!r} is no place to enter: the gradient of {min(lost)!r} is not shared, or zero")
+            continue
         solution = enter(network.graph, cut, received.gradients, received.entry_std)
         path = network.graph.nodes[cut.layer].path
         if not solution.certified:

@@ -70,6 +70,7 @@ class Walk:
         top: The node at which the walk began.
         precision: Relative error of the gradients.
         rcond: Relative cutoff of singular values.
+        absent: Names of gradients of which nothing is known.
         values: Node name -> what is known of it.
         deltas: Node name -> gradient of the loss by it.
         slopes: Name of an activation -> σ′ at its input.
@@ -84,6 +85,7 @@ class Walk:
     top: str
     precision: float
     rcond: float
+    absent: tuple[str, ...] = ()
     values: dict[str, Known] = field(default_factory=dict)
     deltas: dict[str, Tensor] = field(default_factory=dict)
     slopes: dict[str, Tensor] = field(default_factory=dict)
@@ -99,8 +101,9 @@ class Walk:
         return max(MIN_RESIDUAL_LIMIT, MAX_RESIDUAL_FACTOR * self.precision)
 
     def readers(self, name: str) -> list[str]:
-        """The layers with gradients that read a tensor."""
-        return [reader for reader in self.graph.consumers[name] if self.graph.nodes[reader].has_weight]
+        """The layers that read a tensor and whose weight's gradient was shared."""
+        nodes = [self.graph.nodes[reader] for reader in self.graph.consumers[name]]
+        return [node.name for node in nodes if node.has_weight and node.layer.weight_name not in self.absent]
 
     def gradient(self, name: str) -> Tensor:
         """The shared gradient by a layer's (folded) weight."""
@@ -145,7 +148,7 @@ class Walk:
         for name in reversed(self.graph.below([self.top])):
             node = self.graph.nodes[name]
             started = time.perf_counter()
-            if name not in self.values and self.readers(name):
+            if name not in self.values and any(self.graph.nodes[n].has_weight for n in self.graph.consumers[name]):
                 self._solve(name, started)
             if self.frontier:
                 break
@@ -202,7 +205,7 @@ class Walk:
             if not changed:
                 break
         if found is None:
-            return self._stop(name, "a layer that reads it has groups, or none has a gradient")
+            return self._stop(name, "a layer that reads it has groups, or none shares a gradient")
         self._report(name, readers, found, corrected, time.perf_counter() - started)
         if not found.determined:
             whole = self.known(name)
