@@ -74,7 +74,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Equations:
+class LayerEquations:
     """The gradient equations of a layer."""
 
     name: str
@@ -106,7 +106,7 @@ class Below:
     single: Graph
     names: list[str]
     targets: list[Target]
-    equations: list[Equations]
+    equations: list[LayerEquations]
     deltas: dict[str, Tensor]
 
     def known_numbers(self) -> int:
@@ -178,7 +178,7 @@ def below(walk: Walk, *, own: bool = False) -> Below:
         node = graph.nodes[name]
         if name in readers and (own or walk.frontier in node.sources):
             G = walk.gradient(name)
-            equations.append(Equations(name, node.sources[0], node.layer, G, 1 / G.norm().item()))
+            equations.append(LayerEquations(name, node.sources[0], node.layer, G, 1 / G.norm().item()))
     return Below(graph, graph.to(torch.float32), names, targets, equations, sure)
 
 

@@ -108,7 +108,7 @@ def reconstruct_residual(
 
 
 @dataclass(frozen=True)
-class Descended:
+class WalkedImage:
     """How far one cut has led.
 
     Attributes:
@@ -168,7 +168,7 @@ class Descended:
         return {first: image, **found} if self.image is not None else found
 
 
-def _best_descent(network: ResidualNetwork, received: SharedGradient, seed: int) -> Descended:
+def _best_descent(network: ResidualNetwork, received: SharedGradient, seed: int) -> WalkedImage:
     """Down from the first cut that is certified and whose equations agree; else the best of those that failed."""
     tried, failed = [], []
     for cut in network.cuts:
@@ -204,7 +204,7 @@ def _best_descent(network: ResidualNetwork, received: SharedGradient, seed: int)
         return min(tried, key=lambda one: one.error)
     reports = [LayerReport(network.graph.nodes[c.layer].path, network.graph.nodes[c.layer].layer.unknowns)
                for c in network.cuts[:1]]  # fmt: skip
-    return Descended(None, None, math.inf, tuple(reports), tuple(failed), tuple(r.name for r in reports))
+    return WalkedImage(None, None, math.inf, tuple(reports), tuple(failed), tuple(r.name for r in reports))
 
 
 def _cut_report(network: ResidualNetwork, cut: Cut, solution: BlindSolution, seconds: float) -> LayerReport:
@@ -217,7 +217,7 @@ def _cut_report(network: ResidualNetwork, cut: Cut, solution: BlindSolution, sec
     )  # fmt: skip
 
 
-def _descend(walk: Walk, cut: LayerReport, failed: Sequence[str], seed: int) -> Descended:
+def _descend(walk: Walk, cut: LayerReport, failed: Sequence[str], seed: int) -> WalkedImage:
     """What a finished walk and the inversion below it give."""
     graph, reports = walk.graph, (cut, *walk.reports)
     notes = [*failed, f"entered at {cut.name!r}, by its own gradient: residual {cut.residual:.2g}"]
@@ -227,7 +227,7 @@ def _descend(walk: Walk, cut: LayerReport, failed: Sequence[str], seed: int) -> 
     if not walk.frontier:
         known = walk.known(graph.image)
         last = walk.reports[-1] if walk.reports else cut
-        return Descended(walk, known.value, last.predicted_error, reports, tuple(notes))
+        return WalkedImage(walk, known.value, last.predicted_error, reports, tuple(notes))
     notes.append(f"the walk ends at {graph.nodes[walk.frontier].path!r}: {walk.why}")
     started = time.perf_counter()
     problem = below(walk)
@@ -241,7 +241,7 @@ def _descend(walk: Walk, cut: LayerReport, failed: Sequence[str], seed: int) -> 
     report = _inversion_report(walk, problem, found, error, time.perf_counter() - started)
     if not found.converged:
         notes.append(f"the inversion has not converged: it misses what is known by {found.misfit:.2g}")
-    return Descended(
+    return WalkedImage(
         walk, found.image, error, (*reports, report), tuple(notes), () if found.converged else (report.name,)
     )
 
