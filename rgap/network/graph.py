@@ -223,10 +223,10 @@ def prepare_graph(model: nn.Module, image_shape: tuple[int, int, int]) -> Graph:
     """Makes the graph of a network in eval mode.
 
     Raises:
-        UnsupportedLayerError: If `torch.fx` cannot trace it.
+        UnsupportedLayerError: If it cannot be traced.
         ValueError: If the image shape does not fit.
     """
-    steps = trace(model, image_shape)
+    steps = [step for step in trace(model, image_shape) if step.used]
     builder = _Builder(model, {s.name for s in steps if s.kind == "constant"}, steps)
     for step in steps:
         if step.kind != "constant" and step.output_shape:
