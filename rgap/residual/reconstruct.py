@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from rgap.linalg import rms
-from rgap.models import trained_names
 from rgap.residual.blind import BlindSolution
 from rgap.residual.cut import Cut, ResidualNetwork, delta_at_top, enter
 from rgap.residual.invert import START_STD, Below, Inverted, below, draw_error, invert
@@ -81,8 +80,7 @@ def reconstruct_residual(
             "is a sum over the images; 1 is supported"
         )
     graph = network.graph
-    trained = trained_names(network.model)
-    received = receive_gradients(graph.parameters, gradients, rcond, noise_std, trained=trained)
+    received = receive_gradients(graph.parameters, gradients, rcond, noise_std, model=network.model)
     found = _best_descent(network, received, seed)
     pixels, replay = PixelRange(*pixel_range), Replay(network.model, received, loss)
     image = torch.zeros(1, *network.image_shape, dtype=torch.float64) if found.image is None else found.image[None]
