@@ -11,6 +11,9 @@ systems. The letters, as in the paper and in every module here:
 """
 
 import importlib
+import importlib.metadata
+import tomllib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ __all__ = [
     "RankAnalysis",
     "Reconstruction",
     "UnsupportedLayerError",
+    "__version__",
     "artifact",
     "baselines",
     "client",
@@ -76,8 +80,18 @@ _MODULES = {
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
+def _version() -> str:
+    """The version that was installed, or of a checkout that was not, the one in its pyproject.toml."""
+    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    if project.is_file():
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
+    return importlib.metadata.version("rgap")
+
+
 def __getattr__(name: str):
     """Resolves names on first use: `python -m rgap` often needs none of them, and torch takes seconds to import."""
+    if name == "__version__":
+        return _version()
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in __all__:

@@ -150,7 +150,9 @@ def _faces(split):
 def _torchvision(source, split):
     from torchvision import datasets  # slow to import, and not needed for embedded images
 
-    root = Path(os.environ.get("RGAP_DATA") or Path(__file__).resolve().parents[1] / "build" / "data")
+    from rgap.artifact import outputs
+
+    root = Path(os.environ.get("RGAP_DATA") or outputs.ROOT / "build" / "data")
     kind = datasets.CIFAR10 if source == "cifar10" else datasets.MNIST
     try:
         dataset = kind(root, train=split == "train", download=True)

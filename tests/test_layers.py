@@ -28,6 +28,7 @@ LEVELS = {
 WITHIN_A_LEVEL = {
     ("__main__", "commands"),
     ("commands", "experiments"),
+    ("data", "artifact"),
     ("gradient_names", "models"),
     ("gradient_names", "results"),
     ("shared_gradient", "gradient_names"),

@@ -52,6 +52,7 @@ SIGNATURES = {
     "client.prune": "gradients, share",
     "client.quantise": "gradients, dtype",
     "client.save_gradients": "path, gradients",
+    "client.unflatten": "model, vector",
     "artifact.check_claim": "claim_id, measured",
     "artifact.save_figure": "fig, name, *, times=False",
     "artifact.save_table": "frame, name, *, times=False",
@@ -117,7 +118,7 @@ def test_the_face_of_the_library():
     records = {name for name in FIELDS if "." not in name}
     errors = {"UnsupportedLayerError", "GradientMismatchError"}
     modules = {"artifact", "baselines", "client", "data", "metrics", "models"}
-    assert set(rgap.__all__) == functions | records | errors | modules
+    assert set(rgap.__all__) == functions | records | errors | modules | {"__version__"}
     assert all(issubclass(public(error), ValueError) for error in errors)
     assert VERDICTS == ("rank-deficient", "inconsistent", "ambiguous", "exact")
     with pytest.raises(AttributeError, match="'rgap' has no attribute 'nothing'"):

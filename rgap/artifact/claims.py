@@ -123,6 +123,11 @@ def print_report() -> int:
 
 
 def _read_yaml() -> dict:
+    if not CLAIMS.is_file():
+        raise FileNotFoundError(
+            f"there is no {CLAIMS}: the notebooks and their claims are no part of the installed package; run this in a "
+            "checkout of the repository"
+        )
     return yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))
 
 
@@ -142,7 +147,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 def _update(name: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
     """Replaces a claims table in one step; notebooks may run at the same time."""
-    LOCK.parent.mkdir(exist_ok=True)
+    LOCK.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(LOCK):
         rows = change(_read_csv(figures_dir() / name))
         save_csv(rows.sort_values("id")[COLUMNS], figures_dir() / name)

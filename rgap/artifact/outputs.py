@@ -1,6 +1,7 @@
 """What a run leaves behind: figures and tables, each written whole or not at all.
 
-Paths are relative to this package, never to the working directory. Two environment variables control a run, and the
+Paths are relative to the checkout that this package lies in; only without one, where it was installed from a wheel, to
+the working directory. Two environment variables control a run, and the
 Makefile sets both: RGAP_FIGURES is the folder to write to (figures/ unless given), RGAP_PROFILE is `default`, `paper`
 or `custom`.
 """
@@ -18,7 +19,11 @@ if TYPE_CHECKING:  # matplotlib takes as long to import as everything else here
     import pandas as pd
     from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[2]
+"""Where this package lies; in a checkout of the repository the notebooks and their claims lie there, too."""
+
+ROOT = CHECKOUT if (CHECKOUT / "notebooks" / "claims.yml").is_file() else Path.cwd()
+"""The folder of build/, figures/ and notebooks/: that of the checkout, or of an installed package the working one."""
 
 
 def figures_dir() -> Path:
@@ -35,20 +40,26 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
     """Writes a file so that a reader sees the old one or the new one, never a part.
 
     Args:
-        path: The file to write; its folder is made if need be.
+        path: The file to write, or a symbolic link to it; its folder is made if need be.
         write: Called with a binary file open for writing.
 
     Returns:
         The path.
+
+    Raises:
+        ValueError: If there is something else than a regular file, such as a folder, a device or a pipe.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise ValueError(f"path {path} is no regular file, and would be replaced by one; give the path of a file")
+    target.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a rename is atomic only within one file system.
-    file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)  # noqa: SIM115
+    file = tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False)  # noqa: SIM115
     try:
         with file:
             write(file)
         os.chmod(file.name, 0o644)  # temporary files are private, a result is not
-        os.replace(file.name, path)
+        os.replace(file.name, target)
     except BaseException:
         os.unlink(file.name)
         raise

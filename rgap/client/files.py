@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,13 @@ from rgap.results import GradientMismatchError
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 """Supported formats; the last two are those of `torch.save`."""
+
+
+WAYS_OUT = {
+    "numpy": "turn arrays and numbers of numpy into tensors by torch.as_tensor before they are saved",
+    "": "save the state dict (model.state_dict()) instead of the model, and nothing but tensors in it",
+}
+"""First part of a class's name -> how what it holds is saved."""
 
 
 def save_gradients(path: str | Path, gradients: Sequence[Tensor] | Mapping[str, Tensor]) -> Path:
@@ -107,6 +115,11 @@ def _read(path: str | Path, advice: str):
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on bytes of another kind the readers raise errors of any class
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):  # of torch's reader: a class that it would have to call
+            raise ValueError(
+                f"{path} holds a {found[1]}, and reading that would run code; it must hold tensors alone: "
+                f"{WAYS_OUT.get(found[1].split('.')[0], WAYS_OUT[''])}; {advice}"
+            ) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is no readable {path.suffix} file of tensors ({reason}); {advice}") from error
 

@@ -1,3 +1,4 @@
+import os
 import stat
 from pathlib import Path
 
@@ -62,3 +63,27 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(figures):
         outputs.write_atomically(path, fail)
     assert path.read_text() == "a\n1\n"
     assert list(figures.iterdir()) == [path]
+
+
+def test_a_link_is_written_through_and_stays(figures):
+    figures.mkdir(exist_ok=True)
+    target, link = figures / "real.csv", figures / "link.csv"
+    target.write_text("old")
+    link.symlink_to(target)
+    outputs.write_atomically(link, lambda file: file.write(b"new"))
+    assert link.is_symlink() and target.read_text() == "new"
+    missing = figures / "later.csv"
+    missing.symlink_to(figures / "sub" / "file.csv")
+    outputs.write_atomically(missing, lambda file: file.write(b"made"))
+    assert missing.is_symlink() and (figures / "sub" / "file.csv").read_text() == "made"
+
+
+def test_what_is_no_regular_file_is_refused_and_stays(figures):
+    figures.mkdir(exist_ok=True)
+    pipe, null = figures / "pipe", figures / "null"
+    os.mkfifo(pipe)
+    null.symlink_to("/dev/null")
+    for path in (pipe, null, Path("/dev/null"), figures):
+        with pytest.raises(ValueError, match=f"path {path} is no regular file"):
+            outputs.write_atomically(path, lambda file: file.write(b"x"))
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and stat.S_ISCHR(Path("/dev/null").stat().st_mode)

@@ -1,9 +1,11 @@
 import pickle
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from cases import randn, small_cnn
+from torch import nn
 
 import rgap
 from rgap import client
@@ -85,7 +87,7 @@ def test_files_that_are_something_else_are_refused_and_not_run(tmp_path, suffix,
 
 def test_code_in_a_torch_file_is_not_run(tmp_path):
     torch.save([Payload()], tmp_path / "g.pt")
-    with pytest.raises(ValueError, match="no readable"):
+    with pytest.raises(ValueError, match="reading that would run code"):
         client.load_gradients(tmp_path / "g.pt")
 
 
@@ -142,7 +144,28 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path, name, content, mess
 
 def test_a_file_that_would_run_code_is_not_read(tmp_path):
     torch.save(small_cnn().float(), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="no readable"):
+    with pytest.raises(ValueError, match="reading that would run code"):
         load_weights(small_cnn().float(), tmp_path / "model.pt")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         load_weights(small_cnn().float(), tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            [np.ones(3)],
+            r"holds a numpy\S*, and reading that would run code; .* by torch.as_tensor before they are saved",
+        ),
+        ({"loss": np.float64(1.0)}, r"holds a numpy\S*, .* by torch.as_tensor"),
+        (nn.Linear(2, 1), r"holds a torch.nn.modules.linear.Linear, .* save the state dict \(model.state_dict\(\)\)"),
+    ],
+    ids=["array", "number", "model"],
+)
+def test_objects_in_a_torch_file_are_refused_by_their_class_with_the_way_out(tmp_path, content, message):
+    path = tmp_path / "g.pt"
+    torch.save(content, path)
+    for read in (client.load_gradients, lambda p: load_weights(nn.Linear(2, 1), p)):
+        with pytest.raises(ValueError, match=message) as caught:
+            read(path)
+        assert "\x1b" not in str(caught.value) and "weights_only" not in str(caught.value)
