@@ -12,7 +12,8 @@ from rgap.results import VERDICTS
 
 SIGNATURES = {
     "reconstruct": "model, gradients, image_shape=None, loss='logistic', *, batch_size=1, labels=None, "
-    "virtual_constraints=True, pixel_range=(0.0, 1.0), rcond=None, noise_std=None, seed=0, device=None, output=None",
+    "virtual_constraints=True, pixel_range=(0.0, 1.0), rcond=None, noise_std=None, seed=0, device=None, output=None, "
+    "effort='auto'",
     "reconstruct_update": "before, after, image_shape=None, loss='logistic', *, learning_rate, steps=1, batch_size=1, "
     "momentum=0.0, weight_decay=0.0, optimizer='sgd', labels=None, pixel_range=(0.0, 1.0), seed=0, device=None",
     "prepare": "model, image_shape, *, output=None",

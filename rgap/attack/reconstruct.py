@@ -36,6 +36,7 @@ from rgap.attack.arguments import (
 )
 from rgap.attack.candidates import weigh
 from rgap.attack.descent import Descent, close_by_virtual_constraints, descend, start_probe
+from rgap.attack.foreseen import EFFORTS, foreseen_deficits, without_solving
 from rgap.attack.problem import Attack, Weighed
 from rgap.attack.verdict import judge
 from rgap.head import read_head
@@ -73,6 +74,7 @@ def reconstruct(
     seed: int = 0,
     device: torch.device | str | None = None,
     output: str | int | None = None,
+    effort: str = "auto",
 ) -> Reconstruction:
     """Computes a client's images back from their gradient (R-GAP; Zhu & Blaschko, ICLR 2021).
 
@@ -98,6 +100,8 @@ def reconstruct(
         device: Where the returned images and labels live, by default the CPU, on which the systems are solved.
         output: Name or place of the output that the loss is taken on, where the network gives several; the first tensor
             by default.
+        effort: "auto" stops at once where by the rank laws nothing determines the image, and solving for a part of it
+            takes long; its images are then uniform. "full" solves nevertheless.
 
     Returns:
         A `Reconstruction`; read its `verdict` before its images.
@@ -110,6 +114,8 @@ def reconstruct(
     """
     device = check_device(device)
     check_seed(seed)
+    if effort not in EFFORTS:
+        raise ValueError(f"effort is {effort!r}; known: {', '.join(EFFORTS)}")
     chain = checked_network(model, image_shape, output, batch_size)
     check_options(loss, batch_size, pixel_range, rcond, noise_std)
     if isinstance(chain, PatchEmbedding):
@@ -126,6 +132,10 @@ def reconstruct(
     close = close_by_virtual_constraints if virtual_constraints else None
     attack = Attack(chain, receive(chain, gradients, rcond, noise_std), loss, close, PixelRange(*pixel_range))
     attack, starts, notes = read(attack, batch_size, labels, seed)
+    deficits = foreseen_deficits(attack) if effort == "auto" and starts[0].batch_size == 1 else None
+    if deficits is not None:
+        notes.append("the rank laws say so before any system is solved; effort='full' solves for what is determined")
+        return judge([without_solving(attack, start, deficits) for start in starts], notes, attack.pixels, device)
     descents, found = follow(attack, starts)
     if noise_std is None:
         attack, descents, found = _with_noise_found(attack, starts, rcond, descents, found)

@@ -89,7 +89,7 @@ def audited_and_attacked(
         found = exposure(rank_analysis(model, tuple(image.shape[1:]), limit=0))
         missing = sum(step.deficit - step.supply for step in found.steps if step.status == "open")
         gradients = client.client_gradients(model, image, label, loss=loss)
-        result = reconstruct(model, gradients, tuple(image.shape[1:]), loss, **options)
+        result = reconstruct(model, gradients, tuple(image.shape[1:]), loss, effort="full", **options)
         psnr = psnr_db(result.images, image.double()).item()
         rows.append({"network": name, "outcome": found.outcome, "missing": missing, "verdict": result.verdict})
         rows[-1] |= {"psnr_db": psnr, "agrees": result.verdict in AGREEING_VERDICTS.get(found.outcome, ())}
@@ -115,7 +115,7 @@ def attacks_under_defence(
     rows, found = [], []
     for strength in strengths:
         shared = defended(gradients, defence, strength)
-        result = reconstruct(chain, shared, noise_std=noise_of(defence, strength), **options)
+        result = reconstruct(chain, shared, noise_std=noise_of(defence, strength), effort="full", **options)
         psnr = psnr_db(result.images, image.double()).item()
         rows.append({"strength": strength, "verdict": result.verdict, "psnr_db": psnr})
         found.append(result.images)

@@ -97,7 +97,7 @@ def attack_each(
         seeds: Seeds of the weights.
         dtypes: Names of torch dtypes in which the client computes.
         loss: Name of the client's loss.
-        **options: For `rgap.reconstruct`.
+        **options: For `rgap.reconstruct`; what a deficient layer leaves determined is solved for.
 
     Returns:
         A table with a row for each attack (seed, dtype, image, verdict, label_found, mse, psnr_db, ssim,
@@ -105,7 +105,7 @@ def attack_each(
     """
     rows, results = [], []
     for step in client_steps(make_model, images, labels, seeds, dtypes, loss):
-        result, seconds = timed(reconstruct, step.chain, step.gradients, loss=loss, **options)
+        result, seconds = timed(reconstruct, step.chain, step.gradients, loss=loss, **{"effort": "full", **options})
         found = result.images.to(torch.float64).reshape(step.image.shape)
         rows.append({"seed": step.seed, "dtype": step.dtype, "image": step.index, "verdict": result.verdict})
         rows[-1] |= {"label_found": bool(result.labels[0] == step.label[0])}
