@@ -20,10 +20,10 @@ AUDIT = """What a network gives away, by the ranks of its layers' linear equatio
 Prints a row for every counted step, the outcome in words, and changes that would stop the leak; the same as JSON
 goes to build/audit/. What it says is no guarantee."""
 AUDIT_END = """exit status, so that it can stand in a pipeline:
-  0  stops: the linear equations do not determine the image
+  0  stops: the linear equations do not determine the image; at least --least-deficit of a step's are missing
   1  leaks: they do
   2  an argument is wrong; one line on standard error says which
-  3  unknown: neither is shown
+  3  unknown: neither is shown, or so few equations are missing that a prior on images makes up for them
 
 examples:
   rgap audit --model cnn6
@@ -120,6 +120,8 @@ def parser() -> argparse.ArgumentParser:
     audit = command("audit", AUDIT, AUDIT_END)
     _add_model(audit, (*MODELS, "resnet18"))
     audit.add_argument("--batch", type=int, default=1, help="images behind one gradient")
+    audit.add_argument("--least-deficit", type=float, default=10.0, metavar="PERCENT",
+                       help="share of a step's equations that must be missing for status 0, by default 10")  # fmt: skip
     audit.add_argument("--json", help="file for the JSON, or - for the JSON alone on standard output")
 
     verify = command("verify", VERIFY, VERIFY_END)

@@ -94,9 +94,15 @@ def train(options: argparse.Namespace) -> int:
 
 
 def audit(options: argparse.Namespace) -> int:
-    """Prints the audit of a network and writes it as JSON; the exit status tells whether it leaks."""
+    """Prints the audit of a network and writes it as JSON; the exit status tells whether it leaks.
+
+    Where it stops for want of fewer equations than `least_deficit` per cent, the status is that of "unknown".
+    """
+    if not 0 <= options.least_deficit <= 100:
+        raise ValueError(f"least-deficit is {options.least_deficit:g}; it must be a percentage, from 0 to 100")
     model, shape = load_network(options)
-    result = audited(model, shape, options.batch)
+    least = options.least_deficit / 100
+    result = audited(model, shape, options.batch, least_share=least)
     text = json.dumps({"model": options.model} | result.to_dict(), indent=2, allow_nan=False) + "\n"
     if options.json == "-":
         sys.stdout.write(text)
@@ -106,7 +112,8 @@ def audit(options: argparse.Namespace) -> int:
         with pd.option_context("display.width", None, "display.max_rows", None):
             print(result.table().to_string(index=False, na_rep="?"))
         print("", *result.sentences, f"written  {path}", sep="\n")
-    return AUDIT_STATUS[result.exposure.outcome]
+    outcome = result.exposure.outcome
+    return AUDIT_STATUS["unknown" if outcome == "stops" and result.exposure.missing_share < least else outcome]
 
 
 def verify(options: argparse.Namespace) -> int:

@@ -242,7 +242,9 @@ class RankAnalysis:
         copa_index: COPA's index Σ round(−deficit_i (L − i − 1) / (L − 1)) over the L − 1 convolutions, i from 0 at the
             image: 0 where none lacks rank, the more negative the more they lack. None where a rank is unknown.
         leaking: Names of the counted steps whose input is determined by the known part of their output.
-        verdict: How far down a gradient can be followed, in words.
+        verdict: What the network gives away, in one sentence that begins with "leaks", "stops" or "unknown".
+        separable: Images of a batch that the fully connected layers at the end usually tell apart; None for one image,
+            and where those layers, or convolutions below them, are of a kind through which no batch is taken.
     """
 
     layers: tuple[LayerRank, ...]
@@ -251,6 +253,7 @@ class RankAnalysis:
     copa_index: int | None
     leaking: tuple[str, ...]
     verdict: str
+    separable: int | None = None
 
     def to_frame(self, counted: bool = False) -> pd.DataFrame:
         """The steps as a table, columns as in `LayerRank`; integers stay integers where some are missing.

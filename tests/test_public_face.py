@@ -65,10 +65,10 @@ FIELDS = {
     "residual_allowed predicted_error certified_psnr_db",
     "LayerReport": "name unknowns rank_weights rank_gradients rank deficit virtual_constraints iterations condition "
     "sigma_above_cut sigma_below_cut residual predicted_error seconds saturated",
-    "RankAnalysis": "layers batch_size max_ra_index copa_index leaking verdict",
+    "RankAnalysis": "layers batch_size max_ra_index copa_index leaking verdict separable",
     "LayerRank": "name kind unknowns weight_rows gradient_rows ra_index rank_weights rank_gradients rank deficit "
     "virtual_constraints condition law_weights law_gradients law_rank note",
-    "LargestBatch": "batch_size alone limits reason",
+    "LargestBatch": "batch_size alone limits reason bound safe",
     "Chain": "model image_shape layers parameters log_softmax",
     "Layer": "name weight bias input_shape output_shape feature_shape stride padding dilation groups activation "
     "weight_name bias_name before after output_scale shift is_fixed cache is_frozen columns weight_terms",

@@ -14,7 +14,7 @@ import pandas as pd
 from torch import nn
 
 from rgap.ranks.analysis import rank_analysis
-from rgap.ranks.exposure import Exposure, exposure
+from rgap.ranks.exposure import LEAST_SHARE, Exposure, exposure
 from rgap.ranks.rebuild import chain_steps, with_convolution
 from rgap.ranks.steps import is_layer
 from rgap.results import UnsupportedLayerError, reports_frame
@@ -40,8 +40,8 @@ class Change:
         what: "output channels", "stride" or "batch size".
         layer: Path of the layer, empty for the batch size.
         before: The present value.
-        after: The nearest value at which the analysis says "stops".
-        stops_at: The first step from the output down that then stays open.
+        after: The nearest value at which the analysis says "stops", with enough equations missing.
+        stops_at: The step that then lacks the largest share of its equations.
         unknowns, deficit, supply: Of that step, as in `StepExposure`.
     """
 
@@ -64,20 +64,25 @@ class Change:
         )
 
 
-def advise(model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1) -> list[Change]:
-    """Finds the smallest changes after which the rank analysis no longer says that a network leaks.
+def advise(
+    model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1, least_share: float = LEAST_SHARE
+) -> list[Change]:
+    """Finds the smallest changes after which the rank analysis says that a network stops a leak, by a margin.
+
+    At least `least_share` of the unknowns of a step must then be missing; of fewer a prior on images makes up.
 
     Larger batches are tried and, if the network is a chain of layers, fewer output channels and larger strides of the
     convolutions nearest to the image, one change at a time. Ranks are those by law, so that weights do not matter.
     The model stays unchanged; raises what `rgap.rank_analysis` raises.
 
     Returns:
-        At most one change for each layer and kind, widths first, from the image on; none if the analysis does not say
-        that the network leaks, or if no change that was tried closes the leak.
+        At most one change for each layer and kind, widths first, from the image on; none if the analysis does not know
+        whether the network leaks, if so much is missing already, or if no change that was tried closes the leak.
     """
-    if _judge(model, image_shape, batch_size).outcome != "leaks":
+    found, stops = [], partial(_stops, least_share=least_share)
+    now = _judge(model, image_shape, batch_size)
+    if now.outcome == "unknown" or stops(now):
         return []
-    found = []
     convolutions = [s for s in chain_steps(model, image_shape) if is_layer(s) and not isinstance(s.module, nn.Linear)]
     for what in ARGUMENTS:
         for step in convolutions[:CONVOLUTIONS_CHANGED]:
@@ -85,12 +90,13 @@ def advise(model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1) 
             if what == "stride":
                 before = max(step.module.stride)
                 tried = ((value, built(value)) for value in range(before + 1, before + 1 + STRIDES_TRIED))
-                best = next((pair for pair in tried if _stops(pair[1])), None)
+                best = next((pair for pair in tried if stops(pair[1])), None)
             else:
                 before = step.module.out_channels
-                best = _bisect(before, 0, built)
+                best = _bisect(before, 0, built, stops)
             found.append(_change(what, step.path, before, best))
-    found.append(_change("batch size", "", batch_size, _first_batch(batch_size, partial(_judge, model, image_shape))))
+    best = _first_batch(batch_size, partial(_judge, model, image_shape), stops)
+    found.append(_change("batch size", "", batch_size, best))
     return [change for change in found if change is not None]
 
 
@@ -123,31 +129,35 @@ def _changed(
         return None
 
 
-def _stops(found: Exposure | None) -> bool:
-    return found is not None and found.outcome == "stops"
+def _stops(found: Exposure | None, least_share: float) -> bool:
+    return found is not None and found.outcome == "stops" and found.missing_share >= least_share
 
 
-def _bisect(start: int, end: int, judge: Callable[[int], Exposure | None]) -> tuple[int, Exposure] | None:
+def _bisect(
+    start: int, end: int, judge: Callable[[int], Exposure | None], stops: Callable[[Exposure | None], bool]
+) -> tuple[int, Exposure] | None:
     """The value nearest to `start` at which the leak stops, between it and `end` (both excluded), by bisection."""
     step = 1 if end > start else -1
     near, far = start, end - step  # near leaks, far stops
-    if far == start or not _stops(best := judge(far)):
+    if far == start or not stops(best := judge(far)):
         return None
     while abs(far - near) > 1:
         middle = (near + far) // 2
-        if _stops(outcome := judge(middle)):
+        if stops(outcome := judge(middle)):
             far, best = middle, outcome
         else:
             near = middle
     return far, best
 
 
-def _first_batch(batch_size: int, judge: Callable[[int], Exposure | None]) -> tuple[int, Exposure] | None:
+def _first_batch(
+    batch_size: int, judge: Callable[[int], Exposure | None], stops: Callable[[Exposure | None], bool]
+) -> tuple[int, Exposure] | None:
     """Doubles the size until the leak stops, then bisects between the last two sizes."""
     size = batch_size
     while size < MAX_BATCH_ADVISED:
-        if _stops(judge(2 * size)):
-            return _bisect(size, 2 * size + 1, judge)
+        if stops(judge(2 * size)):
+            return _bisect(size, 2 * size + 1, judge, stops)
         size *= 2
     return None
 
@@ -155,5 +165,5 @@ def _first_batch(batch_size: int, judge: Callable[[int], Exposure | None]) -> tu
 def _change(what: str, layer: str, before: int, found: tuple[int, Exposure] | None) -> Change | None:
     if found is None:
         return None
-    step = next(step for step in reversed(found[1].steps) if step.status == "open")
+    step = found[1].open_step
     return Change(what, layer, before, found[0], step.name, step.unknowns, step.deficit, step.supply)

@@ -6,7 +6,6 @@ numerical ranks (`rgap.ranks.numbers`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -14,19 +13,17 @@ import torch
 from torch import nn
 
 from rgap.arguments import VALUE_FORMATS, check_count, check_dtype, check_image_shape, check_model, check_seed
-from rgap.equations.rank_laws import RankLaws, rank_laws
 from rgap.isolation import isolated
-from rgap.network.folding import linear_layer
+from rgap.models import trained_names
 from rgap.network.layer import Chain
-from rgap.network.tracing import Step, trace
-from rgap.ranks.exposure import verdict
-from rgap.ranks.numbers import MAX_UNKNOWNS, numerical_ranks, pooling_rank, too_large
+from rgap.network.tracing import trace
+from rgap.ranks.exposure import judge
+from rgap.ranks.largest_batch import separable_images
+from rgap.ranks.numbers import MAX_UNKNOWNS
 from rgap.ranks.patches import BYPASSED, patch_ranks
-from rgap.ranks.steps import SHARED, CountedStep, counted_steps, is_layer, kind_of, pooling_of
+from rgap.ranks.ranking import Ranking
+from rgap.ranks.steps import CountedStep, counted_steps
 from rgap.results import LayerRank, RankAnalysis, UnsupportedLayerError
-
-KNOWN_BELOW = {"convolution", "linear", "activation", "batch norm", "reshape"}
-"""Kinds of steps through which ∂ℓ/∂z is known as soon as their output and its gradient are."""
 
 
 @isolated()
@@ -41,7 +38,8 @@ def rank_analysis(
 ) -> RankAnalysis:
     """Finds for every layer whether its output determines its input; needs no data and no attack.
 
-    The network is analysed in eval mode. Ranks assume that z and ∂ℓ/∂z are known at the layer's output; those by law
+    The network is analysed in eval mode. Parameters without `requires_grad` share no gradient and give no gradient
+    constraints, unless none has it. Ranks assume that z and ∂ℓ/∂z are known at the layer's output; those by law
     also assume generic weights. Under activations that are not invertible they are upper bounds. Of a transformer with
     learned position embeddings the patches are analysed (`rgap.ranks.patches`); what follows them is only listed.
 
@@ -72,20 +70,23 @@ def rank_analysis(
         if not patches:
             raise
         steps = []
-    ranks: dict[str, LayerRank] = {}
+    limit = 0 if patches else limit
+    ranking = Ranking(frozenset(_frozen(model)), batch_size, dtype, limit, seed)
     for step in steps:
-        ranks[step.step.name] = _layer_rank(step, batch_size, dtype, 0 if patches else limit, seed, ranks)
-    layers = _with_index(ranks.values(), [step.counted for step in steps])
+        ranking.add(step)
+    layers = _with_index(ranking.ranks.values(), [step.counted for step in steps])
     if patches:
         layers = [*patches, *(replace(layer, ra_index=None, note=BYPASSED) for layer in layers)]
     counted = [layer for layer in layers if layer.ra_index is not None]
+    separable = separable_images(model, image_shape) if batch_size > 1 else None
     return RankAnalysis(
         layers=tuple(layers),
         batch_size=batch_size,
         max_ra_index=max((layer.ra_index for layer in counted), default=None),
         copa_index=copa_index([layer.deficit for layer in layers if layer.kind == "convolution"]),
         leaking=tuple(layer.name for layer in counted if layer.deficit == 0),
-        verdict=verdict(layers),
+        verdict=judge(layers, batch_size, separable).sentence,
+        separable=separable,
     )
 
 
@@ -96,6 +97,12 @@ def _checked_steps(model: nn.Module, image_shape: tuple[int, ...]) -> list[Count
     if not any(step.weights for step in steps):
         raise UnsupportedLayerError(f"{type(model).__name__} has no convolution and no linear layer to analyse")
     return steps
+
+
+def _frozen(model: nn.Module) -> set[int]:
+    """Ids of the parameters that are not trained."""
+    trained = set(trained_names(model))
+    return {id(p) for name, p in model.named_parameters() if name not in trained}
 
 
 def counting_index(unknowns: int, outputs: int, weights: int, virtual: int) -> tuple[int, int]:
@@ -119,82 +126,6 @@ def copa_index(deficits: list[int | None]) -> int | None:
         return None
     length = len(deficits) + 1
     return sum(round(-d * (length - i - 1) / (length - 1)) for i, d in enumerate(deficits))
-
-
-def _layer_rank(
-    step: CountedStep, batch: int, dtype: torch.dtype, limit: int, seed: int, ranks: dict[str, LayerRank]
-) -> LayerRank:
-    unknowns, outputs = batch * math.prod(step.input_shape), batch * math.prod(step.step.output_shape)
-    weights = sum(module.weight.numel() for module in step.weights)
-    rank = LayerRank(step.name, step.kind, unknowns, outputs, weights, note=step.note)
-    if step.kind in {"convolution", "linear"}:
-        return _with_ranks(rank, step, batch, dtype, limit, seed)
-    if step.kind == "pooling":
-        return _pooling(rank, step.step, batch)
-    if step.kind == "residual block":
-        return _residual(rank, step, ranks)
-    return rank
-
-
-def _with_ranks(rank: LayerRank, step: CountedStep, batch: int, dtype: torch.dtype, limit: int, seed: int) -> LayerRank:
-    """The rank of a convolution or a linear layer by law and, where it is small enough, by number."""
-    if SHARED in step.note:
-        return rank
-    (module,) = step.weights
-    laws, why_no_law = _laws(module, step.input_shape, batch)
-    rank = replace(rank, law_weights=laws.weights, law_gradients=laws.gradients, law_rank=laws.both)
-    if isinstance(module, nn.Conv3d) or getattr(module, "padding_mode", "zeros") != "zeros":
-        why_no_number = f"no numbers: {type(module).__name__} has no constraint matrices here"
-    else:
-        layer = linear_layer(module, step.input_shape, step.step.output_shape)
-        why_no_number = too_large(layer, batch, limit)
-    if not why_no_number:
-        layer = replace(layer, weight=layer.weight.to("cpu", torch.float64))
-        weights, gradients, both, condition = numerical_ranks(layer, batch, dtype, seed)
-        rank = replace(rank, rank_weights=weights, rank_gradients=gradients, rank=both, condition=condition)
-    best = rank.law_rank if rank.rank is None else rank.rank
-    note = "; ".join(text for text in (rank.note, why_no_law, why_no_number) if text)
-    return replace(rank, deficit=None if best is None else rank.unknowns - best, note=note)
-
-
-def _laws(module: nn.Module, input_shape: tuple[int, ...], batch: int) -> tuple[RankLaws, str]:
-    """The rank laws of a module, and why there are none."""
-    if isinstance(module, nn.Linear):
-        laws = rank_laws(*reversed(module.weight.shape), (1,), image=(math.prod(input_shape[:-1]),), batch=batch)
-    elif module.padding_mode != "zeros":
-        return RankLaws(None, None, None), f"padding mode {module.padding_mode!r}, for which there is no law"
-    else:
-        flat = module._reversed_padding_repeated_twice
-        laws = rank_laws(
-            *(module.in_channels, module.out_channels, module.kernel_size, module.stride),
-            tuple(zip(flat[-2::-2], flat[-1::-2], strict=True)),
-            *(module.dilation, module.groups, input_shape[1:], batch),
-        )
-    names = [what for what, law in zip(("W", "K", "[W; K]"), laws, strict=True) if law is None]
-    return laws, f"no law for {' and '.join(names)}" if names else ""
-
-
-def _pooling(rank: LayerRank, step: Step, batch: int) -> LayerRank:
-    """A layer without weights: average pooling is a known matrix, for max pooling there is a bound."""
-    if pooling_of(step) == "max":
-        lacking = rank.unknowns - rank.weight_rows
-        note = "at most one equation an output, for positions that are known; the deficit is a lower bound"
-        return replace(rank, deficit=lacking if lacking > 0 else None, note="; ".join(filter(None, (rank.note, note))))
-    found = batch * pooling_rank(step.module or step.call, step.input_shape)
-    laws = {"law_weights": found, "law_gradients": 0, "law_rank": found}
-    numbers = {"rank_weights": found, "rank_gradients": 0, "rank": found}
-    return replace(rank, **laws, **numbers, deficit=rank.unknowns - found)
-
-
-def _residual(rank: LayerRank, step: CountedStep, ranks: dict[str, LayerRank]) -> LayerRank:
-    """Only the sum of both paths' z is known, so that gradients alone must determine the main path."""
-    layers = [ranks[s.name] for s in step.path if is_layer(s)]
-    clear = all(len(s.sources) == 1 and kind_of(s)[0] in KNOWN_BELOW for s in step.path)
-    if clear and all(layer.unknowns in (layer.rank_gradients, layer.law_gradients) for layer in layers):
-        note = f"{rank.note}; every convolution of the main path is determined by its gradient alone"
-        return replace(rank, law_gradients=rank.unknowns, law_rank=rank.unknowns, deficit=0, note=note)
-    note = "the sum hides each path's z, and gradients alone do not determine the main path: no rank is given"
-    return replace(rank, note=f"{rank.note}; {note}")
 
 
 def _with_index(layers: Iterable[LayerRank], counted: list[bool]) -> list[LayerRank]:

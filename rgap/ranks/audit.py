@@ -10,7 +10,7 @@ from torch import nn
 
 from rgap.ranks.advice import Change, advise
 from rgap.ranks.analysis import rank_analysis
-from rgap.ranks.exposure import Exposure, exposure
+from rgap.ranks.exposure import LEAST_SHARE, Exposure, exposure
 from rgap.ranks.numbers import MAX_UNKNOWNS
 from rgap.results import LayerRank, RankAnalysis
 
@@ -55,6 +55,7 @@ class Audit:
             "batch_size": self.analysis.batch_size,
             "outcome": self.exposure.outcome,
             "sentence": self.exposure.sentence,
+            "missing_share": self.exposure.missing_share,
             "max_ra_index": self.analysis.max_ra_index,
             "copa_index": self.analysis.copa_index,
             "layers": layers,
@@ -62,13 +63,22 @@ class Audit:
         }
 
 
-def audit(model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1, *, limit: int = MAX_UNKNOWNS) -> Audit:
+def audit(
+    model: nn.Module,
+    image_shape: tuple[int, ...],
+    batch_size: int = 1,
+    *,
+    limit: int = MAX_UNKNOWNS,
+    least_share: float = LEAST_SHARE,
+) -> Audit:
     """Analyses a network, judges it, and looks for changes that would close the leak.
 
-    Arguments and errors are those of `rgap.rank_analysis`; with `limit` 0 there are laws alone, which are quick.
+    Arguments and errors are those of `rgap.rank_analysis`; with `limit` 0 there are laws alone, which are quick. After
+    each change at least `least_share` of a step's equations would be missing.
     """
     analysis = rank_analysis(model, image_shape, batch_size, limit=limit)
-    return Audit(tuple(image_shape), analysis, exposure(analysis), tuple(advise(model, image_shape, batch_size)))
+    changes = advise(model, image_shape, batch_size, least_share)
+    return Audit(tuple(image_shape), analysis, exposure(analysis), tuple(changes))
 
 
 def _plain(value):

@@ -1,8 +1,11 @@
-"""What a rank analysis means for the whole network: does the image follow from the gradient, layer by layer?
+"""What a rank analysis means for the whole network: the one judgement of the analysis, the audit and the command line.
 
 A step that lacks equations may get them from the step before it. Its input x_i is that step's output, so |z| − rank W
 combinations of σ⁻¹(x_i) vanish; and what W and K both determine of x_{i−1} is one more equation each for x_i. Together
 these are at most |z_{i−1}| + rank K_{i−1} − rank [W_{i−1}; K_{i−1}] virtual constraints, the *supply* of x_i (ours).
+
+Three words: *leaks*, every step gives its input away, so that the image follows; *stops*, a step lacks equations that
+nothing before it can add, whatever stands above it; *unknown*, neither is shown.
 """
 
 from __future__ import annotations
@@ -12,10 +15,17 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
 from rgap.results import LayerRank, RankAnalysis, reports_frame
 
-MAX_NAMED_REASONS = 3
-"""Number of reasons that a sentence names; it counts the rest."""
+MAX_SENTENCE = 200
+"""Most characters of an outcome in words."""
+
+LEAST_SHARE = 0.1
+"""Share of a step's unknowns that must be missing for *stops* to be relied on; of fewer a prior on images makes up."""
+
+FROZEN = "frozen"
+"""First word of the note on a step whose weight is not trained, and so shares no gradient."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,8 @@ class StepExposure:
         name, kind, unknowns, deficit: As in `LayerRank`.
         supply: The most virtual constraints that the step before can supply; None where that is not known.
         status: "determined" (its own equations suffice), "closable" (with the supply they suffice, by count; an attack
-            may still fail to find the solution, above all for mini-batches), "open" (not even with it), or "unknown".
+            may still fail to find the solution), "separated" (a fully connected layer at the end, where the images of a
+            batch come apart), "open" (not even the supply suffices), or "unknown".
     """
 
     name: str
@@ -37,17 +48,27 @@ class StepExposure:
     status: str
 
     @property
+    def missing(self) -> int:
+        """Equations that an open step lacks beyond all that the step before it can add; 0 for any other."""
+        return self.deficit - self.supply if self.status == "open" else 0
+
+    @property
     def sentence(self) -> str:
         """The status in words."""
         if self.status == "determined":
             return f"{self.name!r} gives its input away"
-        lack = f"{self.name!r} {_lack(self)}"
+        if self.status == "separated":
+            return f"{self.name!r} tells the images apart"
         if self.deficit is None:
-            return lack
+            return f"{self.name!r} has no known rank"
+        if self.deficit == 0:
+            return f"{self.name!r} has the equations, but no known way to them"
+        lack = f"{self.name!r} lacks {self.deficit} of {self.unknowns} equations"
         if self.supply is None:
-            return f"{lack}, and what the step before it can add is not known"
-        ends = {"closable": "which the step before it can add", "open": "which the step before it cannot add"}
-        return f"{lack}, {ends.get(self.status, 'for which no solution is known here')} ({self.supply} at most)"
+            return f"{lack}, and what the step before adds is not known"
+        if self.status == "unknown":
+            return f"{lack}, and how to get {self.supply} at most from the step before is not known"
+        return f"{lack}, {'which' if self.status == 'closable' else 'and'} the step before adds ({self.supply} at most)"
 
 
 @dataclass(frozen=True)
@@ -56,31 +77,46 @@ class Exposure:
 
     Attributes:
         steps: The counted steps, from the image to the output.
-        outcome: "leaks": every step is determined or closable, so that the image follows from the gradient. "stops":
-            a step is open, and nothing below it follows. "unknown": neither is shown.
+        outcome: "leaks": every step is determined, closable or separated, so that the image follows from the gradient.
+            "stops": a step is open, and nothing below it follows. "unknown": neither is shown.
         not_analysed: Names of steps on the way that are of no kind known to the analysis.
-        lossy: Whether an activation on the way is not invertible; "leaks" is then the most that can leak.
+        lossy: Whether an activation on the way is not invertible, so that ranks are the most that it can have.
+        doubts: What else keeps the network from being judged, in words.
     """
 
     steps: tuple[StepExposure, ...]
     outcome: str
     not_analysed: tuple[str, ...] = ()
     lossy: bool = False
+    doubts: tuple[str, ...] = ()
+
+    @property
+    def open_step(self) -> StepExposure | None:
+        """The open step that lacks the largest share of its equations; None where none is open."""
+        return max((s for s in self.steps if s.status == "open"), key=lambda s: s.missing / s.unknowns, default=None)
+
+    @property
+    def missing_share(self) -> float:
+        """Share of that step's unknowns which neither it nor the step before determines; 0 where no step is open."""
+        return 0.0 if self.open_step is None else self.open_step.missing / self.open_step.unknowns
 
     @property
     def sentence(self) -> str:
-        """The outcome in words. It holds for the linear equations alone and is no guarantee."""
+        """The outcome in words, at most `MAX_SENTENCE` characters; it holds for the linear equations alone."""
         if self.outcome == "stops":
-            first = next(step for step in reversed(self.steps) if step.status == "open")
-            return f"stops: {first.sentence}; below it nothing follows from the linear equations alone"
+            few = ", so few that a prior on images may make up for them" if self.missing_share < LEAST_SHARE else ""
+            return _fitted("stops: ", [self.open_step.sentence], f"; missing: {_percent(self.missing_share)}{few}")
         if self.outcome == "leaks":
-            helped = _some([step.sentence for step in self.steps if step.status == "closable"])
-            end = "; not every activation is invertible, so that this is the most that can leak" if self.lossy else ""
-            helped = f"; with virtual constraints: {helped}" if helped else ""
-            return f"leaks: every one of {len(self.steps)} steps gives its input away{helped}{end}"
-        why = [step.sentence for step in reversed(self.steps) if step.status == "unknown"]
-        why += [f"{name!r} is not analysed" for name in self.not_analysed]
-        return f"unknown: {_some(why) or 'no step stands alone on the way from the image to the output'}"
+            helped = [step.sentence for step in self.steps if step.status == "closable"]
+            start = f"leaks: every one of {len(self.steps)} steps gives its input away"
+            return _fitted(f"{start}; with virtual constraints: ", helped) if helped else start
+        why = [f"{name!r} is not analysed" for name in self.not_analysed] + list(self.doubts)
+        why += [step.sentence for step in reversed(self.steps) if step.status == "unknown"]
+        if not self.steps:
+            why.append("no step stands alone on the way from the image to the output")
+        if self.lossy:
+            why.append("not every activation is invertible, so that ranks are upper bounds")
+        return _fitted("unknown: ", why)
 
     def to_frame(self) -> pd.DataFrame:
         """The steps as a table, columns as in `StepExposure`; integers stay integers where some are missing."""
@@ -88,46 +124,34 @@ class Exposure:
 
 
 def exposure(analysis: RankAnalysis) -> Exposure:
-    """Judges a rank analysis: which steps are determined, closable by the step before, or open.
+    """Judges a rank analysis: which steps are determined, closable by the step before, or open."""
+    return judge(analysis.layers, analysis.batch_size, analysis.separable)
+
+
+def judge(layers: Sequence[LayerRank], batch_size: int = 1, separable: int | None = None) -> Exposure:
+    """The exposure of steps that were analysed, of a network whose last layers tell `separable` images apart.
 
     Only the step directly before may supply equations, as in `rgap.reconstruct`. If an activation between the two is
     not invertible, its zeros may add equations that no rank counts: such a step is never called open.
     """
     steps: list[StepExposure] = []
-    before, between = None, []
-    for layer in analysis.layers:
+    before, between, first_dense = None, [], _first_dense(layers)
+    for place, layer in enumerate(layers):
         if layer.ra_index is not None:
-            steps.append(_step(layer, before, between))
+            step = _step(layer, before, between, batch_size)
+            in_tail = place > first_dense or (place == first_dense and step.status != "open")
+            if batch_size > 1 and in_tail:  # whatever the ranks, images come apart here or not
+                step = _with_status(step, "separated" if batch_size <= (separable or 0) else "unknown")
+            steps.append(step)
             before, between = layer, []
         elif not layer.note.startswith("inside "):
             between.append(layer)
-    not_analysed = _not_analysed(analysis.layers)
+    not_analysed = tuple(x.name for x in layers if x.kind == "not analysed" and not x.note.startswith("inside"))
+    lossy, doubts = any(map(_is_lossy, layers)), _doubts(layers, batch_size, separable)
     statuses = {step.status for step in steps}
-    shown = steps and "unknown" not in statuses and not not_analysed
+    shown = steps and "unknown" not in statuses and not (not_analysed or lossy or doubts)
     outcome = "stops" if "open" in statuses else "leaks" if shown else "unknown"
-    return Exposure(tuple(steps), outcome, not_analysed, any(map(_is_lossy, analysis.layers)))
-
-
-def verdict(layers: Sequence[LayerRank]) -> str:
-    """`RankAnalysis.verdict`: how far down each step's own equations alone determine the inputs, in words."""
-    counted = [layer for layer in layers if layer.ra_index is not None]
-    short = [layer for layer in reversed(counted) if layer.deficit != 0]
-    if not counted:
-        text = "unknown: no step stands alone on the way from the image to the output"
-    elif not short:
-        text = f"leaks: all {len(counted)} steps determine their input, so that the image follows from the gradient"
-    else:
-        text = (
-            f"stops: {len(short)} of {len(counted)} steps do not determine their input by themselves; from the output "
-            f"down the first is {short[0].name!r}, which {_lack(short[0])}"
-        )
-        if short[0].deficit and short[0].virtual_constraints:
-            text += f" before {short[0].virtual_constraints} virtual constraints"
-    if lossy := sum(map(_is_lossy, layers)):
-        text += f"; {lossy} activations are not invertible, so that this is the most that can leak layer by layer"
-    if unknown := _not_analysed(layers):
-        text += f"; not analysed: {', '.join(unknown)}"
-    return text
+    return Exposure(tuple(steps), outcome, not_analysed, lossy, doubts)
 
 
 def available_virtual_constraints(before: LayerRank | None) -> int | None:
@@ -139,32 +163,66 @@ def available_virtual_constraints(before: LayerRank | None) -> int | None:
     return None if gradients is None or both is None else before.weight_rows + gradients - both
 
 
-def _step(layer: LayerRank, before: LayerRank | None, between: Sequence[LayerRank]) -> StepExposure:
+def _step(layer: LayerRank, before: LayerRank | None, between: Sequence[LayerRank], batch: int) -> StepExposure:
     clear = not any(step.kind == "not analysed" or _is_lossy(step) for step in between)
     supply = available_virtual_constraints(before) if clear else None
     status = "unknown"
     if layer.deficit == 0:
         status = "determined"
     elif layer.deficit is not None and supply is not None:
-        if layer.deficit > supply:
+        linear = before is not None and {layer.kind, before.kind} <= {"convolution", "linear"}
+        joined = layer.kind == "pooling" and before is not None and not any(s.kind == "activation" for s in between)
+        if layer.deficit > supply and not joined:  # what was pooled may be determined where z is not
             status = "open"
-        elif {layer.kind, before.kind} <= {"convolution", "linear"}:
+        elif linear and layer.deficit + CERTIFICATE_SURPLUS <= (supply if batch == 1 else _range_rows(before)):
             status = "closable"
     return StepExposure(layer.name, layer.kind, layer.unknowns, layer.deficit, supply, status)
 
 
-def _lack(step: LayerRank | StepExposure) -> str:
-    return "has no known rank" if step.deficit is None else f"lacks {step.deficit} of {step.unknowns} equations"
+def _range_rows(before: LayerRank) -> int:
+    """Equations that a step supplies by the range of its W alone, which is all that a batch can use."""
+    rank = before.law_weights if before.rank_weights is None else before.rank_weights
+    return 0 if rank is None else before.weight_rows - rank
+
+
+def _with_status(step: StepExposure, status: str) -> StepExposure:
+    return StepExposure(step.name, step.kind, step.unknowns, step.deficit, step.supply, status)
+
+
+def _first_dense(layers: Sequence[LayerRank]) -> int:
+    """Place of the first counted step from which on all are linear."""
+    counted = [place for place, layer in enumerate(layers) if layer.ra_index is not None]
+    others = [place for place in counted if layers[place].kind != "linear"]
+    return min((place for place in counted if not others or place > others[-1]), default=len(layers))
+
+
+def _doubts(layers: Sequence[LayerRank], batch_size: int, separable: int | None) -> tuple[str, ...]:
+    """Why a network is not said to leak although its steps may be determined."""
+    doubts = []
+    weighted = [layer for layer in layers if layer.kind in {"convolution", "linear"}]
+    if weighted and weighted[-1].note.startswith(FROZEN):
+        doubts.append(f"the last layer {weighted[-1].name!r} shares no gradient, with which an attack begins")
+    if batch_size > 1 and batch_size > (separable or 0):
+        limit = f"{separable} images are" if separable else "no batch is"
+        doubts.append(f"by its last layers {limit} known to come apart")
+    return tuple(doubts)
 
 
 def _is_lossy(layer: LayerRank) -> bool:
     return layer.kind == "activation" and "not invertible" in layer.note
 
 
-def _not_analysed(layers: Sequence[LayerRank]) -> tuple[str, ...]:
-    return tuple(x.name for x in layers if x.kind == "not analysed" and not x.note.startswith("inside"))
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.995 else "100 %"
 
 
-def _some(sentences: Sequence[str]) -> str:
-    rest = len(sentences) - MAX_NAMED_REASONS
-    return "; ".join([*sentences[:MAX_NAMED_REASONS], *([f"and {rest} more"] if rest > 0 else [])])
+def _fitted(start: str, parts: Sequence[str], end: str = "") -> str:
+    """As many parts as fit between start and end, the rest counted; a part that alone is too long is cut."""
+    room = MAX_SENTENCE - len(start) - len(end)
+    for count in range(len(parts), 0, -1):
+        rest = len(parts) - count
+        text = "; ".join([*parts[:count], *([f"and {rest} more"] if rest else [])])
+        if len(text) <= room:
+            return f"{start}{text}{end}"
+    rest = f"; and {len(parts) - 1} more" if len(parts) > 1 else ""
+    return f"{start}{parts[0][: room - len(rest) - 1]}…{rest}{end}"

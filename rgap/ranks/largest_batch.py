@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -43,16 +44,21 @@ class LargestBatch:
     """The prediction for a network.
 
     Attributes:
-        batch_size: Largest batch of which every image is recovered; 0 where not even one is.
+        batch_size: Largest batch that is usually recovered, every image of it; 0 where not even one is. Some larger
+            ones come back where images happen to switch different units, and some smaller ones do not.
         alone: The same without virtual constraints.
-        limits: What each layer allows, from the image to the output.
+        limits: What each layer usually allows, from the image to the output.
         reason: The layer that limits, and why.
+        bound: Batch size above which not every image is ever recovered, from ranks alone.
+        safe: Largest batch that is recovered as a rule: four units of the first fully connected layer an image.
     """
 
     batch_size: int
     alone: int
     limits: tuple[BatchLimit, ...]
     reason: str
+    bound: int = 0
+    safe: int = 0
 
 
 @isolated()
@@ -67,9 +73,8 @@ def largest_batch(
         loss: The client's loss; the rows of a softmax's gradient sum to zero, which costs one image.
 
     Returns:
-        The `LargestBatch`, for generic weights and images. Convolutions reach their limit. That of fully connected
-        layers is an upper bound, since separation depends on which images activate which units; with four hidden
-        units an image it succeeds as a rule.
+        The `LargestBatch`, for generic weights and images: a usual size, a bound, and a safe size. Convolutions reach
+        their limit. Of fully connected layers separation depends on which images activate which units.
 
     Raises:
         UnsupportedLayerError: If the network is no chain of invertible layers.
@@ -77,16 +82,54 @@ def largest_batch(
     """
     check_loss(loss)
     chain = prepare(model, image_shape)
-    first = next(i for i, layer in enumerate(chain.layers) if all(part.is_dense for part in chain.layers[i:]))
-    before = (None, *chain.layers[:first])
-    limits = [*map(_convolution, chain.layers[:first], before), *_heads(chain.layers[first:], loss)]
+    below, tail = _parts(chain)
+    convolutions = [*map(_convolution, below, (None, *below))]
+    limits = [*convolutions, *_heads(tail, loss)]
     known = [limit for limit in limits if limit.limit is not None]
     worst = min(known, key=lambda limit: limit.limit)
     unknown = [repr(limit.name) for limit in limits if limit.limit is None]
     reason = f"layer {worst.name!r} lets {worst.limit} through: {worst.reason}"
     if unknown:
         reason += f"; no rank is known for {', '.join(unknown)}"
-    return LargestBatch(worst.limit, min(limit.alone for limit in known), tuple(limits), reason)
+    usual, alone = worst.limit, min(limit.alone for limit in known)
+    bound = min([limit.limit for limit in convolutions if limit.limit is not None] + [_most_directions(tail)])
+    safe = min(usual, max(tail[0].output_shape[0] // RECOMMENDED_UNITS_PER_IMAGE, min(usual, 1)))
+    return LargestBatch(usual, alone, tuple(limits), reason, max(bound, usual), safe)
+
+
+def separable_images(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> int | None:
+    """Images that the fully connected layers at a network's end tell apart as a rule, in the attack's hands.
+
+    None where the network is no chain, ends in a single one of them, or they, or the convolutions, are of a kind
+    through which no batch is taken.
+    """
+    try:
+        below, tail = _parts(prepare(model, tuple(image_shape)))
+    except ValueError:  # UnsupportedLayerError among them
+        return None
+    biased = [layer.bias is not None for layer in tail]
+    plain = all(not layer.is_fixed and layer.shift is None and layer.output_scale is None for layer in tail)
+    if len(tail) < 2 or not plain or any(layer.is_frozen for layer in tail) or (any(biased) and not biased[0]):
+        return None
+    if not all(layer.activation.homogeneous for layer in tail) or not all(
+        layer.activation.one_to_one for layer in below
+    ):
+        return None
+    loss = "logistic" if tail[-1].output_shape[0] == 1 else "cross_entropy"
+    safe = tail[0].output_shape[0] // RECOMMENDED_UNITS_PER_IMAGE
+    return min(safe, *(limit.limit for limit in _heads(tail, loss)))
+
+
+def _parts(chain: Chain) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:
+    """The layers below the first from which on all are fully connected, and those."""
+    first = next(i for i, layer in enumerate(chain.layers) if all(part.is_dense for part in chain.layers[i:]))
+    return chain.layers[:first], chain.layers[first:]
+
+
+def _most_directions(tail: Sequence[Layer]) -> int:
+    """Most images that the first fully connected layer's gradient can hold apart: its rank; 1 where it stands alone."""
+    first = tail[0]
+    return min(first.output_shape[0], first.unknowns + (first.bias is not None)) if len(tail) > 1 else 1
 
 
 def _convolution(layer: Layer, before: Layer | None) -> BatchLimit:
@@ -114,11 +157,13 @@ def _deficit(layer: Layer, batch: int) -> int | None:
     if layer.is_fixed:  # without gradient constraints
         pixels = math.prod(layer.input_shape[1:]) if layer.after is None else layer.after.rank
         return batch * (layer.unknowns - layer.input_shape[0] * pixels)
-    rank = layer_laws(layer, batch).both
+    laws = layer_laws(layer, batch)
+    rank = laws.weights if layer.is_frozen else laws.both
     if rank is None:
         if too_large(layer, batch, MAX_UNKNOWNS):
             return None
-        rank = numerical_ranks(layer, batch).both
+        numbers = numerical_ranks(layer, batch)
+        rank = numbers.weights if layer.is_frozen else numbers.both
     return batch * layer.unknowns - rank
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rgap.equations.gradient import blocks, solve_gradients
+from rgap.equations.rank_laws import RankLaws
 from rgap.equations.systems import weight_columns
 from rgap.equations.weights import weight_factor, weight_matrix
 from rgap.linalg import svd
@@ -29,8 +30,14 @@ MAX_UNKNOWNS = 4000
 MAX_BLOCK_COLUMNS = 1200
 """Most columns of a block of M, likewise."""
 
-MAX_GROUPS = 64
-"""Most groups of channels, likewise."""
+MAX_GROUPS_WORK = 3e8
+"""Cubed unknowns of all groups of channels of a layer up to which every group is computed; else one stands for all."""
+
+MAX_GROUP_WORK = 1e9
+"""Those of one group up to which it is computed at all where there are several; else the law decides."""
+
+MAX_FINE_SIDE = 2000
+"""Largest shorter side of a matrix that is decomposed itself where its Gram matrix shows less than the law's rank."""
 
 MAX_SVD_SIDE = 400
 """Largest shorter side of a matrix whose singular values are computed directly, not from its Gram matrix."""
@@ -53,8 +60,6 @@ class RankNumbers(NamedTuple):
 
 def too_large(layer: Layer, batch: int, limit: int) -> str:
     """Why no numerical ranks are computed for a layer, naming the limit; empty where they are."""
-    if layer.groups > MAX_GROUPS:
-        return f"law only: {layer.groups} groups, over the limit of {MAX_GROUPS}"
     if (size := batch * layer.unknowns // layer.groups) > limit:
         return f"law only: {size} unknowns, over the limit of {limit}"
     pixels = batch * math.prod(math.ceil(n / s) for n, s in zip(layer.input_shape[1:], layer.stride, strict=True))
@@ -63,28 +68,55 @@ def too_large(layer: Layer, batch: int, limit: int) -> str:
     return ""
 
 
-def numerical_ranks(layer: Layer, batch: int = 1, dtype: torch.dtype = torch.float64, seed: int = 0) -> RankNumbers:
+def dense_work(layer: Layer, batch: int) -> tuple[int, float]:
+    """Groups of channels, all of equal shapes, whose ranks are worth computing, and the work, in cubed unknowns."""
+    each = 0.0 if layer.is_dense else float(batch * layer.unknowns // layer.groups) ** 3
+    if layer.groups == 1 or layer.groups * each <= MAX_GROUPS_WORK:
+        return layer.groups, layer.groups * each
+    return (1, each) if each <= MAX_GROUP_WORK else (0, 0.0)
+
+
+def numerical_ranks(
+    layer: Layer,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    laws: RankLaws | None = None,
+    groups: int | None = None,
+) -> RankNumbers:
     """Ranks of W, K and [W; K] of one layer, with its own float64 weights and a Gaussian δz of the given seed.
 
     Ranks are sums over the groups, the condition is the worst group's. The arithmetic is float64; singular values below
-    max(m, n) times the machine precision of `dtype`, relative to the largest of an m×n matrix, count as zero.
+    max(m, n) times the machine precision of `dtype`, relative to the largest of an m×n matrix, count as zero. Where a
+    Gram matrix, whose eigenvalues lose those below 1e-6, shows less than the rank of `laws`, the matrix itself decides.
+    Of the first so many `groups` the mean stands for each of the others.
     """
     generator = torch.Generator().manual_seed(seed)
     ranks = []
-    for part in layer.split_groups():
+    groups = layer.groups if groups is None else groups
+    for part in layer.split_groups()[:groups]:
         dz = torch.randn(batch, *part.output_shape, generator=generator, dtype=torch.float64)
-        ranks.append(_group(part, dz, torch.finfo(dtype).eps))
+        own = RankLaws(*(None if law is None else law // layer.groups for law in laws or (None,) * 3))
+        ranks.append(_group(part, dz, torch.finfo(dtype).eps, own))
     *counts, conditions = zip(*ranks, strict=True)
-    return RankNumbers(*map(sum, counts), max(conditions))
+    return RankNumbers(*(sum(count) * layer.groups // groups for count in counts), max(conditions))
 
 
-def _rank_and_ratio(A: Tensor, eps: float) -> tuple[int, float]:
+def _rank_and_ratio(A: Tensor, eps: float, law: int | None = None) -> tuple[int, float]:
     """Rank of A (m, n) with singular values below max(m, n)·eps·σ_max as zero, and its smallest σ kept / σ_max."""
     if min(A.shape) == 0:
         return 0, 0.0
     if min(A.shape) <= MAX_SVD_SIDE:
         return _count(svd(A)[1], max(A.shape) * eps)
-    return _gram_rank(A @ A.T if A.shape[0] < A.shape[1] else A.T @ A, max(A.shape) * eps)
+    found = _gram_rank(A @ A.T if A.shape[0] < A.shape[1] else A.T @ A, max(A.shape) * eps)
+    return _finer(found, A, eps, law)
+
+
+def _finer(found: tuple[int, float], A: Tensor, eps: float, law: int | None) -> tuple[int, float]:
+    """Rank and ratio from a Gram matrix, or by A itself where it is not too large and the law's rank is higher."""
+    if law is None or found[0] >= law or min(A.shape) > MAX_FINE_SIDE:
+        return found
+    return _count(torch.linalg.svdvals(A), max(A.shape) * eps)
 
 
 def pooling_rank(pool: Callable[[Tensor], Tensor], input_shape: tuple[int, ...]) -> int:
@@ -97,10 +129,10 @@ def pooling_rank(pool: Callable[[Tensor], Tensor], input_shape: tuple[int, ...])
     return rank
 
 
-def _group(layer: Layer, dz: Tensor, eps: float) -> RankNumbers:
+def _group(layer: Layer, dz: Tensor, eps: float, laws: RankLaws) -> RankNumbers:
     batch, (filters, channels) = len(dz), layer.weight.shape[:2]
     unknowns = batch * layer.unknowns
-    rank_w, ratio_w = _weight_rank(layer, eps)
+    rank_w, ratio_w = _weight_rank(layer, eps, None if laws.weights is None else laws.weights // batch)
     longest = max(max(filters * len(block.taps), batch * len(block.pixels)) for block in blocks(layer))
     one = replace(layer, weight=layer.weight[:, :1], input_shape=(1, *layer.input_shape[1:]))  # M serves every channel
     alone = solve_gradients(one, torch.zeros_like(one.weight), dz, longest * eps, trusted_ratio=0.0)
@@ -110,12 +142,12 @@ def _group(layer: Layer, dz: Tensor, eps: float) -> RankNumbers:
     if rank_w == layer.unknowns and ratio_w > WEIGHTS_SUFFICE_RATIO:
         return RankNumbers(batch * rank_w, gradients, unknowns, 1 / ratio_w)
     A = torch.cat([weight_columns(layer, image) for image in alone.V])
-    rank, ratio = _rank_and_ratio(A, eps)
+    rank, ratio = _rank_and_ratio(A, eps, None if laws.both is None else laws.both - gradients)
     both = unknowns if rank_w == layer.unknowns else gradients + rank
     return RankNumbers(batch * rank_w, gradients, both, 1 / ratio if ratio else math.inf)
 
 
-def _weight_rank(layer: Layer, eps: float) -> tuple[int, float]:
+def _weight_rank(layer: Layer, eps: float, law: int | None) -> tuple[int, float]:
     """Rank and ratio of W; the Gram matrix of its shorter side comes from the sparse W where that is cheaper.
 
     A square W may be too ill-conditioned for a Gram matrix (LeNet's first layer: 5·10⁷); its own factors resolve it.
@@ -126,9 +158,11 @@ def _weight_rank(layer: Layer, eps: float) -> tuple[int, float]:
         if condition * W.shape[0] * eps < 1:
             return W.shape[1], 1 / condition
     if min(W.shape) <= MAX_SVD_SIDE or layer.is_dense or W.nnz > 0.2 * math.prod(W.shape):
-        return _rank_and_ratio(W if isinstance(W, Tensor) else torch.from_numpy(W.toarray()), eps)
+        return _rank_and_ratio(W if isinstance(W, Tensor) else torch.from_numpy(W.toarray()), eps, law)
     gram = W @ W.T if W.shape[0] < W.shape[1] else W.T @ W
-    return _gram_rank(torch.from_numpy(gram.toarray()), max(W.shape) * eps)
+    found = _gram_rank(torch.from_numpy(gram.toarray()), max(W.shape) * eps)
+    fine = law is not None and found[0] < law and min(W.shape) <= MAX_FINE_SIDE
+    return _finer(found, torch.from_numpy(W.toarray()), eps, law) if fine else found
 
 
 def _count(S: Tensor, cut: float) -> tuple[int, float]:

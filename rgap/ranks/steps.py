@@ -90,10 +90,10 @@ def kind_of(step: Step) -> tuple[str, str]:
     if pooling_of(step):
         return "pooling", ""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        lost = 0 if module.weight is None else int((module.weight == 0).sum())
+        if lost := 0 if module.weight is None else int((module.weight == 0).sum()):
+            return "not analysed", f"{lost} channels are multiplied by zero and lost"
         return "batch norm", (
             "one affine map a channel in eval mode, folded into its neighbour and not counted"
-            + (f"; {lost} channels are multiplied by zero and lost" if lost else "")
             + ("; in training mode it couples the images of a batch, which is not analysed" if module.training else "")
         )
     if isinstance(module, nn.modules.dropout._DropoutNd) or operation in DROPOUTS:
@@ -113,9 +113,8 @@ def pooling_of(step: Step) -> str:
     """What a step that reads one tensor pools by, "avg" or "max"; "" where it is no pooling."""
     if step.module is None and step.call is None:
         return ""
-    if step.operation in MEANS:  # global average pooling, where it leaves one number a channel
-        leaves_one = len(step.input_shape) > 1 and math.prod(step.output_shape) == step.input_shape[0]
-        return "avg" if leaves_one else ""
+    if step.operation in MEANS:
+        return "avg"
     return pooling(step.module or step.operation)
 
 
@@ -131,6 +130,8 @@ def _reason(step: Step) -> str:
 
 def _single(step: Step, inside: str, uses: Counter[int]) -> CountedStep:
     kind, note = kind_of(step) if len(step.sources) == 1 else ("not analysed", _reason(step))
+    if step.kind == "reshape" and not step.sources:
+        kind, note = "reshape", "a number, not a tensor"
     weights = ()
     if kind in {"convolution", "linear"}:
         weights = (step.module,)

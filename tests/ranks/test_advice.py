@@ -10,8 +10,12 @@ from rgap.ranks.rebuild import with_convolution
 SHAPE = (3, 32, 32)
 
 
+def judged(model, shape, batch=1):
+    return exposure(rgap.rank_analysis(model, shape, batch, limit=0))
+
+
 def outcome(model, shape, batch=1):
-    return exposure(rgap.rank_analysis(model, shape, batch, limit=0)).outcome
+    return judged(model, shape, batch).outcome
 
 
 @pytest.fixture(scope="module")
@@ -25,25 +29,29 @@ def test_each_change_is_the_smallest_of_its_kind(advice):
         step = 1 if change.after > change.before else -1
         for value, stops in ((change.after, True), (change.after - step, False)):
             if change.what == "batch size":
-                assert (outcome(models.cnn6(), SHAPE, value) == "stops") == stops
+                assert (judged(models.cnn6(), SHAPE, value).missing_share >= 0.1) == stops
             elif value != change.before:
                 other = with_convolution(models.cnn6(), SHAPE, change.layer, **{ARGUMENTS[change.what]: value})
-                assert (outcome(other, SHAPE) == "stops") == stops
+                assert (judged(other, SHAPE).missing_share >= 0.1) == stops
 
 
-def test_the_second_layers_width_is_where_the_virtual_constraints_end(advice):
+def test_the_second_layers_width_is_where_virtual_constraints_leave_a_tenth_open(advice):
+    every = advise(models.cnn6(), SHAPE, least_share=0)
+    (ends,) = [c for c in every if c.what == "output channels" and c.layer == "2"]
+    assert (ends.before, ends.after, ends.stops_at, ends.deficit, ends.supply) == (36, 14, "2", 1018, 972)
     (change,) = [c for c in advice if c.what == "output channels" and c.layer == "2"]
-    assert (change.before, change.after, change.stops_at, change.deficit, change.supply) == (36, 14, "2", 1018, 972)
+    assert (change.before, change.after, change.stops_at, change.deficit, change.supply) == (36, 12, "2", 1344, 972)
     assert change.sentence == (
-        "output channels of '2': with 14 instead of 36, '2' would lack 1018 of 3468 equations, "
+        "output channels of '2': with 12 instead of 36, '2' would lack 1344 of 3468 equations, "
         "and the step before it could add 972 at most"
     )
     (batch,) = [c for c in advice if c.what == "batch size"]
-    assert batch.sentence.startswith("batch size: with 21 instead of 1, '2' would lack")
+    assert batch.sentence.startswith("batch size: with 28 instead of 1, '8' would lack 20208 of 81648 equations")
 
 
-def test_a_network_that_stops_already_needs_no_advice():
-    assert advise(models.cnn6(width=14), SHAPE) == []
+def test_a_network_that_stops_already_needs_no_advice_unless_little_is_missing():
+    assert advise(models.cnn6(width=8), SHAPE) == []
+    assert {(c.what, c.layer) for c in advise(models.cnn6(width=14), SHAPE)} >= {("output channels", "2")}
 
 
 def test_for_a_network_with_branches_only_the_batch_size_is_tried():

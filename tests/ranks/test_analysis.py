@@ -65,7 +65,7 @@ def test_check_values_of_cnn6_and_cnn6_d_by_law_and_by_number():
     assert second.virtual_constraints == 396
     assert second.weight_rows + second.gradient_rows - second.unknowns == 312
     assert analysis.leaking == ("0", "4", "6", "8", "10", "13")
-    assert analysis.verdict.startswith("stops: 1 of 7 steps") and "'2', which lacks 280 of 3468" in analysis.verdict
+    assert analysis.verdict.startswith("leaks: every one of 7 steps") and "'2' lacks 280 of 3468" in analysis.verdict
 
 
 @pytest.mark.parametrize(("batch", "shape"), [(1, (7,)), (3, (7,)), (2, (4, 7))])

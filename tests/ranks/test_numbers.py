@@ -118,7 +118,25 @@ def test_the_limit_on_numbers_is_named_and_the_law_stays():
     assert row(analysis, "2").note == "law only: 3468 unknowns, over the limit of 1000"
     wide = rgap.rank_analysis(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1)), (1, 40, 40))
     assert "share a block of M, over the limit of 1200" in wide.layers[0].note
-    deep = rgap.rank_analysis(nn.Conv2d(80, 80, 3, groups=80), (80, 4, 4))
-    assert "80 groups, over the limit of 64" in deep.layers[0].note
+    deep = rgap.rank_analysis(nn.Conv2d(80, 80, 3, padding=1, groups=80), (80, 14, 14)).layers[0]
+    assert deep.note == "numbers: 1 of 80 groups, which stand for all" and deep.rank == deep.law_rank == 80 * 14 * 14
+    heavy = rgap.rank_analysis(nn.Conv2d(4, 4, 3, padding=1, groups=4), (4, 33, 33)).layers[0]
+    assert heavy.note == "law only: numbers would take too much work" and heavy.deficit == 0
     cube = rgap.rank_analysis(nn.Conv3d(1, 30, 2), (1, 3, 3, 3)).layers[0]
     assert cube.law_rank == 27 and cube.note == "no numbers: Conv3d has no constraint matrices here"
+
+
+def test_where_law_and_gram_matrix_disagree_the_singular_values_themselves_decide():
+    """A ratio of 1e-9 lies below what a Gram matrix resolves and far above rounding."""
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(450, 420, bias=False).double()
+    U, S, Vh = torch.linalg.svd(torch.randn(420, 450, generator=generator, dtype=torch.float64), full_matrices=False)
+    S[-3:] = 1e-9 * S[0]
+    with torch.no_grad():
+        linear.weight.copy_(U @ torch.diag(S) @ Vh)
+    layer = rgap.rank_analysis(linear, (450,)).layers[0]
+    assert (layer.rank_weights, layer.law_weights) == (420, 420)
+    with torch.no_grad():
+        linear.weight[-1] = linear.weight[0]
+    layer = rgap.rank_analysis(linear, (450,)).layers[0]
+    assert (layer.rank_weights, layer.law_weights) == (419, 420)
