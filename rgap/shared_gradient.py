@@ -97,9 +97,13 @@ class SharedGradient:
     @property
     def is_half(self) -> bool:
         """Whether the values are those of a format of 16 bits, and nothing else is known of their errors."""
-        return self.precision >= torch.finfo(torch.float16).eps and not (
-            self.white_noise or any(self.noise_std.values())
-        )
+        known = self.white_noise or any(self.noise_std.values())
+        return not known and self.precision >= torch.finfo(torch.float16).eps
+
+    @property
+    def client_rounding(self) -> float:
+        """Relative error of the head's δz in units of `rounding`, which supposes that the format was computed in."""
+        return torch.finfo(torch.float32).eps / self.precision if self.is_half and not self.coarse else 1.0
 
     @property
     def usable(self) -> dict[str, Tensor]:

@@ -111,7 +111,7 @@ def _match(attack: Attack, descent: Descent, images: Tensor, again: _Again) -> M
 
     mine = gradients(images)
     moved = gradients(images + again.change) if torch.isfinite(again.change).all() else mine
-    return misfit(attack.received, mine, moved)
+    return misfit(attack.received, mine, moved, single=False)
 
 
 def _find_again(attack: Attack, descent: Descent, images: Tensor) -> _Again:

@@ -202,7 +202,8 @@ def start_probe(chain: Chain, received: SharedGradient, start: Start, loss: str)
         found = [h for h in read_head(loss, head, noisy, label).hypotheses if h.label == label]
     except GradientMismatchError:  # under so much noise another label may fit better
         found = []
-    scale = 1 + start.rounding * torch.randn((), generator=generator, dtype=start.x.dtype)
+    rounding = start.rounding * received.client_rounding
+    scale = 1 + rounding * torch.randn((), generator=generator, dtype=start.x.dtype)
     x, dx = start.x, start.dx
     if found:
         nearest = min(found, key=lambda h: (h.x - start.x).norm().item())

@@ -26,6 +26,15 @@ NOISE_RESIDUAL_FACTOR = 5.0
 CHANCE_RATIO = 1.5
 """The same that is usual by chance for the largest of all tensors, and enlarges no predicted error."""
 
+SECOND_IMAGE_FACTOR = 2.5
+"""Times the noise by which a fully connected layer's gradient may miss the rank one of a single image's."""
+
+MIN_SURPLUS_SIDE = 3
+"""Rows and columns from which such a gradient shows its rank."""
+
+PLAIN_ROUNDINGS = 10.0
+"""Errors of the head's δz, in roundings of the gradient, up to which they are those of its entries."""
+
 MAX_ALLOWED_RESIDUAL = 0.1
 """Residual from which a gradient is not reproduced, however large the noise is."""
 
@@ -65,7 +74,12 @@ class Misfit:
 
 
 def misfit(
-    received: SharedGradient, mine: Mapping[str, Tensor], moved: Mapping[str, Tensor], *, inferred: bool = False
+    received: SharedGradient,
+    mine: Mapping[str, Tensor],
+    moved: Mapping[str, Tensor],
+    *,
+    single: bool = True,
+    inferred: bool = False,
 ) -> Misfit:
     """Compares the gradient of images with the shared one, without errors of the images themselves.
 
@@ -73,25 +87,45 @@ def misfit(
         received: The gradients.
         mine: Parameter name -> gradient of the images, float64.
         moved: The same for the images as one draw of the noise changes them.
+        single: Whether it is the gradient of one image, of rank one in every fully connected layer.
         inferred: Whether the noise was inferred from surplus equations.
     """
     shared = received.usable
     mine, moved = ({name: gradients[name].cpu() for name in shared} for gradients in (mine, moved))
     residual = max(relative_residuals(mine, shared).values())
     unit = max(g.abs().max().item() for g in shared.values())
+    rounding = received.rounding * received.client_rounding
+    rounding = rounding if rounding > PLAIN_ROUNDINGS * received.precision else 0.0  # else the noise contains it
     worst, excess = 0.0, 1.0
     for name, g in shared.items():
         miss = spectral_norm(mine[name] - g)
         size = spectral_norm(g)
         by_noise = spectral_norm(moved[name] - mine[name]), spectral_norm(received.noise[name])
-        expected = math.hypot(*by_noise, received.rounding * size)
+        expected = math.hypot(*by_noise, rounding * size)
         floor = received.arithmetic * (size or unit)
         if miss > 0 or not math.isfinite(miss):
             worst = max(worst, miss / max(NOISE_RESIDUAL_FACTOR * expected, floor))
+            if single and g.ndim == 2 and min(g.shape) >= MIN_SURPLUS_SIDE and math.isfinite(miss):
+                second = spectral_norm(_beside(mine[name], mine[name] - g))
+                by_noise = math.hypot(by_noise[1], by_noise[0] ** 2 / size)
+                worst = max(worst, second / max(SECOND_IMAGE_FACTOR * by_noise, floor))
             excess = max(excess, miss / expected / CHANCE_RATIO if expected > 0 else 1.0)
     allowed = min(residual / worst, MAX_ALLOWED_RESIDUAL) if worst > 0 else received.arithmetic
     doubt = _doubt(received, mine, moved) if inferred else ""
     return Misfit(residual, received.arithmetic if doubt else allowed, excess, doubt=doubt)
+
+
+def _beside(one: Tensor, miss: Tensor) -> Tensor:
+    """A misfit of a fully connected layer beside the row and the column of the gradient δz xᵀ of one image.
+
+    Errors of x and of δz change that gradient in its row and its column; what lies beside them is no error of the image
+    but noise on the entries, or another image.
+    """
+    x = one[one.abs().amax(1).argmax()]
+    dz = one @ (x / x.norm())
+    x, dz = x / x.norm(), dz / dz.norm()
+    miss = miss - torch.outer(dz, dz @ miss)
+    return miss - torch.outer(miss @ x, x)
 
 
 def spectral_norm(g: Tensor) -> float:
