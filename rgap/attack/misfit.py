@@ -13,6 +13,7 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ class Misfit:
         residual: The largest relative residual of a parameter's gradient.
         allowed: The residual up to which the images are consistent: that at which, with all misfits scaled alike, the
             first tensor would miss by more than noise explains.
-        excess: The largest ratio of a tensor's misfit to its prediction, in units of `CHANCE_RATIO`, at least 1.
+        excess: The largest ratio of a tensor's misfit to its prediction, in units of `CHANCE_RATIO`, at least 1; the
+            median of all tensors where noise does not explain the largest.
         errors: Predicted root-mean-square error of the image, of a batch that of every image, in order; empty without.
         largest_errors: Predicted largest error of a pixel, likewise.
         doubt: Why noise that was inferred is no explanation; empty where it is.
@@ -96,7 +98,7 @@ def misfit(
     unit = max(g.abs().max().item() for g in shared.values())
     rounding = received.rounding * received.client_rounding
     rounding = rounding if rounding > PLAIN_ROUNDINGS * received.precision else 0.0  # else the noise contains it
-    worst, excess = 0.0, 1.0
+    worst, ratios = 0.0, [1.0]
     for name, g in shared.items():
         miss = spectral_norm(mine[name] - g)
         size = spectral_norm(g)
@@ -109,8 +111,9 @@ def misfit(
                 second = spectral_norm(_beside(mine[name], mine[name] - g))
                 by_noise = math.hypot(by_noise[1], by_noise[0] ** 2 / size)
                 worst = max(worst, second / max(SECOND_IMAGE_FACTOR * by_noise, floor))
-            excess = max(excess, miss / expected / CHANCE_RATIO if expected > 0 else 1.0)
+            ratios += [miss / expected / CHANCE_RATIO] if expected > 0 else []
     allowed = min(residual / worst, MAX_ALLOWED_RESIDUAL) if worst > 0 else received.arithmetic
+    excess = max(ratios) if worst <= 1 else max(1.0, median(ratios))  # no noise: what it would have to be
     doubt = _doubt(received, mine, moved) if inferred else ""
     return Misfit(residual, received.arithmetic if doubt else allowed, excess, doubt=doubt)
 

@@ -6,7 +6,9 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,11 +17,13 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from rgap import client
+from rgap.artifact.outputs import ROOT, save_csv
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import LOSSES, client_gradients
 from rgap.experiments.common import progress, seeded
 from rgap.experiments.noise import root_mean_square
 from rgap.experiments.random_networks import ACTIVATIONS
+from rgap.experiments.real_networks import RECOVERED_DB
 from rgap.metrics import psnr_db
 from rgap.results import GradientMismatchError, Reconstruction
 
@@ -31,6 +35,10 @@ SAFE_DB = 50.0
 
 ERROR_BINS = (0.0, 1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, math.inf)
 """Edges of the bins of predicted errors, in widths of the pixel range."""
+
+
+VERIFIED = ROOT / "notebooks" / "verified"
+"""Where the tables of long runs are committed."""
 
 
 @dataclass(frozen=True)
@@ -249,35 +257,86 @@ def _kinds(case: Case) -> str:
     return ", ".join([*names, case.loss])
 
 
-def calibration_table(attacks: pd.DataFrame, bins: Sequence[float] = ERROR_BINS) -> pd.DataFrame:
+def calibration_table(attacks: pd.DataFrame) -> pd.DataFrame:
     """How large the true error of certified images was, by predicted error.
 
     Args:
-        attacks: Columns `verdict`, `predicted` and `rmse`.
-        bins: Edges of the bins of predicted errors.
+        attacks: Columns `verdict`, `predicted` and `rmse`, in widths of the pixel range.
 
     Returns:
-        A row a bin that is not empty: predicted (from, to), attacks, and of true over predicted error the median, the
-        95 % quantile, and the share at most 3.
+        A row a bin of predicted errors that is not empty: above, up_to, certified (images), and of true over predicted
+        error the median, the quantile_95, and within_3, the share at most 3.
     """
     certified = attacks[attacks["verdict"] == "exact"]
     ratio = certified["rmse"] / certified["predicted"]
-    grouped = ratio.groupby(pd.cut(certified["predicted"], list(bins)), observed=True)
-    table = grouped.agg(
-        attacks="size", median="median", quantile_95=lambda r: r.quantile(0.95), within_3=lambda r: (r <= 3).mean()
+    bins = pd.cut(certified["predicted"], list(ERROR_BINS), labels=False)
+    table = ratio.groupby(bins).agg(
+        certified="size",
+        median="median",
+        quantile_95=lambda r: r.quantile(0.95),
+        within_3=lambda r: (r <= MAX_ERROR_RATIO).mean(),
     )
-    return table.reset_index()
+    for place, (name, first) in enumerate((("above", 0), ("up_to", 1))):
+        table.insert(place, name, [ERROR_BINS[int(number) + first] for number in table.index])
+    return table.reset_index(drop=True)
 
 
-def false_rate(attacks: pd.DataFrame) -> Mapping[str, float]:
+def client_table(attacks: pd.DataFrame) -> pd.DataFrame:
+    """What came of the attacks on each kind of client.
+
+    Args:
+        attacks: Rows of `sample_calibration`.
+
+    Returns:
+        client, attacks, exact, false (certificates), recovered (at 60 dB or more), and certified, the share of those.
+    """
+    recovered = attacks["psnr_db"] >= RECOVERED_DB
+    marks = attacks.assign(exact=attacks["verdict"] == "exact", false=~attacks["ok"], recovered=recovered)
+    marks["certified"] = (marks["exact"] & recovered).astype(float).where(recovered)
+    columns = {"attacks": ("ok", "size")} | {name: (name, "sum") for name in ("exact", "false", "recovered")}
+    return marks.groupby("client", sort=False).agg(**columns, certified=("certified", "mean")).reset_index()
+
+
+def false_rate(attacks: pd.DataFrame) -> dict[str, float]:
     """Certificates, false ones among them, and the upper end of the 95 % confidence interval of their rate.
 
     Args:
         attacks: Columns `verdict` and `ok`.
+
+    Returns:
+        attacks, certified, false, at_most (one-sided, Clopper and Pearson 1934).
     """
     certified = attacks[attacks["verdict"] == "exact"]
-    false = int((~certified["ok"]).sum())
-    if not len(certified):
-        return {"certified": 0, "false": 0, "at_most": 1.0}
-    bound = binomtest(false, len(certified), alternative="less").proportion_ci(0.95, "exact").high
-    return {"certified": len(certified), "false": false, "at_most": bound}
+    false = int((~certified["ok"].astype(bool)).sum())
+    bound = 1.0
+    if len(certified):
+        bound = binomtest(false, len(certified), alternative="less").proportion_ci(0.95, "exact").high
+    return {"attacks": len(attacks), "certified": len(certified), "false": false, "at_most": bound}
+
+
+def write_verified(runs: Sequence[Path | str], folder: Path = VERIFIED) -> dict[str, float]:
+    """Joins the rows of long runs of `python -m rgap verify calibration` into the tables that notebook 07 shows.
+
+    Args:
+        runs: The files that they wrote, with different seeds.
+        folder: Where to write calibration_bins.csv, calibration_clients.csv and calibration_rate.csv.
+
+    Returns:
+        As `false_rate`.
+    """
+    attacks = pd.concat([pd.read_csv(run) for run in runs], ignore_index=True)
+    if attacks["case"].duplicated().any():
+        raise ValueError("the runs have cases in common; give runs with different seeds")
+    rate = false_rate(attacks)
+    seeds = attacks["case"].str.split("/").str[0].astype(int)
+    about = {"date": date.today().isoformat(), "seeds": f"{seeds.min()} to {seeds.max()}"}
+    save_csv(calibration_table(attacks), folder / "calibration_bins.csv")
+    save_csv(client_table(attacks), folder / "calibration_clients.csv")
+    save_csv(pd.DataFrame([about | rate]), folder / "calibration_rate.csv")
+    return rate
+
+
+def read_verified(folder: Path = VERIFIED) -> tuple[pd.DataFrame, pd.DataFrame, pd.Series]:
+    """The tables of the committed long run: by predicted error, by client, and the rate of false certificates."""
+    bins, clients, rate = (pd.read_csv(folder / f"calibration_{name}.csv") for name in ("bins", "clients", "rate"))
+    return bins, clients, rate.iloc[0]

@@ -39,11 +39,23 @@ def attacks(ratios, predicted=1e-3, ok=True):
 
 def test_certified_attacks_are_binned_by_their_predicted_error():
     table = calibration_table(pd.concat([attacks([1.0, 2.0, 4.0], 2e-3), attacks([0.5], 2e-5)]))
-    assert table["attacks"].tolist() == [1, 3] and table["median"].tolist() == pytest.approx([0.5, 2.0])
+    assert table["certified"].tolist() == [1, 3] and table["median"].tolist() == pytest.approx([0.5, 2.0])
     assert table["within_3"].tolist() == pytest.approx([1.0, 2 / 3])
     assert table["quantile_95"].iloc[1] == pytest.approx(3.8)
     unsure = attacks([100.0]).assign(verdict="inconsistent")
-    assert calibration_table(pd.concat([attacks([1.0]), unsure]))["attacks"].sum() == 1
+    assert calibration_table(pd.concat([attacks([1.0]), unsure]))["certified"].sum() == 1
+
+
+def test_long_runs_are_joined_into_the_tables_that_the_notebook_reads(tmp_path):
+    for seed in (1, 2):
+        sample_calibration(2, seed).to_csv(tmp_path / f"{seed}.csv", index=False)
+    rate = calibration.write_verified([tmp_path / "1.csv", tmp_path / "2.csv"], tmp_path / "verified")
+    bins, clients, read = calibration.read_verified(tmp_path / "verified")
+    assert rate["attacks"] == read["attacks"] == clients["attacks"].sum() == 4 and read["seeds"] == "1 to 2"
+    assert bins["certified"].sum() == rate["certified"] and (bins["above"] < bins["up_to"]).all()
+    assert clients.set_index("client").loc["clean"].tolist() == [2, 2, 0, 2, 1.0]
+    with pytest.raises(ValueError, match="cases in common"):
+        calibration.write_verified([tmp_path / "1.csv"] * 2, tmp_path)
 
 
 def test_the_rate_of_false_certificates_has_its_clopper_pearson_bound():
