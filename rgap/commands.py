@@ -51,7 +51,9 @@ def reconstruct(options: argparse.Namespace) -> int:
     images, labels = data.load_images(options.data, image_shape=shape, index=places, classes=classes)
     gradients = rgap.client_gradients(model, images, labels, loss=loss)
     start = time.perf_counter()
-    result = rgap.reconstruct(model, gradients, image_shape=shape, loss=loss, batch_size=options.batch)
+    result = rgap.reconstruct(  # the client is this function, and takes the mean loss
+        model, gradients, image_shape=shape, loss=loss, batch_size=options.batch, gradient_scale=1.0
+    )
     seconds = time.perf_counter() - start
 
     order = metrics.match(result.images, images)

@@ -135,6 +135,9 @@ class Candidate:
         predicted_error: Predicted root-mean-square error of the image, of a batch that of the worst one, pixel units.
         certified_psnr_db: The same as a PSNR for the pixel range, where the verdict vouches for it: of an "exact"
             image, and of each of several "ambiguous" ones if it is the right one. None where nothing is certified.
+        gradient_scale: Factor κ of the shared gradient κ ∇ℓ under this hypothesis; for a batch the mean over images.
+        brightness_error: Relative error of the image's brightness that the last layer's equations leave; infinite where
+            they do not determine it.
     """
 
     images: torch.Tensor
@@ -148,6 +151,8 @@ class Candidate:
     residual_allowed: float = 0.0
     predicted_error: float | None = None
     certified_psnr_db: float | None = None
+    gradient_scale: float = 1.0
+    brightness_error: float = 0.0
 
     @property
     def consistent(self) -> bool:
@@ -170,6 +175,8 @@ class Reconstruction:
         per_image: For a mini-batch, a (verdict, candidates) pair for each image found.
         certified_psnr_db: The accuracy that the verdict "exact" vouches for, by the predicted error, of a batch that of
             the worst image; None with any other verdict.
+        gradient_scale: Factor κ of the shared gradient κ ∇ℓ, as given or estimated, of a batch the mean over its
+            images; None where the gradient does not determine it.
     """
 
     images: torch.Tensor
@@ -180,6 +187,7 @@ class Reconstruction:
     notes: tuple[str, ...] = ()
     per_image: tuple[tuple[str, tuple[Candidate, ...]], ...] = ()
     certified_psnr_db: float | None = None
+    gradient_scale: float | None = None
 
     def to_frame(self) -> pd.DataFrame:
         """The layer reports as a table, one row a layer, columns as in `LayerReport`."""

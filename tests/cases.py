@@ -165,7 +165,7 @@ def attack(network, seed=0, size=12, dtype=torch.float32, **options):
     image = rand(1, 3, size, size, seed=seed)
     network = network.to(dtype)
     gradients = rgap.client_gradients(network, image, torch.tensor([seed % 2]))
-    result = rgap.reconstruct(network, gradients, (3, size, size), **options)
+    result = rgap.reconstruct(network, gradients, (3, size, size), **options, gradient_scale=1.0)
     psnr = rgap.metrics.psnr_db(result.images, image).item()
     return image, result, psnr, {report.name: report for report in result.layers}
 

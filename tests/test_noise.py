@@ -92,6 +92,6 @@ def test_the_error_behind_an_update_is_predicted_from_the_weights_rounding():
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     gradients = rgap.client_gradients(network, IMAGES[:1], LABELS[:1])
     after = {name: p - 0.1 * g for (name, p), g in zip(before.items(), gradients, strict=True)}
-    result = rgap.reconstruct(network, client.gradients_from_update(before, after, 0.1), SHAPE)
+    result = rgap.reconstruct(network, client.gradients_from_update(before, after, 0.1), SHAPE, gradient_scale=1.0)
     error = (result.images - IMAGES[:1]).square().mean().sqrt().item()
     assert result.verdict == "exact" and error / 10 < result.candidates[0].predicted_error < 10 * error

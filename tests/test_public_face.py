@@ -13,11 +13,11 @@ from rgap.results import VERDICTS
 SIGNATURES = {
     "reconstruct": "model, gradients, image_shape=None, loss='logistic', *, batch_size=1, labels=None, "
     "virtual_constraints=True, pixel_range=(0.0, 1.0), rcond=None, noise_std=None, seed=0, device=None, output=None, "
-    "effort='auto'",
+    "effort='auto', gradient_scale=None, label_smoothing=None",
     "reconstruct_update": "before, after, image_shape=None, loss='logistic', *, learning_rate, steps=1, batch_size=1, "
     "momentum=0.0, weight_decay=0.0, optimizer='sgd', labels=None, pixel_range=(0.0, 1.0), seed=0, device=None",
     "prepare": "model, image_shape, *, output=None",
-    "client_gradients": "model, images, labels, loss='logistic', *, output=None",
+    "client_gradients": "model, images, labels, loss='logistic', *, output=None, label_smoothing=0.0",
     "rank_analysis": "model, image_shape, batch_size=1, dtype=torch.float64, *, limit=4000, seed=0",
     "largest_batch": "model, image_shape, loss='cross_entropy'",
     "baselines.dlg": "model, gradients, image_shape=None, loss='logistic', *, batch_size=1, labels=None, steps=1000, "
@@ -47,9 +47,9 @@ SIGNATURES = {
     "client.epsilon": "noise_multiplier, sample_rate=1.0, steps=1, delta=1e-05",
     "client.gaussian_noise": "gradients, std, seed=0",
     "client.gradients_from_update": "before, after, learning_rate, *, steps=1, momentum=0.0, weight_decay=0.0",
-    "client.gradients_of": "model, parameters, images, labels, loss",
+    "client.gradients_of": "model, parameters, images, labels, loss, *, label_smoothing=0.0, weights=None",
     "client.load_gradients": "path",
-    "client.loss_value": "loss, outputs, labels",
+    "client.loss_value": "loss, outputs, labels, *, label_smoothing=0.0, weights=None",
     "client.prune": "gradients, share",
     "client.quantise": "gradients, dtype",
     "client.save_gradients": "path, gradients",
@@ -60,9 +60,9 @@ SIGNATURES = {
 }
 
 FIELDS = {
-    "Reconstruction": "images labels verdict candidates layers notes per_image certified_psnr_db",
+    "Reconstruction": "images labels verdict candidates layers notes per_image certified_psnr_db gradient_scale",
     "Candidate": "images labels gradient_residual in_pixel_range layer_inputs layers open_layers beliefs "
-    "residual_allowed predicted_error certified_psnr_db",
+    "residual_allowed predicted_error certified_psnr_db gradient_scale brightness_error",
     "LayerReport": "name unknowns rank_weights rank_gradients rank deficit virtual_constraints iterations condition "
     "sigma_above_cut sigma_below_cut residual predicted_error seconds saturated",
     "RankAnalysis": "layers batch_size max_ra_index copa_index leaking verdict separable",
@@ -73,7 +73,7 @@ FIELDS = {
     "Layer": "name weight bias input_shape output_shape feature_shape stride padding dilation groups activation "
     "weight_name bias_name before after output_scale shift is_fixed cache is_frozen columns weight_terms",
     "baselines.Optimised": "images labels verdict candidates layers notes per_image certified_psnr_db "
-    "history snapshots",
+    "gradient_scale history snapshots",
     "baselines.Snapshot": "restart step seconds images",
 }
 
@@ -81,9 +81,9 @@ MODULES = {
     "artifact": "CLAIMS COLUMNS ROOT check_claim expected_outputs figures_dir forget_claims print_report profile "
     "read_claims report save_figure save_table write_atomically",
     "baselines": "Optimised Snapshot dlg hybrid inverting_gradients",
-    "client": "LOSSES LOSS_OUTPUTS LocalTraining UpdateGradients check_loss client_gradients clip_and_noise epsilon "
-    "gaussian_noise gradients_from_update gradients_of load_gradients loss_value mean_gradients outputs_fit prune "
-    "quantise save_gradients",
+    "client": "LOSSES LOSS_OUTPUTS LocalTraining UpdateGradients check_loss check_smoothing client_gradients "
+    "clip_and_noise epsilon gaussian_noise gradients_from_update gradients_of load_gradients loss_value "
+    "mean_gradients outputs_fit prune quantise save_gradients",
 }
 
 

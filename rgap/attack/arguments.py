@@ -15,7 +15,7 @@ from rgap.arguments import (
     check_number,
     check_pixel_range,
 )
-from rgap.client import check_loss, outputs_fit
+from rgap.client import check_loss, check_smoothing, outputs_fit
 from rgap.forward import select_output
 from rgap.network.chain import Chain, prepare
 from rgap.network.layer import Layer
@@ -77,9 +77,12 @@ def _averages_away(chain: Chain) -> bool:
     return any(math.prod(layer.output_shape[1:]) == 1 < math.prod(layer.input_shape[1:]) for layer in pooled)
 
 
-def check_options(loss, batch_size, pixel_range, rcond, noise_std) -> None:
+def check_options(loss, batch_size, pixel_range, rcond, noise_std, gradient_scale=None, label_smoothing=None) -> None:
     """Refuses options that are out of range for any network, by name."""
     check_loss(loss)
+    check_smoothing(loss, label_smoothing)
+    if gradient_scale is not None:
+        check_number("gradient_scale", gradient_scale, open_low=True)
     if batch_size is not None:
         check_count("batch_size", batch_size, hint=", or None to find it from the gradient")
     check_pixel_range(pixel_range)

@@ -19,7 +19,7 @@ from rgap.attack.misfit import NOISE_RESIDUAL_FACTOR, Misfit, misfit
 from rgap.attack.pattern import batch_on_pattern
 from rgap.attack.problem import Attack, Weighed
 from rgap.client import gradients_of
-from rgap.head.hypothesis import Twin
+from rgap.head.hypothesis import Start, Twin
 from rgap.results import Candidate
 from rgap.separation.joint_softmax import fit_and_refit
 from rgap.separation.read import read_again
@@ -68,6 +68,7 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
     )
 
     def candidate(b: int, twin: Twin) -> Candidate:
+        factor, brightness = start.scales(b)
         own, image = {key: twin.factor * x[b : b + 1] for key, x in inputs.items()}, twin.factor * images[b : b + 1]
         size = (match.excess if match.residual <= match.allowed else 1.0) * abs(twin.factor)
         inside = attack.pixels.contains(image, attack.slack(size * again.largest[b].item()))
@@ -79,6 +80,7 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
         return Candidate(
             image, torch.tensor([twin.label]), residual, inside, own, descent.reports, descent.open_layers,
             residual_allowed=allowed, predicted_error=None if descent.open_layers else size * again.errors[b].item(),
+            gradient_scale=factor, brightness_error=brightness,
         )  # fmt: skip
 
     def preference(one: Candidate) -> tuple[bool, float]:  # inside the pixel range first, then the darker
@@ -107,7 +109,7 @@ def _match(attack: Attack, descent: Descent, images: Tensor, again: _Again) -> M
     found = len(images) / start.batch_size
 
     def gradients(images: Tensor) -> dict[str, Tensor]:
-        return {key: found * g for key, g in attack.gradients(images, start.labels).items()}
+        return {key: found * g for key, g in attack.gradients(images, start.labels, start).items()}
 
     mine = gradients(images)
     moved = gradients(images + again.change) if torch.isfinite(again.change).all() else mine
@@ -123,7 +125,7 @@ def _find_again(attack: Attack, descent: Descent, images: Tensor) -> _Again:
         found = other.x.reshape(-1, *images.shape[1:])
         shares = [twins[0].residual or 0.0 for twins in other.twins]
     else:
-        noisy = replace(received, gradients=_as_shared(attack, images, start.labels))
+        noisy = replace(received, gradients=_as_shared(attack, images, start))
         fit = fit_and_refit if attack.loss == "cross_entropy" else partial(refine_inputs, loss=attack.loss)
         features = descent.layer_inputs[chain.layers[start.layer].name].flatten(1)
         head = fit(chain.layers[start.layer :], noisy.gradients, features, start.labels)
@@ -136,7 +138,7 @@ def _find_again(attack: Attack, descent: Descent, images: Tensor) -> _Again:
     return _Again(found - images, images.new_tensor(shares))
 
 
-def _as_shared(attack: Attack, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def _as_shared(attack: Attack, images: Tensor, start: Start) -> dict[str, Tensor]:
     """The gradient that a client with these images would share, in the arithmetic of the shared one and as noisy.
 
     Errors of a client's own forward and backward pass are no white noise on the gradient, and are amplified more.
@@ -145,7 +147,7 @@ def _as_shared(attack: Attack, images: Tensor, labels: Tensor) -> dict[str, Tens
     single = all(torch.equal(g.float().double(), g) for g in received.gradients.values())
     dtype = torch.float32 if single else torch.float64
     parameters = {name: p.to(dtype) for name, p in chain.parameters.items()}
-    found = gradients_of(chain.model, parameters, images.to(dtype), labels, attack.loss)
+    found = gradients_of(chain.model, parameters, images.to(dtype), start.labels, attack.loss, **start.client_loss)
     found = {name: g.to("cpu", torch.float64) for name, g in found.items()}
     if received.precision <= 2 * torch.finfo(dtype).eps:
         return found

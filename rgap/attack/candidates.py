@@ -43,17 +43,17 @@ def weigh(attack: Attack, descent: Descent) -> Weighed:
     inside = attack.pixels.contains(image, attack.slack(max(match.largest_errors, default=0.0)))
     return Weighed(descent.start, Candidate(
         image, labels, match.residual, inside, attack.inputs(descent, image), reports, descent.open_layers,
-        descent.beliefs, match.allowed, max(match.errors, default=None),
+        descent.beliefs, match.allowed, max(match.errors, default=None), None, *descent.start.scales(0),
     ), doubt=match.doubt)  # fmt: skip
 
 
 def _match(attack: Attack, descent: Descent, image: Tensor) -> Misfit:
     """Compares the gradients of one image, and of the image as the noise may have changed it."""
-    labels, probe = descent.start.labels, descent.probe
-    mine = attack.gradients(image, labels)
+    start, probe = descent.start, descent.probe
+    mine = attack.gradients(image, start.labels, start)
     if probe is None:
         return misfit(attack.received, mine, mine)
-    moved = attack.gradients(image + probe.x.reshape(image.shape), labels)
+    moved = attack.gradients(image + probe.x.reshape(image.shape), start.labels, start)
     match = misfit(attack.received, mine, moved, inferred=attack.inferred)
     errors = (match.excess * probe.error,), (match.excess * probe.x.abs().max().item(),)
     return replace(match, errors=errors[0], largest_errors=errors[1])

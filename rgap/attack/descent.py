@@ -19,11 +19,10 @@ from torch import Tensor
 from rgap.attack.pattern import Slopes, decide_activation_pattern, settle_signs
 from rgap.equations import LayerSolution, bias_residual, identity_residual, solve_layer
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
-from rgap.head import read_head
-from rgap.head.hypothesis import Start
+from rgap.head.hypothesis import Start, least_squares_input, rank_one
 from rgap.linalg import rms
 from rgap.network.layer import Chain, Layer
-from rgap.results import GradientMismatchError, LayerReport
+from rgap.results import LayerReport
 from rgap.shared_gradient import FLOAT64_FLOOR, SharedGradient
 from rgap.virtual.closure import ERROR_AMPLIFICATION, VirtualSolution, close_by_previous
 from rgap.virtual.range import close_by_range, range_factor
@@ -194,21 +193,35 @@ def close_by_virtual_constraints(
     )
 
 
-def start_probe(chain: Chain, received: SharedGradient, start: Start, loss: str) -> NoiseProbe:
-    """Reads the head of a single image once more, with a draw of the noise on the gradients."""
-    generator, head, label = torch.Generator().manual_seed(1), chain.layers[-1], int(start.labels)
-    noisy = replace(received, gradients={name: g + received.noise[name] for name, g in received.gradients.items()})
-    try:
-        found = [h for h in read_head(loss, head, noisy, label).hypotheses if h.label == label]
-    except GradientMismatchError:  # under so much noise another label may fit better
-        found = []
-    rounding = start.rounding * received.client_rounding
-    scale = 1 + rounding * torch.randn((), generator=generator, dtype=start.x.dtype)
-    x, dx = start.x, start.dx
-    if found:
-        nearest = min(found, key=lambda h: (h.x - start.x).norm().item())
-        x, dx = nearest.x[None], head.adjoint(nearest.dz[None, :, None, None]).flatten(1)
-    return NoiseProbe(x / scale - start.x, dx * scale - start.dx, received.noise, generator)
+def start_probe(chain: Chain, received: SharedGradient, start: Start) -> NoiseProbe:
+    """A single image's start with a draw of the noise on the last layer's gradient.
+
+    The draw turns x and δz. Their lengths are one number, of which a draw could be any small one: it has its standard
+    deviation, except where nothing determines it.
+    """
+    generator, head = torch.Generator().manual_seed(1), chain.layers[-1]
+    noisy = {
+        name: received.gradients[name] + received.noise[name] for name in (head.weight_name, head.bias_name) if name
+    }
+    G, dz = noisy[head.weight_name].flatten(1), noisy.get(head.bias_name)
+    if dz is None or not received.gradients[head.bias_name].any():
+        factors = rank_one(G)
+        x, dz = factors.v, factors.u
+    else:
+        x = least_squares_input(G, dz)
+    dx = head.adjoint(dz[None, :, None, None]).flatten(1)
+    (error,) = start.length_errors
+    error = error if math.isfinite(error) else 0.0
+    x, dx = _turned(x, start.x, error), _turned(dx, start.dx, -error)
+    return NoiseProbe(x, dx, received.noise, generator)
+
+
+def _turned(drawn: Tensor, values: Tensor, error: float) -> Tensor:
+    """The change of `values` (1, n) that turns them into the direction drawn, and lengthens them by `error`."""
+    drawn = drawn.reshape(values.shape) / drawn.abs().max()
+    unit = values.abs().max().clamp(min=torch.finfo(values.dtype).tiny)  # squares of small gradients underflow
+    size = unit * (values / unit).norm() / drawn.norm()
+    return (1 + error) * size * (drawn * (values / unit)).sum().sign() * drawn - values
 
 
 def _propagate(

@@ -66,7 +66,7 @@ def by_fixed_point(task: UpdateTask) -> FoundImages:
         return FoundImages(loop.best, (loop.label,), None, loop.reports, tuple(notes), iterates)
     drift = task.drift(loop.best, loop.label)
     gradient = UpdateGradients({n: g - drift[n] for n, g in task.update.items()}, task.update.noise_std)
-    options = {"labels": loop.label, "pixel_range": (task.pixels.low, task.pixels.high)}
+    options = {"labels": loop.label, "pixel_range": (task.pixels.low, task.pixels.high), "gradient_scale": 1.0}
     result = reconstruct(task.network, gradient, None, task.loss, virtual_constraints=False, **options)
     best = min(result.candidates, key=lambda one: one.gradient_residual)
     return FoundImages(best.images, (best.labels,), best.predicted_error, best.layers, tuple(notes), iterates)

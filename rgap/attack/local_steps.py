@@ -124,6 +124,7 @@ def reconstruct_update(
 
 def _one_step(task: UpdateTask) -> Reconstruction:
     options = {"labels": task.labels, "pixel_range": (task.pixels.low, task.pixels.high), "device": task.device}
+    options |= {"gradient_scale": 1.0}  # the client's training is given
     return reconstruct(
         task.network, task.update, None, task.loss, batch_size=task.batch_size, seed=task.seed, **options
     )

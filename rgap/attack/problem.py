@@ -31,6 +31,8 @@ class Attack:
         close: What may close rank-deficient layers; None leaves them open.
         pixels: The values that a pixel may have.
         inferred: Whether the gradient's noise was inferred from surplus equations, not declared or seen by its format.
+        gradient_scale: Factor κ of the shared gradient κ ∇ℓ; None to estimate it.
+        label_smoothing: ε of the client's labels; None to estimate it.
     """
 
     chain: Chain
@@ -39,10 +41,12 @@ class Attack:
     close: Closer | None = None
     pixels: PixelRange = field(default_factory=PixelRange)
     inferred: bool = False
+    gradient_scale: float | None = 1.0
+    label_smoothing: float | None = 0.0
 
-    def gradients(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The gradient that a client with these images (B, C, H, W) would share, by parameter name."""
-        return gradients_of(self.chain.model, self.chain.parameters, images, labels, self.loss)
+    def gradients(self, images: Tensor, labels: Tensor, start: Start) -> dict[str, Tensor]:
+        """The gradient that a client with these images (B, C, H, W) and the loss of a start would share, by name."""
+        return gradients_of(self.chain.model, self.chain.parameters, images, labels, self.loss, **start.client_loss)
 
     def images(self, descent: Descent) -> Tensor:
         """The recovered input of the first layer, (B, C, H, W)."""

@@ -40,7 +40,7 @@ from rgap.attack.foreseen import EFFORTS, foreseen_deficits, without_solving
 from rgap.attack.problem import Attack, Weighed
 from rgap.attack.verdict import judge
 from rgap.head import read_head
-from rgap.head.hypothesis import Start, starts_of
+from rgap.head.hypothesis import Start, Twin, starts_of
 from rgap.isolation import isolated
 from rgap.linalg import rms
 from rgap.network.layer import Chain
@@ -75,6 +75,8 @@ def reconstruct(
     device: torch.device | str | None = None,
     output: str | int | None = None,
     effort: str = "auto",
+    gradient_scale: float | None = None,
+    label_smoothing: float | None = None,
 ) -> Reconstruction:
     """Computes a client's images back from their gradient (R-GAP; Zhu & Blaschko, ICLR 2021).
 
@@ -102,6 +104,11 @@ def reconstruct(
             by default.
         effort: "auto" stops at once where by the rank laws nothing determines the image, and solving for a part of it
             takes long; its images are then uniform. "full" solves nevertheless.
+        gradient_scale: Factor κ of the shared gradient κ ∇ℓ: 1.0 asserts the gradient of the mean loss, as it stands in
+            `rgap.client`, another number a client that sums, accumulates, weights or clips. None estimates it. Without
+            biases a single output does not determine it, nor with it the brightness of the image.
+        label_smoothing: ε of a client that smooths its labels under cross-entropy; None estimates it, where the last
+            layer's equations ask for it.
 
     Returns:
         A `Reconstruction`; read its `verdict` before its images.
@@ -117,11 +124,12 @@ def reconstruct(
     if effort not in EFFORTS:
         raise ValueError(f"effort is {effort!r}; known: {', '.join(EFFORTS)}")
     chain = checked_network(model, image_shape, output, batch_size)
-    check_options(loss, batch_size, pixel_range, rcond, noise_std)
+    check_options(loss, batch_size, pixel_range, rcond, noise_std, gradient_scale, label_smoothing)
+    asserted = {"gradient_scale": gradient_scale, "label_smoothing": label_smoothing}
     if isinstance(chain, PatchEmbedding):
         return reconstruct_tokens(
             chain, gradients, loss, batch_size=batch_size, labels=labels, virtual_constraints=virtual_constraints,
-            pixel_range=pixel_range, rcond=rcond, noise_std=noise_std, device=device,
+            pixel_range=pixel_range, rcond=rcond, noise_std=noise_std, device=device, **asserted,
         )  # fmt: skip
     if isinstance(chain, ResidualNetwork):
         return reconstruct_residual(
@@ -130,7 +138,8 @@ def reconstruct(
         )  # fmt: skip
     check_arguments(chain, loss, batch_size, labels)
     close = close_by_virtual_constraints if virtual_constraints else None
-    attack = Attack(chain, receive(chain, gradients, rcond, noise_std), loss, close, PixelRange(*pixel_range))
+    received = receive(chain, gradients, rcond, noise_std)
+    attack = Attack(chain, received, loss, close, PixelRange(*pixel_range), **asserted)
     attack, starts, notes = read(attack, batch_size, labels, seed)
     deficits = foreseen_deficits(attack) if effort == "auto" and starts[0].batch_size == 1 else None
     if deficits is not None:
@@ -167,7 +176,8 @@ def read(
             return attack, [start], batch_notes
         notes = size.notes
     head = chain.layers[-1]
-    reading = read_head(loss, head, received, checked_labels(labels, loss, head.output_shape[0]))
+    asserted = {"gradient_scale": attack.gradient_scale, "label_smoothing": attack.label_smoothing}
+    reading = read_head(loss, head, received, checked_labels(labels, loss, head.output_shape[0]), **asserted)
     received = replace(received, rounding=max(h.rounding for h in reading.hypotheses))
     starts = starts_of(chain, reading.hypotheses)
     return replace(attack, received=received), starts, [*notes, *received.notes, *reading.notes]
@@ -184,7 +194,7 @@ def follow(attack: Attack, starts: Sequence[Start]) -> tuple[list[Descent], list
         return [descend(chain, received, starts[0], close=close)], []
 
     def down(start: Start, give_up: float) -> Descent:
-        probe = start_probe(chain, received, start, attack.loss)
+        probe = start_probe(chain, received, start)
         return descend(chain, received, start, probe=probe, close=close, give_up=give_up)
 
     every = [down(start, MAX_IDENTITY_RESIDUAL) for start in starts]
@@ -212,9 +222,18 @@ def _twins(descent: Descent) -> Iterator[Descent]:
         }
         errors = [None if r.predicted_error is None else abs(factor) * r.predicted_error for r in descent.reports]
         reports = tuple(replace(r, predicted_error=e) for r, e in zip(descent.reports, errors, strict=True))
-        probe = None if descent.probe is None else replace(descent.probe, x=factor * descent.probe.x)
-        start = replace(descent.start, labels=torch.tensor([twin.label]))
+        probe = None if descent.probe is None else replace(descent.probe, x=factor * _relengthened(descent, twin))
+        start = replace(descent.start, labels=torch.tensor([twin.label]), length_errors=(twin.length_error,))
         yield replace(descent, start=start, **scaled, reports=reports, probe=probe)
+
+
+def _relengthened(descent: Descent, twin: Twin) -> Tensor:
+    """The change of the image by the noise, where its length has the error of a twin's."""
+    before, after = (
+        error if math.isfinite(error) else 0.0 for error in (*descent.start.length_errors, twin.length_error)
+    )
+    image = descent.layer_inputs[descent.reports[-1].name]
+    return descent.probe.x + (after - before) * image.reshape(descent.probe.x.shape)
 
 
 def _with_noise_found(

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from rgap.attack.brightness import about_brightness, factor_of, with_brightness
 from rgap.attack.problem import Weighed
 from rgap.results import VERDICTS, Candidate, PixelRange, Reconstruction, certified_psnr_db, noise_limit
 
@@ -32,16 +33,17 @@ def judge(
     if unknown := [f"{r.saturated} at {r.name!r}" for r in best.layers if r.saturated]:
         why = "outputs that do not determine their pre-activation (zeros of a ReLU, saturation)"
         notes = [*notes, f"{why}: {', '.join(unknown)}"]
-    verdict, why = _verdict(best, consistent, pixels)
+    misfit = min(one.start.misfit for one in weighed)
+    verdict, why = with_brightness(best, *_verdict(best, consistent, pixels), misfit)
     doubts = [] if consistent or best.open_layers else [one.doubt for one in weighed if one.doubt][:1]
     limit = TWIN_RESIDUAL_RATIO * best.gradient_residual
     alike = [c for c in candidates if c is best or c.gradient_residual <= limit < math.inf]
     kept = tuple(_certified(c, verdict, pixels, device) for c in consistent or alike)
     accuracy = [_accuracy(kept[0])] if verdict == "exact" else []
-    notes = (*notes, *_deficits(best), *doubts, *accuracy, *why)
+    notes = (*notes, *_deficits(best), *doubts, *accuracy, *why, *about_brightness([best]))
     return Reconstruction(
         kept[0].images, kept[0].labels, verdict, kept, best.layers, notes,
-        certified_psnr_db=kept[0].certified_psnr_db if verdict == "exact" else None,
+        certified_psnr_db=kept[0].certified_psnr_db if verdict == "exact" else None, gradient_scale=factor_of([best]),
     )  # fmt: skip
 
 
@@ -62,7 +64,10 @@ def _judge_batch(weighed: Weighed, notes: Sequence[str], pixels: PixelRange, dev
     """The verdict of every image, and the worst of them, or that of the batch where images are missing."""
     start, whole = weighed.start, weighed.joint
     size, found = start.batch_size, len(whole.images)
-    judged = [_verdict(one[0], one if one[0].consistent else (), pixels) for one in weighed.each]
+    best = [one[0] for one in weighed.each]
+    judged = [
+        with_brightness(one[0], *_verdict(one[0], one if one[0].consistent else (), pixels)) for one in weighed.each
+    ]
     verdicts = [verdict for verdict, _ in judged]
     if weighed.unconfirmed:
         verdicts = ["rank-deficient"] * found
@@ -80,12 +85,21 @@ def _judge_batch(weighed: Weighed, notes: Sequence[str], pixels: PixelRange, dev
         notes += _twins_chosen(weighed.each, verdicts)
     pairs = zip(verdicts, weighed.each, strict=True)
     per_image = tuple((verdict, tuple(_certified(c, verdict, pixels, device) for c in one)) for verdict, one in pairs)
+    notes += about_brightness(best)
     whole = _certified(whole, top, pixels, device)
     if top == "exact":
         notes.append(_accuracy(whole))
     psnr = whole.certified_psnr_db if top == "exact" else None
     return Reconstruction(
-        whole.images, whole.labels, top, (whole,), whole.layers, tuple(notes), per_image, certified_psnr_db=psnr
+        whole.images,
+        whole.labels,
+        top,
+        (whole,),
+        whole.layers,
+        tuple(notes),
+        per_image,
+        certified_psnr_db=psnr,
+        gradient_scale=factor_of(best),
     )
 
 

@@ -86,8 +86,10 @@ def hybrid(
     record = Record()
     chain = checked_chain(model, image_shape)
     problem = gradient_objective(chain, gradients, None, loss, 1, pixel_range, noise_std, dtype, device)
-    closed = reconstruct(chain, gradients, loss=loss, labels=labels, virtual_constraints=virtual_constraints,
-                         pixel_range=pixel_range, rcond=rcond, noise_std=noise_std, seed=seed)  # fmt: skip
+    closed = reconstruct(
+        chain, gradients, loss=loss, labels=labels, virtual_constraints=virtual_constraints, pixel_range=pixel_range,
+        rcond=rcond, noise_std=noise_std, seed=seed, gradient_scale=1.0,
+    )  # fmt: skip
     first = closed.candidates[0]
     record.note(0, first.gradient_residual**2, first.gradient_residual, first.images)
     noisy = problem.received.precision > MAX_ROUNDING

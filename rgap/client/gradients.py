@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rgap.arguments import check_count, check_labels, check_model, check_tensor
+from rgap.arguments import check_count, check_labels, check_model, check_number, check_tensor
 from rgap.forward import outputs_of, select_output
 from rgap.isolation import for_autograd, isolated
 from rgap.models import trained_names
@@ -20,7 +20,9 @@ LOSSES = ("logistic", "cross_entropy", "mse")
 LOSS_OUTPUTS = {"logistic": "(B, 1)", "cross_entropy": "(B, classes), classes ≥ 2", "mse": "(B, classes)"}
 
 
-def loss_value(loss: str, outputs: Tensor, labels: Tensor) -> Tensor:
+def loss_value(
+    loss: str, outputs: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, weights: Tensor | None = None
+) -> Tensor:
     """The mean loss of a batch.
 
     Args:
@@ -28,9 +30,12 @@ def loss_value(loss: str, outputs: Tensor, labels: Tensor) -> Tensor:
             "mse": squared error, mean over all elements, against the one-hot label, or y = ±1 for one output.
         outputs: (B, classes).
         labels: (B,), int64; 0 or 1 for one output, else the index of the class.
+        label_smoothing: ε of smoothed labels (1 − ε) onehot + ε / classes; "cross_entropy" only.
+        weights: Factor of each image's loss before the mean, (B,), as class weights are; None for 1.
 
     Raises:
-        ValueError: If the loss is unknown, or does not fit the outputs or the labels.
+        ValueError: If the loss is unknown, or does not fit the outputs or the labels, or labels are smoothed of another
+            loss than "cross_entropy".
     """
     check_loss(loss)
     outputs = check_tensor("outputs", outputs)
@@ -48,12 +53,27 @@ def loss_value(loss: str, outputs: Tensor, labels: Tensor) -> Tensor:
             f"labels of the {loss} loss are 0 {'or 1' if classes == 2 else f'to {classes - 1}'}, and "
             f"{sorted(set(labels.tolist()))} were given{hint}"
         )
-    if loss == "cross_entropy":
-        return F.cross_entropy(outputs, labels)
+    check_smoothing(loss, label_smoothing)
+    kept = {} if weights is None else {"reduction": "none"}
     y = (2 * labels - 1).to(outputs.dtype)[:, None]
-    if loss == "logistic":
-        return F.softplus(-y * outputs).mean()
-    return F.mse_loss(outputs, y if outputs.shape[1] == 1 else F.one_hot(labels, classes).to(outputs.dtype))
+    if loss == "cross_entropy":
+        values = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing, **kept)
+    elif loss == "logistic":
+        values = F.softplus(-y * outputs)
+    else:
+        target = y if outputs.shape[1] == 1 else F.one_hot(labels, classes).to(outputs.dtype)
+        values = F.mse_loss(outputs, target, **kept)
+    if weights is not None:
+        values = values.reshape(len(outputs), -1) * weights.to(outputs)[:, None]
+    return values.mean()
+
+
+def check_smoothing(loss: str, label_smoothing: float | None) -> None:
+    """Refuses a label smoothing outside [0, 1), or of another loss than cross-entropy."""
+    if label_smoothing is None or check_number("label_smoothing", label_smoothing, high=1) == 0:
+        return
+    if loss != "cross_entropy":
+        raise ValueError(f"label_smoothing is {label_smoothing}; only cross_entropy has it, and the loss is {loss}")
 
 
 def outputs_fit(loss: str, outputs: int) -> bool:
@@ -70,7 +90,13 @@ def check_loss(loss: str) -> None:
 
 
 def client_gradients(
-    model: nn.Module, images: Tensor, labels: Tensor, loss: str = "logistic", *, output: str | int | None = None
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    loss: str = "logistic",
+    *,
+    output: str | int | None = None,
+    label_smoothing: float = 0.0,
 ) -> list[Tensor]:
     """The gradient that a client shares: of the mean loss of its batch, by every parameter.
 
@@ -81,6 +107,7 @@ def client_gradients(
         loss: A name in `LOSSES`.
         output: Name or place of the output that the loss is taken on, where the network gives several; the first tensor
             by default.
+        label_smoothing: ε of smoothed labels, as in `loss_value`.
 
     Returns:
         One tensor for each parameter, in the order of `model.parameters()`; zeros for a parameter that is frozen
@@ -96,18 +123,27 @@ def client_gradients(
         raise ValueError("images are an empty batch; give at least one image, (B, C, H, W)")
     labels = check_labels(labels, len(images))
     model = select_output(model, output)
-    gradients = gradients_of(model, dict(model.named_parameters()), images, labels, loss)
+    options = {"label_smoothing": label_smoothing}
+    gradients = gradients_of(model, dict(model.named_parameters()), images, labels, loss, **options)
     trained = trained_names(model)
     return [g if name in trained else torch.zeros_like(g) for name, g in gradients.items()]
 
 
 @isolated(one_thread=False)
 def gradients_of(
-    model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor, loss: str
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    loss: str,
+    *,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Gradients of the mean loss, by parameter name, at given parameter values and in their dtype.
 
-    The model and its `.grad`s are left untouched; images (B, C, H, W), labels (B,) int64, `loss` as in `LOSSES`.
+    The model and its `.grad`s are left untouched; images (B, C, H, W), labels (B,) int64, `loss` as in `LOSSES`,
+    label smoothing and weights as in `loss_value`.
     """
     check_model(model)
     check_loss(loss)
@@ -123,7 +159,8 @@ def gradients_of(
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"images of shape {tuple(images.shape)} do not pass the network: {reason}") from error
-        value = loss_value(loss, outputs, labels.to(some.device))
+        options = {"label_smoothing": label_smoothing, "weights": weights}
+        value = loss_value(loss, outputs, labels.to(some.device), **options)
     return dict(zip(values, torch.autograd.grad(value, list(values.values()), materialize_grads=True), strict=True))
 
 

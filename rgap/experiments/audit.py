@@ -89,7 +89,9 @@ def audited_and_attacked(
         found = exposure(rank_analysis(model, tuple(image.shape[1:]), limit=0))
         missing = sum(step.deficit - step.supply for step in found.steps if step.status == "open")
         gradients = client.client_gradients(model, image, label, loss=loss)
-        result = reconstruct(model, gradients, tuple(image.shape[1:]), loss, effort="full", **options)
+        result = reconstruct(
+            model, gradients, tuple(image.shape[1:]), loss, effort="full", **{"gradient_scale": 1.0} | options
+        )
         psnr = psnr_db(result.images, image.double()).item()
         rows.append({"network": name, "outcome": found.outcome, "missing": missing, "verdict": result.verdict})
         rows[-1] |= {"psnr_db": psnr, "agrees": result.verdict in AGREEING_VERDICTS.get(found.outcome, ())}
@@ -115,7 +117,8 @@ def attacks_under_defence(
     rows, found = [], []
     for strength in strengths:
         shared = defended(gradients, defence, strength)
-        result = reconstruct(chain, shared, noise_std=noise_of(defence, strength), effort="full", **options)
+        known = {"noise_std": noise_of(defence, strength), "gradient_scale": factor_of(defence)}
+        result = reconstruct(chain, shared, effort="full", **known, **options)
         psnr = psnr_db(result.images, image.double()).item()
         rows.append({"strength": strength, "verdict": result.verdict, "psnr_db": psnr})
         found.append(result.images)
@@ -149,6 +152,11 @@ def strengths_of(defence: str) -> tuple[float | str, ...]:
     if defence not in DEFENCES:
         raise ValueError(f"defence is {defence!r}; it must be one of {', '.join(DEFENCES)}")
     return DEFENCES[defence][1]
+
+
+def factor_of(defence: str) -> float | None:
+    """The factor of a defended gradient, for `gradient_scale`: unknown after clipping."""
+    return None if defence == "clip_and_noise" else 1.0
 
 
 def noise_of(defence: str, strength: float | str) -> float | None:
@@ -311,7 +319,8 @@ class AttackPanel:
         def attack():
             shared = defended(self._gradients, self.defence.value, self.strength.value)
             noise_std = noise_of(self.defence.value, self.strength.value)
-            return reconstruct(self.chain, shared, loss=self.loss, noise_std=noise_std)
+            factor = None if self._image is None else factor_of(self.defence.value)
+            return reconstruct(self.chain, shared, loss=self.loss, noise_std=noise_std, gradient_scale=factor)
 
         self.result, seconds = timed(attack)
         self.found.value = _png(self.result.images[0])

@@ -80,7 +80,7 @@ def _attack_random_batch(generator: torch.Generator, *, beyond: bool) -> dict:
     given = max(1, batch + pick(-1, 1)) if trouble == "size" else batch
     network = network.to(getattr(torch, dtype))
     gradients = client_gradients(network, images.to(getattr(torch, dtype)), labels, loss)
-    result = reconstruct(network, gradients, SAMPLE_SHAPE, loss, batch_size=given)
+    result = reconstruct(network, gradients, SAMPLE_SHAPE, loss, batch_size=given, gradient_scale=1.0)
     quality = psnr_db(result.images, images[match(result.images, images)])
     wrong, why = int((certified(result) & (quality < MIN_CERTIFIED_PSNR_DB)).sum()), ""
     if wrong:

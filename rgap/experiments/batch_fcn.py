@@ -52,7 +52,9 @@ def combination(
     Returns:
         A `Reconstruction` with one image, a linear combination of the batch's; the verdict is usually "inconsistent".
     """
-    return reconstruct(model, gradients, image_shape, loss, batch_size=1, virtual_constraints=False, **options)
+    return reconstruct(
+        model, gradients, image_shape, loss, batch_size=1, virtual_constraints=False, **options, gradient_scale=1.0
+    )
 
 
 def width_table(
@@ -132,7 +134,7 @@ def _attack_random_batch(generator: torch.Generator) -> dict:
     given = max(2, batch + pick(-2, -1, 1, 3)) if trouble == "size" else batch
     case = f"{widths[0]}-{widths[1]} {'bias' if bias else 'no bias'} slope {slope:g} {dtype} B={batch} given={given}"
     case += f" {trouble}" if trouble in ("equal", "zeros") else ""
-    result = reconstruct(model, client_gradients(model, images, labels), shape, batch_size=given)
+    result = reconstruct(model, client_gradients(model, images, labels), shape, batch_size=given, gradient_scale=1.0)
     return {"case": case, "verdict": result.verdict, **_checked(result, images)}
 
 

@@ -105,7 +105,9 @@ def attack_each(
     """
     rows, results = [], []
     for step in client_steps(make_model, images, labels, seeds, dtypes, loss):
-        result, seconds = timed(reconstruct, step.chain, step.gradients, loss=loss, **{"effort": "full", **options})
+        result, seconds = timed(
+            reconstruct, step.chain, step.gradients, loss=loss, **{"gradient_scale": 1.0, "effort": "full", **options}
+        )
         found = result.images.to(torch.float64).reshape(step.image.shape)
         rows.append({"seed": step.seed, "dtype": step.dtype, "image": step.index, "verdict": result.verdict})
         rows[-1] |= {"label_found": bool(result.labels[0] == step.label[0])}
@@ -145,7 +147,9 @@ def attack_batches(
         chain = prepare(model, tuple(images.shape[1:]))
         drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:batch]
         gradients = client_gradients(model, images[drawn], labels[drawn], loss)
-        result, seconds = timed(reconstruct, chain, gradients, loss=loss, batch_size=batch, seed=seed)
+        result, seconds = timed(
+            reconstruct, chain, gradients, loss=loss, batch_size=batch, seed=seed, gradient_scale=1.0
+        )
         outcome = batch_outcome(result, images[drawn], labels[drawn])
         rows.append({"batch": batch, "seed": seed, "verdict": result.verdict, **outcome, "seconds": seconds})
         results.append(result)

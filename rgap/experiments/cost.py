@@ -101,7 +101,7 @@ def _measured(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, tuple[
     return {
         "forward and backward": (_fastest(lambda: client_gradients(model, image, label), 5), np.nan),
         "R-GAP, first attack": (first, quality),
-        "R-GAP, prepared": (_fastest(lambda: reconstruct(chain, gradients), 3), quality),
+        "R-GAP, prepared": (_fastest(lambda: reconstruct(chain, gradients, gradient_scale=1.0), 3), quality),
         "one step of DLG": (
             dlg(model, gradients, shape, labels=label, steps=8).history["seconds"].diff().min(),
             np.nan,

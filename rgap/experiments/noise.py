@@ -103,7 +103,8 @@ def defended_attacks(
     for step in client_steps(make_model, images, labels, seeds, [dtype], title="defences"):
         for defence, strength in cases_of(strengths):
             gradients = defend(step.gradients, defence, strength, seed=step.index)
-            result = reconstruct(step.chain, gradients, **options)
+            factor = None if defence == "dp-sgd" else 1.0  # clipping scales the gradient
+            result = reconstruct(step.chain, gradients, **options, gradient_scale=factor)
             plain = plain_attack(step.chain, gradients, int(step.label))
             image = reference(step.chain, defence, step.image, result)
             row = {"defence": defence, "strength": strength, "seed": step.seed, "image": step.index}
@@ -233,8 +234,8 @@ def _stages(chain: Chain, gradients: Sequence[Tensor], label: Tensor, steps: int
     """The image of each stage, from network and gradient alone."""
     images = [
         plain_attack(chain, gradients, int(label)),
-        reconstruct(chain, gradients, noise_std=0.0).images,  # declared: no noise beyond what single values show
-        reconstruct(chain, gradients).images,
+        reconstruct(chain, gradients, noise_std=0.0, gradient_scale=1.0).images,  # none beyond what values show
+        reconstruct(chain, gradients, gradient_scale=1.0).images,
         hybrid(chain, gradients, steps=steps, dtype=torch.float32).images,
         inverting_gradients(chain, gradients, labels=label, steps=steps).images,
     ]
@@ -260,7 +261,8 @@ def sample_noisy_attacks(count: int = 500, seed: int = 0) -> pd.DataFrame:
         row = {"case": f"{number}: {defence} {strength}", "verdict": "", "psnr_db": math.nan, "ok": False, "why": ""}
         try:
             gradients = defend(client_gradients(model, image, label), defence, strength, seed=number)
-            result = reconstruct(model, gradients, tuple(image.shape[1:]))
+            factor = None if defence == "dp-sgd" else 1.0
+            result = reconstruct(model, gradients, tuple(image.shape[1:]), gradient_scale=factor)
             image = reference(prepare(model, tuple(image.shape[1:])), defence, image, result)
             row |= {k: v for k, v in outcome(result, image).items() if k != "ssim"}
             row["why"] = _complaint(result, row)

@@ -93,7 +93,7 @@ def _attack_chain(number: int, max_unknowns: int) -> dict:
     row = {"case": f"chain {number}", "kinds": ", ".join(kinds), "unknowns": max(x.unknowns for x in chain.layers)}
     gradients = client_gradients(network, image, label, loss)
     try:
-        result = reconstruct(chain, gradients, loss=loss, effort="full")
+        result = reconstruct(chain, gradients, loss=loss, effort="full", gradient_scale=1.0)
     except GradientMismatchError as error:
         nothing = not gradients[-1].any() or not any(g.any() for g in gradients[-2:])
         return row | {"verdict": "no gradient", "psnr_db": float("nan"), "ok": nothing, "why": str(error)}

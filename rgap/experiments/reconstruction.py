@@ -78,7 +78,7 @@ def trained_attacks(
         chain = prepare(client, tuple(victims.shape[1:]))
         for i, (victim, label) in enumerate(zip(victims.split(1), victim_labels.split(1), strict=True)):
             gradients = client_gradients(client, victim, label, loss)
-            result = reconstruct(chain, gradients, loss=loss, effort="full")
+            result = reconstruct(chain, gradients, loss=loss, effort="full", gradient_scale=1.0)
             quality = [psnr_db(c.images, victim.to(c.images)).item() for c in result.candidates]
             rows.append({"epoch": epoch, "loss": mean_loss, "image": i})
             rows[-1] |= {"gradient_norm": sum(g.double().square().sum().item() for g in gradients) ** 0.5}

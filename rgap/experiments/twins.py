@@ -122,7 +122,7 @@ def twin_pairs(
         truth = true_margins(model, images, labels) if i == 0 else truth
         if truth["mu"][i] <= 0:
             continue
-        result = reconstruct(step.chain, step.gradients)
+        result = reconstruct(step.chain, step.gradients, gradient_scale=1.0)
         theirs = [client_gradients(model, c.images, c.labels) for c in result.candidates]
         errors = [((c.images - image).norm() / image.norm()).item() for c in result.candidates]
         values = [step.seed, i, *truth.loc[i], len(result.candidates), min(errors), _difference(theirs, step.gradients)]

@@ -280,7 +280,7 @@ def _attack_random_transformer(generator: torch.Generator, number: int) -> dict:
         gradients = client.prune(gradients, pick(0.001, 0.01, 0.1, 0.5))
     elif trouble == "float16":
         gradients = client.quantise(gradients, pick("float16", "bfloat16"))
-    result = reconstruct(model, gradients, (3, size, size), loss)
+    result = reconstruct(model, gradients, (3, size, size), loss, gradient_scale=1.0)
     quality = psnr_db(result.images, images[:1]).item()
     false = result.verdict == "exact" and (quality < MIN_CERTIFIED_PSNR_DB or trouble == "two images")
     case = f"{tokens} tokens, width {width}, depth {depth}, {classes} classes, {loss}, {dtype}"

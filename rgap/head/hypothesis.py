@@ -12,6 +12,9 @@ from torch import Tensor
 from rgap.network.layer import Chain, Layer
 from rgap.results import GradientMismatchError, LayerReport
 
+MAX_WHITE_RATIO = 1.3
+"""Largest singular value of noise in units of that of white noise."""
+
 WRONG_LABEL_RESIDUAL = 0.3
 """Relative residual above which a given label is refused, if another one fits ten times better."""
 
@@ -26,6 +29,18 @@ class HeadGradient:
     precision: float  # relative error of the gradients' entries
     tolerance: float  # residual up to which the head's equations count as satisfied
     known: int | None  # the label if it was given
+    std: Tensor | None = None  # standard deviation of G's entries, (C, n); None for their relative precision
+    bias_std: Tensor | None = None  # of the bias's gradient, (C,)
+
+    @property
+    def has_bias_gradient(self) -> bool:
+        """Whether the bias's gradient gives δz."""
+        return self.bias is not None
+
+    @property
+    def bias_stds(self) -> Tensor:
+        """Standard deviation of the bias's gradient, (C,)."""
+        return self.precision * self.bias.abs() if self.bias_std is None else self.bias_std
 
     @property
     def W(self) -> Tensor:
@@ -47,6 +62,10 @@ class Hypothesis:
     x: Tensor  # input of the last layer, (n,)
     residual: float = 0.0  # of the head's equations, ‖∂ℓ/∂z(z) − δz‖ / ‖δz‖ with z = W x + b
     rounding: float = 0.0  # relative error of δz from the client's own arithmetic, beyond the gradient's precision
+    gradient_scale: float = 1.0  # κ of the shared gradient κ ∇ℓ, which δz includes
+    label_smoothing: float = 0.0  # ε of the client's labels
+    length_error: float = 0.0  # relative standard deviation of x's length; infinite where nothing determines it
+    misfit: float = 0.0  # of the head's equations, in standard deviations
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,9 @@ class Twin(NamedTuple):
     label: int
     factor: float = 1.0  # scale of the image relative to that of the `Start`
     residual: float | None = None  # of the image's own head equations, relative; None where they were not computed
+    length_error: float = (
+        0.0  # relative standard deviation of the length of its x; infinite where nothing determines it
+    )
 
 
 @dataclass(frozen=True)
@@ -79,19 +101,39 @@ class Start:
     batch_size: int = 1  # images in the batch, at least B: some of a fully connected batch may not have been found
     ranks: tuple[int, int] = (1, 1)  # of a batch's gradients of `layer` and the next one: limits on the images found
     rounding: float = 0.0  # relative error of δz from the client's own arithmetic, where it exceeds the precision
+    gradient_scale: tuple[float, ...] = (1.0,)  # of each image: κ of the shared gradient κ ∇ℓ; one number for all
+    label_smoothing: float = 0.0  # ε of the client's labels
+    length_errors: tuple[float, ...] = (0.0,)  # relative standard deviation of each x's length, or one for all
+    misfit: float = 0.0  # of the head's equations, in standard deviations
+
+    def scales(self, b: int) -> tuple[float, float]:
+        """The factor of image b's gradient, and the relative error of its brightness."""
+        return self.gradient_scale[b % len(self.gradient_scale)], self.length_errors[b % len(self.length_errors)]
+
+    @property
+    def client_loss(self) -> dict[str, Tensor | float | None]:
+        """The client's loss as `rgap.client.loss_value` takes it."""
+        by_book = all(factor == 1 for factor in self.gradient_scale)
+        weights = None if by_book else self.dx.new_tensor(self.gradient_scale)
+        return {"label_smoothing": self.label_smoothing, "weights": weights}
 
 
 def starts_of(chain: Chain, hypotheses: Sequence[Hypothesis]) -> list[Start]:
     """The hypotheses on a single image as starts at the last layer, twins as one start."""
     head, groups, starts = chain.layers[-1], {}, []
     for number, one in enumerate(hypotheses):
-        groups.setdefault(one.scale > 0 if chain.homogeneous else number, []).append(one)
+        twins = (one.scale > 0, one.gradient_scale, one.label_smoothing)
+        groups.setdefault(twins if chain.homogeneous else number, []).append(one)
     for first, *others in groups.values():
         n, dx = len(first.x), head.adjoint(first.dz[None, :, None, None]).flatten(1)
         report = LayerReport(head.name, n, None, n, n, 0, condition=1.0, seconds=0.0)
-        twins = tuple(Twin(one.label, one.scale / first.scale) for one in (first, *others))
+        twins = tuple(Twin(h.label, h.scale / first.scale, None, h.length_error) for h in (first, *others))
         place, label = len(chain.layers) - 1, torch.tensor([first.label])
-        starts.append(Start(place, label, first.x[None], dx, (twins,), (report,), rounding=first.rounding))
+        starts.append(Start(
+            place, label, first.x[None], dx, (twins,), (report,), rounding=first.rounding,
+            gradient_scale=(first.gradient_scale,), label_smoothing=first.label_smoothing,
+            length_errors=(first.length_error,), misfit=first.misfit,
+        ))  # fmt: skip
     return starts
 
 
@@ -102,6 +144,7 @@ class RankOne:
     u: Tensor  # (C,)
     v: Tensor  # (n,)
     noise: float  # standard deviation of u's entries, estimated from G − u vᵀ
+    white: bool = True  # whether G − u vᵀ looks like noise
 
 
 def rank_one(G: Tensor) -> RankOne:
@@ -117,9 +160,25 @@ def rank_one(G: Tensor) -> RankOne:
         u = rows @ v / (v @ v)
         v = u @ rows / (u @ u)
     size = u.abs().sum() / 2
-    rest = (rows - u[:, None] * v).norm()
-    noise = rest / G.numel() ** 0.5 / (v.norm() * size)
-    return RankOne(u / size, v * size * unit, noise.item())
+    rest = rows - u[:, None] * v
+    noise = rest.norm() / G.numel() ** 0.5 / (v.norm() * size)
+    return RankOne(u / size, v * size * unit, noise.item(), _is_white(rest))
+
+
+def _is_white(rest: Tensor) -> bool:
+    """Whether what rank one leaves looks like white noise, by its largest singular value; a second image does not."""
+    v = rest[rest.square().sum(1).argmax()]
+    for _ in range(3):
+        v = (rest @ (v / v.norm().clamp(min=torch.finfo(v.dtype).tiny))) @ rest
+    largest, (C, n) = v.norm().sqrt(), rest.shape
+    return bool(largest <= MAX_WHITE_RATIO * rest.norm() * (C**-0.5 + n**-0.5))
+
+
+def entry_stds(head: HeadGradient, factors: RankOne) -> Tensor:
+    """Standard deviation of G's entries, (C, n): by their format and declared noise, or by what rank one leaves."""
+    known = head.precision * head.G.abs() if head.std is None else head.std
+    left = factors.noise * factors.v.norm().item() if factors.white and len(head.G) > 2 else 0.0
+    return known.clamp(min=left)
 
 
 def least_squares_input(G: Tensor, dz: Tensor) -> Tensor:

@@ -6,6 +6,11 @@ that the length of x also follows from G.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
+from rgap.head.factor import with_factor
+from rgap.head.fits import MAX_MISFIT
 from rgap.head.hypothesis import HeadGradient, HeadReading
 from rgap.head.logistic import read_logistic
 from rgap.head.softmax import read_softmax
@@ -18,7 +23,15 @@ READERS = {"logistic": read_logistic, "cross_entropy": read_softmax, "mse": read
 """Loss -> reader of its head."""
 
 
-def read_head(loss: str, layer: Layer, received: SharedGradient, known: int | None = None) -> HeadReading:
+def read_head(
+    loss: str,
+    layer: Layer,
+    received: SharedGradient,
+    known: int | None = None,
+    *,
+    gradient_scale: float | None = 1.0,
+    label_smoothing: float | None = 0.0,
+) -> HeadReading:
     """Every (label, scale) with which the loss explains the last layer's gradient.
 
     Gradients that no single sample has (of a batch, altered, noisy) get the nearest possible hypothesis and a note.
@@ -28,6 +41,8 @@ def read_head(loss: str, layer: Layer, received: SharedGradient, known: int | No
         layer: The last layer.
         received: The gradients and their precision; the weight's is not zero.
         known: The label where it was given, within range; only its hypotheses are returned.
+        gradient_scale: Factor κ of the shared gradient κ ∇ℓ; None to estimate it.
+        label_smoothing: ε of the client's labels; None to estimate it, where the equations ask for it.
 
     Returns:
         The `HeadReading`.
@@ -44,4 +59,16 @@ def read_head(loss: str, layer: Layer, received: SharedGradient, known: int | No
             f"the gradient of the last layer's bias {layer.bias_name!r} is zero or not shared; beside a bias the "
             f"{loss} loss needs it for the label and the scale"
         )
-    return READERS[loss](HeadGradient(layer, G, bias, received.precision, received.tolerance, known))
+    factor, stds = gradient_scale or 1.0, received.entry_std
+    std = stds[layer.weight_name].flatten(1) / factor
+    bias, bias_std = (None, None) if bias is None else (bias / factor, stds[layer.bias_name] / factor)
+    head = HeadGradient(layer, G / factor, bias, received.precision, received.tolerance, known, std, bias_std)
+    asserted = {"given": gradient_scale is not None, "smoothing": label_smoothing}
+    try:
+        found = with_factor(loss, head, READERS[loss](head), **asserted)
+    except GradientMismatchError:
+        found = with_factor(loss, head, READERS[loss](replace(head, known=None)), **asserted)
+        if min((h.misfit for h in found.hypotheses), default=math.inf) > MAX_MISFIT or asserted["given"]:
+            raise
+    hypotheses = (replace(h, dz=factor * h.dz, gradient_scale=factor * h.gradient_scale) for h in found.hypotheses)
+    return replace(found, hypotheses=tuple(hypotheses))

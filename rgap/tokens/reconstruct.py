@@ -55,6 +55,8 @@ def reconstruct_tokens(
     rcond: float | None = None,
     noise_std: float | None = None,
     device: torch.device | str | None = None,
+    gradient_scale: float | None = None,
+    label_smoothing: float | None = None,
 ) -> Reconstruction:
     """Computes an image back from the gradient of a transformer with learned position embeddings (ours).
 
@@ -74,6 +76,9 @@ def reconstruct_tokens(
         rcond: Singular values below rcond times the largest count as zero; by default matched to the precision.
         noise_std: Standard deviation of noise known to be on every gradient entry.
         device: Where the returned images and labels live, by default the CPU.
+        gradient_scale: Factor κ of the shared gradient κ ∇ℓ, which does not change the image; None to estimate it from
+            the image's own gradient.
+        label_smoothing: ε of a client that smooths its labels; None for 0.
 
     Returns:
         A `Reconstruction`. Where noise or a deficit keeps the image from being certified, its candidates are the
@@ -97,7 +102,7 @@ def reconstruct_tokens(
     system = patch_system(embedding, shared.gradients, shared.entry_std)
     solution = solve_patches(system, shared.precision, rcond)
     report = _report(embedding, solution, time.perf_counter() - started)
-    replay = Replay(embedding.model, received, loss)
+    replay = Replay(embedding.model, received, loss, label_smoothing or 0.0, gradient_scale)
     label, about_label = replay.find_label(embedding.image(solution.patches), labels)
     notes = [*received.notes, *_about(embedding, solution, shared.gradients), *about_label]
     patches = {"": (solution.patches, report.predicted_error)}
@@ -125,14 +130,15 @@ def reconstruct_tokens(
     )
     verdict, why = _verdict(candidates, report, certified, isinstance(gradients, UpdateGradients))
     best = candidates[0]
-    if verdict == "inconsistent" and len(candidates) == 1:
-        scale, residual = replay.scaled_residual(best.images.cpu(), best.labels.cpu())
-        if residual <= received.tolerance:
-            why.append(
-                f"the shared gradient is {scale:.4g} times the image's own, missed by {residual:.2g}: the loss was "
-                "scaled, or the gradient clipped, which leaves the image as it is; divide by it for a verdict"
-            )
-    return Reconstruction(best.images, best.labels, verdict, candidates, best.layers, (*notes, *why))
+    if best.gradient_scale != 1 and gradient_scale is None and verdict == "exact":
+        why.append(
+            f"the shared gradient is {best.gradient_scale:.4g} times the image's own, over all parameters: the loss "
+            "was scaled, or the gradient clipped, which leaves the image as it is"
+        )
+    scale = best.gradient_scale if best.consistent else gradient_scale
+    return Reconstruction(
+        best.images, best.labels, verdict, candidates, best.layers, (*notes, *why), gradient_scale=scale
+    )
 
 
 def _used(embedding: PatchEmbedding) -> list[str]:
@@ -210,7 +216,9 @@ def _close(
     more = {n: g for n, g in replay.shared.items() if g.norm() >= (1 - MIN_RELATIVE_RMS) * replay.sizes[n]}
 
     def gradients(P: Tensor) -> dict[str, Tensor]:
-        return replay.gradients(embedding.image(P), label)
+        mine = replay.gradients(embedding.image(P), label)
+        scale = replay.gradient_scale or replay.scale(mine)
+        return {name: scale * g for name, g in mine.items()}
 
     closed = close_by_gradient(gradients, more, solution.patches, solution.null)
     if closed is None:
@@ -243,12 +251,12 @@ def _candidate(
 ) -> Candidate:
     """Weighs an image by the gradient that it has."""
     inside = pixels.contains(image, _slack(pixels, report.predicted_error))
-    residual = replay.residual(image, label)
+    scale, residual = replay.match(image, label)
     open_layers = (report.name,) if report.deficit and not report.virtual_constraints else ()
     image, label = image.to(device or "cpu"), label.to(device or "cpu")
     return Candidate(
         image, label, residual, inside, {report.name: image}, (report,), open_layers,
-        residual_allowed=replay.received.tolerance, predicted_error=report.predicted_error,
+        residual_allowed=replay.received.tolerance, predicted_error=report.predicted_error, gradient_scale=scale,
     )  # fmt: skip
 
 

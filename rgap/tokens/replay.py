@@ -40,6 +40,8 @@ class Replay:
     model: nn.Module
     received: SharedGradient
     loss: str
+    label_smoothing: float = 0.0
+    gradient_scale: float | None = None
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
@@ -64,23 +66,34 @@ class Replay:
     def gradients(self, image: Tensor, label: Tensor) -> dict[str, Tensor]:
         """The gradient that an image has."""
         with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
-            mine = gradients_of(self.model, self.parameters, image, label, self.loss)
+            mine = gradients_of(
+                self.model, self.parameters, image, label, self.loss, label_smoothing=self.label_smoothing
+            )
         return {name: g.cpu() for name, g in mine.items()}
 
     def residual(self, image: Tensor, label: Tensor) -> float:
-        """Largest over the tensors of ‖g′ − g‖ / ‖g‖."""
-        return self._residual(self.gradients(image, label))
+        """Largest over the tensors of ‖κ g′ − g‖ / ‖g‖, with the factor of `match`."""
+        return self.match(image, label)[1]
 
-    def _residual(self, mine: dict[str, Tensor], scale: float = 1.0) -> float:
+    def match(self, image: Tensor, label: Tensor) -> tuple[float, float]:
+        """The factor between an image's own gradient and the shared one, and the residual with it.
+
+        As given; or 1 where the residual is then within the tolerance, and that of least squares elsewhere.
+        """
+        mine = self.gradients(image, label)
+        scale = self.gradient_scale or 1.0
+        residual = self._residual(mine, scale)
+        if self.gradient_scale is None and residual > self.received.tolerance:
+            found = self.scale(mine)
+            if found > 0 and (scaled := self._residual(mine, found)) < residual:
+                scale, residual = found, scaled
+        return scale, residual
+
+    def _residual(self, mine: dict[str, Tensor], scale: float) -> float:
         return max((scale * mine[n] - g).norm().item() / self.sizes[n] for n, g in self.shared.items())
 
-    def scaled_residual(self, image: Tensor, label: Tensor) -> tuple[float, float]:
-        """The factor by which an image's own gradient comes nearest to the shared one, and the residual with it."""
-        mine = self.gradients(image, label)
-        scale = self._scale(mine)
-        return scale, self._residual(mine, scale)
-
-    def _scale(self, mine: dict[str, Tensor]) -> float:
+    def scale(self, mine: dict[str, Tensor]) -> float:
+        """The factor by which a gradient comes nearest to the shared one, over all parameters."""
         product = sum((mine[n] * g).sum().item() for n, g in self.shared.items())
         square = sum(mine[n].square().sum().item() for n in self.shared)
         return product / square if square else 0.0
@@ -95,7 +108,7 @@ class Replay:
             stds: Parameter name -> standard deviation of the shared gradient's entries.
         """
         mine, other = self.gradients(image, label), self.gradients(perturbed, label)
-        scale, ratios = self._scale(mine), [1.0]
+        scale, ratios = self.scale(mine), [1.0]
         for name, std in stds.items():
             expected = std.square().sum() + (scale * (other[name] - mine[name])).square().sum()
             miss = (scale * mine[name] - self.received.gradients[name]).square().sum()
@@ -132,8 +145,9 @@ class Replay:
             return values.long(), []
         every = torch.arange(classes)
         logits = z.expand(classes, -1).clone().requires_grad_()
+        smoothed = {"label_smoothing": self.label_smoothing}
         with torch.enable_grad():
-            dz = torch.autograd.grad(classes * loss_value(self.loss, logits, every), logits)[0]
+            dz = torch.autograd.grad(classes * loss_value(self.loss, logits, every, **smoothed), logits)[0]
         misfits = self._head_misfits(dz)
         likely = every[misfits <= LABEL_MISFIT_RATIO * misfits.min() + 1e-9]
         if len(likely) == 1:

@@ -11,7 +11,7 @@ from rgap.attack.candidates import weigh
 from rgap.attack.descent import descend, start_probe
 from rgap.attack.problem import Attack
 from rgap.head import read_head
-from rgap.head.hypothesis import starts_of
+from rgap.head.hypothesis import Start, starts_of
 from rgap.results import PixelRange
 from rgap.shared_gradient import receive
 
@@ -74,7 +74,9 @@ def test_the_gradient_that_is_tried_out_has_the_errors_of_the_shared_one(dtype, 
     chain = rgap.prepare(model, CNN_SHAPE)
     std = noise * max(g.abs().max().item() for g in gradients)
     received = receive(chain, gradients, noise_std=std or None)
-    tried = batches._as_shared(Attack(chain, received, "cross_entropy"), images, labels)
+    tried = batches._as_shared(
+        Attack(chain, received, "cross_entropy"), images, Start(0, labels, images, images, (), ())
+    )
     for name, g in tried.items():
         miss = ((g - received.gradients[name]).norm() / g.norm()).item()
         assert miss < max(1e-12 if dtype == torch.float64 else 1e-5, 1e3 * noise)
@@ -92,7 +94,7 @@ def recovered():
     gradients = [g.float() for g in rgap.client_gradients(model, randn(1, 3, 8, 8).abs(), LABEL)]
     received = receive(chain, gradients)
     (start,) = starts_of(chain, read_head("logistic", chain.layers[-1], received, 1).hypotheses[:1])
-    probe = start_probe(chain, received, start, "logistic")
+    probe = start_probe(chain, received, start)
     attack = Attack(chain, received, "logistic", pixels=PixelRange(-9.0, 9.0))
     return attack, descend(chain, received, start, probe=probe)
 

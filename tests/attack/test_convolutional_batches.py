@@ -34,7 +34,7 @@ def test_every_image_of_a_batch_comes_back_with_its_label(count, dtype, least, b
 def test_one_logit_has_twins_only_where_nothing_fixes_the_scale(bias):
     model = batch_cnn(head=(160, 80, 1), bias=bias)
     images, labels, gradients = shared_batch(model, 3, 2, "logistic")
-    result = rgap.reconstruct(model, gradients, CNN_SHAPE, batch_size=3)
+    result = rgap.reconstruct(model, gradients, CNN_SHAPE, batch_size=3, gradient_scale=1.0)
     assert result.verdict in ("exact", "ambiguous") and len(result.images) == 3
     assert any(len(candidates) > 1 for _, candidates in result.per_image) != bias
     for image, label in zip(images, labels, strict=True):
@@ -46,7 +46,9 @@ def test_one_logit_has_twins_only_where_nothing_fixes_the_scale(bias):
 def test_twins_give_the_same_gradient():
     model = batch_cnn(head=(60, 24, 1))
     *_, gradients = shared_batch(model, 3, 2, "logistic")
-    result = rgap.reconstruct(model, gradients, CNN_SHAPE, batch_size=3, pixel_range=(-math.inf, math.inf))
+    result = rgap.reconstruct(
+        model, gradients, CNN_SHAPE, batch_size=3, pixel_range=(-math.inf, math.inf), gradient_scale=1.0
+    )
     assert result.verdict == "ambiguous"
     other = torch.cat([candidates[-1].images for _, candidates in result.per_image])
     assert (other - result.images).abs().max() > 0.01
@@ -62,7 +64,7 @@ def test_convolutions_with_biases_choose_between_scales_of_a_head_without():
         model[place] = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
     model = model.double()
     images, labels, gradients = shared_batch(model, 3, 2, "logistic")
-    result = rgap.reconstruct(model, gradients, CNN_SHAPE, batch_size=3)
+    result = rgap.reconstruct(model, gradients, CNN_SHAPE, batch_size=3, gradient_scale=1.0)
     assert result.verdict == "exact" and quality(result, images, labels) > 120
     assert any("the last convolution decided between" in note for note in result.notes)
 
@@ -93,12 +95,12 @@ def test_virtual_constraints_close_a_layer_or_it_is_named():
     assert limit.batch_size >= count
     images, labels, gradients = shared_batch(model, count, 9)
     options = {"loss": "cross_entropy", "batch_size": count}
-    plain = rgap.reconstruct(model, gradients, CNN_SHAPE, virtual_constraints=False, **options)
+    plain = rgap.reconstruct(model, gradients, CNN_SHAPE, virtual_constraints=False, **options, gradient_scale=1.0)
     assert (
         plain.verdict == "rank-deficient" and plain.candidates[0].open_layers == ("2",) and len(plain.images) == count
     )
     assert any("what they leave open was not determined" in note for note in plain.notes)
-    closed = rgap.reconstruct(model, gradients, CNN_SHAPE, **options)
+    closed = rgap.reconstruct(model, gradients, CNN_SHAPE, **options, gradient_scale=1.0)
     report = next(report for report in closed.layers if report.name == "2")
     assert report.deficit > 0 and report.virtual_constraints > report.deficit
     assert closed.verdict == "exact" and quality(closed, images, labels) > 120
@@ -154,9 +156,12 @@ def test_labels_are_compared_in_any_order():
     model = batch_cnn()
     _, labels, gradients = shared_batch(model)
     options = {"loss": "cross_entropy", "batch_size": 3}
-    assert rgap.reconstruct(model, gradients, CNN_SHAPE, labels=labels.flip(0), **options).verdict == "exact"
+    assert (
+        rgap.reconstruct(model, gradients, CNN_SHAPE, labels=labels.flip(0), **options, gradient_scale=1.0).verdict
+        == "exact"
+    )
     with pytest.raises(rgap.GradientMismatchError, match=r"labels \[1, 1, 2\] were given; .* that of \[0, 1, 2\]"):
-        rgap.reconstruct(model, gradients, CNN_SHAPE, labels=[1, 1, 2], **options)
+        rgap.reconstruct(model, gradients, CNN_SHAPE, labels=[1, 1, 2], **options, gradient_scale=1.0)
 
 
 def test_layers_without_weights_pass_each_image_on_or_say_what_they_lose():

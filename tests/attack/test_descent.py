@@ -76,7 +76,7 @@ def test_grouped_convolutions_are_walked_group_by_group():
 def test_a_random_chain_gives_its_image_back_or_says_that_it_does_not(case):
     network, shape, image, label = case
     gradients = rgap.client_gradients(network, image, label)
-    result = rgap.reconstruct(network, gradients, shape, virtual_constraints=False)
+    result = rgap.reconstruct(network, gradients, shape, virtual_constraints=False, gradient_scale=1.0)
     assert result.verdict != "inconsistent"
     if result.verdict == "exact":
         assert rgap.metrics.psnr_db(result.images, image).item() >= 60
@@ -88,7 +88,7 @@ def follow(*modules, seed=0, scale=None, image=IMAGE, **options):
     size = nn.Sequential(*modules).double().eval()(image).numel()
     network = sequential(*modules, nn.Flatten(), nn.Linear(size, 1), seed=seed, scale=scale).eval()
     gradients = rgap.client_gradients(network, image, torch.tensor([1]))
-    result = rgap.reconstruct(network, gradients, image.shape[1:], **options)
+    result = rgap.reconstruct(network, gradients, image.shape[1:], **options, gradient_scale=1.0)
     return result, rgap.metrics.psnr_db(result.images, image).item()
 
 
@@ -122,7 +122,7 @@ def test_virtual_constraints_reach_through_batch_normalisation_and_slopes_of_cha
     network = sequential(*convolutions, nn.Conv2d(6, 16, 3, 1, 1), nn.Tanh(), nn.Flatten(), nn.Linear(256, 1)).eval()
     slopes.weight.data, norm.weight.data = 0.1 + rand(12), 0.5 + rand(12, seed=1)
     gradients = rgap.client_gradients(network, image, torch.tensor([0]))
-    result = rgap.reconstruct(network, gradients, (3, 12, 12))
+    result = rgap.reconstruct(network, gradients, (3, 12, 12), gradient_scale=1.0)
     reports = {report.name: report for report in result.layers}
     assert reports["3"].deficit == 60 and reports["3"].virtual_constraints >= 60
     assert result.verdict == "exact" and rgap.metrics.psnr_db(result.images, image).item() > 100

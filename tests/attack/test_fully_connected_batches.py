@@ -39,7 +39,9 @@ def check_exact(result, images, labels, atol):
 def test_fcn3_gives_every_face_of_a_batch_back():
     images, labels = rgap.data.load_images("embedded", count=10, image_shape=(1, 28, 28))
     chain = rgap.prepare(rgap.models.fcn3(), (1, 28, 28))
-    result = rgap.reconstruct(chain, rgap.client_gradients(chain.model, images, labels), batch_size=10)
+    result = rgap.reconstruct(
+        chain, rgap.client_gradients(chain.model, images, labels), batch_size=10, gradient_scale=1.0
+    )
     check_exact(result, images.double(), labels, 1e-4)
     assert result.candidates[0].gradient_residual < 1e-5 and len(result.candidates) == 1
     assert any("10 of 10 images found, in" in note for note in result.notes)
@@ -71,7 +73,9 @@ def test_relu(bias):
 
 def test_each_image_has_its_twin_and_the_layers_their_ranks():
     network, (images, labels) = fcn(), batch(4)
-    result = rgap.reconstruct(network, gradients(network, images, labels), SHAPE, batch_size=4, device="cpu")
+    result = rgap.reconstruct(
+        network, gradients(network, images, labels), SHAPE, batch_size=4, device="cpu", gradient_scale=1.0
+    )
     for (verdict, candidates), image in zip(result.per_image, result.images, strict=True):
         assert verdict == "exact" and candidates[0].images[0].equal(image)
         assert candidates[0].images.shape == (1, *SHAPE) and candidates[0].gradient_residual < 1e-5
@@ -84,11 +88,11 @@ def test_each_image_has_its_twin_and_the_layers_their_ranks():
 def test_two_scales_inside_the_range_are_ambiguous():
     network, (images, labels) = fcn(), batch(3)
     shared = gradients(network, images, labels)
-    wide = rgap.reconstruct(network, shared, SHAPE, batch_size=3, pixel_range=(-1e9, 1e9))
+    wide = rgap.reconstruct(network, shared, SHAPE, batch_size=3, pixel_range=(-1e9, 1e9), gradient_scale=1.0)
     twins = [verdict == "ambiguous" for verdict, candidates in wide.per_image if len(candidates) == 2]
     assert twins and all(twins) and wide.verdict == "ambiguous"
     assert any("between which the pixel range does not choose" in note for note in wide.notes)
-    narrow = rgap.reconstruct(network, shared, SHAPE, batch_size=3)
+    narrow = rgap.reconstruct(network, shared, SHAPE, batch_size=3, gradient_scale=1.0)
     assert any("the pixel range chose between two scales" in note for note in narrow.notes)
 
 
@@ -96,7 +100,9 @@ def test_the_batch_size_is_found():
     network = fcn()
     for count in (1, 2, 9):
         images, labels = batch(count)
-        result = rgap.reconstruct(network, gradients(network, images, labels), SHAPE, batch_size=None)
+        result = rgap.reconstruct(
+            network, gradients(network, images, labels), SHAPE, batch_size=None, gradient_scale=1.0
+        )
         check_exact(result, images, labels, 1e-3) if count > 1 else assert_close(
             result.images, images, rtol=0, atol=1e-4
         )
@@ -107,13 +113,13 @@ def test_the_batch_size_is_found():
 def test_a_wrong_batch_size_is_said(bias):
     network, (images, labels) = fcn(bias=bias), batch(5)
     shared = gradients(network, images, labels)
-    small = rgap.reconstruct(network, shared, SHAPE, batch_size=3)
+    small = rgap.reconstruct(network, shared, SHAPE, batch_size=3, gradient_scale=1.0)
     check_exact(small, images, labels, 1e-3)
     assert "batch_size=3 is too small, at least 5 images have this gradient" in small.notes[0]
-    unknown = rgap.reconstruct(network, shared, SHAPE, batch_size=None)
+    unknown = rgap.reconstruct(network, shared, SHAPE, batch_size=None, gradient_scale=1.0)
     for result in (small, unknown):
         assert any("make a batch look smaller than it is" in note for note in result.notes) != bias
-    large = rgap.reconstruct(network, shared, SHAPE, batch_size=7)
+    large = rgap.reconstruct(network, shared, SHAPE, batch_size=7, gradient_scale=1.0)
     assert large.verdict == "rank-deficient" and len(large.images) == 5
     assert "2 fewer than the batch has images" in large.notes[0]
     assert all(verdict != "exact" for verdict, _ in large.per_image)
@@ -157,27 +163,30 @@ def test_noise_is_not_taken_for_images():
     network, (images, labels) = fcn(), batch(3)
     noisy = [g + 0.3 * g.std() * torch.randn(g.shape, generator=torch.Generator().manual_seed(0))
              for g in gradients(network, images, labels)]  # fmt: skip
-    result = rgap.reconstruct(network, noisy, SHAPE, batch_size=3)
+    result = rgap.reconstruct(network, noisy, SHAPE, batch_size=3, gradient_scale=1.0)
     assert result.verdict != "exact"
 
 
 def test_labels_are_compared_in_any_order():
     network, (images, labels) = fcn(), batch(3)
     shared = gradients(network, images, labels)
-    assert rgap.reconstruct(network, shared, SHAPE, batch_size=3, labels=labels.flip(0)).verdict == "exact"
+    assert (
+        rgap.reconstruct(network, shared, SHAPE, batch_size=3, labels=labels.flip(0), gradient_scale=1.0).verdict
+        == "exact"
+    )
     with pytest.raises(rgap.GradientMismatchError, match=r"labels \[1, 1, 1\] were given; .* that of \[0, 0, 1\]"):
-        rgap.reconstruct(network, shared, SHAPE, batch_size=3, labels=[1, 1, 1])
+        rgap.reconstruct(network, shared, SHAPE, batch_size=3, labels=[1, 1, 1], gradient_scale=1.0)
     with pytest.raises(ValueError, match=r"labels are .* of shape \(2,\); give an integer for each image, 3"):
-        rgap.reconstruct(network, shared, SHAPE, batch_size=3, labels=[1, 1])
+        rgap.reconstruct(network, shared, SHAPE, batch_size=3, labels=[1, 1], gradient_scale=1.0)
 
 
 def test_networks_that_cannot_be_taken_apart_are_refused():
     cnn = small_cnn()
     shared = rgap.client_gradients(cnn, torch.rand(2, 3, 8, 8).double(), torch.tensor([0, 1]))
     with pytest.raises(rgap.UnsupportedLayerError, match="a batch of 2 images cannot be taken apart: '5' is the only"):
-        rgap.reconstruct(cnn, shared, (3, 8, 8), batch_size=2)
+        rgap.reconstruct(cnn, shared, (3, 8, 8), batch_size=2, gradient_scale=1.0)
     with pytest.raises(ValueError, match="batch_size is None, and the gradient of '5' has a single row"):
-        rgap.reconstruct(cnn, shared, (3, 8, 8), batch_size=None)
+        rgap.reconstruct(cnn, shared, (3, 8, 8), batch_size=None, gradient_scale=1.0)
     images, labels = batch(2)
     for network, message in (
         (nn.Sequential(nn.Flatten(), nn.Linear(36, 1)).double(), "a batch through a single layer"),
@@ -185,7 +194,7 @@ def test_networks_that_cannot_be_taken_apart_are_refused():
          "layer '1' has no bias, and '3' has one"),
     ):  # fmt: skip
         with pytest.raises(rgap.UnsupportedLayerError, match=message):
-            rgap.reconstruct(network, gradients(network, images, labels), SHAPE, batch_size=2)
+            rgap.reconstruct(network, gradients(network, images, labels), SHAPE, batch_size=2, gradient_scale=1.0)
 
 
 def test_a_single_layer_after_convolutions_tells_the_batch_size_it_cannot_take_apart():

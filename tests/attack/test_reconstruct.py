@@ -41,7 +41,7 @@ def test_cnn6_gives_real_images_back(dtype, least):
         model = rgap.models.cnn6(seed=seed).to(dtype)
         gradients = rgap.client_gradients(model, images[seed : seed + 1], labels[seed : seed + 1])
         assert {g.dtype for g in gradients} == {dtype}
-        result = rgap.reconstruct(model, gradients, (3, 32, 32))
+        result = rgap.reconstruct(model, gradients, (3, 32, 32), gradient_scale=1.0)
         assert rgap.metrics.psnr_db(result.images, images[seed : seed + 1]).item() >= least
         assert result.verdict == "exact" and result.labels.equal(labels[seed : seed + 1])
         assert result.images.dtype == torch.float64
@@ -51,7 +51,7 @@ def test_fcn3_gives_faces_back():
     images, labels = rgap.data.load_images("embedded", image_shape=(1, 28, 28), index=[0, 99])
     chain = rgap.prepare(rgap.models.fcn3(), (1, 28, 28))
     for image, label in zip(images.split(1), labels.split(1), strict=True):
-        result = rgap.reconstruct(chain, rgap.client_gradients(chain.model, image, label))
+        result = rgap.reconstruct(chain, rgap.client_gradients(chain.model, image, label), gradient_scale=1.0)
         assert rgap.metrics.psnr_db(result.images, image).item() >= 90
         assert result.verdict == "exact" and result.labels.equal(label)
 
@@ -61,7 +61,7 @@ def test_cnn6_d_is_rank_deficient_and_says_where():
     images, labels = rgap.data.load_images("embedded", index=0, classes=2)
     model = rgap.models.cnn6_d().double()
     gradients = rgap.client_gradients(model, images, labels)
-    result = rgap.reconstruct(model, gradients, (3, 32, 32), virtual_constraints=False)
+    result = rgap.reconstruct(model, gradients, (3, 32, 32), virtual_constraints=False, gradient_scale=1.0)
     assert result.verdict == "rank-deficient"
     assert result.to_frame().set_index("name").deficit.to_dict()["2"] == 280
     assert any("layers short of full rank: '2' by 280" in note for note in result.notes)
@@ -69,13 +69,13 @@ def test_cnn6_d_is_rank_deficient_and_says_where():
 
 def test_the_ways_to_give_model_and_gradients_agree():
     gradients = gradients_for(NETWORK, dtype=torch.float32)
-    expected = rgap.reconstruct(NETWORK, gradients, SHAPE, device="cpu")
+    expected = rgap.reconstruct(NETWORK, gradients, SHAPE, device="cpu", gradient_scale=1.0)
     chain = rgap.prepare(NETWORK, SHAPE)
     named = dict(zip(dict(NETWORK.named_parameters()), gradients, strict=True))
     for model, given in [(chain, gradients), (NETWORK, named), (NETWORK, [g.double() for g in gradients])]:
-        result = rgap.reconstruct(model, given, SHAPE)
+        result = rgap.reconstruct(model, given, SHAPE, gradient_scale=1.0)
         assert result.images.equal(expected.images) and result.verdict == expected.verdict == "exact"
-    assert rgap.reconstruct(chain, gradients).images.equal(expected.images)
+    assert rgap.reconstruct(chain, gradients, gradient_scale=1.0).images.equal(expected.images)
 
 
 def test_the_second_attack_on_a_chain_finds_its_factors_made():
@@ -83,19 +83,19 @@ def test_the_second_attack_on_a_chain_finds_its_factors_made():
     chain = rgap.prepare(model, (3, 32, 32))
     images, labels = rgap.data.load_images("embedded", index=[0, 1], classes=2)
     assert not any(layer.cache for layer in chain.layers)
-    rgap.reconstruct(chain, rgap.client_gradients(model, images[:1], labels[:1]))
+    rgap.reconstruct(chain, rgap.client_gradients(model, images[:1], labels[:1]), gradient_scale=1.0)
     kept = [dict(layer.cache) for layer in chain.layers]
     assert any("weight_factor" in cache for cache in kept)
     gradients = rgap.client_gradients(model, images[1:], labels[1:])
-    second = rgap.reconstruct(chain, gradients)
+    second = rgap.reconstruct(chain, gradients, gradient_scale=1.0)
     for layer, cache in zip(chain.layers, kept, strict=True):
         assert layer.cache.keys() == cache.keys()
         assert all(layer.cache[key] is value for key, value in cache.items())
-    assert second.images.equal(rgap.reconstruct(model, gradients, (3, 32, 32)).images)
+    assert second.images.equal(rgap.reconstruct(model, gradients, (3, 32, 32), gradient_scale=1.0).images)
 
 
 def test_every_layers_input_is_in_the_candidate_and_every_layer_has_a_report():
-    result = rgap.reconstruct(NETWORK, gradients_for(NETWORK), SHAPE)
+    result = rgap.reconstruct(NETWORK, gradients_for(NETWORK), SHAPE, gradient_scale=1.0)
     best = result.candidates[0]
     truth = rgap.prepare(NETWORK, SHAPE).layer_inputs(IMAGE)
     for name, expected in truth.items():
@@ -114,11 +114,11 @@ def test_every_loss_gives_its_image_and_label_back(loss, outputs, bias):
         label = (seed + 1) % max(outputs, 2)
         for dtype, least in ((torch.float64, 160), (torch.float32, 85)):
             gradients = gradients_for(network.to(dtype), label=label, loss=loss)
-            result = rgap.reconstruct(network, gradients, SHAPE, loss)
+            result = rgap.reconstruct(network, gradients, SHAPE, loss, gradient_scale=1.0)
             found = [c for c in result.candidates if c.labels.tolist() == [label]]
             assert max(rgap.metrics.psnr_db(c.images, IMAGE).item() for c in found) > least
             assert result.verdict in (("exact", "ambiguous") if outputs < 3 and not bias else ("exact",))
-            right = rgap.reconstruct(network, gradients, SHAPE, loss, labels=[label])
+            right = rgap.reconstruct(network, gradients, SHAPE, loss, labels=[label], gradient_scale=1.0)
             assert right.verdict in ("exact", "ambiguous") and right.labels.tolist() == [label]
 
 
@@ -127,7 +127,7 @@ def test_a_squared_errors_twins_may_have_either_label():
     with torch.no_grad():
         network[-1].weight.mul_(1.6 / network(IMAGE).item())
     gradients = gradients_for(network, loss="mse")
-    result = rgap.reconstruct(network, gradients, SHAPE, "mse")
+    result = rgap.reconstruct(network, gradients, SHAPE, "mse", gradient_scale=1.0)
     assert {c.labels.item() for c in result.candidates} == {0, 1} and result.verdict == "ambiguous"
     for c in result.candidates:
         for one, shared in zip(gradients_for(network, c.images, c.labels.item(), loss="mse"), gradients, strict=True):
@@ -138,7 +138,7 @@ def test_the_notes_say_on_what_evidence_the_label_was_decided():
     by_head = rgap.reconstruct(TEN, gradients_for(TEN, label=7, loss="cross_entropy"), SHAPE, "cross_entropy").notes
     assert by_head[0].startswith("label 7 by the head's equations, missed by") and "the next best" in by_head[0]
     network = small_cnn()
-    by_layers = rgap.reconstruct(network, gradients_for(network), SHAPE).notes
+    by_layers = rgap.reconstruct(network, gradients_for(network), SHAPE, gradient_scale=1.0).notes
     assert by_layers[0].startswith("label 1, decided by the layers' identities: residual")
     assert ", against" in by_layers[0] and by_layers[0].endswith("for label 0")
 
@@ -149,7 +149,7 @@ def test_a_client_that_computes_in_half_precision_is_attacked(loss, outputs, dty
     network = with_outputs(outputs).to(dtype)
     gradients = gradients_for(network, loss=loss)
     assert {g.dtype for g in gradients} == {dtype}
-    result = rgap.reconstruct(network, gradients, SHAPE, loss)
+    result = rgap.reconstruct(network, gradients, SHAPE, loss, gradient_scale=1.0)
     assert result.images.dtype == torch.float64 and result.verdict == "exact"
     assert rgap.metrics.psnr_db(result.images, IMAGE).item() > least
 
@@ -159,10 +159,12 @@ def test_gradients_that_underflow_are_noted_and_never_certify(virtual_constraint
     network = with_outputs(1, size=1e-6).half()
     gradients = gradients_for(network)
     assert not gradients[2].any() or gradients[2].norm() < 1e-5
-    result = rgap.reconstruct(network, gradients, SHAPE, virtual_constraints=virtual_constraints)
+    result = rgap.reconstruct(network, gradients, SHAPE, virtual_constraints=virtual_constraints, gradient_scale=1.0)
     assert result.notes[0].startswith("lost to underflow and not used: the gradient of '0.weight'")
     assert result.verdict == "rank-deficient" and result.images.isfinite().all()
-    cast = rgap.reconstruct(network, [g.double() for g in gradients], SHAPE, virtual_constraints=virtual_constraints)
+    cast = rgap.reconstruct(
+        network, [g.double() for g in gradients], SHAPE, virtual_constraints=virtual_constraints, gradient_scale=1.0
+    )
     assert cast.verdict == "rank-deficient"
 
 
@@ -179,7 +181,7 @@ def test_what_a_client_does_not_train_is_not_used_however_it_says_so(frozen):
     network = sequential(*modules, nn.Flatten(), nn.Linear(320, 1))
     note = f"not shared, or zero, and not used: the gradient of {', '.join(map(repr, frozen))}"
     for given in three_ways(network, gradients_for(network), frozen):
-        result = rgap.reconstruct(network, given, SHAPE)
+        result = rgap.reconstruct(network, given, SHAPE, gradient_scale=1.0)
         assert result.verdict == "exact" and note in result.notes
         assert rgap.metrics.psnr_db(result.images, IMAGE).item() > 150
 
@@ -209,7 +211,7 @@ def test_a_batch_needs_the_gradients_of_all_fully_connected_layers():
     images, labels = batch(3)
     for given in three_ways(network, rgap.client_gradients(network, images, labels), ("3.weight", "3.bias")):
         with pytest.raises(rgap.GradientMismatchError, match=r"'3.weight' is zero or not shared; a batch"):
-            rgap.reconstruct(network, given, (1, 6, 6), batch_size=3)
+            rgap.reconstruct(network, given, (1, 6, 6), batch_size=3, gradient_scale=1.0)
 
 
 def test_a_confident_softmax_in_float32_is_recovered():
@@ -226,14 +228,14 @@ def test_a_confident_softmax_in_float32_is_recovered():
 def test_the_label_is_found_and_a_wrong_one_is_refused_or_flagged(label, bias):
     network = small_cnn(bias=bias)
     gradients = gradients_for(network, label=label)
-    assert rgap.reconstruct(network, gradients, SHAPE).labels.tolist() == [label]
-    right = rgap.reconstruct(network, gradients, SHAPE, labels=torch.tensor([label]))
+    assert rgap.reconstruct(network, gradients, SHAPE, gradient_scale=1.0).labels.tolist() == [label]
+    right = rgap.reconstruct(network, gradients, SHAPE, labels=torch.tensor([label]), gradient_scale=1.0)
     assert_close(right.images, IMAGE, rtol=0, atol=1e-9)
     if bias:
         with pytest.raises(rgap.GradientMismatchError, match=f"label {1 - label} was given; .* is that of {label}"):
-            rgap.reconstruct(network, gradients, SHAPE, labels=[1 - label])
+            rgap.reconstruct(network, gradients, SHAPE, labels=[1 - label], gradient_scale=1.0)
     else:
-        wrong = rgap.reconstruct(network, gradients, SHAPE, labels=[1 - label])
+        wrong = rgap.reconstruct(network, gradients, SHAPE, labels=[1 - label], gradient_scale=1.0)
         assert wrong.verdict == "inconsistent" and wrong.labels.tolist() == [1 - label]
         assert "no hypothesis reproduces the gradient" in wrong.notes[-1]
 
@@ -243,7 +245,7 @@ def test_twins_have_one_gradient_and_only_the_pixel_range_can_choose(mu, largest
     image = IMAGE * largest / IMAGE.max()
     network = with_margin(mu, image)
     gradients = gradients_for(network, image)
-    result = rgap.reconstruct(network, gradients, SHAPE)
+    result = rgap.reconstruct(network, gradients, SHAPE, gradient_scale=1.0)
     assert len(result.candidates) == 2
     first, second = (gradients_for(network, c.images) for c in result.candidates)
     for one, other, shared in zip(first, second, gradients, strict=True):
@@ -262,17 +264,19 @@ def test_twins_have_one_gradient_and_only_the_pixel_range_can_choose(mu, largest
 def test_the_pixel_range_is_an_argument():
     network = with_margin(0.9)
     gradients = gradients_for(network)
-    assert rgap.reconstruct(network, gradients, SHAPE).verdict == "exact"
-    assert rgap.reconstruct(network, gradients, SHAPE, pixel_range=(0.0, 5.0)).verdict == "ambiguous"
-    nowhere = rgap.reconstruct(network, gradients, SHAPE, pixel_range=(-2.0, -1.0))
+    assert rgap.reconstruct(network, gradients, SHAPE, gradient_scale=1.0).verdict == "exact"
+    assert (
+        rgap.reconstruct(network, gradients, SHAPE, pixel_range=(0.0, 5.0), gradient_scale=1.0).verdict == "ambiguous"
+    )
+    nowhere = rgap.reconstruct(network, gradients, SHAPE, pixel_range=(-2.0, -1.0), gradient_scale=1.0)
     assert nowhere.verdict == "ambiguous" and "no consistent hypothesis lies inside" in nowhere.notes[-1]
-    alone = rgap.reconstruct(NETWORK, gradients_for(NETWORK), SHAPE, pixel_range=(-2.0, -1.0))
+    alone = rgap.reconstruct(NETWORK, gradients_for(NETWORK), SHAPE, pixel_range=(-2.0, -1.0), gradient_scale=1.0)
     assert alone.verdict == "exact" and not alone.candidates[0].in_pixel_range
 
 
 def test_a_range_that_is_open_above_still_has_its_lower_end():
     gradients = gradients_for(NETWORK, IMAGE - 0.5)
-    result = rgap.reconstruct(NETWORK, gradients, SHAPE, pixel_range=(0.0, float("inf")))
+    result = rgap.reconstruct(NETWORK, gradients, SHAPE, pixel_range=(0.0, float("inf")), gradient_scale=1.0)
     assert not result.candidates[0].in_pixel_range
 
 
@@ -280,21 +284,21 @@ def test_a_range_that_is_open_above_still_has_its_lower_end():
 def test_the_mean_gradient_of_a_batch_is_that_of_no_image(bias):
     network = small_cnn(bias=bias)
     gradients = rgap.client_gradients(network, rand(3, *SHAPE), torch.tensor([0, 1, 1]))
-    result = rgap.reconstruct(network, gradients, SHAPE)
+    result = rgap.reconstruct(network, gradients, SHAPE, gradient_scale=1.0)
     assert result.verdict == "inconsistent" and len(result.candidates) == 1
     assert result.candidates[0].gradient_residual > 0.01
 
 
 def test_a_gradient_below_the_smallest_c_is_noted_and_flagged():
     network = with_margin(3.0)
-    result = rgap.reconstruct(network, [20 * g for g in gradients_for(network)], SHAPE)
+    result = rgap.reconstruct(network, [20 * g for g in gradients_for(network)], SHAPE, gradient_scale=1.0)
     assert result.verdict == "inconsistent" and "the smallest of any single sample" in result.notes[0]
 
 
 @pytest.mark.parametrize("declared", [None, 1e-6])
 def test_noise_is_found_or_declared_and_the_error_that_it_leaves_is_predicted(declared):
     noisy = client.gaussian_noise(gradients_for(NETWORK), 1e-6, seed=1)
-    result = rgap.reconstruct(NETWORK, noisy, SHAPE, noise_std=declared)
+    result = rgap.reconstruct(NETWORK, noisy, SHAPE, noise_std=declared, gradient_scale=1.0)
     assert result.verdict == "exact" and rgap.metrics.psnr_db(result.images, IMAGE).item() > 30
     rmse = (result.images - IMAGE).square().mean().sqrt().item()
     assert rmse / 3 < result.candidates[0].predicted_error < 3 * rmse
@@ -304,13 +308,13 @@ def test_noise_is_found_or_declared_and_the_error_that_it_leaves_is_predicted(de
 
 def test_noise_that_drowns_the_image_leaves_no_certificate():
     noisy = client.gaussian_noise(gradients_for(NETWORK), 1e-2, seed=1)
-    result = rgap.reconstruct(NETWORK, noisy, SHAPE)
+    result = rgap.reconstruct(NETWORK, noisy, SHAPE, gradient_scale=1.0)
     assert result.verdict == "inconsistent" and result.candidates[0].predicted_error > 0.1
 
 
 def test_a_gradient_that_vanishes_in_a_layer_is_measured_against_the_largest():
     image = torch.zeros(1, *SHAPE)
-    result = rgap.reconstruct(NETWORK, gradients_for(NETWORK, image), SHAPE)
+    result = rgap.reconstruct(NETWORK, gradients_for(NETWORK, image), SHAPE, gradient_scale=1.0)
     assert result.verdict == "exact" and result.images.abs().max() < 1e-12
 
 
@@ -319,18 +323,18 @@ def test_images_that_overflow_are_never_consistent():
     gradients = gradients_for(network)
     gradients[0] = gradients[0] * 1e308 / gradients[0].abs().max()
     gradients[2] = gradients[2] * 1e-300
-    assert rgap.reconstruct(network, gradients, SHAPE).verdict == "inconsistent"
+    assert rgap.reconstruct(network, gradients, SHAPE, gradient_scale=1.0).verdict == "inconsistent"
 
 
 def test_the_smallest_gradients_of_confident_networks_are_attacked():
     network = with_margin(400.0)
-    assert rgap.reconstruct(network, gradients_for(network), SHAPE).verdict == "ambiguous"
+    assert rgap.reconstruct(network, gradients_for(network), SHAPE, gradient_scale=1.0).verdict == "ambiguous"
 
 
 def test_an_attack_runs_where_autograd_is_off():
     gradients = gradients_for(NETWORK)
     with torch.no_grad():
-        assert rgap.reconstruct(NETWORK, gradients, SHAPE).verdict == "exact"
+        assert rgap.reconstruct(NETWORK, gradients, SHAPE, gradient_scale=1.0).verdict == "exact"
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -341,7 +345,7 @@ def test_model_gradients_mode_and_generator_stay(training):
     for p, mark in zip(network.parameters(), marks, strict=True):
         p.grad = mark
     before, copies = [p.clone() for p in network.parameters()], [g.clone() for g in gradients]
-    rgap.reconstruct(network, gradients, SHAPE)
+    rgap.reconstruct(network, gradients, SHAPE, gradient_scale=1.0)
     assert network.training is training and torch.get_rng_state().equal(state)
     for p, mark, value in zip(network.parameters(), marks, before, strict=True):
         assert p.equal(value) and p.grad is mark and mark.equal(torch.ones_like(p))
@@ -381,4 +385,4 @@ def test_model_gradients_mode_and_generator_stay(training):
 def test_bad_arguments_are_refused_by_name(arguments, message):
     given = {"model": NETWORK, "gradients": gradients_for(NETWORK), "image_shape": SHAPE, **arguments}
     with pytest.raises(ValueError, match=message):
-        rgap.reconstruct(**given)
+        rgap.reconstruct(**given, gradient_scale=1.0)

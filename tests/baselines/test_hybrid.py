@@ -13,7 +13,10 @@ IMAGE, LABEL = rand(1, 3, 8, 8, seed=11), torch.tensor([1])
 def test_where_the_closed_form_is_exact_the_hybrid_is_the_closed_form():
     model = small_cnn().float()
     gradients = rgap.client_gradients(model, IMAGE, LABEL)
-    closed, found = rgap.reconstruct(model, gradients, (3, 8, 8)), hybrid(model, gradients, (3, 8, 8))
+    closed, found = (
+        rgap.reconstruct(model, gradients, (3, 8, 8), gradient_scale=1.0),
+        hybrid(model, gradients, (3, 8, 8)),
+    )
     assert found.images.equal(closed.images) and found.verdict == closed.verdict and found.notes == closed.notes
     assert found.history["step"].tolist() == [0] and isinstance(found.history, pd.DataFrame)
 
@@ -21,7 +24,7 @@ def test_where_the_closed_form_is_exact_the_hybrid_is_the_closed_form():
 def test_the_hybrid_fills_the_null_space_and_certifies_nothing():
     model, image = convs(*SECOND), rand(1, 3, 12, 12, seed=11)
     gradients = rgap.client_gradients(model, image, LABEL)
-    closed = rgap.reconstruct(model, gradients, (3, 12, 12), virtual_constraints=False)
+    closed = rgap.reconstruct(model, gradients, (3, 12, 12), virtual_constraints=False, gradient_scale=1.0)
     found = hybrid(model, gradients, (3, 12, 12), steps=200)
     assert closed.verdict == found.verdict == "rank-deficient"
     assert psnr_db(found.images, image).item() > psnr_db(closed.images, image).item() + 20
@@ -34,7 +37,7 @@ def test_the_hybrid_helps_under_noise_and_says_that_it_cannot_tell():
     clean = rgap.client_gradients(model, IMAGE, LABEL)
     std = 1e-2 * torch.cat([g.flatten() for g in clean]).std().item()
     noisy = [g + std * torch.randn(g.shape, generator=torch.Generator().manual_seed(1)) for g in clean]
-    closed = rgap.reconstruct(model, noisy, (3, 8, 8), noise_std=std)
+    closed = rgap.reconstruct(model, noisy, (3, 8, 8), noise_std=std, gradient_scale=1.0)
     found = hybrid(model, noisy, (3, 8, 8), noise_std=std, steps=60)
     assert found.candidates[0].gradient_residual <= closed.candidates[0].gradient_residual
     assert found.verdict != "exact"

@@ -36,7 +36,7 @@ def test_one_step_gives_the_gradient_back_in_every_form(weight_decay):
         found = gradients_from_update(one, other, 0.1, weight_decay=weight_decay)
         for g, shared in zip(found.values(), expected, strict=True):
             assert_close(g, shared, rtol=0, atol=1e-13)
-        assert rgap.reconstruct(NETWORK, found, SHAPE).verdict == "exact"
+        assert rgap.reconstruct(NETWORK, found, SHAPE, gradient_scale=1.0).verdict == "exact"
     mixed = gradients_from_update(NETWORK, after.state_dict(), 0.1)
     assert list(mixed) == list(dict(NETWORK.named_parameters()))
 
@@ -56,7 +56,7 @@ def test_the_rounding_of_float32_weights_is_the_gradients_noise(rate):
 def test_an_update_of_float32_weights_is_attacked_at_the_precision_that_it_has(rate, verdict, least):
     network = copy.deepcopy(NETWORK).float()
     found = gradients_from_update(network, updated(network, torch.optim.SGD, lr=rate), rate)
-    result = rgap.reconstruct(network, found, SHAPE)
+    result = rgap.reconstruct(network, found, SHAPE, gradient_scale=1.0)
     assert result.verdict == verdict and rgap.metrics.psnr_db(result.images, IMAGE).item() > least
     assert result.notes[0].startswith("the gradient comes from an update of rounded weights; its relative precision is")
 
@@ -64,7 +64,7 @@ def test_an_update_of_float32_weights_is_attacked_at_the_precision_that_it_has(r
 def test_what_moved_by_less_than_its_rounding_is_lost_by_name():
     network = copy.deepcopy(NETWORK).float()
     found = gradients_from_update(network, updated(network, torch.optim.SGD, lr=1e-7), 1e-7)
-    result = rgap.reconstruct(network, found, SHAPE)
+    result = rgap.reconstruct(network, found, SHAPE, gradient_scale=1.0)
     assert result.notes[0].startswith("lost to the rounding of the weights and not used: the gradient of '0.weight'")
     assert result.verdict in ("rank-deficient", "inconsistent")
 
@@ -84,7 +84,7 @@ def test_what_moved_by_less_than_its_rounding_is_lost_by_name():
 def test_what_is_no_single_plain_step_is_flagged_by_the_attack(optimiser, steps, images, options, dtype):
     network = copy.deepcopy(NETWORK).to(dtype)
     after = updated(network, optimiser, steps, rand(images, *SHAPE), torch.arange(images) % 2, **options)
-    result = rgap.reconstruct(network, gradients_from_update(network, after, 0.1), SHAPE)
+    result = rgap.reconstruct(network, gradients_from_update(network, after, 0.1), SHAPE, gradient_scale=1.0)
     assert result.verdict == "inconsistent"
 
 

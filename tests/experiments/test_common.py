@@ -42,7 +42,7 @@ def test_the_attack_gets_a_prepared_chain_the_options_and_no_label(monkeypatch):
 
     monkeypatch.setattr(common, "reconstruct", spy)
     common.attack_each(small_cnn, IMAGES, LABELS, [0], rcond=1e-6)
-    expected = {"loss": "logistic", "rcond": 1e-6}
+    expected = {"loss": "logistic", "gradient_scale": 1.0, "rcond": 1e-6}
     assert [(dtype, options) for _, dtype, options in calls] == [(torch.float32, expected)] * 2
     assert isinstance(calls[0][0], rgap.Chain) and calls[0][0] is calls[1][0]
 
@@ -53,7 +53,11 @@ def test_the_label_found_is_compared_with_the_clients():
 
 
 def test_a_wrong_label_is_not_counted_as_found(monkeypatch):
-    monkeypatch.setattr(common, "reconstruct", lambda *args, **options: rgap.reconstruct(*args, labels=[1], **options))
+    monkeypatch.setattr(
+        common,
+        "reconstruct",
+        lambda *args, **options: rgap.reconstruct(*args, labels=[1], **options),
+    )
     table, _ = common.attack_each(small_cnn, IMAGES[:1], LABELS[:1], [0])
     assert table.label_found.tolist() == [False] and table.verdict.tolist() == ["inconsistent"]
 
@@ -77,7 +81,9 @@ def test_every_size_and_seed_has_a_row_that_says_how_well_it_went():
 def test_a_false_image_is_counted():
     images, labels = batch(4)
     network = fcn()
-    result = rgap.reconstruct(network, rgap.client_gradients(network, images, labels), (1, 6, 6), batch_size=4)
+    result = rgap.reconstruct(
+        network, rgap.client_gradients(network, images, labels), (1, 6, 6), batch_size=4, gradient_scale=1.0
+    )
     true = common.batch_outcome(result, images, labels)
     other = images.clone()
     other[2] = 1 - other[2]
@@ -88,7 +94,9 @@ def test_a_false_image_is_counted():
 def test_a_result_without_images_has_an_outcome():
     images, labels = batch(12)
     network = fcn((24, 12))
-    result = rgap.reconstruct(network, rgap.client_gradients(network, images, labels), (1, 6, 6), batch_size=12)
+    result = rgap.reconstruct(
+        network, rgap.client_gradients(network, images, labels), (1, 6, 6), batch_size=12, gradient_scale=1.0
+    )
     outcome = common.batch_outcome(result, images, labels)
     assert outcome["found"] == outcome["certified"] == 0 and pd.isna(outcome["psnr_db"])
 

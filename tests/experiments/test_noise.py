@@ -22,7 +22,7 @@ def test_predicted_errors_of_every_layer_are_the_measured_ones(bias, strength):
     chain = rgap.prepare(network, SHAPE)
     shared = defended(network, "noise", strength)
     std = strength * experiment.root_mean_square(rgap.client_gradients(network, IMAGES[:1], LABELS[:1]))
-    result = rgap.reconstruct(chain, shared, noise_std=std)
+    result = rgap.reconstruct(chain, shared, noise_std=std, gradient_scale=1.0)
     table = experiment.predicted_and_true(chain, IMAGES[:1], result)
     assert table["layer"].tolist() == ["5", "2", "0"]
     assert (table["predicted"] / table["rmse"]).between(1 / 4, 4).all()
@@ -58,13 +58,15 @@ def test_forty_noisy_attacks_without_a_false_certificate():
 
 
 def test_the_sample_sees_exceptions_nan_and_false_certificates(monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("no convergence")
 
     monkeypatch.setattr(experiment, "reconstruct", broken)
     failed = experiment.sample_noisy_attacks(2)
     assert failed["why"].tolist() == ["RuntimeError: no convergence"] * 2 and not failed["ok"].any()
-    result = rgap.reconstruct(small_cnn(), rgap.client_gradients(small_cnn(), IMAGES[:1], LABELS[:1]), SHAPE)
+    result = rgap.reconstruct(
+        small_cnn(), rgap.client_gradients(small_cnn(), IMAGES[:1], LABELS[:1]), SHAPE, gradient_scale=1.0
+    )
     assert experiment._complaint(result, {"predicted": 1e-9, "rmse": 0.1}).startswith("certified, and off by 0.1")
     assert experiment._complaint(result, {"predicted": 0.05, "rmse": 0.1}) == ""
     lost = [rgap.Candidate(math.nan * c.images, c.labels, 0.0, True) for c in result.candidates]
@@ -83,7 +85,7 @@ def test_every_stage_has_its_row_and_its_image_and_noise_is_found():
     assert set(found) == {("a", d, s, m) for d, (s,) in strengths.items() for m in experiment.STAGES}
     assert all(images.shape == (2, 3, 8, 8) for images in found.values())
     gradients = experiment.defend(rgap.client_gradients(make(0), IMAGES[:1], LABELS[:1]), "noise", 1e-3, seed=0)
-    result = rgap.reconstruct(make(0), gradients, (3, 8, 8))
+    result = rgap.reconstruct(make(0), gradients, (3, 8, 8), gradient_scale=1.0)
     torch.testing.assert_close(found["a", "noise", 1e-3, "+ noise found"][:1], result.images)
     row = table.query("defence == 'noise' and method == '+ noise found' and seed == 0 and image == 0")
     assert row["psnr_db"].item() == pytest.approx(rgap.metrics.psnr_db(result.images, IMAGES[:1].double()).item())

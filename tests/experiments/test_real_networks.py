@@ -62,7 +62,9 @@ def test_missing_ranks_are_those_of_the_solver():
         nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 6, 3, 1, 1), nn.Tanh(), nn.Flatten(), nn.Linear(96, 1)
     )
     chain, image, label = rgap.prepare(network, (3, 8, 8)), rand(1, 3, 8, 8), torch.tensor([1])
-    result = rgap.reconstruct(chain, client_gradients(network, image, label), virtual_constraints=False)
+    result = rgap.reconstruct(
+        chain, client_gradients(network, image, label), virtual_constraints=False, gradient_scale=1.0
+    )
     solved = {report.name: report.unknowns - report.rank for report in result.layers if report.name in ("0", "2")}
     missing = experiment.missing_ranks(chain, image, label)
     assert missing == {name: lack for name, lack in solved.items() if lack} and missing["0"] > 0

@@ -13,7 +13,7 @@ IMAGES, LABELS = rand(2, 3, 8, 8), torch.tensor([0, 1])
 def test_layer_errors_are_relative_to_the_true_inputs():
     network = small_cnn(bias=True)
     chain = rgap.prepare(network, (3, 8, 8))
-    result = rgap.reconstruct(chain, rgap.client_gradients(network.float(), IMAGES[:1], LABELS[:1]))
+    result = rgap.reconstruct(chain, rgap.client_gradients(network.float(), IMAGES[:1], LABELS[:1]), gradient_scale=1.0)
     frame = experiment.layer_errors(chain, IMAGES[:1], result)
     assert frame.name.tolist() == ["5", "2", "0"] and set(result.to_frame().columns) < set(frame.columns)
     assert frame.error.between(1e-12, 1e-3).all()

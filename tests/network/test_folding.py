@@ -158,7 +158,7 @@ def test_rows_of_pixels_are_taken():
     chain = check(network, (2, 16))
     assert chain.layers[0].input_shape == (2, 1, 16) and chain.layers[0].feature_shape == (2, 16)
     image = rand(1, 2, 16)
-    result = rgap.reconstruct(chain, rgap.client_gradients(network, image, torch.tensor([0])))
+    result = rgap.reconstruct(chain, rgap.client_gradients(network, image, torch.tensor([0])), gradient_scale=1.0)
     assert result.images.shape == (1, 2, 16) and result.verdict == "exact"
     assert_close(result.images, image, rtol=0, atol=1e-9)
 
@@ -170,4 +170,4 @@ def test_gradients_of_weights_that_are_frozen_here_are_used_where_they_are_share
     for parameter in network[:3].parameters():
         parameter.requires_grad_(False)
     assert len(gradients) == len(list(network.parameters()))
-    assert_close(rgap.reconstruct(network, gradients, IMAGE).images, image, rtol=0, atol=1e-9)
+    assert_close(rgap.reconstruct(network, gradients, IMAGE, gradient_scale=1.0).images, image, rtol=0, atol=1e-9)

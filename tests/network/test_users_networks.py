@@ -159,7 +159,7 @@ def test_a_log_softmax_before_another_loss_is_refused():
     model = Net(HARMLESS["log softmax"]).double()
     gradients = rgap.client_gradients(model, rand(1, *IMAGE), torch.tensor([1]), "mse")
     with pytest.raises(rgap.UnsupportedLayerError, match="a logarithmic softmax before the mse loss"):
-        rgap.reconstruct(model, gradients, IMAGE, "mse")
+        rgap.reconstruct(model, gradients, IMAGE, "mse", gradient_scale=1.0)
 
 
 REFUSED = [

@@ -134,7 +134,7 @@ def test_over_widths_and_seeds_exact_means_the_image(seed):
 def test_cnn6_d_gives_a_face_back():
     images, labels = rgap.data.load_images("embedded", index=0, classes=2)
     model = rgap.models.cnn6_d()
-    result = rgap.reconstruct(model, rgap.client_gradients(model, images, labels), (3, 32, 32))
+    result = rgap.reconstruct(model, rgap.client_gradients(model, images, labels), (3, 32, 32), gradient_scale=1.0)
     assert result.verdict == "exact" and rgap.metrics.psnr_db(result.images, images).item() >= 85
     report = result.to_frame().set_index("name").loc["2"]
     assert report.deficit == 280 and report.virtual_constraints > 396
