@@ -134,7 +134,7 @@ def reconstruct(
     if isinstance(chain, ResidualNetwork):
         return reconstruct_residual(
             chain, gradients, loss, batch_size=batch_size, labels=labels, pixel_range=pixel_range, rcond=rcond,
-            noise_std=noise_std, seed=seed, device=device,
+            noise_std=noise_std, seed=seed, device=device, **asserted,
         )  # fmt: skip
     check_arguments(chain, loss, batch_size, labels)
     close = close_by_virtual_constraints if virtual_constraints else None

@@ -47,6 +47,8 @@ def reconstruct_residual(
     noise_std: float | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
+    gradient_scale: float | None = None,
+    label_smoothing: float | None = None,
 ) -> Reconstruction:
     """Computes an image back from the gradient of a network with branches or pooling (ours).
 
@@ -65,6 +67,8 @@ def reconstruct_residual(
         noise_std: Standard deviation of noise known to be on every gradient entry.
         seed: Seed of the noise that the inversion starts from.
         device: Where the returned images and labels live, by default the CPU.
+        gradient_scale: Factor κ of the shared gradient κ ∇ℓ, which does not change the image; None to estimate it.
+        label_smoothing: ε of a client that smooths its labels; None for 0.
 
     Returns:
         A `Reconstruction`; its layers are the blind layer, each tensor of the walk, and the inversion.
@@ -82,27 +86,27 @@ def reconstruct_residual(
     graph = network.graph
     received = receive_gradients(graph.parameters, gradients, rcond, noise_std, model=network.model)
     found = _best_descent(network, received, seed)
-    pixels, replay = PixelRange(*pixel_range), Replay(network.model, received, loss)
+    pixels, replay = PixelRange(*pixel_range), Replay(network.model, received, loss, label_smoothing or 0.0, gradient_scale)
     image = torch.zeros(1, *network.image_shape, dtype=torch.float64) if found.image is None else found.image[None]
     label, about_label = _label(replay, image, labels)
-    whole = replay.residual(image, label) if label.item() >= 0 else math.inf
+    scale, whole = replay.match(image, label) if label.item() >= 0 else (1.0, math.inf)
     notes = [*received.notes, *found.notes, *about_label]
     part = math.inf if found.image is None else found.lower_residual()
     by_noise = min(NOISE_RESIDUAL_FACTOR * found.error, pixels.width / 2) if math.isfinite(found.error) else 0.0
     inside = pixels.contains(image, MAX_CERTIFIED_ERROR * pixels.width + by_noise)
     candidate = Candidate(
         image, label, min(whole, part), inside, found.inputs(image), tuple(found.reports), found.open_layers,
-        residual_allowed=received.tolerance, predicted_error=found.error,
+        residual_allowed=received.tolerance, predicted_error=found.error, gradient_scale=scale,
     )  # fmt: skip
     verdict, why = _verdict(candidate, whole, part, pixels)
-    if verdict == "exact" and whole > received.tolerance and label.item() >= 0:
-        scale, residual = replay.scaled_residual(image, label)
-        if residual <= received.tolerance:
-            why = [f"the shared gradient is {scale:.4g} times the image's own, missed by {residual:.2g}"]
+    if verdict == "exact" and scale != 1 and gradient_scale is None:
+        why = [f"the shared gradient is {scale:.4g} times the image's own, missed by {whole:.2g}"]
     if device is not None:
         candidate = replace(candidate, images=image.to(device), labels=label.to(device))
     layers = candidate.layers
-    return Reconstruction(candidate.images, candidate.labels, verdict, (candidate,), layers, (*notes, *why))
+    return Reconstruction(
+        candidate.images, candidate.labels, verdict, (candidate,), layers, (*notes, *why), gradient_scale=scale
+    )
 
 
 @dataclass(frozen=True)
