@@ -86,7 +86,10 @@ def reconstruct_residual(
     graph = network.graph
     received = receive_gradients(graph.parameters, gradients, rcond, noise_std, model=network.model)
     found = _best_descent(network, received, seed)
-    pixels, replay = PixelRange(*pixel_range), Replay(network.model, received, loss, label_smoothing or 0.0, gradient_scale)
+    pixels, replay = (
+        PixelRange(*pixel_range),
+        Replay(network.model, received, loss, label_smoothing or 0.0, gradient_scale),
+    )
     image = torch.zeros(1, *network.image_shape, dtype=torch.float64) if found.image is None else found.image[None]
     label, about_label = _label(replay, image, labels)
     scale, whole = replay.match(image, label) if label.item() >= 0 else (1.0, math.inf)
@@ -99,13 +102,19 @@ def reconstruct_residual(
         residual_allowed=received.tolerance, predicted_error=found.error, gradient_scale=scale,
     )  # fmt: skip
     verdict, why = _verdict(candidate, whole, part, pixels)
-    if verdict == "exact" and scale != 1 and gradient_scale is None:
+    if whole <= received.tolerance and scale != 1 and gradient_scale is None and verdict == "exact":
         why = [f"the shared gradient is {scale:.4g} times the image's own, missed by {whole:.2g}"]
     if device is not None:
         candidate = replace(candidate, images=image.to(device), labels=label.to(device))
     layers = candidate.layers
     return Reconstruction(
-        candidate.images, candidate.labels, verdict, (candidate,), layers, (*notes, *why), gradient_scale=scale
+        candidate.images,
+        candidate.labels,
+        verdict,
+        (candidate,),
+        layers,
+        (*notes, *why),
+        gradient_scale=scale if whole <= received.tolerance else None,
     )
 
 
