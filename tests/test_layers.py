@@ -17,9 +17,9 @@ LEVELS = {
     ),
     **dict.fromkeys(("network", "client"), 1),
     **dict.fromkeys(("equations", "tokens"), 2),
-    **dict.fromkeys(("head", "virtual", "ranks"), 3),
+    **dict.fromkeys(("head", "virtual"), 3),
     **dict.fromkeys(("separation", "residual"), 4),
-    "attack": 5,
+    **dict.fromkeys(("attack", "ranks"), 5),
     "baselines": 6,
     **dict.fromkeys(("experiments", "commands", "__main__"), 7),
 }

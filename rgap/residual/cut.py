@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -78,8 +79,13 @@ def prepare_residual(model: nn.Module, image_shape: tuple[int, int, int]) -> Res
         raise UnsupportedLayerError(
             f"no convolution of {type(model).__name__} gives its input and output gradient by its own gradient: {why}"
         )
-    size = {cut: graph.nodes[cut.layer].layer.unknowns // graph.nodes[cut.layer].layer.input_shape[0] for cut in cuts}
-    return ResidualNetwork(graph, tuple(sorted(cuts, key=lambda cut: size[cut] > MAX_QUICK_POSITIONS)))
+    return ResidualNetwork(graph, tuple(sorted(cuts, key=lambda cut: _cost(graph, cut))))
+
+
+def _cost(graph: Graph, cut: Cut) -> tuple[int, bool]:
+    """Max poolings that a walk from there meets, for none is passed, and whether the layer itself takes long."""
+    pools = sum(graph.nodes[name].kind == "max pooling" for name in graph.below([cut.top]))
+    return pools, math.prod(graph.nodes[cut.layer].layer.input_shape[1:]) > MAX_QUICK_POSITIONS
 
 
 def _cut(graph: Graph, name: str) -> Cut:

@@ -1,0 +1,126 @@
+"""What a network with branches or pooling gives away from a blind layer down, by shapes alone.
+
+The attack enters at a layer whose own gradient gives its input and δz, walks down as long as the gradient equations of
+the layers that read a tensor have full rank, and inverts as a whole what lies below (`rgap.residual`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from rgap.equations.gradient import blocks
+from rgap.equations.tap_splits import tap_splits
+from rgap.network.graph import Graph, Node, prepare_graph
+from rgap.residual.cut import Cut, geometry, prepare_residual
+from rgap.residual.reconstruct import CONVERGED_KNOWN
+from rgap.results import UnsupportedLayerError
+
+ACTIVE_SHARE = 0.5
+"""Share of a rectified map whose values are known: those of units that are on."""
+
+
+@dataclass(frozen=True)
+class BlindWalk:
+    """How far down an attack gets from a blind layer.
+
+    Attributes:
+        entry: Path of the blind layer.
+        solved: Paths of the layers whose input gradient equations determine, from the entry down.
+        frontier: Paths of the layers that read the tensor at which they lack rank, or max pooling; "" at the image.
+        rank: Rank of the gradient equations there; None at the image or at max pooling.
+        unknowns: Entries of that tensor.
+        known: Numbers that are known for every pixel value of the image, for the inversion of what lies below.
+    """
+
+    entry: str
+    solved: tuple[str, ...]
+    frontier: str
+    rank: int | None
+    unknowns: int
+    known: float
+
+    @property
+    def leaks(self) -> bool:
+        """Whether the walk reaches the image, or as much is known below it as the inversion needs."""
+        return not self.frontier or self.known >= CONVERGED_KNOWN
+
+    @property
+    def sentence(self) -> str:
+        """The outcome in words."""
+        entered = f"{self.entry!r} is blind: its own gradient gives its input"
+        if not self.frontier:
+            return f"leaks: {entered}, and equations of full rank lead from there to the image"
+        where = f"{entered}; below the input of {self.frontier!r} {self.known:.0f} numbers are known a pixel value"
+        if self.leaks:
+            return f"leaks: {where}"
+        return f"unknown: {where}, fewer than the {CONVERGED_KNOWN:.0f} with which the inversion has converged"
+
+
+def blind_layers(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, bool]:
+    """Path of each convolution of one group -> whether its own gradient gives its input and δz, their scale included.
+
+    Empty where the network cannot be traced.
+    """
+    try:
+        graph = prepare_graph(model, tuple(image_shape))
+    except (UnsupportedLayerError, ValueError):
+        return {}
+    return {
+        node.path: node.total is not None and bool(tap_splits(*node.layer.weight.shape[:2], geometry(node)))
+        for node in graph.nodes.values()
+        if node.has_weight and node.layer.groups == 1 and node.layer.before is None and not node.layer.is_dense
+    }
+
+
+def walk_by_law(model: nn.Module, image_shape: tuple[int, ...]) -> BlindWalk | None:
+    """The walk from the blind layer at which an attack would enter; None without one."""
+    try:
+        network = prepare_residual(model, tuple(image_shape))
+    except (UnsupportedLayerError, ValueError):
+        return None
+    return _walk(network.graph, network.cuts[0])
+
+
+def _walk(graph: Graph, cut: Cut) -> BlindWalk:
+    entry, solved = graph.nodes[cut.layer].path, []
+    for name in reversed(graph.below([cut.top])):
+        node = graph.nodes[name]
+        readers = [graph.nodes[reader] for reader in graph.consumers[name] if graph.nodes[reader].has_weight]
+        unknowns = math.prod(node.shape)
+        if readers and name != graph.nodes[cut.layer].sources[0]:
+            rank, paths = _rank(readers, unknowns), " + ".join(reader.path for reader in readers)
+            if rank < unknowns:
+                return BlindWalk(entry, tuple(solved), paths, rank, unknowns, _known(graph, readers, unknowns))
+            solved.append(paths)
+        if node.kind == "max pooling":
+            return BlindWalk(entry, tuple(solved), node.path, None, unknowns, unknowns / math.prod(graph.image_shape))
+    return BlindWalk(entry, tuple(solved), "", None, 0, 1.0)
+
+
+def _rank(readers: list[Node], unknowns: int) -> int:
+    """Rank of the layers' gradient equations together: for each residue of the stride, filters times taps."""
+    pixels: dict[tuple[int, ...], int] = {}
+    for node in readers:
+        if node.layer.groups > 1:
+            return 0
+        for block in blocks(node.layer):
+            places = tuple(block.pixels.tolist())
+            pixels[places] = pixels.get(places, 0) + node.layer.weight.shape[0] * len(block.taps)
+    channels = readers[0].layer.input_shape[0]
+    return min(unknowns, channels * sum(min(rows, len(places)) for places, rows in pixels.items()))
+
+
+def _known(graph: Graph, readers: list[Node], unknowns: int) -> float:
+    """Numbers a pixel value: what is known of the layers' outputs, and their gradient equations."""
+    total = 0.0
+    for node in readers:
+        above = graph.consumers[node.name]
+        if len(above) == 1 and graph.nodes[above[0]].kind == "addition":
+            above = graph.consumers[above[0]]
+        rectified = any(graph.nodes[n].kind == "activation" and not graph.nodes[n].activation.one_to_one for n in above)
+        total += math.prod(node.shape) * (ACTIVE_SHARE if rectified else 1.0)
+        total += min(node.layer.weight.numel(), unknowns)
+    return total / math.prod(graph.image_shape)
