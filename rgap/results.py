@@ -219,6 +219,8 @@ class LayerRank:
         law_gradients: Rank of K by the rank laws.
         law_rank: Rank of [W; K] by the rank laws.
         note: Why a number is absent, where a step is counted, or what the ranks are based on.
+        blind: Of a convolution, for one image: whether its own gradient, and its bias's or batch norm's, determine its
+            input and δz by shapes, whatever stands above it. None for other steps.
     """
 
     name: str
@@ -237,6 +239,7 @@ class LayerRank:
     law_gradients: int | None = None
     law_rank: int | None = None
     note: str = ""
+    blind: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,8 @@ class RankAnalysis:
         verdict: What the network gives away, in one sentence that begins with "leaks", "stops" or "unknown".
         separable: Images of a batch that the fully connected layers at the end usually tell apart; None for one image,
             and where those layers, or convolutions below them, are of a kind through which no batch is taken.
+        entry: Of a network with branches or pooling, for one image: how far down its lowest blind layer leads, in words
+            that begin with "leaks" or "unknown". Empty for others.
     """
 
     layers: tuple[LayerRank, ...]
@@ -262,6 +267,7 @@ class RankAnalysis:
     leaking: tuple[str, ...]
     verdict: str
     separable: int | None = None
+    entry: str = ""
 
     def to_frame(self, counted: bool = False) -> pd.DataFrame:
         """The steps as a table, columns as in `LayerRank`; integers stay integers where some are missing.

@@ -65,9 +65,9 @@ FIELDS = {
     "residual_allowed predicted_error certified_psnr_db gradient_scale brightness_error",
     "LayerReport": "name unknowns rank_weights rank_gradients rank deficit virtual_constraints iterations condition "
     "sigma_above_cut sigma_below_cut residual predicted_error seconds saturated",
-    "RankAnalysis": "layers batch_size max_ra_index copa_index leaking verdict separable",
+    "RankAnalysis": "layers batch_size max_ra_index copa_index leaking verdict separable entry",
     "LayerRank": "name kind unknowns weight_rows gradient_rows ra_index rank_weights rank_gradients rank deficit "
-    "virtual_constraints condition law_weights law_gradients law_rank note",
+    "virtual_constraints condition law_weights law_gradients law_rank note blind",
     "LargestBatch": "batch_size alone limits reason bound safe",
     "Chain": "model image_shape layers parameters log_softmax",
     "Layer": "name weight bias input_shape output_shape feature_shape stride padding dilation groups activation "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ def checked_network(
         chain = checked_chain(model, image_shape, output)
     except UnsupportedLayerError as refusal:
         return _without_chain(select_output(model, output), image_shape, refusal)
-    if batch_size == 1 and not isinstance(model, Chain) and _averages_away(chain):
+    if batch_size == 1 and not isinstance(model, Chain) and chain.averages_away:
         with contextlib.suppress(UnsupportedLayerError):
             return prepare_residual(select_output(model, output), image_shape)
     return chain
@@ -69,12 +68,6 @@ def _without_chain(model, image_shape, refusal: UnsupportedLayerError) -> PatchE
         return prepare_residual(model, image_shape)
     except UnsupportedLayerError as reason:
         raise UnsupportedLayerError(f"{refusal}; {reason}") from reason
-
-
-def _averages_away(chain: Chain) -> bool:
-    """Whether an activation's whole map becomes one pixel: no equation of the layers above gives it back."""
-    pooled = [layer for layer in chain.layers if layer.is_fixed and layer.after is not None]
-    return any(math.prod(layer.output_shape[1:]) == 1 < math.prod(layer.input_shape[1:]) for layer in pooled)
 
 
 def check_options(loss, batch_size, pixel_range, rcond, noise_std, gradient_scale=None, label_smoothing=None) -> None:

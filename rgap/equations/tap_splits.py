@@ -104,7 +104,11 @@ class _SplitAxis:
     sizes: tuple[int, int]  # outputs and pixels
     reading: tuple[int, int]  # taps that read anything but padding
     complete: bool  # whether every output and every pixel is read
-    unique: tuple[bool, bool]  # whether shifts of generic values remain shifts under scalars alone
+
+    @functools.cached_property
+    def unique(self) -> tuple[bool, bool]:
+        """Whether shifts of generic values remain shifts under scalars alone."""
+        return tuple(map(_only_scalars, (self.outputs, self.pixels), self.sizes))
 
 
 @functools.cache
@@ -120,7 +124,7 @@ def _axis(size: int, kernel: int, stride: int, padding: tuple[int, int], dilatio
     sides = ((p, count), (j, size))
     reading = tuple(int((table >= 0).any(1).sum()) for table, _ in sides)
     complete = all(len(np.unique(table[table >= 0])) == entries for table, entries in sides)
-    return _SplitAxis(p, j, (count, size), reading, complete, tuple(_only_scalars(*side) for side in sides))
+    return _SplitAxis(p, j, (count, size), reading, complete)
 
 
 def _only_scalars(table: np.ndarray, size: int) -> bool:

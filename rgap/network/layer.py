@@ -210,6 +210,12 @@ class Chain:
         constant = any(layer.bias is not None or layer.shift is not None for layer in self.layers)
         return not constant and all(layer.activation.homogeneous for layer in self.layers)
 
+    @property
+    def averages_away(self) -> bool:
+        """Whether an activation's whole map becomes one pixel: no equation of the layers above gives it back."""
+        pooled = [layer for layer in self.layers if layer.is_fixed and layer.after is not None]
+        return any(math.prod(layer.output_shape[1:]) == 1 < math.prod(layer.input_shape[1:]) for layer in pooled)
+
     def layer_inputs(self, images: Tensor) -> dict[str, Tensor]:
         """The input of every layer for given images (B, C, H, W): the ground truth of an evaluation.
 

@@ -23,6 +23,7 @@ from rgap.ranks.numbers import MAX_UNKNOWNS
 from rgap.ranks.patches import BYPASSED, patch_ranks
 from rgap.ranks.ranking import Ranking
 from rgap.ranks.steps import CountedStep, counted_steps
+from rgap.ranks.walked import blind_layers, walk_by_law
 from rgap.results import LayerRank, RankAnalysis, UnsupportedLayerError
 
 
@@ -79,14 +80,21 @@ def rank_analysis(
         layers = [*patches, *(replace(layer, ra_index=None, note=BYPASSED) for layer in layers)]
     counted = [layer for layer in layers if layer.ra_index is not None]
     separable = separable_images(model, image_shape) if batch_size > 1 else None
+    entry = ""
+    if batch_size == 1 and not patches:
+        blind = blind_layers(model, image_shape)
+        layers = [replace(layer, blind=blind.get(layer.name)) for layer in layers]
+        walk = walk_by_law(model, image_shape) if judge(layers).outcome != "leaks" else None
+        entry = walk.sentence if walk else ""
     return RankAnalysis(
         layers=tuple(layers),
         batch_size=batch_size,
         max_ra_index=max((layer.ra_index for layer in counted), default=None),
         copa_index=copa_index([layer.deficit for layer in layers if layer.kind == "convolution"]),
         leaking=tuple(layer.name for layer in counted if layer.deficit == 0),
-        verdict=judge(layers, batch_size, separable).sentence,
+        verdict=judge(layers, batch_size, separable, entry).sentence,
         separable=separable,
+        entry=entry,
     )
 
 

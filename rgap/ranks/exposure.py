@@ -82,6 +82,7 @@ class Exposure:
         not_analysed: Names of steps on the way that are of no kind known to the analysis.
         lossy: Whether an activation on the way is not invertible, so that ranks are the most that it can have.
         doubts: What else keeps the network from being judged, in words.
+        entry: As in `RankAnalysis`; where it leaks, the network does, whatever stands above the blind layer.
     """
 
     steps: tuple[StepExposure, ...]
@@ -89,6 +90,7 @@ class Exposure:
     not_analysed: tuple[str, ...] = ()
     lossy: bool = False
     doubts: tuple[str, ...] = ()
+    entry: str = ""
 
     @property
     def open_step(self) -> StepExposure | None:
@@ -103,6 +105,8 @@ class Exposure:
     @property
     def sentence(self) -> str:
         """The outcome in words, at most `MAX_SENTENCE` characters; it holds for the linear equations alone."""
+        if self.outcome == self.entry.partition(":")[0]:
+            return self.entry
         if self.outcome == "stops":
             few = ", so few that a prior on images may make up for them" if self.missing_share < LEAST_SHARE else ""
             return _fitted("stops: ", [self.open_step.sentence], f"; missing: {_percent(self.missing_share)}{few}")
@@ -125,11 +129,13 @@ class Exposure:
 
 def exposure(analysis: RankAnalysis) -> Exposure:
     """Judges a rank analysis: which steps are determined, closable by the step before, or open."""
-    return judge(analysis.layers, analysis.batch_size, analysis.separable)
+    return judge(analysis.layers, analysis.batch_size, analysis.separable, analysis.entry)
 
 
-def judge(layers: Sequence[LayerRank], batch_size: int = 1, separable: int | None = None) -> Exposure:
+def judge(layers: Sequence[LayerRank], batch_size: int = 1, separable: int | None = None, entry: str = "") -> Exposure:
     """The exposure of steps that were analysed, of a network whose last layers tell `separable` images apart.
+
+    `entry` is that of the analysis.
 
     Only the step directly before may supply equations, as in `rgap.reconstruct`. If an activation between the two is
     not invertible, its zeros may add equations that no rank counts: such a step is never called open.
@@ -151,7 +157,8 @@ def judge(layers: Sequence[LayerRank], batch_size: int = 1, separable: int | Non
     statuses = {step.status for step in steps}
     shown = steps and "unknown" not in statuses and not (not_analysed or lossy or doubts)
     outcome = "stops" if "open" in statuses else "leaks" if shown else "unknown"
-    return Exposure(tuple(steps), outcome, not_analysed, lossy, doubts)
+    outcome = "leaks" if entry.startswith("leaks") else outcome
+    return Exposure(tuple(steps), outcome, not_analysed, lossy, doubts, entry)
 
 
 def available_virtual_constraints(before: LayerRank | None) -> int | None:

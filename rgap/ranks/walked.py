@@ -13,6 +13,7 @@ from torch import nn
 
 from rgap.equations.gradient import blocks
 from rgap.equations.tap_splits import tap_splits
+from rgap.network.chain import prepare
 from rgap.network.graph import Graph, Node, prepare_graph
 from rgap.residual.cut import Cut, geometry, prepare_residual
 from rgap.residual.reconstruct import CONVERGED_KNOWN
@@ -76,7 +77,15 @@ def blind_layers(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, bo
 
 
 def walk_by_law(model: nn.Module, image_shape: tuple[int, ...]) -> BlindWalk | None:
-    """The walk from the blind layer at which an attack would enter; None without one."""
+    """The walk from the blind layer at which an attack would enter; None without one, and for chains of layers.
+
+    Chains are entered at the head, unless they average a whole map away.
+    """
+    try:
+        if not prepare(model, tuple(image_shape)).averages_away:
+            return None
+    except (UnsupportedLayerError, ValueError):
+        pass
     try:
         network = prepare_residual(model, tuple(image_shape))
     except (UnsupportedLayerError, ValueError):

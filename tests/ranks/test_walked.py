@@ -1,0 +1,72 @@
+"""Blind layers and the walk down from them by shapes alone, and what closes them."""
+
+import pytest
+import torch
+from torch import nn
+
+from rgap import rank_analysis
+from rgap.equations.gradient import blocks, gradient_matrix
+from rgap.models import cnn6, resnet, resnet18
+from rgap.network.graph import prepare_graph
+from rgap.ranks.exposure import exposure
+from rgap.ranks.walked import _rank, blind_layers, walk_by_law
+
+
+@pytest.mark.slow
+def test_a_resnet18_leaks_through_its_blind_layers():
+    analysis = rank_analysis(resnet18(), (3, 32, 32), limit=0)
+    assert analysis.verdict == analysis.entry == exposure(analysis).sentence
+    assert analysis.verdict.startswith("leaks: 'layer3.0.conv2' is blind: its own gradient gives its input; below the")
+    blind = {layer.name: layer.blind for layer in analysis.layers if layer.blind is not None}
+    assert blind["layer4.1.conv2"] and blind["layer2.0.conv2"] and not blind["layer2.0.conv1"] and not blind["conv1"]
+
+
+def without_norm_and_bias():
+    """A residual network whose blind layers have no scale."""
+    model = resnet(widths=(16, 64))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            model.set_submodule(name, nn.Identity())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        (resnet(widths=(16, 20, 20), blocks=1), 32),  # 20 channels on 8×8: 4 · 20 < 9 · 9
+        (without_norm_and_bias(), 16),
+        (
+            nn.Sequential(
+                *[nn.Conv2d(c, 64, 3, 2, 1) for c in (3, 64)], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2)
+            ),
+            16,
+        ),
+    ],
+    ids=["narrow last stages", "no bias and no norm", "strides"],
+)
+def test_what_closes_a_blind_layer(model, size):
+    assert walk_by_law(model, (3, size, size)) is None
+    assert not any(blind_layers(model, (3, size, size)).values())
+    assert rank_analysis(model, (3, size, size), limit=0).entry == ""
+
+
+def test_what_lies_below_a_narrow_network_is_too_much_for_the_inversion():
+    walk = walk_by_law(resnet(blocks=1), (3, 32, 32))
+    assert walk.entry == "5.path.3" and walk.solved == ("5.path.0 + 5.skip.0", "4.path.3")
+    assert not walk.leaks and walk.rank < walk.unknowns
+    assert "fewer than the 15 with which the inversion has converged" in walk.sentence
+
+
+def test_chains_are_judged_by_their_own_layers_and_batches_have_no_blind_layer():
+    analysis = rank_analysis(cnn6(), (3, 32, 32), limit=0)
+    assert analysis.entry == "" and any(layer.blind is not None for layer in analysis.layers)
+    assert all(layer.blind is None for layer in rank_analysis(cnn6(), (3, 32, 32), 2, limit=0).layers)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_ranks_along_the_walk_are_those_of_the_attack(stride):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, stride, 1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * (6 // stride) ** 2, 2))
+    node = next(n for n in prepare_graph(model, (2, 6, 6)).nodes.values() if n.has_weight)
+    dz = torch.randn(node.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    dense = sum(int(torch.linalg.matrix_rank(gradient_matrix(node.layer, b, dz))) for b in blocks(node.layer))
+    assert _rank([node], 72) == 2 * dense
