@@ -41,9 +41,14 @@ class FittedInputs:
     residual: float  # largest ‖g′ − g‖ / ‖g‖ of the fully connected gradients, within the span of the inputs
 
 
-def output_jacobians(layers: Sequence[Layer], inputs: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """For inputs (B, n) of the first layer: every layer's input (B, n_i) and ∂f/∂z_i (B, C, n_{i+1}), and f (B, C)."""
-    received, slopes, f = _forward(layers, inputs, layers[0].weight.flatten(1))
+def output_jacobians(
+    layers: Sequence[Layer], inputs: Tensor, W: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """For inputs (B, n) of the first layer: every layer's input (B, n_i) and ∂f/∂z_i (B, C, n_{i+1}), and f (B, C).
+
+    W is the first layer's weight where it acts on other coordinates of the inputs.
+    """
+    received, slopes, f = _forward(layers, inputs, layers[0].weight.flatten(1) if W is None else W)
     jacobians = [torch.eye(f.shape[1], dtype=f.dtype).expand(len(f), -1, -1)]
     for layer, slope in zip(reversed(layers[1:]), reversed(slopes[:-1]), strict=True):
         jacobians.insert(0, slope[:, None] * (jacobians[0] @ layer.weight.flatten(1)))

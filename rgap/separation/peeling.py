@@ -1,0 +1,163 @@
+"""Images of a batch peeled off one after the other, far beyond the number of classes (ours).
+
+Behind a ReLU a unit that a single image switches on has that image as its gradient, `G_j / ∂ℓ/∂b_j`; a unit that every
+image but one switches on has it too, once the part of those units that all switch on is known (`linear_part`). Such a
+candidate goes through the network: its label and ∂ℓ/∂z_1 must lie in the column space of the gradient, and its own
+unit's row must have the size that the loss gives it. An image that passes is subtracted, and other units have one image
+less. All images found are solved for together before peeling goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.network.layer import Layer
+from rgap.separation.linear_units import linear_part
+from rgap.separation.shares import MAX_INPUT_ERROR, TOLERATED_STDS, Candidates, ShareState
+from rgap.separation.subspaces import Span
+
+MAX_FACTOR_MISMATCH = 1e-2
+"""Relative deviation of a candidate's own row from the loss's factor above which no error excuses it."""
+
+MIN_FACTOR_MISMATCH = 1e-8
+"""The same that is allowed at any precision."""
+
+MAX_ERROR_RATIO = 100.0
+"""Ratio of a candidate's predicted error to the smallest one up to which it is accepted in the same step: the next step
+may show the same image in a row with less noise."""
+
+MIN_AGREEING = 3
+"""Candidates that must agree on the factor of the loss where the batch size does not confirm it."""
+
+
+@dataclass(frozen=True)
+class Peeled:
+    """Images that were peeled off, in coordinates of the row space of the first gradient."""
+
+    q: Tensor  # (F, r)
+    dz: Tensor  # (F, h), so that Σ δ_bᵀ q_b is their part of the gradient
+    error: Tensor  # predicted standard deviation of the inputs' entries, (F,)
+    factor: float | None  # of the mean loss, 1/B for B images; None without biases
+
+
+class Peeling:
+    """The state of a peeling: what was found, and the factor of the loss."""
+
+    def __init__(self, layers: Sequence[Layer], spans: tuple[Span, Span], row_noise: Tensor, loss: str, precision: float, size: int):
+        """Takes the fully connected layers, the spans of two gradients, the rows' noise, and the assumed batch size."""
+        self.state = ShareState(layers, spans[0], row_noise, loss, precision)
+        self.E = torch.linalg.qr(layers[1].weight.flatten(1).T @ spans[1].U)[0]
+        self.factor, self.size = None, size
+        self.generator = torch.Generator().manual_seed(0)
+
+    def run(self) -> None:
+        """Peels until no unit shows a new image."""
+        while self.step() and len(self.state.q) < self.state.first.rank:
+            pass
+
+    def step(self) -> int:
+        """Tests every unit once; the number of new images."""
+        state, before = self.state, len(self.state.q)
+        for candidates in self.candidates():
+            self.accept(candidates)
+        if len(state.q) > before:
+            state.refit()
+        return len(state.q) - before
+
+    def candidates(self) -> list[Candidates]:
+        """The inputs that single units suggest: of units with one image, and of units that one image leaves out."""
+        state, rows, noise = self.state, self.state.rows, self.state.rows_noise
+        found = []
+        if not state.down.any():
+            found.append(self.suggested(rows, noise, state.up))
+        linear = self.linear(rows, noise)
+        if linear is not None:
+            for slope, other in ((state.up, state.down), (state.down, state.up)):
+                if slope.any():
+                    left = rows - slope[:, None] * linear.rows
+                    spread = (noise.square() + (slope * linear.noise).square()).sqrt()
+                    found.append(self.suggested(left, spread, other - slope))
+        return found
+
+    def linear(self, rows: Tensor, noise: Tensor):
+        """What the rows would be without kinks, where enough units show it."""
+        order = self.likely_on()
+        if order is None:
+            return None
+        if not self.state.down.any():
+            slope = self.state.up
+            found = linear_part(slope[:, None] * self.E, rows, noise, order, self.generator)
+        else:  # where all images switch a unit off, its row is linear too
+            half = len(order) // 2
+            ends = torch.stack([order[:half], order.flip(0)[:half]], 1).flatten()
+            slope = self.state.up.clone()
+            slope[order[half:]] = self.state.down[order[half:]]
+            found = linear_part(slope[:, None] * self.E, rows, noise, ends, self.generator)
+        return None if found is None else found._replace(
+            rows=found.rows / slope[:, None], noise=found.noise / slope
+        )
+
+    def likely_on(self) -> Tensor | None:
+        """Units in the order in which all remaining images are likely to switch them on; None where nothing shows it.
+
+        Images have a direction in common. The images found show it, or the units that no image switches on.
+        """
+        state = self.state
+        if len(state.q) > 1:
+            z = state.q @ state.Z.T
+            z = z / z.norm(dim=1, keepdim=True)
+            return (z.mean(0) / z.std(0).clamp(min=1e-300)).argsort(descending=True)
+        unit = state.Z / state.Z.norm(dim=1, keepdim=True)
+        silent = state.all_rows.norm(dim=1) <= TOLERATED_STDS * state.noise * state.first.rank**0.5
+        if not silent.any():
+            return None
+        return (-(unit @ unit[silent].sum(0))).argsort(descending=True)
+
+    def suggested(self, rows: Tensor, noise: Tensor, gain: Tensor) -> Candidates:
+        """The rows that are above their noise as inputs."""
+        state = self.state
+        q, own = state.scaled(rows)
+        error = noise / own.abs()
+        good = (error * state.first.rank**0.5 <= MAX_INPUT_ERROR * q.norm(dim=1)) & torch.isfinite(q).all(1)
+        unit = good.nonzero().flatten()
+        return Candidates(q[unit], unit, own[unit], gain[unit], error[unit])
+
+    def accept(self, candidates: Candidates) -> None:
+        """Adds the candidates that pass all tests, the most precise first."""
+        state = self.state
+        candidates = candidates.at(~state.is_known(candidates.q))
+        if not len(candidates.q):
+            return
+        tested = state.test(candidates)
+        passes = tested.sine <= tested.allowed
+        if state.last is not None:
+            known = self.factor or self.common_factor(tested.factor[passes])
+            if known is None:
+                return
+            allowed = TOLERATED_STDS * (candidates.error * state.last.norm() + tested.blur + tested.rounding)
+            allowed = (allowed + MIN_FACTOR_MISMATCH).clamp(max=MAX_FACTOR_MISMATCH)
+            passes &= (tested.factor / known - 1).abs() <= allowed
+            self.factor = known
+        precise = candidates.error[passes].min().item() * MAX_ERROR_RATIO if passes.any() else 0.0
+        for place in candidates.error.argsort().tolist():
+            if candidates.error[place] > precise:
+                break
+            if passes[place] and not state.is_known(candidates.q[place : place + 1]).any():
+                factor = tested.factor[place] if state.last is None else self.factor
+                state.add(candidates.q[place], factor * tested.dz[place], candidates.error[place], tested.rounding[place])
+
+    def common_factor(self, factors: Tensor) -> float | None:
+        """The factor on which most candidates agree, 1/B for a mean loss; None where too few do."""
+        factors = factors[(factors > 0) & torch.isfinite(factors)]
+        if not len(factors):
+            return None
+        agree = (factors[:, None] / factors - 1).abs() <= 1e-4
+        best = int(agree.sum(1).argmax())
+        common = factors[agree[best]].median().item()
+        if abs(common * self.size - 1) > MAX_FACTOR_MISMATCH and int(agree[best].sum()) < MIN_AGREEING:
+            return None
+        return common
