@@ -1,7 +1,7 @@
 """Activation patterns of the images that no single unit shows, from the column space of what is left (ours).
 
-Behind few outputs every ∂ℓ/∂z_1 is D_s E c: k numbers c, and a slope a unit, which its image's sign s chooses. It lies in
-the column space U of the gradient that is left, so that every unit has either u_j = up·v_j or u_j = down·v_j with
+Behind few outputs every ∂ℓ/∂z_1 is D_s E c: k numbers c, and a slope a unit, which its image's sign s chooses. It lies
+in the column space U of the gradient that is left, so that every unit has either u_j = up·v_j or u_j = down·v_j with
 v = E c. For given signs the nearest pair of u and v is a smallest principal angle between two subspaces, and the pair
 gives new signs, until they no longer change. Starts are the rows of the gradient, which are mixtures of few images, and
 random inputs. Patterns alone determine no image; but where those of all that are left are known, the images follow
@@ -41,12 +41,12 @@ MIN_NEXT_RATIO = 10.0
 class PatternSearch:
     """The patterns found among the images that are left, by their ∂ℓ/∂z_1 of unit length."""
 
-    def __init__(self, state: ShareState, E: Tensor, rows: list[Tensor], seed: int = 0):
+    def __init__(self, state: ShareState, E: Tensor, rows: list[Tensor], generator: torch.Generator):
         """Takes the images found, a basis E (h, k) of all ∂ℓ/∂a_1, and gradients (h, r) whose rows are good starts."""
         self.state, self.E, self.rows = state, E, rows
         self.U = state.first.U @ null_of_rows(state.q / state.first.S)
         self.dz = E.new_zeros(0, len(E))
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = generator
 
     def run(self) -> Candidates | None:
         """The inputs that are left, or None where not every pattern was found."""
@@ -63,7 +63,7 @@ class PatternSearch:
         return self.inputs() if len(self.dz) == self.U.shape[1] else None
 
     def starts(self, rest: Tensor, Z: Tensor, count: int) -> list[Tensor]:
-        """Signs (S, h) to start from: of rows in the first two rounds, later of random inputs that are left and some rows."""
+        """Signs (S, h) to start from: of rows in the first two rounds, later of random inputs and rows."""
         from_rows = torch.cat([(rows @ rest @ rest.T) for rows in self.rows])
         if self.state.last is not None:
             from_rows = from_rows * (torch.cat(self.rows) @ self.state.last).sign()[:, None]
@@ -75,7 +75,7 @@ class PatternSearch:
         return [torch.cat([half, random])]
 
     def iterate(self, signs: Tensor, smooth: Tensor | None) -> Tensor:
-        """Signs that no longer change; the first steps are smoothed by the range of pre-activations (h, m), orthonormal."""
+        """Signs that no longer change; the first are smoothed by the range of pre-activations (h, m), orthonormal."""
         live = torch.arange(len(signs))
         for step in range(MAX_PATTERN_STEPS):
             turned = self.nearest(signs[live])[0]
@@ -90,7 +90,7 @@ class PatternSearch:
         return signs
 
     def nearest(self, signs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For signs (S, h): the signs that the nearest u and v give, D_s v, its sine to the range of U, and the next."""
+        """For signs (S, h): those that the nearest u and v give, D_s v, its sine to the range of U, and the next."""
         slope = torch.where(signs, self.state.up, self.state.down)
         DE = slope[:, :, None] * self.E
         gram, inside = DE.mT @ DE, self.U.T @ DE

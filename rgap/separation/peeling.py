@@ -10,15 +10,17 @@ less. All images found are solved for together before peeling goes on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rgap.network.layer import Layer
-from rgap.separation.linear_units import linear_part
+from rgap.separation.linear_units import MAX_LINEAR_UNKNOWNS, LinearPart, linear_part
+from rgap.separation.pattern_search import PatternSearch
+from rgap.separation.search import Separation
 from rgap.separation.shares import MAX_INPUT_ERROR, TOLERATED_STDS, Candidates, ShareState
-from rgap.separation.subspaces import Span
+from rgap.separation.subspaces import Span, row_span
+from rgap.shared_gradient import SharedGradient
 
 MAX_FACTOR_MISMATCH = 1e-2
 """Relative deviation of a candidate's own row from the loss's factor above which no error excuses it."""
@@ -34,56 +36,90 @@ MIN_AGREEING = 3
 """Candidates that must agree on the factor of the loss where the batch size does not confirm it."""
 
 
-@dataclass(frozen=True)
-class Peeled:
-    """Images that were peeled off, in coordinates of the row space of the first gradient."""
+def peel(
+    layers: Sequence[Layer], received: SharedGradient, first: Span, loss: str, size: int, seed: int = 0
+) -> Separation:
+    """The inputs of the first fully connected layer that can be peeled off a batch's gradient.
 
-    q: Tensor  # (F, r)
-    dz: Tensor  # (F, h), so that Σ δ_bᵀ q_b is their part of the gradient
-    error: Tensor  # predicted standard deviation of the inputs' entries, (F,)
-    factor: float | None  # of the mean loss, 1/B for B images; None without biases
+    Args:
+        layers: Fully connected layers from the first one on; LeakyReLU, PReLU or ReLU follows the first.
+        received: The gradients.
+        first: `row_span` of the first layer.
+        loss: "logistic" or "cross_entropy".
+        size: Images in the batch, as assumed; where the images themselves agree on another number, that is used.
+        seed: Of random starts.
+    """
+    second = row_span(layers[1], received.gradients, received.precision)
+    peeling = Peeling(layers, (first, second), received, loss, size, seed)
+    peeling.run()
+    state, steps = peeling.state, peeling.steps
+    x, scale = first.V @ state.q.T, 1.0
+    if state.last is not None:
+        x, scale = x[:-1], x[-1]
+    dz = state.dz * torch.as_tensor(scale).reshape(-1, 1)
+    inside = dz @ first.U @ first.U.T
+    sines = (dz - inside).norm(dim=1) / dz.norm(dim=1)
+    off = (torch.as_tensor(scale) - 1).abs().expand(len(dz))
+    residuals = torch.stack([off, sines], 1)
+    return Separation((x / scale).T, dz, residuals, first, second, 0, steps, len(dz), peeling.errors, peeling.factor)
 
 
 class Peeling:
     """The state of a peeling: what was found, and the factor of the loss."""
 
-    def __init__(self, layers: Sequence[Layer], spans: tuple[Span, Span], row_noise: Tensor, loss: str, precision: float, size: int):
-        """Takes the fully connected layers, the spans of two gradients, the rows' noise, and the assumed batch size."""
-        self.state = ShareState(layers, spans[0], row_noise, loss, precision)
+    def __init__(self, layers, spans: tuple[Span, Span], received: SharedGradient, loss: str, size: int, seed: int):
+        """Takes the fully connected layers, the spans of two gradients, and what `peel` takes."""
+        std = received.entry_std[layers[0].weight_name].flatten(1).square().mean(1).sqrt()
+        self.state = ShareState(layers, spans[0], std, loss, received.precision)
         self.E = torch.linalg.qr(layers[1].weight.flatten(1).T @ spans[1].U)[0]
-        self.factor, self.size = None, size
-        self.generator = torch.Generator().manual_seed(0)
+        self.factor, self.size, self.steps = None, size, 0
+        self.generator = torch.Generator().manual_seed(seed)
 
     def run(self) -> None:
-        """Peels until no unit shows a new image."""
-        while self.step() and len(self.state.q) < self.state.first.rank:
+        """Peels until no unit shows a new image, then looks for the patterns of those that are left."""
+        while len(self.state.q) < self.state.first.rank and self.step():
             pass
+        if len(self.state.q) < self.state.first.rank and self.E.shape[1] <= MAX_LINEAR_UNKNOWNS:
+            left = PatternSearch(
+                self.state, self.E, [rows for rows, *_ in self.views()] or [self.state.rows], self.generator
+            ).run()
+            if left is not None:
+                self.accept(left, together=True)
+                self.state.refit()
+
+    @property
+    def errors(self) -> Tensor:
+        """Predicted root mean square error of the inputs' entries, (F,)."""
+        width = len(self.state.first.V) - (self.state.last is not None)
+        return self.state.error * (self.state.first.rank / width) ** 0.5
 
     def step(self) -> int:
         """Tests every unit once; the number of new images."""
         state, before = self.state, len(self.state.q)
-        for candidates in self.candidates():
-            self.accept(candidates)
+        self.steps += 1
+        for rows, noise, gain in self.views():
+            self.accept(self.suggested(rows, noise, gain))
         if len(state.q) > before:
             state.refit()
         return len(state.q) - before
 
-    def candidates(self) -> list[Candidates]:
-        """The inputs that single units suggest: of units with one image, and of units that one image leaves out."""
+    def views(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Rows (h, r) of which some are one image, their noise (h,), and the gain with which a row shows its image.
+
+        Units that one image switches on, and, less their linear part, those that it alone leaves out; behind LeakyReLU
+        both need that.
+        """
         state, rows, noise = self.state, self.state.rows, self.state.rows_noise
-        found = []
-        if not state.down.any():
-            found.append(self.suggested(rows, noise, state.up))
+        found = [] if state.down.any() else [(rows, noise, state.up)]
         linear = self.linear(rows, noise)
         if linear is not None:
             for slope, other in ((state.up, state.down), (state.down, state.up)):
                 if slope.any():
-                    left = rows - slope[:, None] * linear.rows
                     spread = (noise.square() + (slope * linear.noise).square()).sqrt()
-                    found.append(self.suggested(left, spread, other - slope))
+                    found.append((rows - slope[:, None] * linear.rows, spread, other - slope))
         return found
 
-    def linear(self, rows: Tensor, noise: Tensor):
+    def linear(self, rows: Tensor, noise: Tensor) -> LinearPart | None:
         """What the rows would be without kinks, where enough units show it."""
         order = self.likely_on()
         if order is None:
@@ -97,9 +133,7 @@ class Peeling:
             slope = self.state.up.clone()
             slope[order[half:]] = self.state.down[order[half:]]
             found = linear_part(slope[:, None] * self.E, rows, noise, ends, self.generator)
-        return None if found is None else found._replace(
-            rows=found.rows / slope[:, None], noise=found.noise / slope
-        )
+        return None if found is None else LinearPart(found.rows / slope[:, None], found.noise / slope)
 
     def likely_on(self) -> Tensor | None:
         """Units in the order in which all remaining images are likely to switch them on; None where nothing shows it.
@@ -126,8 +160,8 @@ class Peeling:
         unit = good.nonzero().flatten()
         return Candidates(q[unit], unit, own[unit], gain[unit], error[unit])
 
-    def accept(self, candidates: Candidates) -> None:
-        """Adds the candidates that pass all tests, the most precise first."""
+    def accept(self, candidates: Candidates, *, together: bool = False) -> None:
+        """Adds the candidates that pass all tests, the most precise first; all of them if they were found together."""
         state = self.state
         candidates = candidates.at(~state.is_known(candidates.q))
         if not len(candidates.q):
@@ -144,11 +178,13 @@ class Peeling:
             self.factor = known
         precise = candidates.error[passes].min().item() * MAX_ERROR_RATIO if passes.any() else 0.0
         for place in candidates.error.argsort().tolist():
-            if candidates.error[place] > precise:
+            if candidates.error[place] > precise and not together:
                 break
             if passes[place] and not state.is_known(candidates.q[place : place + 1]).any():
                 factor = tested.factor[place] if state.last is None else self.factor
-                state.add(candidates.q[place], factor * tested.dz[place], candidates.error[place], tested.rounding[place])
+                state.add(
+                    candidates.q[place], factor * tested.dz[place], candidates.error[place], tested.rounding[place]
+                )
 
     def common_factor(self, factors: Tensor) -> float | None:
         """The factor on which most candidates agree, 1/B for a mean loss; None where too few do."""

@@ -17,10 +17,14 @@ from rgap.head.hypothesis import Start, Twin
 from rgap.network.layer import Chain, Layer
 from rgap.results import LayerReport
 from rgap.separation.joint_softmax import fit_joint_softmax
+from rgap.separation.peeling import peel
 from rgap.separation.scales import output_gradients, output_jacobians, refine_inputs, scale_hypotheses, share_residual
 from rgap.separation.search import Separation, separate
 from rgap.separation.subspaces import BatchSize, first_dense, row_span
 from rgap.shared_gradient import SharedGradient
+
+MAX_SEARCHED_FIRST = 9
+"""Largest rank at which all images are searched before any is peeled off."""
 
 MAX_COMBINATIONS = 64
 """Largest number of combinations of scale hypotheses between which the last convolution decides."""
@@ -49,7 +53,7 @@ def read_batch(
     """
     below, count, begin = first_dense(chain), size.size, time.perf_counter()
     tail, none = chain.layers[below:], torch.zeros(0, chain.layers[below].unknowns, dtype=torch.float64)
-    apart = separate(*tail[:2], received.gradients, precision=received.precision, seed=seed, span=size.span)
+    apart = _separated(tail, received, size, loss, seed)
     start, notes = None, []
     if below == 0:
         start, notes = _each_alone(tail, received, apart, count, loss)
@@ -71,6 +75,26 @@ def read_batch(
         if ranks[0] < count:
             notes.append(f"if the batch has {ranks[0]} images, give batch_size={ranks[0]} or None")
     return start, notes
+
+
+def _separated(tail: Sequence[Layer], received: SharedGradient, size: BatchSize, loss: str, seed: int) -> Separation:
+    """The images apart: a few by a search; of many those that peel off, and by the search those of the others it finds.
+
+    The search takes starts and steps in proportion to the rank, each of its third power: it is left out where many
+    images are left or, behind few outputs, after the search for patterns.
+    """
+    options = {"precision": received.precision, "seed": seed, "span": size.span}
+    if size.span.rank <= MAX_SEARCHED_FIRST:
+        apart = separate(*tail[:2], received.gradients, **options)
+        if len(apart.inputs) == size.span.rank:
+            return apart
+        peeled = peel(tail, received, size.span, loss, size.size, seed)
+        return peeled if peeled.peeled > len(apart.inputs) else apart
+    peeled = peel(tail, received, size.span, loss, size.size, seed)
+    left, narrow = size.span.rank - peeled.peeled, peeled.second.rank + MAX_SEARCHED_FIRST < size.span.rank
+    if left == 0 or (narrow and left > MAX_SEARCHED_FIRST):
+        return peeled
+    return separate(*tail[:2], received.gradients, **options, known=peeled)
 
 
 def _each_alone(
@@ -178,6 +202,10 @@ def _what_was_found(layers: Sequence[Layer], apart: Separation, size: int) -> li
     """Notes on how many images the separation has found, and why not more."""
     count, rank = len(apart.inputs), apart.first.rank
     notes = [f"{count} of {size} images found, in {apart.starts} random starts and {apart.steps} steps"]
+    if apart.peeled:
+        notes.append(f"{apart.peeled} of them peeled off, by units that one image alone switches on or leaves out")
+    if apart.factor is not None:
+        notes.append(f"the images' shares are those of a mean over {1 / apart.factor:.4g} images")
     if apart.second.rank < rank:
         width = layers[1].output_shape[0]
         why = "images with the same activation pattern in it share a row, or one is lost in rounding"

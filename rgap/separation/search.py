@@ -42,6 +42,9 @@ class Separation:
     second: Span
     starts: int  # random ones
     steps: int  # of the fixed point, over all starts
+    peeled: int = 0  # inputs found by peeling, the first ones
+    errors: Tensor | None = None  # predicted root mean square errors of these, (peeled,)
+    factor: float | None = None  # of the loss, on which they agree: 1/B for the mean of B images
 
 
 def separate(
@@ -53,6 +56,7 @@ def separate(
     seed: int = 0,
     span: Span | None = None,
     near: Tensor | None = None,
+    known: Separation | None = None,
 ) -> Separation:
     """Separates the inputs of a fully connected layer from the gradients of it and the next one.
 
@@ -78,12 +82,15 @@ def separate(
         seed: Of the starts.
         span: `row_span` of the first layer, where it is known already.
         near: Inputs (F, n) whose activation patterns are tried, in place of random starts.
+        known: Inputs that are found already; the search is among the others.
 
     Raises:
         UnsupportedLayerError: If the activation between the layers is linear or not homogeneous.
     """
     spans = span or row_span(first, gradients, precision), row_span(second, gradients, precision)
     search = Search(first, second, spans, precision)
+    for x, dz, residuals in zip(known.inputs, known.dz, known.residuals, strict=True) if known else ():
+        search.add_known(x, dz, residuals)
     generator = torch.Generator().manual_seed(seed)
     starts, failed, whole = 0, 0, False
     if near is not None:
@@ -93,15 +100,16 @@ def separate(
             search.resolve_partial()
     while near is None and search.unknown > 0 and failed < MAX_FAILED_STARTS and search.has_tests:
         count = min(STARTS_AT_ONCE, search.unknown, MAX_FAILED_STARTS - failed)
-        known = search.known
+        before = search.known
         search.run_starts(count, generator, whole=whole)
         starts += count
-        progress = search.known > known
+        progress = search.known > before
         if progress and search.partial:
             search.resolve_partial()
         failed = 0 if progress else failed + count
         whole = failed > 0 and not whole  # where deflated starts find nothing, alternate with starts among all
-    return Separation(search.inputs, search.dz, search.residuals, search.first, search.second, starts, search.steps)
+    found = (search.inputs, search.dz, search.residuals, search.first, search.second, starts, search.steps)
+    return Separation(*found, *((known.peeled, known.errors, known.factor) if known else ()))
 
 
 class Search(SearchState):

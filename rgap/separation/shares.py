@@ -92,7 +92,7 @@ class ShareState:
 
     @property
     def model_noise(self) -> Tensor:
-        """The same for exact inputs: the gradient's noise, and the rounding of the shares in the client's arithmetic."""
+        """The same for exact inputs: the gradient's noise, and the rounding of shares by the client."""
         rounding = (self.blur * self.q.norm(dim=1)).square() / self.first.rank
         return (self.noise.square() + self.dz.T.square() @ rounding).sqrt()
 
@@ -132,7 +132,9 @@ class ShareState:
         dz, back = shares[everyone, label], back[everyone, label]
         c = c[everyone, label]
         size = c.norm(dim=1).clamp(min=1e-300)
-        curvature = _curvature(self.loss, f, label) if self.last is not None else f.new_zeros(len(f), f.shape[1], f.shape[1])
+        curvature = _curvature(self.loss, f, label)
+        if self.last is None:  # ∂ℓ/∂f is free
+            curvature = torch.zeros_like(curvature)
         changed = curvature @ ((slope[:, None] * jacobian) @ self.Z)  # of ∂ℓ/∂f by q
         blur = one.error * changed.flatten(1).norm(dim=1) / size
         rounding = self.precision * (1 + f.abs().amax(1) * curvature.flatten(1).norm(dim=1) / size + 1 / size)
@@ -147,7 +149,7 @@ class ShareState:
         return ((self.dual @ q.T).abs() > 0.5 * size.abs()).any(0)
 
     def add(self, q: Tensor, dz: Tensor, error: Tensor, blur: Tensor) -> None:
-        """Adds an input (r,) with its ∂ℓ/∂z_1 (h,) in the mean loss, the error of its entries, and dz's relative one."""
+        """Adds an input (r,) with its ∂ℓ/∂z_1 (h,) in the mean loss, its entries' error and the relative one of dz."""
         self.q, self.dz = torch.cat([self.q, q[None]]), torch.cat([self.dz, dz[None]])
         self.error, self.blur = torch.cat([self.error, error[None]]), torch.cat([self.blur, blur[None]])
 

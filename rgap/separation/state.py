@@ -162,6 +162,17 @@ class SearchState:
             mine = turned
         return torch.cat([mine, signs[count:]]), b if self.passes(sine, following) else None, sine
 
+    def add_known(self, x: Tensor, dz: Tensor, residuals: Tensor) -> None:
+        """Adds an input (n,) that was found otherwise, with its ∂ℓ/∂z_1."""
+        q = (torch.cat([x, x.new_ones(1)]) if self.has_constant else x) @ self.first.V
+        slope = torch.where(self.Z @ q > 0, self.up, self.down)[: len(dz)]
+        b = torch.linalg.lstsq(slope[:, None] * self.E, dz[:, None]).solution[:, 0]
+        dual = (self.first.U.T @ dz) / self.first.S
+        self.inputs, self.q = torch.cat([self.inputs, x[None]]), torch.cat([self.q, q[None]])
+        self.dual, self.dz = torch.cat([self.dual, dual[None] / (dual @ q)]), torch.cat([self.dz, dz[None]])
+        self.dual_next = torch.cat([self.dual_next, b[None] / self.second.S])
+        self.residuals = torch.cat([self.residuals, residuals[None]])
+
     def add(self, q: Tensor, signs: Tensor, dz: Tensor, residuals: tuple[float, float]) -> None:
         """Adds an input with its ∂ℓ/∂z_1, which is scaled so that Σ dz_b x_bᵀ over all inputs is the gradient."""
         dual = (self.first.U.T @ dz) / self.first.S
