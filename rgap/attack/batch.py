@@ -67,6 +67,8 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
         not one_scale or match.residual <= match.allowed or len(images) < start.batch_size
     )
 
+    errors = again.errors if start.errors is None else torch.maximum(again.errors, start.errors)
+
     def candidate(b: int, twin: Twin) -> Candidate:
         factor, brightness = start.scales(b)
         own, image = {key: twin.factor * x[b : b + 1] for key, x in inputs.items()}, twin.factor * images[b : b + 1]
@@ -79,7 +81,7 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
             allowed = min(allowed, attack.received.tolerance)
         return Candidate(
             image, torch.tensor([twin.label]), residual, inside, own, descent.reports, descent.open_layers,
-            residual_allowed=allowed, predicted_error=None if descent.open_layers else size * again.errors[b].item(),
+            residual_allowed=allowed, predicted_error=None if descent.open_layers else size * errors[b].item(),
             gradient_scale=factor, brightness_error=brightness,
         )  # fmt: skip
 

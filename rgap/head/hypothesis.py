@@ -105,6 +105,7 @@ class Start:
     label_smoothing: float = 0.0  # ε of the client's labels
     length_errors: tuple[float, ...] = (0.0,)  # relative standard deviation of each x's length, or one for all
     misfit: float = 0.0  # of the head's equations, in standard deviations
+    errors: Tensor | None = None  # predicted errors of x, (B,), where images were peeled off a batch
 
     def scales(self, b: int) -> tuple[float, float]:
         """The factor of image b's gradient, and the relative error of its brightness."""

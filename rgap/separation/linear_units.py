@@ -21,10 +21,13 @@ SURPLUS_UNITS = 4
 SUBSETS_TRIED = 250
 """Random subsets of each list of units from which M is solved."""
 
+LINEAR_FITS = 3
+"""Turns of the fit of M to the units that agree, each with the noise that the last one has shown."""
+
 TEST_COLUMNS = 16
 """Random combinations of columns on which a subset is tested."""
 
-AGREEING_STDS = 30.0
+AGREEING_STDS = 10.0
 """Multiple of the noise of a row up to which it agrees with M."""
 
 
@@ -63,7 +66,9 @@ def linear_part(E: Tensor, rows: Tensor, noise: Tensor, order: Tensor, generator
             best = found
     if best is None:
         return None
-    weight = 1 / noise[best]
-    inverse = torch.linalg.pinv(weight[:, None] * E[best], rtol=1e-10)
-    spread = E @ inverse
-    return LinearPart(spread @ (weight[:, None] * rows[best]), spread.norm(dim=1))
+    seen, noise = rows[best], noise[best]
+    for _ in range(LINEAR_FITS):
+        inverse = torch.linalg.pinv(E[best] / noise[:, None], rtol=1e-10)
+        M = inverse @ (seen / noise[:, None])
+        noise = torch.maximum(noise, (seen - E[best] @ M).norm(dim=1) / rows.shape[1] ** 0.5)
+    return LinearPart(E @ M, (E @ inverse).norm(dim=1))

@@ -49,19 +49,22 @@ def peel(
         size: Images in the batch, as assumed; where the images themselves agree on another number, that is used.
         seed: Of random starts.
     """
-    second = row_span(layers[1], received.gradients, received.precision)
-    peeling = Peeling(layers, (first, second), received, loss, size, seed)
+    peeling = Peeling(layers, (first, _second(layers, received)), received, loss, size, seed)
     peeling.run()
-    state, steps = peeling.state, peeling.steps
-    x, scale = first.V @ state.q.T, 1.0
-    if state.last is not None:
-        x, scale = x[:-1], x[-1]
-    dz = state.dz * torch.as_tensor(scale).reshape(-1, 1)
-    inside = dz @ first.U @ first.U.T
-    sines = (dz - inside).norm(dim=1) / dz.norm(dim=1)
-    off = (torch.as_tensor(scale) - 1).abs().expand(len(dz))
-    residuals = torch.stack([off, sines], 1)
-    return Separation((x / scale).T, dz, residuals, first, second, 0, steps, len(dz), peeling.errors, peeling.factor)
+    return peeling.separation()
+
+
+def peel_again(
+    layers: Sequence[Layer], received: SharedGradient, first: Span, loss: str, inputs: Tensor, errors: Tensor
+) -> Separation:
+    """Inputs (F, n) that were peeled off, with predicted errors (F,), solved once more from other gradients."""
+    peeling = Peeling(layers, (first, _second(layers, received)), received, loss, len(inputs), 0)
+    peeling.restore(inputs, errors)
+    return peeling.separation()
+
+
+def _second(layers: Sequence[Layer], received: SharedGradient) -> Span:
+    return row_span(layers[1], received.gradients, received.precision)
 
 
 class Peeling:
@@ -71,6 +74,7 @@ class Peeling:
         """Takes the fully connected layers, the spans of two gradients, and what `peel` takes."""
         std = received.entry_std[layers[0].weight_name].flatten(1).square().mean(1).sqrt()
         self.state = ShareState(layers, spans[0], std, loss, received.precision)
+        self.second = spans[1]
         self.E = torch.linalg.qr(layers[1].weight.flatten(1).T @ spans[1].U)[0]
         self.factor, self.size, self.steps = None, size, 0
         self.generator = torch.Generator().manual_seed(seed)
@@ -87,11 +91,34 @@ class Peeling:
                 self.accept(left, together=True)
                 self.state.refit()
 
+    def restore(self, inputs: Tensor, errors: Tensor) -> None:
+        """Takes inputs (F, n) with predicted errors (F,) as found, and solves for all of them together."""
+        state, units = self.state, torch.zeros(len(inputs), dtype=torch.int64)
+        x = inputs if state.last is None else torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
+        q, one = x @ state.first.V, torch.ones_like(errors)
+        tested = state.test(Candidates(q, units, one, one, errors / self.error_factor))
+        scale = ((tested.dz @ state.first.U / state.first.S) * q).sum(1, keepdim=True)
+        for found in zip(q, tested.dz / scale, errors / self.error_factor, tested.rounding, strict=True):
+            state.add(*found)
+        state.refit()
+
     @property
-    def errors(self) -> Tensor:
-        """Predicted root mean square error of the inputs' entries, (F,)."""
+    def error_factor(self) -> float:
+        """Predicted error of an input's entries, for a standard deviation of 1 of its coordinates."""
         width = len(self.state.first.V) - (self.state.last is not None)
-        return self.state.error * (self.state.first.rank / width) ** 0.5
+        return TOLERATED_STDS * (self.state.first.rank / width) ** 0.5
+
+    def separation(self) -> Separation:
+        """The images found, with their true size where there is a bias."""
+        state, first = self.state, self.state.first
+        x, scale = state.q @ first.V.T, state.q.new_ones(len(state.q), 1)
+        if state.last is not None:
+            x, scale = x[:, :-1], x[:, -1:]
+        dz = state.dz * scale
+        sines = (dz - dz @ first.U @ first.U.T).norm(dim=1) / dz.norm(dim=1)
+        residuals = torch.stack([(scale[:, 0] - 1).abs(), sines], 1)
+        found = (x / scale, dz, residuals, first, self.second, 0, self.steps)
+        return Separation(*found, len(dz), self.error_factor * state.error, self.factor)
 
     def step(self) -> int:
         """Tests every unit once; the number of new images."""
@@ -100,7 +127,7 @@ class Peeling:
         for rows, noise, gain in self.views():
             self.accept(self.suggested(rows, noise, gain))
         if len(state.q) > before:
-            state.refit()
+            state.refit(self.E, self.linear(state.rows, state.rows_noise))
         return len(state.q) - before
 
     def views(self) -> list[tuple[Tensor, Tensor, Tensor]]:

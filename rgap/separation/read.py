@@ -17,7 +17,7 @@ from rgap.head.hypothesis import Start, Twin
 from rgap.network.layer import Chain, Layer
 from rgap.results import LayerReport
 from rgap.separation.joint_softmax import fit_joint_softmax
-from rgap.separation.peeling import peel
+from rgap.separation.peeling import peel, peel_again
 from rgap.separation.scales import output_gradients, output_jacobians, refine_inputs, scale_hypotheses, share_residual
 from rgap.separation.search import Separation, separate
 from rgap.separation.subspaces import BatchSize, first_dense, row_span
@@ -113,7 +113,10 @@ def _each_alone(
         twins.append(tuple(Twin(k, a / scales[-1], miss) for (k, a), miss in zip(found, misses, strict=True)))
     labels = torch.tensor([each[0].label for each in twins], dtype=torch.int64)
     scale = apart.inputs.new_tensor(scales)[:, None]
-    return Start(0, labels, scale * apart.inputs, apart.dz / scale @ tail[0].weight.flatten(1), tuple(twins), ()), notes
+    dx, errors = apart.dz / scale @ tail[0].weight.flatten(1), None
+    if apart.errors is not None:
+        errors = scale[:, 0] * torch.cat([apart.errors, torch.zeros(len(scale) - len(apart.errors))])
+    return Start(0, labels, scale * apart.inputs, dx, tuple(twins), (), errors=errors), notes
 
 
 def _hypotheses(first: Layer, loss: str, f: Tensor, c: Tensor) -> tuple[list[list[tuple[int, float]]], list[str]]:
@@ -131,7 +134,10 @@ def read_again(chain: Chain, received: SharedGradient, loss: str, start: Start) 
     """
     tail = chain.layers
     size = BatchSize(start.batch_size, (), row_span(tail[0], received.gradients, received.precision))
-    apart = separate(*tail[:2], received.gradients, precision=received.precision, span=size.span, near=start.x)
+    if start.errors is not None and start.ranks[1] < start.ranks[0]:  # each hidden vector alone passes no test
+        apart = peel_again(tail, received, size.span, loss, start.x, start.errors)
+    else:
+        apart = separate(*tail[:2], received.gradients, precision=received.precision, span=size.span, near=start.x)
     found, _ = _each_alone(tail, received, apart, start.batch_size, loss)
     scaled = [(twin.factor * x, twins) for x, twins in zip(found.x, found.twins, strict=True) for twin in twins]
     missing = [(torch.full_like(start.x[0], math.nan), (Twin(0),))]

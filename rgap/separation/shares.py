@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rgap.client import loss_value
 from rgap.network.layer import Layer
+from rgap.separation.linear_units import LinearPart
 from rgap.separation.scales import output_jacobians
 from rgap.separation.state import slopes
 from rgap.separation.subspaces import Span
@@ -32,7 +33,7 @@ MAX_INPUT_ERROR = 2e-3
 TOLERATED_STDS = 10.0
 """Multiple of a predicted error up to which a test counts as passed."""
 
-REFITS = 3
+JOINT_REFITS = 3
 """Turns of a joint solution for all inputs found."""
 
 MAX_BATCH_OF_CANDIDATES = 128
@@ -151,29 +152,40 @@ class ShareState:
     def add(self, q: Tensor, dz: Tensor, error: Tensor, blur: Tensor) -> None:
         """Adds an input (r,) with its ∂ℓ/∂z_1 (h,) in the mean loss, its entries' error and the relative one of dz."""
         self.q, self.dz = torch.cat([self.q, q[None]]), torch.cat([self.dz, dz[None]])
-        self.error, self.blur = torch.cat([self.error, error[None]]), torch.cat([self.blur, blur[None]])
+        rounding = torch.finfo(q.dtype).eps * q.norm() / len(q) ** 0.5
+        self.error = torch.cat([self.error, torch.maximum(error, rounding)[None]])
+        self.blur = torch.cat([self.blur, blur[None]])
 
-    def refit(self) -> None:
+    def refit(self, E: Tensor | None = None, linear: LinearPart | None = None) -> None:
         """Solves for all inputs found together, in the rows that they explain: errors of subtracted shares vanish.
 
-        Rows that miss by more than their noise count for less in the second turn.
+        A row is explained where nothing is left of it, or what is left is its part of the `linear` rows, E (h, k) times
+        one matrix. Rows that miss by more than their noise count for less in the next turn. Inputs that these rows
+        hardly determine stay as they are: they were found with a known error, which is an equation too.
         """
-        left = self.rows.norm(dim=1) / self.first.rank**0.5
-        explained = left <= TOLERATED_STDS * self.rows_noise
-        noise = self.model_noise[explained]
-        size = self.dz[:, explained].norm(dim=1).clamp(min=1e-300)
-        if not len(size) or len(noise) < len(size):
+        root, count = self.first.rank**0.5, len(self.q)
+        if not count:
             return
-        for _ in range(REFITS):
-            A = (self.dz[:, explained] / size[:, None] / noise).T
-            Q, R = torch.linalg.qr(A)
+        left, noise, width = self.rows, self.rows_noise, 0 if linear is None else E.shape[1]
+        explained = left.norm(dim=1) <= TOLERATED_STDS * noise * root
+        L = left.new_zeros(len(left), width)
+        for slope in (self.up, self.down) if linear is not None else ():
+            spread = (noise.square() + (slope * linear.noise).square()).sqrt() * root
+            fits = (left - slope[:, None] * linear.rows).norm(dim=1) <= TOLERATED_STDS * spread
+            fits &= ~explained & (slope != 0)
+            L[fits], explained = slope[fits, None] * E[fits], explained | fits
+        size = self.dz.norm(dim=1)
+        A = torch.cat([(self.dz / size[:, None]).T, L], 1)[explained]
+        prior = torch.cat([torch.diag(1 / (size * self.error)), L.new_zeros(count, width)], 1)
+        left, noise = left[explained], self.model_noise[explained]
+        for _ in range(JOINT_REFITS):
+            Q, R = torch.linalg.qr(torch.cat([A / noise[:, None], prior]))
             if not R.diagonal().all():
                 return
-            step = torch.linalg.solve_triangular(R, Q.T @ (self.rows[explained] / noise[:, None]), upper=True)
-            self.q = self.q + step / size[:, None]
-            error = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype), upper=True).norm(dim=1)
-            self.error = error / size
-            noise = torch.maximum(self.model_noise[explained], self.rows[explained].norm(dim=1) / self.first.rank**0.5)
+            step = torch.linalg.solve_triangular(R, Q[: len(A)].T @ (left / noise[:, None]), upper=True)
+            noise = torch.maximum(self.model_noise[explained], (left - A @ step).norm(dim=1) / root)
+        inverse = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype), upper=True)
+        self.q, self.error = self.q + step[:count] / size[:, None], inverse[:count].norm(dim=1) / size
 
 
 def output_gradients_of_labels(loss: str, f: Tensor) -> Tensor:
