@@ -21,7 +21,7 @@ from rgap.network.layer import Layer
 from rgap.residual.walk import Known, Walk
 
 START_STD = 1e-3
-"""Standard deviation of the noise that the iterations start from."""
+"""Standard deviation of the noise around the middle of the pixel range at which the iterations start, in its widths."""
 
 START_DAMPING = 1e-2
 """First damping, relative to the mean eigenvalue of JᵀJ."""
@@ -33,6 +33,9 @@ MIN_GAIN_RATIO = 1e-3
 
 GOOD_GAIN_RATIO = 0.5
 """Gain over predicted gain from which the damping is reduced."""
+
+EXTENDING_GAIN_RATIO = 0.9
+"""The same from which a longer step is tried."""
 
 SLOW_GAIN = 0.999
 """Sum of squares relative to the last from which on nothing is gained any more."""
@@ -201,12 +204,18 @@ def invert(problem: Below, start: Tensor, *, max_steps: int = MAX_STEPS, watch: 
     while steps < max_steps:
         steps += 1
         change, predicted = _conjugate_gradients(at, -at.pull(at.residuals), damping)
-        there = problem.linearise(image + change.double())
+        change = change.double()
+        there = problem.linearise(image + change)
         gain = (at.size - there.size) / max(predicted, 1e-300)
         if gain > MIN_GAIN_RATIO:
+            while gain > EXTENDING_GAIN_RATIO:  # further than the linear model says
+                farther = problem.linearise(image + 2 * change)
+                if not farther.size < there.size:
+                    break
+                change, there = 2 * change, farther
             moved = (change.norm() / image.norm()).item()
             slow = there.size > SLOW_GAIN * at.size
-            image, at, refused = image + change.double(), there, 0
+            image, at, refused = image + change, there, 0
             damping *= DAMPING_DOWN if gain > GOOD_GAIN_RATIO else 1.0
             if watch is not None:
                 watch(image, at.size**0.5)

@@ -15,12 +15,21 @@ from rgap.residual.blind import BlindSolution
 from rgap.residual.cut import Cut, ResidualNetwork, delta_at_top, enter
 from rgap.residual.invert import START_STD, Below, Inverted, below, draw_error, invert
 from rgap.residual.walk import Known, Walk
-from rgap.results import Candidate, LayerReport, PixelRange, Reconstruction, UnsupportedLayerError
+from rgap.results import (
+    MAX_CERTIFIED_ERROR,
+    Candidate,
+    LayerReport,
+    PixelRange,
+    Reconstruction,
+    UnsupportedLayerError,
+    certified_psnr_db,
+    noise_limit,
+)
 from rgap.shared_gradient import SharedGradient, receive_gradients
 from rgap.tokens.replay import Replay
 
-MAX_CERTIFIED_ERROR = 2e-3
-"""Predicted error, as a share of the pixel range, up to which an image is certified."""
+ERROR_SAFETY = 4.0
+"""Times the error predicted from independent noise: errors of the tensors walked through are correlated."""
 
 CONVERGED_KNOWN = 15.0
 """Known numbers a pixel value with which the inversion of what lies below a walk converged in trials."""
@@ -85,11 +94,11 @@ def reconstruct_residual(
         )
     graph = network.graph
     received = receive_gradients(graph.parameters, gradients, rcond, noise_std, model=network.model)
-    found = _best_descent(network, received, seed)
-    pixels, replay = (
-        PixelRange(*pixel_range),
-        Replay(network.model, received, loss, label_smoothing or 0.0, gradient_scale),
-    )
+    pixels = PixelRange(*pixel_range)
+    replay = Replay(network.model, received, loss, label_smoothing or 0.0, gradient_scale)
+    noise = torch.randn(network.image_shape, generator=torch.Generator().manual_seed(seed)).double()
+    middle = (pixels.low + pixels.high) / 2 if math.isfinite(pixels.high - pixels.low) else 0.0
+    found = _best_descent(network, received, middle + START_STD * pixels.width * noise)
     image = torch.zeros(1, *network.image_shape, dtype=torch.float64) if found.image is None else found.image[None]
     label, about_label = _label(replay, image, labels)
     scale, whole = replay.match(image, label) if label.item() >= 0 else (1.0, math.inf)
@@ -104,18 +113,13 @@ def reconstruct_residual(
     verdict, why = _verdict(candidate, whole, part, pixels)
     if whole <= received.tolerance and scale != 1 and gradient_scale is None and verdict == "exact":
         why = [f"the shared gradient is {scale:.4g} times the image's own, missed by {whole:.2g}"]
-    if device is not None:
-        candidate = replace(candidate, images=image.to(device), labels=label.to(device))
-    layers = candidate.layers
+    psnr = certified_psnr_db(candidate, pixels) if verdict == "exact" else None
+    image, label = image.to(device or "cpu"), label.to(device or "cpu")
+    candidate = replace(candidate, images=image, labels=label, certified_psnr_db=psnr)
     return Reconstruction(
-        candidate.images,
-        candidate.labels,
-        verdict,
-        (candidate,),
-        layers,
-        (*notes, *why),
+        image, label, verdict, (candidate,), candidate.layers, (*notes, *why), certified_psnr_db=psnr,
         gradient_scale=scale if whole <= received.tolerance else None,
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ class WalkedImage:
         return {first: image, **found} if self.image is not None else found
 
 
-def _best_descent(network: ResidualNetwork, received: SharedGradient, seed: int) -> WalkedImage:
+def _best_descent(network: ResidualNetwork, received: SharedGradient, start: Tensor) -> WalkedImage:
     """Down from the first cut that is certified and whose equations agree; else the best of those that failed."""
     tried, failed = [], []
     for cut in network.cuts:
@@ -204,7 +208,7 @@ def _best_descent(network: ResidualNetwork, received: SharedGradient, seed: int)
         )
         walk.deltas[cut.top] = walk.deltas[cut.last] = delta
         walk.run()
-        found = _descend(walk, report, failed, seed)
+        found = _descend(walk, report, failed, start)
         if not found.open_layers:
             return found
         tried.append(found)
@@ -228,7 +232,7 @@ def _cut_report(network: ResidualNetwork, cut: Cut, solution: BlindSolution, sec
     )  # fmt: skip
 
 
-def _descend(walk: Walk, cut: LayerReport, failed: Sequence[str], seed: int) -> WalkedImage:
+def _descend(walk: Walk, cut: LayerReport, failed: Sequence[str], start: Tensor) -> WalkedImage:
     """What a finished walk and the inversion below it give."""
     graph, reports = walk.graph, (cut, *walk.reports)
     notes = [*failed, f"entered at {cut.name!r}, by its own gradient: residual {cut.residual:.2g}"]
@@ -238,7 +242,7 @@ def _descend(walk: Walk, cut: LayerReport, failed: Sequence[str], seed: int) -> 
     if not walk.frontier:
         known = walk.known(graph.image)
         last = walk.reports[-1] if walk.reports else cut
-        return WalkedImage(walk, known.value, last.predicted_error, reports, tuple(notes))
+        return WalkedImage(walk, known.value, ERROR_SAFETY * last.predicted_error, reports, tuple(notes))
     notes.append(f"the walk ends at {graph.nodes[walk.frontier].path!r}: {walk.why}")
     started = time.perf_counter()
     problem = below(walk)
@@ -246,9 +250,8 @@ def _descend(walk: Walk, cut: LayerReport, failed: Sequence[str], seed: int) -> 
     kind = "as many as" if density >= CONVERGED_KNOWN else "fewer than"
     trials = f"{kind} the {CONVERGED_KNOWN:g} with which the inversion has converged; it stalled with {STALLED_KNOWN:g}"
     notes.append(f"below it {density:.1f} numbers are known for every pixel value, {trials}")
-    start = START_STD * torch.randn(graph.image_shape, generator=torch.Generator().manual_seed(seed)).double()
     found = invert(problem, start)
-    error = draw_error(problem, found)
+    error = ERROR_SAFETY * draw_error(problem, found)
     report = _inversion_report(walk, problem, found, error, time.perf_counter() - started)
     if not found.converged:
         notes.append(f"the inversion has not converged: it misses what is known by {found.misfit:.2g}")
@@ -284,8 +287,7 @@ def _verdict(best: Candidate, whole: float, part: float, pixels: PixelRange) -> 
     if best.open_layers:
         return "rank-deficient", [f"what lies below was not determined: {', '.join(map(repr, best.open_layers))}"]
     if best.predicted_error > MAX_CERTIFIED_ERROR * pixels.width:
-        why = f"the gradient's noise drowns the image: its predicted error is {best.predicted_error:.2g}"
-        return "inconsistent", [why]
+        return "inconsistent", [noise_limit(best.predicted_error, pixels)]
     if whole <= allowed:
         return "exact", [f"the image's own gradient reproduces the whole one, missed by {whole:.2g}"]
     if part <= allowed:

@@ -41,6 +41,12 @@ DOUBT_RATIO = 10.0
 SAFE_BIT_RATIO = 6.0
 """Size of a bit's effect, in units of the division's typical error, from which the division decides it."""
 
+MAX_TRUSTED_CONDITION = 300.0
+"""Condition of a tensor's equations above which it may be imprecise."""
+
+MAX_TRUSTED_ERROR = 1e-9
+"""Relative error of a tensor above which it is, then."""
+
 MAX_RESIDUAL_FACTOR = 1e3
 """Residual of a layer's equations, in units of the gradient's precision, above which they contradict each other."""
 
@@ -75,6 +81,8 @@ class Walk:
         deltas: Node name -> gradient of the loss by it.
         slopes: Name of an activation -> σ′ at its input.
         reports: One for each tensor that was solved for.
+        decided: Activations whose bits division has confirmed.
+        imprecise: Tensors whose equations amplified their errors.
         frontier: The tensor at which it ended; "" where that is below the image.
         why: Why it ended there.
         contradicted: Whether its equations contradict each other there.
@@ -91,6 +99,7 @@ class Walk:
     slopes: dict[str, Tensor] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
     decided: set[str] = field(default_factory=set)
+    imprecise: set[str] = field(default_factory=set)
     frontier: str = ""
     why: str = ""
     contradicted: bool = False
@@ -213,16 +222,30 @@ class Walk:
                 self.values[name] = whole
                 return None
             lack = found.unknowns - found.rank
-            return self._stop(
-                name, f"the gradient equations of {' and '.join(readers)} lack {lack} of {found.unknowns}"
-            )
+            why = f"the gradient equations of {' and '.join(readers)} lack {lack} of {found.unknowns}"
+            return self._stop(self._trusted(name), why)
         if found.residual > self.residual_limit:
             self.contradicted = True
             miss = f"missed by {found.residual:.2g}; {self.residual_limit:.2g} is allowed"
             return self._stop(name, f"the equations of {' and '.join(readers)} contradict each other, {miss}")
         self.values[name] = Known(found.x, error=found.error)
+        if found.condition > MAX_TRUSTED_CONDITION and rms(found.error) > MAX_TRUSTED_ERROR * rms(found.x):
+            self.imprecise.add(name)
         self.decided.update(act for reader in readers if (act := self.activation_above(reader)))
         return None
+
+    def _trusted(self, name: str) -> str:
+        """Where to end instead of at a tensor that is open: above, if what was found there is imprecise.
+
+        Equations of the tensor above are then better than what they gave, and the bits that it has decided.
+        """
+        act = next((above for n in self.readers(name) if (above := self.activation_above(n)) in self.imprecise), None)
+        if act is None:
+            return name
+        for inside in self.graph.below([act])[:-1]:
+            self.deltas.pop(inside, None)
+        del self.values[act], self.slopes[act]
+        return act
 
     def _equations(self, name: str, readers: list[str]) -> StackedSolution | None:
         layers = [self.graph.nodes[reader].layer for reader in readers]
