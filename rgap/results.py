@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 import pandas as pd
 import torch
 
+from rgap import display
+
 VERDICTS = ("rank-deficient", "inconsistent", "ambiguous", "exact")
 """The verdicts of a reconstruction, worst first; the first that holds is given. What each licenses, without any truth:
 
@@ -189,6 +191,13 @@ class Reconstruction:
     certified_psnr_db: float | None = None
     gradient_scale: float | None = None
 
+    def __repr__(self) -> str:
+        """Verdict, images and residual in one line."""
+        return display.reconstruction_line(self)
+
+    def _repr_html_(self) -> str:
+        return display.reconstruction_page(self)
+
     def to_frame(self) -> pd.DataFrame:
         """The layer reports as a table, one row a layer, columns as in `LayerReport`."""
         return reports_frame(self.layers, LayerReport)
@@ -268,6 +277,13 @@ class RankAnalysis:
     verdict: str
     separable: int | None = None
     entry: str = ""
+
+    def __repr__(self) -> str:
+        """The verdict in one line."""
+        return display.ranks_line(self)
+
+    def _repr_html_(self) -> str:
+        return display.ranks_page(self)
 
     def to_frame(self, counted: bool = False) -> pd.DataFrame:
         """The steps as a table, columns as in `LayerRank`; integers stay integers where some are missing.

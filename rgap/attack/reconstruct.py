@@ -47,12 +47,17 @@ from rgap.network.layer import Chain
 from rgap.residual import ResidualNetwork, reconstruct_residual
 from rgap.results import GradientMismatchError, PixelRange, Reconstruction
 from rgap.separation.read import read_batch
-from rgap.separation.subspaces import find_batch_size
+from rgap.separation.subspaces import batch_given_as_one, find_batch_size
 from rgap.shared_gradient import receive
 from rgap.tokens import PatchEmbedding, reconstruct_tokens
 
 NOISE_REESTIMATE_RATIO = 3.0
 """Ratio of the noise in surplus equations to the noise assumed so far, above which it replaces that."""
+
+REFUTED = (
+    "the layers' identities refute every label tried: this is no gradient of one image in this network; if it may be "
+    "that of a batch, give batch_size, or None to find it"
+)
 
 MAX_IDENTITY_RESIDUAL = 0.3
 """Residual of a layer's identities (0 for the right label, about 0.9 for a wrong one) that refutes a start."""
@@ -180,7 +185,13 @@ def read(
     reading = read_head(loss, head, received, checked_labels(labels, loss, head.output_shape[0]), **asserted)
     received = replace(received, rounding=max(h.rounding for h in reading.hypotheses))
     starts = starts_of(chain, reading.hypotheses)
-    return replace(attack, received=received), starts, [*notes, *received.notes, *reading.notes]
+    if several := batch_given_as_one(chain, received) if batch_size == 1 else "":
+        attack = replace(attack, close=None)  # nothing closes a null space of equations that no image fulfils
+    return (
+        replace(attack, received=received),
+        starts,
+        [*notes, *received.notes, *filter(None, [several]), *reading.notes],
+    )
 
 
 def follow(attack: Attack, starts: Sequence[Start]) -> tuple[list[Descent], list[str]]:
@@ -201,7 +212,8 @@ def follow(attack: Attack, starts: Sequence[Start]) -> tuple[list[Descent], list
     complete = [twin for descent in every if descent.complete for twin in _twins(descent)]
     if not complete:
         best = min(every, key=lambda descent: descent.mismatch)
-        return [down(best.start, math.inf)], []
+        close = None  # nothing closes a null space of equations that no image fulfils
+        return [down(best.start, math.inf)], [REFUTED]
     kept = {int(descent.start.labels) for descent in complete}
     refuted = {twin.label: d.mismatch for d in every for twin in d.start.twins[0] if twin.label not in kept}
     if not refuted:

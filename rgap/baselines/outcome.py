@@ -27,7 +27,7 @@ SAME_IMAGE_RMSE = 0.01
 """Root-mean-square difference, in widths of the pixel range, up to which two results are the same image."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Optimised(Reconstruction):
     """A reconstruction with the course of its optimisation.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -11,18 +10,17 @@ from pathlib import Path
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
 from torch import Tensor, nn
 
 from rgap import client
 from rgap.attack.reconstruct import reconstruct
 from rgap.data import load_images
+from rgap.display import to_png
 from rgap.experiments.common import PALETTE, timed
 from rgap.metrics import psnr_db
 from rgap.network.chain import prepare
@@ -305,7 +303,7 @@ class AttackPanel:
 
     def _take(self, image: Tensor, label: Tensor) -> None:
         """Makes an image the client's, and attacks."""
-        self._image, self.origin.value = image, _png(image[0])
+        self._image, self.origin.value = image, to_png(image[0], PICTURE_PIXELS)
         self._gradients = client.client_gradients(self.chain.model, image, label, loss=self.loss)
         self._attack()
 
@@ -323,7 +321,7 @@ class AttackPanel:
             return reconstruct(self.chain, shared, loss=self.loss, noise_std=noise_std, gradient_scale=factor)
 
         self.result, seconds = timed(attack)
-        self.found.value = _png(self.result.images[0])
+        self.found.value = to_png(self.result.images[0], PICTURE_PIXELS)
         quality = ""
         if self._image is not None:
             quality = f", PSNR {psnr_db(self.result.images, self._image.to(self.result.images)).item():.1f} dB"
@@ -343,13 +341,3 @@ def _stored(upload: widgets.FileUpload, folder: str) -> Path:
     path = Path(folder) / f"upload{Path(file['name']).suffix.lower()}"
     path.write_bytes(file["content"])
     return path
-
-
-def _png(image: Tensor) -> bytes:
-    """A picture for the screen, its pixels as squares; (C, H, W), values outside [0, 1] clipped."""
-    pixels = np.rint(image.double().nan_to_num().clamp(0, 1).cpu().numpy() * 255).astype(np.uint8).transpose(1, 2, 0)
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    scale = max(1, PICTURE_PIXELS // picture.height)
-    buffer = io.BytesIO()
-    picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST).save(buffer, "PNG")
-    return buffer.getvalue()

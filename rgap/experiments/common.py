@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
+from rgap.display import rescale as rescale  # for notebooks
 from rgap.metrics import match, mse, psnr_db, ssim
 from rgap.network.chain import prepare
 from rgap.network.layer import Chain
@@ -304,12 +305,6 @@ def gallery(
         axis.set_title(title, fontsize=9)
     figure.tight_layout(pad=0.4)
     return figure
-
-
-def rescale(image: Tensor) -> Tensor:
-    """Stretches an image's own range to [0, 1], to show the shapes in one that is far off in scale."""
-    low, high = image.min(), image.max()
-    return (image - low) / (high - low) if high > low else image * 0
 
 
 def mark(axis, place: float, text: str, height: float = 1.01, line: str = ":", **style) -> None:

@@ -13,6 +13,12 @@ from rgap.network.layer import Chain, Layer
 from rgap.results import UnsupportedLayerError
 from rgap.shared_gradient import SharedGradient
 
+MIN_ROW_RATIO = 1e-6
+"""Singular value of the last layer's gradient, relative to the largest, from which on it counts."""
+
+MIN_BATCH_GAP = 100.0
+"""Ratio of singular values, and of one to the rounding, from which on a rank is clear."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -121,6 +127,22 @@ def first_dense(chain: Chain) -> int:
     """Index of the first layer from which on all layers are fully connected."""
     after = [i + 1 for i, layer in enumerate(chain.layers) if not layer.is_dense]
     return after[-1] if after else 0
+
+
+def batch_given_as_one(chain: Chain, received: SharedGradient) -> str:
+    """A note where the last layer's gradient is clearly that of several images: of one image its rank is one."""
+    head = chain.layers[-1]
+    G = received.gradients[head.weight_name]
+    powers = torch.linalg.eigvalsh(G @ G.T if len(G) < len(G.T) else G.T @ G).flip(0).clamp(min=0.0)
+    ratios = (powers / powers[0]).sqrt()
+    above = ratios > max(MIN_ROW_RATIO, MIN_BATCH_GAP * received.precision)
+    rank = int(above.sum())
+    if rank < 2 or rank >= len(ratios) - 1 or ratios[rank] * MIN_BATCH_GAP > ratios[rank - 1]:
+        return ""  # noise, too, has full rank, and no gap
+    return (
+        f"the gradient of {head.name!r} has rank {rank}, which one image's has not: it is that of a batch of at least "
+        f"{rank}; batch_size=None takes it apart where the network ends in two or more fully connected layers"
+    )
 
 
 def find_batch_size(chain: Chain, received: SharedGradient, given: int | None) -> BatchSize:

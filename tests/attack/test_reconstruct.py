@@ -386,3 +386,12 @@ def test_bad_arguments_are_refused_by_name(arguments, message):
     given = {"model": NETWORK, "gradients": gradients_for(NETWORK), "image_shape": SHAPE, **arguments}
     with pytest.raises(ValueError, match=message):
         rgap.reconstruct(**given, gradient_scale=1.0)
+
+
+def test_a_batch_given_as_one_image_is_hinted_at_without_closing_anything():
+    model = small_cnn()
+    images = rand(3, 3, 8, 8)
+    gradients = rgap.client_gradients(model, images, torch.tensor([0, 1, 1]))
+    result = rgap.reconstruct(model, gradients, (3, 8, 8), gradient_scale=1.0)
+    assert result.verdict != "exact"
+    assert any("if it may be that of a batch, give batch_size, or None to find it" in note for note in result.notes)

@@ -4,7 +4,8 @@ from cases import SHAPE, batch, by_name, fcn, gradients, randn
 from torch.testing import assert_close
 
 import rgap
-from rgap.separation.subspaces import null_of_rows, row_span, smallest_principal_angle
+from rgap.separation.subspaces import batch_given_as_one, null_of_rows, row_span, smallest_principal_angle
+from rgap.shared_gradient import receive
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -45,3 +46,13 @@ def test_the_null_space_of_rows_is_orthonormal():
     N = null_of_rows(rows)
     assert_close(N.T @ N, torch.eye(5).double())
     assert (rows @ N).norm() < 1e-13
+
+
+def test_a_batch_given_as_one_image_is_said():
+    model = rgap.models.cnn6_batch(classes=10).double()
+    images, labels = rgap.data.load_images(count=4)
+    chain = rgap.prepare(model, (3, 32, 32))
+    for count, rank in ((1, 0), (3, 3), (4, 3)):  # two of the four show the same photograph
+        received = receive(chain, rgap.client_gradients(model, images[:count], labels[:count], "cross_entropy"))
+        note = batch_given_as_one(chain, received)
+        assert (f"has rank {rank}, which one image's has not" in note) if rank else note == ""
