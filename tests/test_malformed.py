@@ -278,6 +278,12 @@ def _cases():
         (data.load_images, {"image_shape": (1, 25, 25)}, "count image_shape seed"),
     ]
     extra = [
+        (rgap.reconstruct, attack, {"gradient_scale": NUMBERS, "label_smoothing": NUMBERS}),
+        (
+            rgap.client_gradients,
+            {"model": model, "images": x, "labels": y},
+            {"label_smoothing": NUMBERS},
+        ),
         (baselines.inverting_gradients, optimiser, {"tv_weight": NUMBERS, "rate": NUMBERS}),
         (baselines.hybrid, optimiser, {"tv_weight": NUMBERS}),
         (client.gaussian_noise, few | {"std": 0.1}, {"std": NUMBERS}),

@@ -128,8 +128,8 @@ def reconstruct(
     check_seed(seed)
     if effort not in EFFORTS:
         raise ValueError(f"effort is {effort!r}; known: {', '.join(EFFORTS)}")
-    chain = checked_network(model, image_shape, output, batch_size)
     check_options(loss, batch_size, pixel_range, rcond, noise_std, gradient_scale, label_smoothing)
+    chain = checked_network(model, image_shape, output, batch_size)
     asserted = {"gradient_scale": gradient_scale, "label_smoothing": label_smoothing}
     if isinstance(chain, PatchEmbedding):
         return reconstruct_tokens(
