@@ -57,6 +57,7 @@ AGREEING_VERDICTS = {"leaks": {"exact", "ambiguous"}, "stops": {"rank-deficient"
 STATUS_WORDS = {
     "determined": "gives its input away",
     "closable": "gives its input away with the step before",
+    "separated": "tells the images of the batch apart",
     "open": "stays open",
     "unknown": "whether it leaks is not known",
 }

@@ -24,6 +24,9 @@ MAX_SENTENCE = 200
 LEAST_SHARE = 0.1
 """Share of a step's unknowns that must be missing for *stops* to be relied on; of fewer a prior on images makes up."""
 
+UNREAD = "are never read"
+"""Note on a convolution without an output for some of its pixels: no gradient reaches them from above."""
+
 FROZEN = "frozen"
 """First word of the note on a step whose weight is not trained, and so shares no gradient."""
 
@@ -153,7 +156,8 @@ def judge(layers: Sequence[LayerRank], batch_size: int = 1, separable: int | Non
         elif not layer.note.startswith("inside "):
             between.append(layer)
     not_analysed = tuple(x.name for x in layers if x.kind == "not analysed" and not x.note.startswith("inside"))
-    lossy, doubts = any(map(_is_lossy, layers)), _doubts(layers, batch_size, separable)
+    lossy = any(map(_is_lossy, layers[: first_dense if batch_size > 1 else None]))  # images come apart through ReLU
+    doubts = _doubts(layers, batch_size, separable)
     statuses = {step.status for step in steps}
     shown = steps and "unknown" not in statuses and not (not_analysed or lossy or doubts)
     outcome = "stops" if "open" in statuses else "leaks" if shown else "unknown"
@@ -178,6 +182,7 @@ def _step(layer: LayerRank, before: LayerRank | None, between: Sequence[LayerRan
         status = "determined"
     elif layer.deficit is not None and supply is not None:
         linear = before is not None and {layer.kind, before.kind} <= {"convolution", "linear"}
+        linear = linear and UNREAD not in layer.note  # there the layer before has no δz, which its supply assumes
         joined = layer.kind == "pooling" and before is not None and not any(s.kind == "activation" for s in between)
         if layer.deficit > supply and not joined:  # what was pooled may be determined where z is not
             status = "open"

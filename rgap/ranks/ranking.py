@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -12,7 +13,7 @@ from rgap.equations.rank_laws import RankLaws, rank_laws
 from rgap.network.folding import linear_layer
 from rgap.network.operations import MEANS
 from rgap.network.tracing import Step
-from rgap.ranks.exposure import FROZEN
+from rgap.ranks.exposure import FROZEN, UNREAD
 from rgap.ranks.numbers import dense_work, numerical_ranks, pooling_rank, too_large
 from rgap.ranks.steps import SHARED, CountedStep, is_layer, kind_of, pooling_of
 from rgap.results import LayerRank
@@ -84,7 +85,7 @@ class Ranking:
                 if groups < layer.groups:
                     about_number = f"numbers: {groups} of {layer.groups} groups, which stand for all"
         best = rank.law_rank if rank.rank is None else rank.rank
-        note = "; ".join(text for text in (rank.note, why_no_law, about_number) if text)
+        note = "; ".join(text for text in (rank.note, _unread(module, step), why_no_law, about_number) if text)
         return replace(rank, deficit=None if best is None else rank.unknowns - best, note=note)
 
     def _residual(self, rank: LayerRank, step: CountedStep) -> LayerRank:
@@ -96,6 +97,20 @@ class Ranking:
             return replace(rank, law_gradients=rank.unknowns, law_rank=rank.unknowns, deficit=0, note=note)
         note = "the sum hides each path's z, and gradients alone do not determine the main path: no rank is given"
         return replace(rank, note=f"{rank.note}; {note}")
+
+
+def _unread(module: nn.Module, step: CountedStep) -> str:
+    """A note on the pixels that no output reads, as where a stride exceeds the kernel; empty where all are read."""
+    if isinstance(module, nn.Linear):
+        return ""
+    flat, share = module._reversed_padding_repeated_twice, 1.0
+    axes = zip(module.kernel_size, module.stride, module.dilation, flat[-2::-2], strict=True)
+    for size, outputs, (taps, stride, dilation, pad) in zip(
+        step.input_shape[1:], step.step.output_shape[1:], axes, strict=True
+    ):
+        read = np.add.outer(dilation * np.arange(taps), stride * np.arange(outputs)) - pad
+        share *= len(np.unique(read[(read >= 0) & (read < size)])) / size
+    return f"{1 - share:.0%} of its pixels {UNREAD}" if share < 1 else ""
 
 
 def _without_gradient(rank: LayerRank) -> LayerRank:

@@ -119,3 +119,170 @@ def test_a_step_without_a_rank_says_so():
     layer = LayerRank("a", "convolution", 9, 9, ra_index=0)
     analysis = RankAnalysis((dataclasses.replace(layer),), 1, 0, None, (), "")
     assert exposure(analysis).sentence == "unknown: 'a' has no known rank"
+
+
+class Mixed(nn.Module):
+    """A convolution, something between, and a head."""
+
+    def __init__(self, between, features, channels=48):
+        super().__init__()
+        self.first, self.between, self.head = nn.Conv2d(3, channels, 4, 4), between, nn.Linear(features, 10)
+
+    def forward(self, x):
+        return self.head(self.between(self.first(x)).flatten(1))
+
+
+class Last(nn.Module):
+    """The last output of a recurrent layer over rows of pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x.flatten(1, 2))[0]
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        x = x.flatten(1, 2)
+        return self.attend(x, x, x)[0]
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(48, 48, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(torch.tanh(self.conv(x)))
+
+
+class Sized(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(48)
+        nn.init.constant_(self.norm.weight, scale)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+UNANALYSED = {
+    "lstm": (Last(), 3072),
+    "attention": (Attention(), 3072),
+    "layer norm": (nn.LayerNorm([48, 8, 8]), 3072),
+    "sort": (Function(lambda x: x.sort(1)[0]), 3072),
+    "times zero": (Function(lambda x: x * 0), 3072),
+    "half dropped": (Function(lambda x: x[:, :, ::2]), 1536),
+    "transposed": (nn.ConvTranspose2d(48, 12, 2, 2), 3072),
+    "shared weight": (Twice(), 3072),
+    "softmax": (nn.Softmax2d(), 3072),
+    "norm times zero": (Sized(0.0), 3072),
+    "relu": (nn.ReLU(), 3072),
+}
+
+
+@pytest.mark.parametrize("name", UNANALYSED)
+def test_what_was_not_analysed_is_unknown_in_the_analysis_as_in_the_audit(name):
+    between, features = UNANALYSED[name]
+    analysis = rgap.rank_analysis(Mixed(between, features), (3, 32, 32), limit=0)
+    found = exposure(analysis)
+    assert found.outcome == "unknown" and analysis.verdict == found.sentence
+    assert analysis.verdict.startswith("unknown: ") and len(analysis.verdict) <= 200
+
+
+def test_a_mean_over_channels_counts_what_it_loses():
+    """4,096 unknowns and 64 equations."""
+    between, analysis = Function(lambda x: x.mean(1)), None
+    analysis = rgap.rank_analysis(Mixed(between, 64, channels=64), (3, 32, 32), limit=0)
+    mean = next(layer for layer in analysis.layers if layer.kind == "pooling")
+    assert (mean.unknowns, mean.weight_rows, mean.deficit) == (4096, 64, 4096 - 64)
+    assert exposure(analysis).outcome != "leaks" and analysis.layers[-1].virtual_constraints == 0
+
+
+def test_networks_whose_layers_are_known_leak_or_stop_in_one_sentence():
+    for model in (models.cnn6(), models.cnn6(width=15), models.cnn6(width=8), models.lenet(), models.fcn3()):
+        shape = models.IMAGE_SHAPES["fcn3" if isinstance(model[0], nn.Flatten) else "cnn6"]
+        analysis = rgap.rank_analysis(model, shape, limit=0)
+        assert analysis.verdict == exposure(analysis).sentence and len(analysis.verdict) <= 200
+        assert analysis.verdict.partition(":")[0] == exposure(analysis).outcome in ("leaks", "stops")
+
+
+def test_many_and_long_names_are_cut_to_the_length_of_a_sentence():
+    modules = [(f"{'very' * 20}_{i}", nn.Softmax(1)) for i in range(9)]
+    network = nn.Sequential(*(m for _, m in modules))
+    for name, module in modules:
+        network.add_module(name, module)
+    network.append(nn.Linear(4, 4))
+    verdict = rgap.rank_analysis(network, (4,)).verdict
+    assert len(verdict) <= 200 and verdict.endswith("more") and verdict.startswith("unknown: ")
+    alone = nn.Sequential()
+    alone.add_module("x" * 300, nn.Softmax(1))
+    alone.append(nn.Linear(4, 4))
+    assert len(rgap.rank_analysis(alone, (4,)).verdict) == 200
+
+
+def frozen(model, *places):
+    for place in places:
+        model[place].requires_grad_(False)
+    return model
+
+
+def test_a_frozen_layer_has_no_gradient_rows():
+    """CNN6 with all but the head frozen: what W alone leaves open nobody else shares."""
+    analysis = rgap.rank_analysis(frozen(models.cnn6(), 0, 2, 4, 6, 8, 10), (3, 32, 32), limit=0)
+    rows = {layer.name: layer for layer in analysis.layers}
+    assert {rows[name].gradient_rows for name in ("0", "2", "4", "6", "8", "10")} == {0}
+    assert (rows["2"].deficit, rows["2"].law_gradients, rows["2"].law_rank) == (552, 0, 2916)
+    small = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(128, 4))
+    first = rgap.rank_analysis(frozen(small, 0), (3, 8, 8)).layers[0]
+    assert (first.rank, first.rank_weights, first.rank_gradients, first.deficit) == (128, 128, 0, 64)
+    assert rows["8"].deficit == 2916 - 1600 and "no gradient of it is shared" in rows["8"].note
+    assert rows["13"].gradient_rows == 3200 and analysis.verdict.startswith("stops: '8' lacks 1316 of 2916")
+
+
+def test_one_frozen_layer_may_still_leak_and_a_frozen_head_is_where_nothing_begins():
+    assert judged(frozen(models.cnn6(), 4), (3, 32, 32)).outcome == "leaks"
+    found = judged(frozen(models.cnn6(classes=4000), 13), (3, 32, 32))
+    assert found.outcome == "unknown" and "the last layer '13' shares no gradient" in found.sentence
+    whole = models.cnn6().requires_grad_(False)
+    assert judged(whole, (3, 32, 32)).outcome == "leaks"  # frozen for evaluation
+
+
+def test_pixels_that_are_never_read_are_supplied_by_nobody():
+    layers = [nn.Conv2d(3, 21, 2, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(21, 18, 1, 2), nn.Tanh(), nn.Flatten()]
+    analysis = rgap.rank_analysis(nn.Sequential(*layers, nn.Linear(72, 3)), (3, 6, 7))
+    assert "75% of its pixels are never read" in analysis.layers[2].note
+    assert exposure(analysis).outcome == "unknown" and statuses(exposure(analysis))[1] == "unknown"
+
+
+def test_batches_leak_where_fully_connected_layers_tell_them_apart():
+    mlp = nn.Sequential(nn.Flatten(), *(
+        module for pair in ((784, 256), (256, 128)) for module in (nn.Linear(*pair), nn.ReLU())
+    ), nn.Linear(128, 10))  # fmt: skip
+    outcomes = {}
+    for batch in (2, 64, 100, 300):
+        analysis = rgap.rank_analysis(mlp, (1, 28, 28), batch, limit=0)
+        outcomes[batch] = exposure(analysis).outcome
+    assert outcomes == {2: "leaks", 64: "leaks", 100: "unknown", 300: "stops"}
+    assert set(statuses(judged(mlp, (1, 28, 28), 64))) == {"separated"}
+    one = judged(models.cnn6(), (3, 32, 32), 8)
+    assert one.outcome == "unknown" and "no batch is known to come apart" in one.sentence
+    assert judged(models.cnn6_batch(), (3, 32, 32), 4).outcome == "leaks"
+    assert "9 images are known to come apart" in judged(models.cnn6_batch(), (3, 32, 32), 12).sentence
+    tanh = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.Tanh(), nn.Linear(256, 10))
+    assert judged(tanh, (1, 28, 28), 2).outcome == "unknown"
