@@ -20,10 +20,14 @@ from rgap.metrics import match, psnr_db
 from rgap.models import trained_names
 from rgap.ranks.analysis import rank_analysis
 from rgap.ranks.exposure import exposure
+from rgap.ranks.largest_batch import largest_batch
 from rgap.results import GradientMismatchError, UnsupportedLayerError
 
 JACOBIAN_CUTOFF = 1e-12
 """Singular values of the Jacobian below this, relative to the largest, count as zero."""
+
+JACOBIAN_CHUNK = 64
+"""Columns of it that are computed at a time."""
 
 ZOO_SHAPE = (3, 224, 224)
 """Image shape with which torchvision's networks are analysed."""
@@ -63,14 +67,15 @@ def sample_audit(count: int = 200, seed: int = 0) -> pd.DataFrame:
 
     Convolutions and fully connected layers, pooling, means over channels, frozen layers, batches of up to four images.
     A row is not ok where the audit says that a network leaks, the attack does not recover its images, and the Jacobian
-    lacks rank; or where it says that it stops, and the attack is sure of the right images.
+    lacks rank; where it says that it stops, and the attack is sure of the right images; or where it is so of a batch
+    beyond the bound of `largest_batch`.
 
     Args:
         count: Networks.
         seed: Of the first network; the next ones have the next numbers.
 
     Returns:
-        case, batch, outcome, missing_share, jacobian_lacks, verdict, psnr_db, ok, why.
+        case, batch, bound (of a batch), outcome, missing_share, jacobian_lacks, verdict, psnr_db, ok, why.
     """
     return pd.DataFrame([_audit_one(number) for number in progress(range(seed, seed + count), "networks")])
 
@@ -134,7 +139,7 @@ def jacobian_lacks(model: nn.Module, images: Tensor, labels: Tensor, loss: str) 
 
         return torch.cat([g.flatten() for g in torch.func.grad(value)(trained).values()])
 
-    J = torch.func.jacfwd(shared)(images).flatten(1).detach()
+    J = torch.func.jacfwd(shared, chunk_size=JACOBIAN_CHUNK)(images).flatten(1).detach()
     return images.numel() - int(torch.linalg.matrix_rank(J, rtol=JACOBIAN_CUTOFF))
 
 
@@ -147,20 +152,30 @@ def _audit_one(number: int) -> dict:
     loss = "logistic" if outputs == 1 else "cross_entropy"
     found = exposure(rank_analysis(model, shape, batch, limit=0))
     verdict, quality = _attack(model, images, labels, loss)
+    bound = _bound(model, shape, loss) if batch > 1 else math.inf
     lacks = jacobian_lacks(model, images, labels, loss)
     recovered = quality >= RECOVERED_DB and verdict in ("exact", "ambiguous")
     contradicted = {"leaks": lacks > 0 and not recovered, "stops": verdict == "exact" and recovered, "unknown": False}
     return {
         "case": f"network {number}: {batch} images{''.join(f', {kind}' for kind in sorted(set(kinds)))}",
         "batch": batch,
+        "bound": bound,
         "outcome": found.outcome,
         "missing_share": found.missing_share,
         "jacobian_lacks": lacks,
         "verdict": verdict,
         "psnr_db": quality,
-        "ok": not contradicted[found.outcome],
+        "ok": not contradicted[found.outcome] and not (verdict == "exact" and recovered and batch > bound),
         "why": found.sentence,
     }
+
+
+def _bound(model: nn.Module, shape: tuple[int, int, int], loss: str) -> float:
+    """The batch size above which `largest_batch` excludes every recovery; infinite where it says nothing."""
+    try:
+        return largest_batch(model, shape, loss).bound
+    except UnsupportedLayerError:
+        return math.inf
 
 
 def _attack(model: nn.Module, images: Tensor, labels: Tensor, loss: str) -> tuple[str, float]:

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 import torch
-from cases import sequential
+from cases import SHAPE, batch, fcn, sequential
 from torch import nn
 
 import rgap
@@ -97,3 +97,35 @@ def test_pooling_loses_every_batch_behind_an_activation_and_counts_behind_a_conv
     plain = sequential(*conv, nn.Flatten(), nn.Linear(384, 40), *head[1:])
     first, whole = (limits(largest_batch(network, (2, 8, 8)))["0"].alone for network in (joined, plain))
     assert first < whole
+
+
+def test_beside_the_usual_size_there_are_a_bound_and_a_safe_size():
+    found = largest_batch(with_head(64, 10), (3, 32, 32))
+    assert (found.safe, found.batch_size, found.bound) == (9, 9, 10)  # a convolution limits
+    single = largest_batch(cnn6(), (3, 32, 32), "logistic")
+    assert (single.safe, single.batch_size, single.bound) == (1, 1, 1)
+    mlp = nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)
+    )
+    wide = largest_batch(mlp, (1, 28, 28))
+    assert (wide.safe, wide.batch_size, wide.bound) == (64, 126, 256)
+
+
+@pytest.mark.parametrize(("outputs", "count"), [(1, 4), (5, 6)])
+def test_more_images_than_usual_may_come_back_and_none_beyond_the_bound(outputs, count):
+    network = fcn((60, 20), outputs=outputs, bias=True)
+    loss = "logistic" if outputs == 1 else "cross_entropy"
+    found = largest_batch(network, SHAPE, loss)
+    images, labels = batch(count, max(outputs, 2))
+    result = rgap.reconstruct(
+        network, rgap.client_gradients(network, images, labels, loss), SHAPE, loss, batch_size=count
+    )
+    assert len(result.images) <= found.bound and found.safe <= found.batch_size <= found.bound == 37
+
+
+def test_a_frozen_convolution_gives_its_weights_alone():
+    model = small(7)
+    before = limits(largest_batch(model, (2, 8, 8)))["0"]
+    model[0].requires_grad_(False)
+    after = limits(largest_batch(model, (2, 8, 8)))["0"]
+    assert after.alone == 0 < before.alone
