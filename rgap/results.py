@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import pandas as pd
 import torch
@@ -50,24 +50,6 @@ class PixelRange:
     def contains(self, images: torch.Tensor, slack: float) -> bool:
         """Whether every pixel lies in the range, up to `slack`."""
         return bool((images >= self.low - slack).all() and (images <= self.high + slack).all())
-
-
-def certified_psnr_db(candidate: Candidate, pixels: PixelRange) -> float | None:
-    """The PSNR that a candidate's predicted error allows; None without prediction, or beyond `MAX_CERTIFIED_ERROR`."""
-    error = math.inf if candidate.predicted_error is None else candidate.predicted_error / pixels.width
-    return -20 * math.log10(max(error, MIN_ERROR)) if error <= MAX_CERTIFIED_ERROR else None
-
-
-def noise_limit(error: float | None, pixels: PixelRange) -> str:
-    """That noise is all that keeps an image from being certified, in words."""
-    if error is None or not math.isfinite(error):
-        return "the gradient's noise drowns the image: what it does to the image could not be predicted"
-    psnr = -20 * math.log10(error / pixels.width)
-    limit = f"{MAX_CERTIFIED_ERROR * pixels.width:.2g}"
-    return (
-        f"the gradient's noise limits the accuracy to {psnr:.0f} dB, by a predicted error of {error:.2g}; a "
-        f"certificate takes at most {limit}"
-    )
 
 
 class UnsupportedLayerError(ValueError):
@@ -201,6 +183,45 @@ class Reconstruction:
     def to_frame(self) -> pd.DataFrame:
         """The layer reports as a table, one row a layer, columns as in `LayerReport`."""
         return reports_frame(self.layers, LayerReport)
+
+
+def certified_psnr_db(candidate: Candidate, pixels: PixelRange) -> float | None:
+    """The PSNR that a candidate's predicted error allows; None without prediction, or beyond `MAX_CERTIFIED_ERROR`."""
+    error = math.inf if candidate.predicted_error is None else candidate.predicted_error / pixels.width
+    return -20 * math.log10(max(error, MIN_ERROR)) if error <= MAX_CERTIFIED_ERROR else None
+
+
+def noise_limit(error: float | None, pixels: PixelRange, most: float | None = None) -> str:
+    """That noise keeps an image from being certified, in words; `most` is the largest error that would be."""
+    if error is None or not math.isfinite(error):
+        return "the gradient's noise drowns the image: what it does to the image could not be predicted"
+    psnr = -20 * math.log10(error / pixels.width)
+    most = MAX_CERTIFIED_ERROR * pixels.width if most is None else most
+    return (
+        f"the gradient's noise limits the accuracy to {psnr:.0f} dB, by a predicted error of {error:.2g}; a "
+        f"certificate takes at most {most:.2g}"
+    )
+
+
+def with_accuracy(result: Reconstruction, pixels: PixelRange) -> Reconstruction:
+    """The result with the accuracy that its verdict vouches for, in `certified_psnr_db` of it and its candidates.
+
+    An "exact" result gets a note that says it.
+    """
+
+    def vouched(verdict: str, candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+        psnr = certified_psnr_db if verdict in ("exact", "ambiguous") else lambda *_: None
+        return tuple(replace(one, certified_psnr_db=psnr(one, pixels)) for one in candidates)
+
+    candidates = vouched(result.verdict, result.candidates)
+    per_image = tuple((verdict, vouched(verdict, each)) for verdict, each in result.per_image)
+    result = replace(result, candidates=candidates, per_image=per_image)
+    psnr = candidates[0].certified_psnr_db
+    if result.verdict != "exact" or psnr is None:
+        return result
+    what, error = "each image" if len(result.images) > 1 else "the image", candidates[0].predicted_error
+    note = f"{what} is certified to {psnr:.0f} dB, by a predicted error of {error:.2g}"
+    return replace(result, certified_psnr_db=psnr, notes=(*result.notes, note))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from rgap.attack.reconstruct import reconstruct
 from rgap.attack.update import FoundImages, UpdateTask, by_first_layer, by_patches
 from rgap.client import LocalTraining, mean_gradients
 from rgap.network.layer import Chain
-from rgap.results import Candidate, PixelRange, Reconstruction, UnsupportedLayerError
+from rgap.results import Candidate, PixelRange, Reconstruction, UnsupportedLayerError, with_accuracy
 from rgap.tokens import PatchEmbedding
 
 STEPS_TRIED = (1, 2, 3, 4, 5, 6, 8, 10)
@@ -187,9 +187,10 @@ def _certified(task: UpdateTask, found: FoundImages) -> Reconstruction:
             for x, y in zip(candidate.images, candidate.labels, strict=True)
         ]
         per_image = tuple(("inconsistent" if verdict == "rank-deficient" else verdict, (one,)) for one in each)
-    return Reconstruction(
+    result = Reconstruction(
         candidate.images, candidate.labels, verdict, (candidate,), found.layers, tuple(notes), per_image
     )
+    return with_accuracy(result, task.pixels)
 
 
 def _simulated_miss(task: UpdateTask, found: FoundImages, labels: Tensor) -> tuple[float, float]:

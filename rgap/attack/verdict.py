@@ -10,7 +10,7 @@ import torch
 
 from rgap.attack.brightness import about_brightness, factor_of, with_brightness
 from rgap.attack.problem import Weighed
-from rgap.results import VERDICTS, Candidate, PixelRange, Reconstruction, certified_psnr_db, noise_limit
+from rgap.results import VERDICTS, Candidate, PixelRange, Reconstruction, certified_psnr_db, noise_limit, with_accuracy
 
 TWIN_RESIDUAL_RATIO = 1.01
 """Ratio of residuals up to which candidates that miss the gradient are twins: neither is less inconsistent."""
@@ -38,13 +38,10 @@ def judge(
     doubts = [] if consistent or best.open_layers else [one.doubt for one in weighed if one.doubt][:1]
     limit = TWIN_RESIDUAL_RATIO * best.gradient_residual
     alike = [c for c in candidates if c is best or c.gradient_residual <= limit < math.inf]
-    kept = tuple(_certified(c, verdict, pixels, device) for c in consistent or alike)
-    accuracy = [_accuracy(kept[0])] if verdict == "exact" else []
-    notes = (*notes, *_deficits(best), *doubts, *accuracy, *why, *about_brightness([best]))
-    return Reconstruction(
-        kept[0].images, kept[0].labels, verdict, kept, best.layers, notes,
-        certified_psnr_db=kept[0].certified_psnr_db if verdict == "exact" else None, gradient_scale=factor_of([best]),
-    )  # fmt: skip
+    kept = tuple(_on_device(c, device) for c in consistent or alike)
+    notes = (*notes, *_deficits(best), *doubts, *why, *about_brightness([best]))
+    judged = Reconstruction(kept[0].images, kept[0].labels, verdict, kept, best.layers, notes)
+    return with_accuracy(replace(judged, gradient_scale=factor_of([best])), pixels)
 
 
 def _twins_together(weighed: Sequence[Weighed]) -> list[Candidate]:
@@ -72,35 +69,23 @@ def _judge_batch(weighed: Weighed, notes: Sequence[str], pixels: PixelRange, dev
     if weighed.unconfirmed:
         verdicts = ["rank-deficient"] * found
     notes = [*notes, *_deficits(whole, len(start.reports))]
-    if found == size and not whole.consistent and not whole.open_layers:
-        miss, allowed = whole.gradient_residual, whole.residual_allowed
-        notes.append(f"the recovered images miss the gradient by {miss:.2g}; {allowed:.2g} is allowed")
     if start.ranks[0] < size or (found < size and start.ranks[1] < size):
         top = "rank-deficient"
     else:
         top = "inconsistent" if found < size else min(verdicts, key=VERDICTS.index)
+    if found and not whole.consistent and not whole.open_layers and top != "rank-deficient":
+        top = "inconsistent"
+        miss, allowed = whole.gradient_residual, whole.residual_allowed
+        notes.append(f"the recovered images miss the gradient by {miss:.2g}; {allowed:.2g} is allowed")
     if found and whole.predicted_error is not None and certified_psnr_db(whole, pixels) is None and whole.consistent:
         notes.append(noise_limit(whole.predicted_error, pixels))
     if start.layer == 0 or "inconsistent" not in verdicts:
         notes += _twins_chosen(weighed.each, verdicts)
-    pairs = zip(verdicts, weighed.each, strict=True)
-    per_image = tuple((verdict, tuple(_certified(c, verdict, pixels, device) for c in one)) for verdict, one in pairs)
     notes += about_brightness(best)
-    whole = _certified(whole, top, pixels, device)
-    if top == "exact":
-        notes.append(_accuracy(whole))
-    psnr = whole.certified_psnr_db if top == "exact" else None
-    return Reconstruction(
-        whole.images,
-        whole.labels,
-        top,
-        (whole,),
-        whole.layers,
-        tuple(notes),
-        per_image,
-        certified_psnr_db=psnr,
-        gradient_scale=factor_of(best),
-    )
+    whole, each = _on_device(whole, device), [tuple(_on_device(c, device) for c in one) for one in weighed.each]
+    per_image = tuple(zip(verdicts, each, strict=True))
+    result = Reconstruction(whole.images, whole.labels, top, (whole,), whole.layers, tuple(notes), per_image)
+    return with_accuracy(replace(result, gradient_scale=factor_of(best)), pixels)
 
 
 def _verdict(best: Candidate, consistent: Sequence[Candidate], pixels: PixelRange) -> tuple[str, list[str]]:
@@ -144,17 +129,7 @@ def _twins_chosen(each: Sequence[Sequence[Candidate]], verdicts: Sequence[str]) 
     return notes
 
 
-def _accuracy(candidate: Candidate) -> str:
-    """What accuracy is certified, in words."""
-    what = "each image" if len(candidate.images) > 1 else "the image"
-    error, psnr = candidate.predicted_error, candidate.certified_psnr_db
-    return f"{what} is certified to {psnr:.0f} dB, by a predicted error of {error:.2g}"
-
-
-def _certified(candidate: Candidate, verdict: str, pixels: PixelRange, device: torch.device | str | None) -> Candidate:
-    """The candidate on its device, with the accuracy that the verdict vouches for."""
-    psnr = certified_psnr_db(candidate, pixels) if verdict in ("exact", "ambiguous") else None
-    candidate = replace(candidate, certified_psnr_db=psnr)
+def _on_device(candidate: Candidate, device: torch.device | str | None) -> Candidate:
     if device is None:
         return candidate
     return replace(candidate, images=candidate.images.to(device), labels=candidate.labels.to(device))

@@ -22,8 +22,8 @@ from rgap.results import (
     PixelRange,
     Reconstruction,
     UnsupportedLayerError,
-    certified_psnr_db,
     noise_limit,
+    with_accuracy,
 )
 from rgap.shared_gradient import SharedGradient, receive_gradients
 from rgap.tokens.replay import Replay
@@ -113,13 +113,13 @@ def reconstruct_residual(
     verdict, why = _verdict(candidate, whole, part, pixels)
     if whole <= received.tolerance and scale != 1 and gradient_scale is None and verdict == "exact":
         why = [f"the shared gradient is {scale:.4g} times the image's own, missed by {whole:.2g}"]
-    psnr = certified_psnr_db(candidate, pixels) if verdict == "exact" else None
     image, label = image.to(device or "cpu"), label.to(device or "cpu")
-    candidate = replace(candidate, images=image, labels=label, certified_psnr_db=psnr)
-    return Reconstruction(
-        image, label, verdict, (candidate,), candidate.layers, (*notes, *why), certified_psnr_db=psnr,
+    candidate = replace(candidate, images=image, labels=label)
+    result = Reconstruction(
+        image, label, verdict, (candidate,), candidate.layers, (*notes, *why),
         gradient_scale=scale if whole <= received.tolerance else None,
     )  # fmt: skip
+    return with_accuracy(result, pixels)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from rgap.results import (
     PixelRange,
     Reconstruction,
     UnsupportedLayerError,
+    noise_limit,
+    with_accuracy,
 )
 from rgap.shared_gradient import SharedGradient, receive_gradients
 from rgap.tokens.closure import close_by_gradient
@@ -128,7 +130,7 @@ def reconstruct_tokens(
         _candidate(replay, embedding.image(P), label, replace(report, predicted_error=error), pixels, device)
         for P, error in patches.values()
     )
-    verdict, why = _verdict(candidates, report, certified, isinstance(gradients, UpdateGradients))
+    verdict, why = _verdict(candidates, report, pixels, isinstance(gradients, UpdateGradients))
     best = candidates[0]
     if best.gradient_scale != 1 and gradient_scale is None and verdict == "exact":
         why.append(
@@ -136,9 +138,8 @@ def reconstruct_tokens(
             "was scaled, or the gradient clipped, which leaves the image as it is"
         )
     scale = best.gradient_scale if best.consistent else gradient_scale
-    return Reconstruction(
-        best.images, best.labels, verdict, candidates, best.layers, (*notes, *why), gradient_scale=scale
-    )
+    result = Reconstruction(best.images, best.labels, verdict, candidates, best.layers, (*notes, *why))
+    return with_accuracy(replace(result, gradient_scale=scale), pixels)
 
 
 def _used(embedding: PatchEmbedding) -> list[str]:
@@ -261,16 +262,15 @@ def _candidate(
 
 
 def _verdict(
-    candidates: tuple[Candidate, ...], report: LayerReport, certified: float, update: bool
+    candidates: tuple[Candidate, ...], report: LayerReport, pixels: PixelRange, update: bool
 ) -> tuple[str, list[str]]:
     """The first verdict that holds, and why."""
-    best = candidates[0]
+    best, certified = candidates[0], MAX_CERTIFIED_ERROR * pixels.width
     if best.open_layers:
         why = f"the patches of {report.name!r} lack {report.deficit} of {report.unknowns} equations"
         return "rank-deficient", [f"{why}: rank {report.rank} of the tokens' gradients, times the entries of a patch"]
     if best.predicted_error > certified or len(candidates) > 1:
-        why = f"the gradient's noise drowns the image: its predicted error is {best.predicted_error:.2g}"
-        return "inconsistent", [why]
+        return "inconsistent", [noise_limit(best.predicted_error, pixels, certified)]
     if best.consistent:
         return "exact", []
     why = f"the image's own gradient misses the shared one by {best.gradient_residual:.2g}"

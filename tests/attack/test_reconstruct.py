@@ -257,7 +257,7 @@ def test_twins_have_one_gradient_and_only_the_pixel_range_can_choose(mu, largest
         assert result.verdict == "ambiguous" and "twin data" in result.notes[-1]
         assert mu > 1.278 or largest < 1
     else:
-        assert result.verdict == "exact" and "the pixel range chose between 2 hypotheses" in result.notes[-1]
+        assert result.verdict == "exact" and "the pixel range chose between 2 hypotheses" in result.notes[-2]
         assert mu < 1.278 and rgap.metrics.psnr_db(result.images, image).item() > 200
 
 

@@ -29,7 +29,7 @@ def attack(model, image, label=2, loss="cross_entropy", defend=None, **options):
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 75), (torch.float64, 150)])
 def test_layouts(layout, dtype, least):
     result, quality = attack(small(layout).to(dtype), photograph())
-    assert result.verdict == "exact"
+    assert result.verdict == "exact" and result.certified_psnr_db == result.candidates[0].certified_psnr_db > 54
     assert result.labels.tolist() == [2]
     assert quality >= least
     assert result.layers[0].deficit == 0
