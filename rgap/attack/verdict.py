@@ -49,11 +49,12 @@ def _twins_together(weighed: Sequence[Weighed]) -> list[Candidate]:
 
     Their own gradients differ by rounding and by the noise's error of the scale, which decides nothing between them.
     """
-    found = [one for one in weighed if one.joint.consistent]
-    agreed = [any(one.start.twins is other.start.twins for other in found) for one in weighed]
+    agreed = [one.start.twins for one in weighed if one.joint.consistent]
     return [
-        replace(one.joint, residual_allowed=max(one.joint.residual_allowed, one.joint.gradient_residual * together))
-        for one, together in zip(weighed, agreed, strict=True)
+        replace(one.joint, residual_allowed=max(one.joint.residual_allowed, one.joint.gradient_residual))
+        if any(one.start.twins is twins for twins in agreed)
+        else one.joint
+        for one in weighed
     ]
 
 

@@ -146,7 +146,7 @@ def test_a_scaled_loss_leaves_image_and_label_and_is_named(scale):
     assert quality > 75
     assert result.labels.tolist() == [2]
     assert result.verdict == "exact" and result.gradient_scale == pytest.approx(scale, rel=1e-4)
-    assert f"is {scale:.4g} times the image's own" in result.notes[-1]
+    assert f"is {scale:.4g} times the image's own" in result.notes[-2]
 
 
 def test_dropout_and_batch_norm_in_training_leave_network_and_random_state():
