@@ -16,6 +16,7 @@ SEED := 0
 BATCH := 1
 EPOCHS := 3
 WEIGHTS :=
+GRADIENTS :=
 SHAPE :=
 LOSS :=
 SAMPLES :=
@@ -23,7 +24,7 @@ COUNT :=
 SCHEDULER :=
 PIP_ARGS :=
 # By way of the environment values reach a recipe whole, whatever spaces a path has.
-export COLOR GRAY MODEL INDEX DATA SEED BATCH EPOCHS WEIGHTS SHAPE LOSS COUNT SCHEDULER
+export COLOR GRAY MODEL INDEX DATA SEED BATCH EPOCHS WEIGHTS GRADIENTS SHAPE LOSS COUNT SCHEDULER
 # Images of containers often set it; every start of a kernel would then compile torch anew, for a quarter of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 # The systems are small: more threads than free cores make them many times slower.
@@ -99,9 +100,9 @@ refresh/%: FORCE | $(ENV)
 	@echo "running $*"
 	@$(call run,default,build/refresh) -m rgap notebook $*
 
-reconstruction: $(ENV) ## one attack: MODEL=cnn6|module:function DATA=embedded|cifar10|mnist|folder:PATH INDEX=0 BATCH=1 SEED=0 WEIGHTS=file SHAPE= LOSS=
+reconstruction: $(ENV) ## one attack: MODEL=cnn6|module:function DATA=embedded|cifar10|mnist|folder:PATH INDEX=0 BATCH=1 SEED=0 WEIGHTS=file GRADIENTS=file SHAPE= LOSS=
 	@$(PYTHON) -m rgap reconstruct --model "$$MODEL" --index "$$INDEX" --data "$$DATA" --seed "$$SEED" --batch "$$BATCH" \
-		--weights "$$WEIGHTS" $(own)
+		--weights "$$WEIGHTS" $${GRADIENTS:+--gradients "$$GRADIENTS"} $(own)
 
 train: $(ENV) ## a few epochs, for WEIGHTS=: MODEL=cnn6|module:function DATA=embedded|cifar10|mnist|folder:PATH EPOCHS=3 SEED=0 SHAPE= LOSS=
 	@$(PYTHON) -m rgap train --model "$$MODEL" --data "$$DATA" --epochs "$$EPOCHS" --seed "$$SEED" $(own)

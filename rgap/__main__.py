@@ -32,10 +32,12 @@ examples:
 
 RECONSTRUCT = """Attacks the gradient of one image, or of a batch, and compares the result with the truth.
 
-Pictures and the layers' table go to build/reconstruction/; the verdict is found without the truth."""
+Pictures and the layers' table go to a folder in build/reconstruction/ that is named by the case; the verdict is found
+without the truth. With --gradients the gradient in a file is attacked, as a client has shared it."""
 RECONSTRUCT_END = """examples:
   rgap reconstruct --model cnn6 --index 3
   rgap reconstruct --model cnn6_batch --batch 4
+  rgap reconstruct --model cnn6_batch --batch 0 --gradients shared.safetensors
   rgap reconstruct --model my_networks:small --shape 3,32,32 --data folder:photos --weights trained.safetensors"""
 
 TRAIN = """Trains a network for a few epochs, on two classes where it has one output, and leaves a checkpoint."""
@@ -108,7 +110,9 @@ def parser() -> argparse.ArgumentParser:
     reconstruct = command("reconstruct", RECONSTRUCT, RECONSTRUCT_END)
     _add_case(reconstruct)
     reconstruct.add_argument("--index", type=int, default=0, help="place of the image in the data")
-    reconstruct.add_argument("--batch", type=int, default=1, help="images, from the index on, that share the gradient")
+    about = "images, from the index on, that share the gradient; with --gradients 0 finds their number"
+    reconstruct.add_argument("--batch", type=int, default=1, help=about)
+    reconstruct.add_argument("--gradients", default="", help="a .safetensors or .pt file with a gradient to attack")
     reconstruct.add_argument("--weights", default="", help="a .safetensors or .pt file with the model's weights")
     reconstruct.add_argument("--output", type=Path, default=BUILD / "reconstruction", help="folder to write to")
 

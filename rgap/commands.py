@@ -13,9 +13,9 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -24,8 +24,9 @@ import rgap
 from rgap import artifact, data, experiments, metrics, models
 from rgap.artifact.outputs import save_csv
 from rgap.client import check_loss
-from rgap.client.files import load_weights, save_weights
+from rgap.client.files import load_gradients, load_weights, save_weights
 from rgap.client.training import training
+from rgap.display import rescale, to_pixels
 from rgap.ranks.audit import audit as audited
 
 AUDIT_STATUS = {"stops": 0, "leaks": 1, "unknown": 3}
@@ -39,42 +40,87 @@ SAMPLE_CASES = 200
 
 
 def reconstruct(options: argparse.Namespace) -> int:
-    """Attacks one image or batch, writes pictures and the layers' table, and prints how close the result is."""
-    from rgap.experiments.common import rescale  # matplotlib comes with it, which no other command needs
+    """Attacks one image or batch, or the gradient in a file, writes pictures and the layers' table, and prints notes.
 
-    if options.batch < 1:
-        raise ValueError(f"batch is {options.batch}; an empty batch has no gradient, give at least 1")
+    Where the images are known it prints how close the result is.
+    """
     model, shape, loss, classes = load_case(options)
     if options.weights:
         model = load_weights(model, options.weights)
-    places = range(options.index, options.index + options.batch)
-    images, labels = data.load_images(options.data, image_shape=shape, index=places, classes=classes)
-    gradients = rgap.client_gradients(model, images, labels, loss=loss)
+    if options.batch < (0 if options.gradients else 1):
+        raise ValueError(f"batch is {options.batch}; an empty batch has no gradient, give at least 1")
+    images, labels, scale = None, None, None
+    if options.gradients:
+        gradients = load_gradients(options.gradients)
+    else:
+        places = range(options.index, options.index + options.batch)
+        images, labels = data.load_images(options.data, image_shape=shape, index=places, classes=classes)
+        gradients, scale = rgap.client_gradients(model, images, labels, loss=loss), 1.0  # the client's loss is a mean
     start = time.perf_counter()
-    result = rgap.reconstruct(  # the client is this function, and takes the mean loss
-        model, gradients, image_shape=shape, loss=loss, batch_size=options.batch, gradient_scale=1.0
+    result = rgap.reconstruct(
+        model, gradients, image_shape=shape, loss=loss, batch_size=options.batch or None, gradient_scale=scale
     )
     seconds = time.perf_counter() - start
-
-    order = metrics.match(result.images, images)
-    quality = metrics.psnr_db(result.images, images[order].to(result.images))
-    folder = options.output / f"{_file_stem(options.model)}_{_file_stem(options.data)}_{options.index}"
-    for found, place in zip(result.images, order.tolist(), strict=True):
-        suffix = f"_{options.index + place}" if options.batch > 1 else ""
-        _save_png(images[place], folder / f"origin{suffix}.png")
-        _save_png(found, folder / f"reconstruction{suffix}.png")
-        _save_png(rescale(found), folder / f"reconstruction_rescaled{suffix}.png")
+    folder = options.output / _case_name(options, loss)
+    order = None if images is None else metrics.match(result.images, images)
+    _write_pictures(result, images, order, options, folder)
     save_csv(result.to_frame(), folder / "layers.csv")
 
     print(f"verdict  {result.verdict}")
-    if len(result.images) != options.batch:
+    if images is not None and len(result.images) != options.batch:
         print(f"found    {len(result.images)} of {options.batch} images")
-    print(f"labels   {result.labels.tolist()} (true: {labels[order].tolist()})")
-    if len(result.images):
-        print(f"PSNR     {', '.join(f'{value:.1f}' for value in quality.tolist())} dB")
+    print(f"labels   {result.labels.tolist()}" + ("" if order is None else f" (true: {labels[order].tolist()})"))
+    if order is not None and len(result.images):
+        quality = metrics.psnr_db(result.images, images[order].to(result.images)).tolist()
+        print(f"PSNR     {', '.join(f'{value:.1f}' for value in quality)} dB")
+        if len(result.images) == 1 and len(result.candidates) > 1:
+            others = [metrics.psnr_db(c.images, images[order].to(c.images)).item() for c in result.candidates[1:]]
+            print(f"others   {', '.join(f'{value:.1f}' for value in others)} dB, the other candidates")
+    for note in result.notes:
+        print(f"note     {note}")
     print(f"attack   {seconds:.2f} s")
     print(f"written  {folder}")
     return 0
+
+
+def _case_name(options: argparse.Namespace, loss: str) -> str:
+    """A folder's name by all that decides a result, so that runs do not overwrite each other."""
+    parts = [options.model, f"seed{options.seed}", loss]
+    parts += [f"weights-{Path(options.weights).stem}"] if options.weights else []
+    parts += [Path(options.gradients).stem] if options.gradients else [options.data, options.index]
+    parts += [f"batch{options.batch}"] if options.batch != 1 else []
+    return "_".join(_file_stem(str(part)) for part in parts)
+
+
+def _write_pictures(
+    result: rgap.Reconstruction, images: Tensor | None, order: Tensor | None, options: argparse.Namespace, folder: Path
+) -> None:
+    """Each image found, its original where that is known, every candidate, and all of them side by side."""
+    rows = []
+    for i, found in enumerate(result.images):
+        suffix = "" if len(result.images) == 1 and options.batch == 1 else f"_{options.index + i}"
+        row = [found, rescale(found)]
+        if order is not None:
+            suffix = suffix and f"_{options.index + int(order[i])}"
+            row.insert(0, images[order[i]])
+            _save_png(row[0], folder / f"origin{suffix}.png")
+        _save_png(found, folder / f"reconstruction{suffix}.png")
+        _save_png(rescale(found), folder / f"reconstruction_rescaled{suffix}.png")
+        candidates = result.per_image[i][1] if i < len(result.per_image) else result.candidates
+        others = [c.images[0] for c in candidates if len(c.images) == 1][1:]
+        for place, other in enumerate(others, 1):
+            _save_png(other, folder / f"candidate{suffix}_{place}.png")
+        rows.append([x.cpu().double() for x in (*row, *others)])
+    if rows:
+        _save_png(_side_by_side(rows), folder / "comparison.png")
+
+
+def _side_by_side(rows: list[list[Tensor]]) -> Tensor:
+    """Images (C, H, W) in a grid with white lines between, (C, H', W')."""
+    frame = [[F.pad(x, (1, 1, 1, 1), value=1.0) for x in row] for row in rows]
+    widest = max(map(len, frame))
+    blank = torch.ones_like(frame[0][0])
+    return torch.cat([torch.cat([*row, *[blank] * (widest - len(row))], dim=2) for row in frame], dim=1)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -205,6 +251,5 @@ def _file_stem(text: str) -> str:
 
 
 def _save_png(image: Tensor, path: Path) -> None:
-    pixels = np.rint(image.double().clamp(0, 1).cpu().numpy() * 255).astype(np.uint8).transpose(1, 2, 0)
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    picture = Image.fromarray(to_pixels(image))
     artifact.write_atomically(path, lambda file: picture.save(file, format="PNG"))

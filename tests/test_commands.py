@@ -53,6 +53,9 @@ def reconstruct(folder, *arguments):
     return main(["reconstruct", *arguments, "--output", str(folder)])
 
 
+NOTHING = {"notes": (), "per_image": (), "candidates": ()}
+
+
 # ---- Networks by name
 
 
@@ -90,10 +93,17 @@ def test_the_loss_and_the_labels_follow_from_the_outputs(mine):
 def test_leaves_three_pictures_and_a_table_and_prints_a_handful_of_lines(tmp_path, capsys, model):
     assert reconstruct(tmp_path, "--model", model, "--index", "6") == 0
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == ["verdict", "labels", "PSNR", "attack", "written"]
+    first = [line.split()[0] for line in printed]
+    assert [word for word in first if word not in ("note", "others")] == [
+        "verdict",
+        "labels",
+        "PSNR",
+        "attack",
+        "written",
+    ]
     assert printed[0].split()[1] == "exact"
     assert float(printed[2].split()[1]) > 80
-    folder = tmp_path / f"{model}_embedded_6"
+    folder = tmp_path / f"{model}_seed0_logistic_embedded_6"
     origin, found, rescaled = (
         read(folder / f"{n}.png") for n in ("origin", "reconstruction", "reconstruction_rescaled")
     )
@@ -109,20 +119,20 @@ def test_a_folder_of_images_with_spaces_gives_a_plain_name(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "my images" / "0.png")
     assert reconstruct(tmp_path, "--model", "fcn3", "--data", f"folder:{tmp_path}/my images") == 0
-    (folder,) = tmp_path.glob("fcn3_folder-*-my-images_0")
+    (folder,) = tmp_path.glob("fcn3_seed0_logistic_folder-*-my-images_0")
     assert abs(read(folder / "reconstruction.png") * 255 - pixels).max() < 1.5
 
 
 def test_images_of_a_batch_are_compared_each_with_its_own(tmp_path, capsys, monkeypatch):
     images, labels = rgap.data.load_images(index=[5, 6])
     found = SimpleNamespace(
-        images=images.flip(0).double() + 1e-3, labels=labels.flip(0), verdict="exact", to_frame=pd.DataFrame
+        images=images.flip(0).double() + 1e-3, labels=labels.flip(0), verdict="exact", to_frame=pd.DataFrame, **NOTHING
     )
     monkeypatch.setattr(rgap, "reconstruct", lambda *_, **__: found)
     assert reconstruct(tmp_path, "--index", "5", "--batch", "2") == 0
     assert "PSNR     60.0, 60.0 dB" in capsys.readouterr().out
     for name in ("origin", "reconstruction", "reconstruction_rescaled"):
-        written = {path.name for path in (tmp_path / "cnn6_embedded_5").glob(f"{name}_?.png")}
+        written = {path.name for path in (tmp_path / "cnn6_seed0_logistic_embedded_5_batch2").glob(f"{name}_?.png")}
         assert written == {f"{name}_5.png", f"{name}_6.png"}
 
 
@@ -130,24 +140,72 @@ def test_images_of_a_batch_are_compared_each_with_its_own(tmp_path, capsys, monk
 def test_fewer_images_than_the_batch_are_counted_and_what_is_there_is_written(tmp_path, capsys, monkeypatch, count):
     images, labels = rgap.data.load_images(index=[5])
     found = SimpleNamespace(
-        images=images[:count].double(), labels=labels[:count], verdict="rank-deficient", to_frame=pd.DataFrame
+        images=images[:count].double(),
+        labels=labels[:count],
+        verdict="rank-deficient",
+        to_frame=pd.DataFrame,
+        **NOTHING,
     )
     monkeypatch.setattr(rgap, "reconstruct", lambda *_, **__: found)
     assert reconstruct(tmp_path, "--index", "5", "--batch", "2") == 0
     assert f"found    {count} of 2 images" in capsys.readouterr().out
-    assert len(list((tmp_path / "cnn6_embedded_5").glob("reconstruction_?.png"))) == count
+    assert len(list((tmp_path / "cnn6_seed0_logistic_embedded_5_batch2").glob("reconstruction_?.png"))) == count
 
 
 def test_a_network_of_ones_own_is_attacked_with_the_loss_that_fits_its_outputs(mine, capsys):
     assert reconstruct(mine / "out", "--model", "my_networks:attacked", "--shape", "3,8,8", "--index", "4") == 0
     printed = capsys.readouterr().out
     assert "verdict  exact" in printed and "labels   [4] (true: [4])" in printed
-    assert (mine / "out" / "my_networks-attacked_embedded_4" / "reconstruction.png").is_file()
+    assert (mine / "out" / "my_networks-attacked_seed0_cross_entropy_embedded_4" / "reconstruction.png").is_file()
 
 
 def test_lenet_with_ten_classes_is_there_to_be_tried(tmp_path, capsys):
     assert reconstruct(tmp_path, "--model", "lenet", "--index", "2") == 0
     assert "labels   [2] (true: [2])" in capsys.readouterr().out
+
+
+def candidate(image):
+    return SimpleNamespace(images=image)
+
+
+def test_notes_are_printed_and_every_candidate_is_kept(tmp_path, capsys, monkeypatch):
+    images, labels = rgap.data.load_images(index=[5])
+    dark = images.double() * 0.1
+    found = SimpleNamespace(
+        images=dark, labels=labels, verdict="ambiguous", to_frame=pd.DataFrame, notes=("a twin", "another"),
+        per_image=(), candidates=(candidate(dark), candidate(images.double())),
+    )  # fmt: skip
+    monkeypatch.setattr(rgap, "reconstruct", lambda *_, **__: found)
+    assert reconstruct(tmp_path, "--index", "5") == 0
+    printed = capsys.readouterr().out
+    assert "note     a twin\nnote     another\n" in printed and "others   inf dB, the other candidates" in printed
+    folder = tmp_path / "cnn6_seed0_logistic_embedded_5"
+    origin, other = read(folder / "origin.png"), read(folder / "candidate_1.png")
+    assert (origin == other).all() and read(folder / "comparison.png").shape == (34, 4 * 34, 3)
+
+
+def test_runs_of_other_cases_go_to_other_folders(tmp_path):
+    weights = tmp_path / "mine.safetensors"
+    rgap.client.files.save_weights(rgap.models.fcn3(seed=3), weights, {})
+    cases = ["", "--seed 1", "--loss mse", f"--weights {weights}", "--index 1"]
+    for case in cases:
+        assert reconstruct(tmp_path / "out", "--model", "fcn3", *case.split()) == 0
+    assert len(list((tmp_path / "out").iterdir())) == len(cases)
+
+
+def test_the_gradient_in_a_file_is_attacked_without_the_truth(tmp_path, capsys):
+    model, image = rgap.models.fcn3(), rgap.data.load_images(image_shape=(1, 28, 28), index=[3])[0]
+    gradients = rgap.client_gradients(model, image, torch.tensor([1]))
+    file = rgap.client.save_gradients(tmp_path / "shared.safetensors", gradients)
+    assert reconstruct(tmp_path, "--model", "fcn3", "--gradients", str(file)) == 0
+    printed = capsys.readouterr().out
+    assert "true" not in printed and "PSNR" not in printed and "labels   [" in printed
+    folder = tmp_path / "fcn3_seed0_logistic_shared"
+    assert (folder / "reconstruction.png").is_file() and not (folder / "origin.png").exists()
+    stretched = read(folder / "reconstruction_rescaled.png")  # without a bias the scale of the image is open
+    truth = image[0, 0].numpy()
+    assert abs(stretched - (truth - truth.min()) / (truth.max() - truth.min())).max() < 2 / 255
+    assert reconstruct(tmp_path, "--model", "fcn3", "--gradients", str(tmp_path / "none.pt")) == 2
 
 
 # ---- rgap train
