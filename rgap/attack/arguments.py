@@ -16,6 +16,7 @@ from rgap.arguments import (
 )
 from rgap.client import check_loss, check_smoothing, outputs_fit
 from rgap.forward import select_output
+from rgap.network.activations import IDENTITY
 from rgap.network.chain import Chain, prepare
 from rgap.network.layer import Layer
 from rgap.residual import ResidualNetwork, prepare_residual
@@ -146,6 +147,11 @@ def _check_separable(layers: Sequence[Layer], loss: str) -> None:
                 f"layer {layer.name!r} has a normalisation around it: batches are taken apart through fully connected "
                 "layers and their activations only"
             )
+    if layers[-1].activation is not IDENTITY:
+        raise UnsupportedLayerError(
+            f"layer {layers[-1].name!r}: a batch is taken apart where the loss reads the last layer's own output, and "
+            f"{layers[-1].activation.name} stands between; a single image (batch_size=1) is not held up by it"
+        )
     if len(layers) < 2:
         raise UnsupportedLayerError(
             "a batch through a single layer is one sum that many batches have; two layers or more"

@@ -76,7 +76,7 @@ def _several_outputs(
             break
         own = [h for h in found.hypotheses if h.label == label and (bias or h.scale * sign > 0)]
         fit, error, by_book = _model(rows_of(loss, head, factors, label, sign), head, own, given, smoothing)
-        error = _bias_error(head) if bias else error
+        error = bias_error(head) if bias else error
         for h in own if by_book and own and not smoothing else [_of_fit(head, factors, label, sign, fit)]:
             solved.append((by_book, replace(h, length_error=error, misfit=fit.misfit)))
     if not solved:  # a label was given that the gradient does not have
@@ -149,7 +149,7 @@ def _ways(
     return tuple([way for way in ways if head.known in (None, way[0])] for ways in both)
 
 
-def _bias_error(head: HeadGradient) -> float:
+def bias_error(head: HeadGradient) -> float:
     """Relative standard deviation of the length of x where the bias's gradient is δz."""
     unit = head.bias.abs().max()
     dz, std = head.bias / unit, head.bias_stds / unit
@@ -181,7 +181,7 @@ def _output_error(head: HeadGradient, x: Tensor) -> float:
 
 
 def _with_bias(loss: str, head: HeadGradient, h: Hypothesis, given: bool) -> Hypothesis:
-    error = _bias_error(head)
+    error = bias_error(head)
     if given:
         return replace(h, length_error=error)
     dz = head.bias.item()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from rgap.head.activated import read_activated
 from rgap.head.factor import with_factor
 from rgap.head.fits import MAX_MISFIT
 from rgap.head.hypothesis import HeadGradient, HeadReading
 from rgap.head.logistic import read_logistic
 from rgap.head.softmax import read_softmax
 from rgap.head.squared import read_squared
+from rgap.network.activations import IDENTITY
 from rgap.network.layer import Layer
 from rgap.results import GradientMismatchError
 from rgap.shared_gradient import SharedGradient
@@ -60,9 +62,12 @@ def read_head(
             f"{loss} loss needs it for the label and the scale"
         )
     factor, stds = gradient_scale or 1.0, received.entry_std
-    std = stds[layer.weight_name].flatten(1) / factor
+    std = layer.gradient_std(stds).flatten(1) / factor
     bias, bias_std = (None, None) if bias is None else (bias / factor, stds[layer.bias_name] / factor)
     head = HeadGradient(layer, G / factor, bias, received.precision, received.tolerance, known, std, bias_std)
+    if layer.activation is not IDENTITY:
+        found = read_activated(loss, head, given=gradient_scale is not None, smoothing=label_smoothing or 0.0)
+        return _scaled(found, factor)
     asserted = {"given": gradient_scale is not None, "smoothing": label_smoothing}
     try:
         found = with_factor(loss, head, READERS[loss](head), **asserted)
@@ -70,5 +75,10 @@ def read_head(
         found = with_factor(loss, head, READERS[loss](replace(head, known=None)), **asserted)
         if min((h.misfit for h in found.hypotheses), default=math.inf) > MAX_MISFIT or asserted["given"]:
             raise
+    return _scaled(found, factor)
+
+
+def _scaled(found: HeadReading, factor: float) -> HeadReading:
+    """A reading of a gradient that was divided by a given factor."""
     hypotheses = (replace(h, dz=factor * h.dz, gradient_scale=factor * h.gradient_scale) for h in found.hypotheses)
     return replace(found, hypotheses=tuple(hypotheses))

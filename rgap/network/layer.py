@@ -151,6 +151,16 @@ class Layer:
             G = sum(factor * gradients[name] for name, factor in self.weight_terms)
         else:
             G = gradients[self.weight_name]
+        return self._as_weight(G)
+
+    def gradient_std(self, stds: Mapping[str, Tensor]) -> Tensor:
+        """Standard deviation of the entries of `gradient`, from that of the shared gradients' by parameter name."""
+        if not self.weight_terms:
+            return self._as_weight(stds[self.weight_name]).abs()
+        squares = sum((factor * stds[name]).square() for name, factor in self.weight_terms)
+        return self._as_weight(squares.sqrt()).abs()
+
+    def _as_weight(self, G: Tensor) -> Tensor:
         G = G if self.columns is None else G[:, self.columns]
         G = G.reshape(self.weight.shape)
         return G if self.output_scale is None else G / self.output_scale[:, None, None, None]
