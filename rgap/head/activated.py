@@ -133,7 +133,7 @@ def _misfit(head: HeadGradient, residual: float) -> float:
 
 def _without_bias(loss: str, head: HeadGradient, smoothing: float, *, free: bool) -> HeadReading:
     factors = rank_one(head.G)
-    equations = _Equations(loss, head, head.W @ factors.v, factors.u, smoothing, free)
+    equations = _ActivatedEquations(loss, head, head.W @ factors.v, factors.u, smoothing, free)
     count = max(len(head.G), 2)
     largest = range(count) if count == 2 else factors.u.abs().argsort(descending=True)[:MAX_LABELS_TRIED].tolist()
     starts = [start for k in {*largest, *([] if head.known is None else [head.known])} for start in equations.starts(k)]
@@ -165,7 +165,7 @@ def z_gradient(loss: str, head: HeadGradient, z: Tensor, label: int, smoothing: 
 
 
 @dataclass(frozen=True)
-class _Equations:
+class _ActivatedEquations:
     """The equations κ s ∂ℓ/∂z(s a + b) = u, (C,), in s = ± e^q, and in κ, which is 1 unless it is free."""
 
     loss: str
