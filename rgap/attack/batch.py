@@ -79,6 +79,9 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
             residual = math.nan if twin.residual is None else twin.residual
             allowed = max(NOISE_RESIDUAL_FACTOR * again.shares[b].item(), MAX_SHARE_RESIDUAL)
             allowed = min(allowed, attack.received.tolerance)
+            if start.errors is not None:  # the share's error is that of the image, relative
+                size_of_image = image.square().mean().sqrt().clamp(min=1e-300).item()
+                allowed = max(allowed, min(start.errors[b].item() / size_of_image, MAX_SHARE_RESIDUAL))
         return Candidate(
             image, torch.tensor([twin.label]), residual, inside, own, descent.reports, descent.open_layers,
             residual_allowed=allowed, predicted_error=None if descent.open_layers else size * errors[b].item(),

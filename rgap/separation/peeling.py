@@ -98,7 +98,8 @@ class Peeling:
         q, one = x @ state.first.V, torch.ones_like(errors)
         tested = state.test(Candidates(q, units, one, one, errors / self.error_factor))
         scale = ((tested.dz @ state.first.U / state.first.S) * q).sum(1, keepdim=True)
-        for found in zip(q, tested.dz / scale, errors / self.error_factor, tested.rounding, strict=True):
+        error = errors / self.error_factor
+        for found in zip(q, tested.dz / scale, error, tested.rounding, torch.zeros_like(error), strict=True):
             state.add(*found)
         state.refit()
 
@@ -118,7 +119,8 @@ class Peeling:
         sines = (dz - dz @ first.U @ first.U.T).norm(dim=1) / dz.norm(dim=1)
         residuals = torch.stack([(scale[:, 0] - 1).abs(), sines], 1)
         found = (x / scale, dz, residuals, first, self.second, 0, self.steps)
-        return Separation(*found, len(dz), self.error_factor * state.error, self.factor)
+        mixed = state.mixture * found[0].square().mean(1).sqrt()
+        return Separation(*found, len(dz), torch.maximum(self.error_factor * state.error, mixed), self.factor)
 
     def step(self) -> int:
         """Tests every unit once; the number of new images."""
@@ -194,7 +196,7 @@ class Peeling:
         if not len(candidates.q):
             return
         tested = state.test(candidates)
-        passes = tested.sine <= tested.allowed
+        passes, allowed = tested.sine <= tested.allowed, tested.allowed
         if state.last is not None:
             known = self.factor or self.common_factor(tested.factor[passes])
             if known is None:
@@ -209,9 +211,8 @@ class Peeling:
                 break
             if passes[place] and not state.is_known(candidates.q[place : place + 1]).any():
                 factor = tested.factor[place] if state.last is None else self.factor
-                state.add(
-                    candidates.q[place], factor * tested.dz[place], candidates.error[place], tested.rounding[place]
-                )
+                dz, error = factor * tested.dz[place], candidates.error[place]
+                state.add(candidates.q[place], dz, error, tested.rounding[place], allowed[place])
 
     def common_factor(self, factors: Tensor) -> float | None:
         """The factor on which most candidates agree, 1/B for a mean loss; None where too few do."""

@@ -101,7 +101,7 @@ def _each_alone(
     tail: Sequence[Layer], received: SharedGradient, apart: Separation, size: int, loss: str
 ) -> tuple[Start, list[str]]:
     """The images that were found of a fully connected network, each with label and scale from its own share."""
-    complete = len(apart.inputs) == apart.first.rank
+    complete = len(apart.inputs) == apart.first.rank > apart.peeled  # one that was peeled off has its own share
     c, f = output_gradients(tail, received.gradients, apart.inputs, apart.dz, complete=complete)
     hypotheses, notes = _hypotheses(tail[0], loss, f, size * c)
     twins, scales = [], []

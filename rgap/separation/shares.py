@@ -79,7 +79,7 @@ class ShareState:
         rounding = torch.finfo(row_noise.dtype).eps * first.S[0].item() / self.all_rows.numel() ** 0.5  # of the span
         self.noise = row_noise.clamp(min=rounding)
         self.q, self.dz = self.Z.new_zeros(0, first.rank), self.Z.new_zeros(0, len(self.Z))
-        self.error, self.blur = self.Z.new_zeros(0), self.Z.new_zeros(0)
+        self.error, self.blur, self.mixture = (self.Z.new_zeros(0) for _ in range(3))
 
     @property
     def rows(self) -> Tensor:
@@ -149,12 +149,15 @@ class ShareState:
         size = q @ self.last if self.last is not None else q.norm(dim=1)
         return ((self.dual @ q.T).abs() > 0.5 * size.abs()).any(0)
 
-    def add(self, q: Tensor, dz: Tensor, error: Tensor, blur: Tensor) -> None:
-        """Adds an input (r,) with its ∂ℓ/∂z_1 (h,) in the mean loss, its entries' error and the relative one of dz."""
+    def add(self, q: Tensor, dz: Tensor, error: Tensor, blur: Tensor, mixture: Tensor) -> None:
+        """Adds an input (r,) with its ∂ℓ/∂z_1 (h,) in the mean loss, its entries' error and the relative one of dz.
+
+        `mixture` is the share of other images that the tests may have overlooked.
+        """
         self.q, self.dz = torch.cat([self.q, q[None]]), torch.cat([self.dz, dz[None]])
         rounding = torch.finfo(q.dtype).eps * q.norm() / len(q) ** 0.5
         self.error = torch.cat([self.error, torch.maximum(error, rounding)[None]])
-        self.blur = torch.cat([self.blur, blur[None]])
+        self.blur, self.mixture = torch.cat([self.blur, blur[None]]), torch.cat([self.mixture, mixture[None]])
 
     def refit(self, E: Tensor | None = None, linear: LinearPart | None = None) -> None:
         """Solves for all inputs found together, in the rows that they explain: errors of subtracted shares vanish.
