@@ -19,7 +19,8 @@ from rgap.experiments.common import MARKERS, MIN_CERTIFIED_PSNR_DB, PALETTE, cer
 from rgap.metrics import psnr_db
 from rgap.results import Reconstruction
 
-CLASSES = 10
+CLASS_COUNT = 10
+
 MAX_CHECKED_PSNR_DB = 240.0
 """Accuracy from which on rounding decides how good an image is."""
 
@@ -43,7 +44,7 @@ def relu_network(
     activation = partial(nn.LeakyReLU, slope) if slope else nn.ReLU
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        linear = [nn.Linear(before, after).double() for before, after in pairwise((inputs, *widths, CLASSES))]
+        linear = [nn.Linear(before, after).double() for before, after in pairwise((inputs, *widths, CLASS_COUNT))]
         if initialisation != INITIALISATIONS[1]:
             for layer in linear:
                 draw = nn.init.kaiming_normal_ if initialisation == INITIALISATIONS[2] else nn.init.xavier_normal_
@@ -217,7 +218,7 @@ def _peel_random_batch(generator: torch.Generator) -> dict:
     model = relu_network(torch.Size(shape).numel(), widths, between(0, 10**6), pick(*INITIALISATIONS), slope).to(dtype)
     spread = pick(0.1, 0.25, 0.5)
     images = (0.6 + spread * torch.randn(batch, *shape, generator=generator)).clamp(0, 1)
-    labels = torch.randint(CLASSES, (batch,), generator=generator)
+    labels = torch.randint(CLASS_COUNT, (batch,), generator=generator)
     if trouble == "equal":
         images[1] = images[0]
     elif trouble == "zeros":
