@@ -20,6 +20,7 @@ from rgap.attack.pattern import batch_on_pattern
 from rgap.attack.problem import Attack, Weighed
 from rgap.client import gradients_of
 from rgap.head.hypothesis import Start, Twin
+from rgap.linalg import rms
 from rgap.results import Candidate
 from rgap.separation.joint_softmax import fit_and_refit
 from rgap.separation.read import read_again
@@ -62,7 +63,7 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
     match = _match(attack, descent, images, again) if finite else Misfit(math.inf if len(images) else 1.0, 0.0)
 
     # Each image has its own share of fully connected gradients, which tests it unless the share has only a scale.
-    one_scale = chain.homogeneous and chain.layers[-1].output_shape[0] == 1
+    one_scale = chain.homogeneous and chain.layers[-1].output_shape[0] <= 2
     has_shares = start.layer == 0 and (
         not one_scale or match.residual <= match.allowed or len(images) < start.batch_size
     )
@@ -73,7 +74,11 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
         factor, brightness = start.scales(b)
         own, image = {key: twin.factor * x[b : b + 1] for key, x in inputs.items()}, twin.factor * images[b : b + 1]
         size = (match.excess if match.residual <= match.allowed else 1.0) * abs(twin.factor)
-        inside = attack.pixels.contains(image, attack.slack(size * again.largest[b].item()))
+        known = 0.0 if math.isinf(brightness) else brightness
+        error = math.hypot(size * errors[b].item(), known * rms(image).item())
+        inside = attack.pixels.contains(
+            image, attack.slack(size * again.largest[b].item() + known * image.abs().max().item())
+        )
         residual, allowed = match.residual, match.allowed
         if has_shares:
             residual = math.nan if twin.residual is None else twin.residual
@@ -84,7 +89,7 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
                 allowed = max(allowed, min(start.errors[b].item() / size_of_image, MAX_SHARE_RESIDUAL))
         return Candidate(
             image, torch.tensor([twin.label]), residual, inside, own, descent.reports, descent.open_layers,
-            residual_allowed=allowed, predicted_error=None if descent.open_layers else size * errors[b].item(),
+            residual_allowed=allowed, predicted_error=None if descent.open_layers else error,
             gradient_scale=factor, brightness_error=brightness,
         )  # fmt: skip
 
@@ -133,7 +138,9 @@ def _find_again(attack: Attack, descent: Descent, images: Tensor) -> _Again:
         noisy = replace(received, gradients=_as_shared(attack, images, start))
         fit = fit_and_refit if attack.loss == "cross_entropy" else partial(refine_inputs, loss=attack.loss)
         features = descent.layer_inputs[chain.layers[start.layer].name].flatten(1)
-        head = fit(chain.layers[start.layer :], noisy.gradients, features, start.labels)
+        head = fit(
+            chain.layers[start.layer :], noisy.gradients, features, start.labels, weights=start.client_loss["weights"]
+        )
         other = descend(chain, noisy, replace(start, x=head.x, dx=head.dx), close=attack.close)
         found, shares = attack.images(other), [0.0] * len(images)
         if other.open_layers:

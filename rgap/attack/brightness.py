@@ -47,9 +47,9 @@ def about_brightness(candidates: Sequence[Candidate]) -> list[str]:
             f"brightness is {known}: a gradient scaled by clipping, accumulation or class weights is that of a "
             "brighter or darker image; the pattern holds, and gradient_scale=1.0 asserts a loss by the book"
         ]
-    factors = sorted({float(f"{one.gradient_scale:.4g}") for one in candidates})
-    if factors not in ([], [1.0]):
-        causes = ", ".join(f"{factor:.4g} ({_cause(factor)})" for factor in factors)
+    factors = {f"{one.gradient_scale:.3g}": one.gradient_scale for one in candidates}
+    if any(factor != 1 for factor in factors.values()):
+        causes = ", ".join(f"{factor:.5g} ({_cause(factor)})" for factor in sorted(factors.values()))
         notes.append(f"the shared gradient is that of the loss times {causes}")
     return notes
 

@@ -174,7 +174,7 @@ def read(
         if size.size > 1:
             check_batch(chain, loss)
             known = checked_batch_labels(labels, size.size)
-            start, batch_notes = read_batch(chain, received, size, loss, known, seed)
+            start, batch_notes = read_batch(chain, received, size, loss, known, seed, attack.gradient_scale)
             found = sorted(start.labels.tolist())
             if known is not None and len(found) == size.size and known != found:
                 raise GradientMismatchError(f"labels {known} were given; the gradient is that of {found}")

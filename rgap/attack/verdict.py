@@ -82,6 +82,8 @@ def _judge_batch(weighed: Weighed, notes: Sequence[str], pixels: PixelRange, dev
         notes.append(noise_limit(whole.predicted_error, pixels))
     if start.layer == 0 or "inconsistent" not in verdicts:
         notes += _twins_chosen(weighed.each, verdicts)
+    if outside := sum(not one.in_pixel_range for one in best):
+        notes.append(f"{outside} of {found} images leave the pixel range by more than their predicted error")
     notes += about_brightness(best)
     whole, each = _on_device(whole, device), [tuple(_on_device(c, device) for c in one) for one in weighed.each]
     per_image = tuple(zip(verdicts, each, strict=True))

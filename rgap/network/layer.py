@@ -78,7 +78,7 @@ class Layer:
     @property
     def is_dense(self) -> bool:
         """Whether the layer is a matrix on a vector (a linear layer, or a 1×1 convolution of one pixel)."""
-        plain = self.before is None and self.after is None and self.groups == 1
+        plain = self.before is None and self.after is None and self.groups == 1 and not any(self.padding)
         return plain and self.input_shape[1:] == self.output_shape[1:] == self.weight.shape[2:] == (1, 1)
 
     @property

@@ -68,18 +68,26 @@ def fit_joint_softmax(
     return None
 
 
-def fit_and_refit(layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Tensor, labels: Tensor) -> FittedInputs:
+def fit_and_refit(
+    layers: Sequence[Layer],
+    gradients: Mapping[str, Tensor],
+    x: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+) -> FittedInputs:
     """Refines inputs x (B, n) under cross-entropy, and once more from the inputs that follow from their ∂ℓ/∂z_1.
 
     The fit stays in the span of x, whose directions with small singular values are inaccurate; the fitted ∂ℓ/∂z_1 are
     more accurate than these, and with them the gradient gives better inputs.
     """
-    head = refine_inputs(layers, gradients, x, labels, "cross_entropy")
+    head = refine_inputs(layers, gradients, x, labels, "cross_entropy", weights)
     if REFIT_RESIDUALS[0] < head.residual < REFIT_RESIDUALS[1]:
         dz = _pre_activation_gradients(layers, head.x, labels, output_jacobians(layers, head.x)[2])
+        dz = dz if weights is None else dz * weights
         G = layers[0].gradient(gradients).flatten(1)
         x = torch.linalg.lstsq(dz, G, driver="gelsd").solution
-        head = min(head, refine_inputs(layers, gradients, x, labels, "cross_entropy"), key=lambda one: one.residual)
+        again = refine_inputs(layers, gradients, x, labels, "cross_entropy", weights)
+        head = min(head, again, key=lambda one: one.residual)
     return head
 
 

@@ -16,6 +16,7 @@ from rgap.equations.rank_laws import SPARE_UNITS
 from rgap.head.hypothesis import Start, Twin
 from rgap.network.layer import Chain, Layer
 from rgap.results import LayerReport
+from rgap.separation.factors import ImageFactor, image_factor
 from rgap.separation.joint_softmax import fit_joint_softmax
 from rgap.separation.peeling import peel, peel_again
 from rgap.separation.scales import output_gradients, output_jacobians, refine_inputs, scale_hypotheses, share_residual
@@ -31,7 +32,13 @@ MAX_COMBINATIONS = 64
 
 
 def read_batch(
-    chain: Chain, received: SharedGradient, size: BatchSize, loss: str, known: list[int] | None, seed: int
+    chain: Chain,
+    received: SharedGradient,
+    size: BatchSize,
+    loss: str,
+    known: list[int] | None,
+    seed: int,
+    gradient_scale: float | None = 1.0,
 ) -> tuple[Start, list[str]]:
     """Every image at the first fully connected layer, with label and scale.
 
@@ -46,6 +53,7 @@ def read_batch(
         loss: "logistic" or "cross_entropy".
         known: Labels if they are known; used where only the outputs distinguish the images.
         seed: Of random starts.
+        gradient_scale: Factor of the gradient; None to estimate one for each image.
 
     Returns:
         The `Start` with the images that were found, and notes. With convolutions below it has no image if one was not
@@ -56,15 +64,17 @@ def read_batch(
     apart = _separated(tail, received, size, loss, seed)
     start, notes = None, []
     if below == 0:
-        start, notes = _each_alone(tail, received, apart, count, loss)
+        start, notes = _each_alone(chain, received, apart, count, loss, gradient_scale)
     elif len(apart.inputs) == count:
-        start, notes = _fitted(chain, received, apart, loss)
+        start, notes = _fitted(chain, received, apart, loss, gradient_scale)
     elif apart.first.rank == count and loss == "cross_entropy":
-        start, notes = _read_together(chain, received, apart, known, seed)
+        start, notes = _read_together(chain, received, apart, known, seed, gradient_scale or 1.0)
     start = start or Start(below, torch.zeros(0, dtype=torch.int64), none, none, (), ())
     reports = _reports(tail, apart, count, time.perf_counter() - begin)
     ranks = (apart.first.rank, apart.second.rank)
     start = replace(start, reports=reports, batch_size=count, ranks=ranks)
+    if size.leaves_lengths:
+        start = replace(start, length_errors=(math.inf,))
     notes = [*size.notes, *_what_was_found(tail, apart, count), *notes]
     if below and not len(start.x):
         if len(apart.inputs) < count:
@@ -98,14 +108,15 @@ def _separated(tail: Sequence[Layer], received: SharedGradient, size: BatchSize,
 
 
 def _each_alone(
-    tail: Sequence[Layer], received: SharedGradient, apart: Separation, size: int, loss: str
+    chain: Chain, received: SharedGradient, apart: Separation, size: int, loss: str, given: float | None
 ) -> tuple[Start, list[str]]:
     """The images that were found of a fully connected network, each with label and scale from its own share."""
+    tail = chain.layers
     complete = len(apart.inputs) == apart.first.rank > apart.peeled  # one that was peeled off has its own share
     c, f = output_gradients(tail, received.gradients, apart.inputs, apart.dz, complete=complete)
-    hypotheses, notes = _hypotheses(tail[0], loss, f, size * c)
-    twins, scales = [], []
-    for x, f_b, c_b, found in zip(apart.inputs, f, size * c, hypotheses, strict=True):
+    hypotheses, factors, notes = _hypotheses(chain, tail[0], loss, f, size * c, received.precision, given)
+    twins, scales, own = [], [], c.new_tensor([one.factor for one in factors])
+    for x, f_b, c_b, found in zip(apart.inputs, f, size * c / own[:, None], hypotheses, strict=True):
         # Where no scale fits, the direction is still right: scaled as far as the pixel range allows.
         found = found or [(int(c_b.argmin()) if len(c_b) > 1 else int(c_b[0] < 0), 1.0 / x.abs().max().item())]
         scales.append(found[0][1])
@@ -116,13 +127,38 @@ def _each_alone(
     dx, errors = apart.dz / scale @ tail[0].weight.flatten(1), None
     if apart.errors is not None:
         errors = scale[:, 0] * torch.cat([apart.errors, torch.zeros(len(scale) - len(apart.errors))])
-    return Start(0, labels, scale * apart.inputs, dx, tuple(twins), (), errors=errors), notes
+    start = Start(0, labels, scale * apart.inputs, dx, tuple(twins), (), errors=errors)
+    return _with_factors(start, factors), notes
 
 
-def _hypotheses(first: Layer, loss: str, f: Tensor, c: Tensor) -> tuple[list[list[tuple[int, float]]], list[str]]:
-    """The (label, scale) hypotheses of every image, and notes without repetitions."""
-    options = [scale_hypotheses(loss, f_b, c_b, first.bias is not None) for f_b, c_b in zip(f, c, strict=True)]
-    return [found for found, _ in options], list(dict.fromkeys(note for _, notes in options for note in notes))
+def _hypotheses(
+    chain: Chain, first: Layer, loss: str, f: Tensor, c: Tensor, precision: float, given: float | None
+) -> tuple[list[list[tuple[int, float]]], list[ImageFactor], list[str]]:
+    """The (label, scale) hypotheses of every image, the factor of its share, and notes without repetitions."""
+    biased, found, factors, notes = first.bias is not None, [], [], []
+    for f_b, c_b in zip(f, c / (given or 1.0), strict=True):
+        options, more = scale_hypotheses(loss, f_b, c_b, biased)
+        factor = ImageFactor(1.0, given or 1.0, 0.0)
+        if given is None and len(f_b) <= 2 and not biased:  # the layers below see the brightness, if anything does
+            factor = ImageFactor(1.0, 1.0, math.inf if chain.homogeneous else 0.0)
+        elif given is None and c_b.any() and torch.isfinite(c_b).all():
+            label = int(c_b.argmin()) if len(c_b) > 1 else int(c_b[0] < 0)
+            alpha = options[0][1] if options else 1.0
+            factor = image_factor(loss, f_b, c_b, label, alpha, fixed_scale=biased, precision=precision)
+            if factor.factor != 1:
+                options, more = [(label, factor.alpha)], []
+        found.append(options)
+        factors.append(factor)
+        notes += more
+    return found, factors, list(dict.fromkeys(notes))
+
+
+def _with_factors(start: Start, factors: Sequence[ImageFactor]) -> Start:
+    """A start with the factors of its images."""
+    if not factors:
+        return start
+    scales, errors = zip(*((one.factor, one.error) for one in factors), strict=True)
+    return replace(start, gradient_scale=scales, length_errors=errors)
 
 
 def read_again(chain: Chain, received: SharedGradient, loss: str, start: Start) -> Start:
@@ -138,7 +174,8 @@ def read_again(chain: Chain, received: SharedGradient, loss: str, start: Start) 
         apart = peel_again(tail, received, size.span, loss, start.x, start.errors)
     else:
         apart = separate(*tail[:2], received.gradients, precision=received.precision, span=size.span, near=start.x)
-    found, _ = _each_alone(tail, received, apart, start.batch_size, loss)
+    given = start.gradient_scale[0] if len(set(start.gradient_scale)) == 1 else None
+    found, _ = _each_alone(chain, received, apart, start.batch_size, loss, given)
     scaled = [(twin.factor * x, twins) for x, twins in zip(found.x, found.twins, strict=True) for twin in twins]
     missing = [(torch.full_like(start.x[0], math.nan), (Twin(0),))]
     nearest = [min(scaled or missing, key=lambda pair: (pair[0] - x).norm().item()) for x in start.x]
@@ -146,12 +183,15 @@ def read_again(chain: Chain, received: SharedGradient, loss: str, start: Start) 
     return replace(start, x=x, twins=tuple(twins))
 
 
-def _fitted(chain: Chain, received: SharedGradient, apart: Separation, loss: str) -> tuple[Start | None, list[str]]:
+def _fitted(
+    chain: Chain, received: SharedGradient, apart: Separation, loss: str, given: float | None
+) -> tuple[Start | None, list[str]]:
     """Labels and scales of the separated inputs, then a joint fit; None where an image has no scale."""
     below, count = first_dense(chain), len(apart.inputs)
     tail = chain.layers[below:]
     c, f = output_gradients(tail, received.gradients, apart.inputs, apart.dz, complete=True)
-    hypotheses, notes = _hypotheses(tail[0], loss, f, count * c)
+    hypotheses, shares, notes = _hypotheses(chain, tail[0], loss, f, count * c, received.precision, given)
+    weights = c.new_tensor([one.factor for one in shares])
     if not all(hypotheses):
         return None, [*notes, "without a scale for every image the convolutions were not solved"]
     combinations = list(itertools.islice(itertools.product(*hypotheses), MAX_COMBINATIONS))
@@ -169,27 +209,32 @@ def _fitted(chain: Chain, received: SharedGradient, apart: Separation, loss: str
         chosen = [found[min(number, len(found) - 1)] for found in hypotheses]
         labels = torch.tensor([label for label, _ in chosen])
         scales = apart.inputs.new_tensor([scale for _, scale in chosen])
-        heads.append((labels, refine_inputs(tail, received.gradients, scales[:, None] * apart.inputs, labels, loss)))
+        heads.append(
+            (labels, refine_inputs(tail, received.gradients, scales[:, None] * apart.inputs, labels, loss, weights))
+        )
     labels, head = heads[0]
     factors = [((other.x * head.x).sum(1) / head.x.square().sum(1)).tolist() for _, other in heads]
     factors[0] = [1.0] * count
     twins = tuple(
         tuple(Twin(label, factors[n][b]) for n, (label, _) in enumerate(found)) for b, found in enumerate(hypotheses)
     )
-    return Start(below, labels, head.x, head.dx, twins, ()), notes
+    return _with_factors(Start(below, labels, head.x, head.dx, twins, ()), shares), notes
 
 
 def _read_together(
-    chain: Chain, received: SharedGradient, apart: Separation, known: list[int] | None, seed: int
+    chain: Chain, received: SharedGradient, apart: Separation, known: list[int] | None, seed: int, factor: float
 ) -> tuple[Start | None, list[str]]:
     """The head of images that the search cannot separate, by their outputs; None where that fails too."""
     below, options = first_dense(chain), {"labels": known, "precision": received.precision, "seed": seed}
-    found = fit_joint_softmax(chain.layers[below:], received.gradients, apart.first, **options)
+    by_book = {name: g / factor for name, g in received.gradients.items()}
+    span = replace(apart.first, S=apart.first.S / factor)
+    found = fit_joint_softmax(chain.layers[below:], by_book, span, **options)
     if found is None:
         return None, ["nor were all images found together, by the softmax of their outputs"]
     labels, head = found
     note = f"all images found together, by the softmax of their outputs; residual of the gradients {head.residual:.2g}"
-    return Start(below, labels, head.x, head.dx, tuple((Twin(label),) for label in labels.tolist()), ()), [note]
+    twins = tuple((Twin(label),) for label in labels.tolist())
+    return Start(below, labels, head.x, factor * head.dx, twins, (), gradient_scale=(factor,)), [note]
 
 
 def _identity_residual(

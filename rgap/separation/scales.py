@@ -141,7 +141,12 @@ SCALES = {"logistic": _logistic, "cross_entropy": _softmax}
 
 
 def refine_inputs(
-    layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Tensor, labels: Tensor, loss: str
+    layers: Sequence[Layer],
+    gradients: Mapping[str, Tensor],
+    x: Tensor,
+    labels: Tensor,
+    loss: str,
+    weights: Tensor | None = None,
 ) -> FittedInputs:
     """Fits the inputs of the first fully connected layer, all together, to all gradients of these layers (ours).
 
@@ -157,7 +162,7 @@ def refine_inputs(
     sizes = [g.norm().clamp(min=torch.finfo(g.dtype).tiny) for g in target]
 
     def misses(T: Tensor) -> list[Tensor]:
-        mine, _ = _gradients(layers, W, T.reshape(R.shape), labels, loss)
+        mine, _ = _gradients(layers, W, T.reshape(R.shape), labels, loss, weights)
         return [((a - b) / size).flatten() for a, b, size in zip(mine, target, sizes, strict=True)]
 
     def residuals(T: NDArray) -> NDArray:
@@ -171,23 +176,25 @@ def refine_inputs(
     if len(x) <= MAX_REFINED_IMAGES and torch.cat(misses(T)).isfinite().all():
         options = {"ftol": 1e-3, "xtol": 1e-13, "gtol": None, "max_nfev": MAX_REFINEMENTS}
         T = torch.from_numpy(least_squares(residuals, T.numpy(), jacobian, **options).x)
-    _, dz = _gradients(layers, W, T.reshape(R.shape), labels, loss)
+    _, dz = _gradients(layers, W, T.reshape(R.shape), labels, loss, weights)
     dx = dz @ layers[0].weight.flatten(1)
     return FittedInputs(T.reshape(R.shape) @ Q.T, dx, max(part.norm().item() for part in misses(T)))
 
 
-def _gradients(layers: Sequence[Layer], W: Tensor, T: Tensor, labels: Tensor, loss: str) -> tuple[list[Tensor], Tensor]:
+def _gradients(
+    layers: Sequence[Layer], W: Tensor, T: Tensor, labels: Tensor, loss: str, weights: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
     """The gradients of all weights, then of all biases, for first inputs T (B, B) and weight W, and ∂ℓ/∂z_1 (B, h)."""
     received, slopes, f = _forward(layers, T, W)
-    dz = torch.func.grad(lambda f: loss_value(loss, f, labels))(f)
-    weights, biases = [], []
+    dz = torch.func.grad(lambda f: loss_value(loss, f, labels, weights=weights))(f)
+    of_weights, of_biases = [], []
     for number in reversed(range(len(layers))):
-        weights.insert(0, dz.T @ received[number])
+        of_weights.insert(0, dz.T @ received[number])
         if layers[number].bias_name is not None:
-            biases.insert(0, dz.sum(0))
+            of_biases.insert(0, dz.sum(0))
         if number:
             dz = slopes[number - 1] * (dz @ layers[number].weight.flatten(1))
-    return weights + biases, dz
+    return of_weights + of_biases, dz
 
 
 def _forward(layers: Sequence[Layer], x: Tensor, W: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:

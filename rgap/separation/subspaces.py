@@ -48,6 +48,7 @@ class BatchSize:
     size: int
     notes: tuple[str, ...]  # the evidence for it, sentences for the report
     span: Span  # of the first fully connected layer's gradient
+    leaves_lengths: bool = False  # whether the images' lengths rest on a size that nothing else confirms
 
 
 def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float) -> Span:
@@ -175,16 +176,18 @@ def find_batch_size(chain: Chain, received: SharedGradient, given: int | None) -
             "single image needs only one (batch_size=1)"
         )
     caution = ()
-    if chain.homogeneous and chain.layers[-1].output_shape[0] == 1:
+    one_scale = chain.homogeneous and chain.layers[-1].output_shape[0] <= 2
+    if one_scale:
         caution = (
-            "the images' scales depend on this batch size; without bias and with one output, equal images or an image "
-            "of zeros make a batch look smaller than it is, and nothing else shows it",
+            "the images' scales depend on this batch size; without bias and with one output or two classes, equal "
+            "images or an image of zeros make a batch look smaller than it is, and nothing else shows it",
         )
     if given is None:
-        return BatchSize(span.rank, (f"{found}: a batch of {span.rank}, if its images differ", *caution), span)
+        why = f"{found}: a batch of {span.rank}, if its images differ"
+        return BatchSize(span.rank, (why, *caution), span, one_scale)
     if span.rank > given:
         small = f"batch_size={given} is too small, at least {span.rank} images have this gradient; taken as so"
-        return BatchSize(span.rank, (f"{found}: {small}", *caution), span)
+        return BatchSize(span.rank, (f"{found}: {small}", *caution), span, one_scale)
     if span.rank == given:
         return BatchSize(given, (f"{found}, as a batch of {given} has",), span)
     why = "equal images, an image of zeros, or a batch_size that is too large"

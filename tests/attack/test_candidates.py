@@ -26,7 +26,7 @@ def worst_error(result, images):
 def test_a_batch_through_convolutions_has_its_error_predicted(share):
     model = batch_cnn(dtype=torch.float32)
     images, labels, gradients = shared_batch(model)
-    result = rgap.reconstruct(model, share(gradients), CNN_SHAPE, "cross_entropy", batch_size=3)
+    result = rgap.reconstruct(model, share(gradients), CNN_SHAPE, "cross_entropy", batch_size=3, gradient_scale=1.0)
     (joint,) = result.candidates
     error = worst_error(result, images)
     assert 0.1 < joint.predicted_error / error < 10
@@ -45,7 +45,9 @@ def test_a_fully_connected_batch_has_the_error_of_each_image_predicted(std, cert
     shared = gradients(network, images, labels, "cross_entropy", torch.float64)
     noisy = client.gaussian_noise(shared, std * shared[0].std().item(), seed=1)
     declared = std * shared[0].std().item() or None
-    result = rgap.reconstruct(network, noisy, SHAPE, "cross_entropy", batch_size=4, noise_std=declared)
+    result = rgap.reconstruct(
+        network, noisy, SHAPE, "cross_entropy", batch_size=4, noise_std=declared, gradient_scale=1.0
+    )
     order = rgap.metrics.match(result.images, images)
     errors = (result.images - images[order]).flatten(1).square().mean(1).sqrt()
     predicted = torch.tensor([found[0].predicted_error for _, found in result.per_image])
@@ -60,7 +62,7 @@ def test_an_altered_gradient_is_not_explained():
     model = batch_cnn(dtype=torch.float32)
     _, _, gradients = shared_batch(model)
     gradients[0] = gradients[0] * 1.02
-    result = rgap.reconstruct(model, gradients, CNN_SHAPE, "cross_entropy", batch_size=3)
+    result = rgap.reconstruct(model, gradients, CNN_SHAPE, "cross_entropy", batch_size=3, gradient_scale=1.0)
     (joint,) = result.candidates
     assert joint.predicted_error is not None and joint.gradient_residual > joint.residual_allowed
     assert result.verdict == "inconsistent" and any("is allowed" in note for note in result.notes)

@@ -147,7 +147,7 @@ def test_an_image_without_a_scale_ends_the_attack(monkeypatch):
     model = batch_cnn()
     _, _, gradients = shared_batch(model)
     monkeypatch.setattr(batch_reading, "scale_hypotheses", lambda *_: ([], ["no scale"]))
-    result = rgap.reconstruct(model, gradients, CNN_SHAPE, "cross_entropy", batch_size=3)
+    result = rgap.reconstruct(model, gradients, CNN_SHAPE, "cross_entropy", batch_size=3, gradient_scale=1.0)
     assert result.verdict == "inconsistent" and len(result.images) == 0
     assert "without a scale for every image the convolutions were not solved" in result.notes
 
