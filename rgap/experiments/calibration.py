@@ -80,12 +80,13 @@ class Shared:
     Attributes:
         gradients: One tensor for each parameter.
         told: Options of `rgap.reconstruct` with what the attack is told.
-        also: Images that have this gradient as well, (N, C, H, W), and count as right.
+        second: Another image in the gradient, (1, C, H, W): where the network is linear between the two, a mean of them
+            has this very gradient, and counts as right.
     """
 
     gradients: Sequence[Tensor]
     told: Mapping[str, float] = field(default_factory=dict)
-    also: Tensor | None = None
+    second: Tensor | None = None
 
 
 def _rounded(name: str) -> Callable[[Case], Shared]:
@@ -119,13 +120,13 @@ def _tampered(case: Case) -> Shared:
 
 
 def _averaged(case: Case) -> Shared:
-    """Two images of one class as one; where the network is linear between them, their mean has this gradient."""
+    """Two images of one class as one."""
     other = _image(case.rng, case.images.shape[1:])
     second = torch.lerp(other, case.images, float(case.rng.choice([0.0, 0.5, 0.9, 0.99])))
     both = replace(case, images=torch.cat([case.images, second]), labels=case.labels.repeat(2))
     gradients = both.gradients()
     gradients = client.quantise(gradients, "float16") if case.rng.random() < 0.3 else gradients
-    return Shared(gradients, also=(case.images + second) / 2)
+    return Shared(gradients, second=second)
 
 
 def _outdated(case: Case) -> Shared:
@@ -197,19 +198,32 @@ def _attacked(seed: int, number: int) -> dict:
         result = reconstruct(case.model, shared.gradients, tuple(case.images.shape[1:]), case.loss, **told)
     except GradientMismatchError as refusal:
         return row | {"why": str(refusal)}
-    truths = case.images if shared.also is None else torch.cat([case.images, shared.also])
-    return row | {"verdict": result.verdict, "certified_psnr_db": result.certified_psnr_db} | _outcome(result, truths)
+    certified = {"verdict": result.verdict, "certified_psnr_db": result.certified_psnr_db}
+    return row | certified | _outcome(result, case.images, shared.second)
 
 
-def _outcome(result: Reconstruction, truths: Tensor) -> dict:
+def _outcome(result: Reconstruction, image: Tensor, second: Tensor | None = None) -> dict:
     """Quality of the best candidate, if these are ambiguous, and whether a certificate is false."""
     found = result.candidates if result.verdict == "ambiguous" else result.candidates[:1]
-    each = [(psnr_db(_flat(c.images), _flat(truth)).item(), c.predicted_error) for c in found for truth in truths]
+    truths = [_nearest(c.images.cpu(), image.double(), second) for c in found]
+    each = [
+        (psnr_db(_flat(c.images), _flat(truth)).item(), c.predicted_error)
+        for c, truth in zip(found, truths, strict=True)
+    ]
     psnr, predicted = max(each, key=lambda pair: pair[0])
     rmse, predicted = 10 ** (-psnr / 20), math.nan if predicted is None else predicted
     false = result.verdict == "exact" and psnr < SAFE_DB and not rmse <= MAX_ERROR_RATIO * predicted
     why = f"certified, and off by {rmse:.2g} where {predicted:.2g} is predicted" if false else ""
     return {"psnr_db": psnr, "rmse": rmse, "predicted": predicted, "ok": not false, "why": why}
+
+
+def _nearest(found: Tensor, image: Tensor, second: Tensor | None) -> Tensor:
+    """The image, or of two the mean, with whatever weights, that is nearest to what was found."""
+    if second is None:
+        return image
+    way = second - image
+    share = ((found - image) * way).sum() / way.square().sum()
+    return image + share.clamp(0, 1).nan_to_num() * way
 
 
 def _flat(image: Tensor) -> Tensor:
