@@ -13,6 +13,7 @@ import itertools
 import linecache
 import math
 import traceback
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -184,7 +185,6 @@ class _Recorder(TorchFunctionMode):
         self.steps: list[Step] = []
         self.names: dict[int, str] = {}
         self.constants: set[str] = set()
-        self.alive: list[Any] = []  # an id is that of one object only while it lives
         self.taken: set[str] = set()
         self.inside: nn.Module | None = None
         self.place = ""
@@ -254,10 +254,11 @@ class _Recorder(TorchFunctionMode):
         name, call = self._name(label), None
         images = [t for t in tensors if self.names.get(id(t)) in depends]
         if len(depends) == 1:
-            before = dict.fromkeys(map(id, images))
+            before, place = set(map(id, images)), torch.empty(0)  # where the tensor was, which is not kept
+            kept = _mapped((args, kwargs), lambda t: place if id(t) in before else t)
 
-            def call(x: Tensor, args=args, kwargs=kwargs) -> Any:
-                given, options = _mapped((args, kwargs), lambda t: x if id(t) in before else t)
+            def call(x: Tensor, kept=kept, place=place) -> Any:
+                given, options = _mapped(kept, lambda t: x if t is place else t)
                 return func(*given, **options)
 
         shapes = _shape(images), _shape([first_tensor(result)])
@@ -279,8 +280,9 @@ class _Recorder(TorchFunctionMode):
 
     def _add(self, step: Step, made: Any) -> None:
         self.steps.append(step)
-        self.alive.append(made)
-        self.names |= dict.fromkeys(map(id, _tensors(made)), step.name)
+        for t in _tensors(made):  # an id is that of one object only while it lives, and large networks must be let go
+            self.names[id(t)] = step.name
+            weakref.finalize(t, self.names.pop, id(t), None)
 
     def _sources(self, tensors: list[Tensor]) -> tuple[str, ...]:
         """Names of the steps that made these tensors; a parameter or buffer is a new step wherever it is read."""
