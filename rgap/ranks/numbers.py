@@ -33,6 +33,9 @@ MAX_BLOCK_COLUMNS = 1200
 MAX_GROUPS_WORK = 3e8
 """Cubed unknowns of all groups of channels of a layer up to which every group is computed; else one stands for all."""
 
+GROUP_OVERHEAD = 5e6
+"""What a group costs besides, in the same unit."""
+
 MAX_GROUP_WORK = 1e9
 """Those of one group up to which it is computed at all where there are several; else the law decides."""
 
@@ -70,7 +73,7 @@ def too_large(layer: Layer, batch: int, limit: int) -> str:
 
 def dense_work(layer: Layer, batch: int) -> tuple[int, float]:
     """Groups of channels, all of equal shapes, whose ranks are worth computing, and the work, in cubed unknowns."""
-    each = 0.0 if layer.is_dense else float(batch * layer.unknowns // layer.groups) ** 3
+    each = 0.0 if layer.is_dense else GROUP_OVERHEAD + float(batch * layer.unknowns // layer.groups) ** 3
     if layer.groups == 1 or layer.groups * each <= MAX_GROUPS_WORK:
         return layer.groups, layer.groups * each
     return (1, each) if each <= MAX_GROUP_WORK else (0, 0.0)
