@@ -26,6 +26,9 @@ from rgap.ranks.steps import CountedStep, counted_steps
 from rgap.ranks.walked import blind_layers, walk_by_law
 from rgap.results import LayerRank, RankAnalysis, UnsupportedLayerError
 
+MAX_WALKED_PARAMETERS = 100_000_000
+"""Most parameters of a network whose blind layers are looked for: copies of them take 16 bytes each."""
+
 
 @isolated()
 def rank_analysis(
@@ -72,7 +75,8 @@ def rank_analysis(
             raise
         steps = []
     limit = 0 if patches else limit
-    ranking = Ranking(frozenset(_frozen(model)), batch_size, dtype, limit, seed)
+    frozen = frozenset(_frozen(model))
+    ranking = Ranking(frozen, batch_size, dtype, limit, seed)
     for step in steps:
         ranking.add(step)
     layers = _with_index(ranking.ranks.values(), [step.counted for step in steps])
@@ -81,7 +85,8 @@ def rank_analysis(
     counted = [layer for layer in layers if layer.ra_index is not None]
     separable = separable_images(model, image_shape) if batch_size > 1 else None
     entry = ""
-    if batch_size == 1 and not patches:
+    few = sum(p.numel() for p in model.parameters()) <= MAX_WALKED_PARAMETERS
+    if batch_size == 1 and few and not (patches or frozen):
         blind = blind_layers(model, image_shape)
         layers = [replace(layer, blind=blind.get(layer.name)) for layer in layers]
         walk = walk_by_law(model, image_shape) if judge(layers).outcome != "leaks" else None

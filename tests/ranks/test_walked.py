@@ -70,3 +70,13 @@ def test_ranks_along_the_walk_are_those_of_the_attack(stride):
     dz = torch.randn(node.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     dense = sum(int(torch.linalg.matrix_rank(gradient_matrix(node.layer, b, dz))) for b in blocks(node.layer))
     assert _rank([node], 72) == 2 * dense
+
+
+def test_networks_with_frozen_layers_or_many_parameters_are_not_walked(monkeypatch):
+    model = resnet(blocks=1)
+    assert rank_analysis(model, (3, 32, 32), limit=0).entry
+    next(m for m in model.modules() if isinstance(m, nn.Conv2d)).requires_grad_(False)
+    frozen = rank_analysis(model, (3, 32, 32), limit=0)
+    assert frozen.entry == "" and exposure(frozen).outcome != "leaks"
+    monkeypatch.setattr("rgap.ranks.analysis.MAX_WALKED_PARAMETERS", 1000)
+    assert rank_analysis(resnet(blocks=1), (3, 32, 32), limit=0).entry == ""
