@@ -1,8 +1,7 @@
 """What lies below a walk as one nonlinear least squares in the image: Levenberg–Marquardt with conjugate gradients.
 
 Residuals are what the walk knows: values of pre-activations where their ReLU is on, max(z, 0) where it is off, and the
-gradient equations K(δz) x = vec(G) of every layer below, whose δz the candidate's own activation pattern passes down.
-The pattern is constant almost everywhere, so that these equations are linear in the layer's input (ours).
+gradient equations K(δz) x = vec(G) of the layers that read the tensor at which it ended, linear in that tensor (ours).
 """
 
 from __future__ import annotations
@@ -67,24 +66,22 @@ class Target:
     known: Known
     weight: float
 
-    def residual(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    def residual(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """What a candidate misses, and where it does: below a bound nothing is missed."""
         missed, mask = value - self.known.value, self.known.mask
-        if mask is None:
-            return self.weight * missed, None
-        active = mask | (missed > 0)
+        active = torch.ones_like(missed, dtype=torch.bool) if mask is None else mask | (missed > 0)
         return self.weight * missed * active, active
 
 
 @dataclass(frozen=True)
 class LayerEquations:
-    """The gradient equations of a layer."""
+    """The gradient equations of a layer that reads `source`, δz and G divided by the norm of G."""
 
     name: str
     source: str
     layer: Layer
+    dz: Tensor
     G: Tensor
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,6 @@ class Below:
     names: list[str]
     targets: list[Target]
     equations: list[LayerEquations]
-    deltas: dict[str, Tensor]
 
     def known_numbers(self) -> int:
         """Entries that are known, and independent gradient equations by the size of M, at most."""
@@ -118,45 +114,34 @@ class Below:
         rows = [min(e.G.numel(), math.prod(e.layer.input_shape)) for e in self.equations]
         return sum(entries) + sum(rows)
 
-    def linearise(self, image: Tensor, *, exact: bool = False) -> Linearised:
-        """Residuals in float64, the Jacobian in float32 unless `exact`."""
+    def linearise(self, image: Tensor) -> Linearised:
+        """Residuals in float64, the Jacobian in float32."""
         values = self.graph.forward({self.graph.image: image}, self.names)
-        slopes = self.graph.slopes(values)
-        deltas = self.graph.pull(slopes, self.deltas, self.names, fixed=True) if self.equations else {}
+        slopes = {
+            n: s if s is None or not s.is_floating_point() else s.float() for n, s in self.graph.slopes(values).items()
+        }
         parts = [target.residual(values[target.name]) for target in self.targets]
         residuals, active = [part[0] for part in parts], [part[1] for part in parts]
-        residuals += [
-            eq.weight * (eq.layer.weight_gradient(values[eq.source], deltas[eq.name]) - eq.G) for eq in self.equations
-        ]
-        graph = self.graph if exact else self.single
-        dtype = torch.float64 if exact else torch.float32
-        slopes = {n: s.to(dtype) if s is not None and s.is_floating_point() else s for n, s in slopes.items()}
-        layers = [(replace(graph.nodes[eq.name].layer), deltas[eq.name].to(dtype)) for eq in self.equations]
+        residuals += [eq.layer.weight_gradient(values[eq.source], eq.dz) - eq.G for eq in self.equations]
+        layers = [(self.single.nodes[eq.name].layer, eq.dz.float()) for eq in self.equations]
 
         def push(change: Tensor) -> list[Tensor]:
-            moved = graph.push(slopes, change.to(dtype), self.names)
-            found = [
-                t.weight * (moved[t.name] if a is None else moved[t.name] * a)
-                for t, a in zip(self.targets, active, strict=True)
-            ]
-            for eq, (layer, dz) in zip(self.equations, layers, strict=True):
-                found.append(eq.weight * layer.weight_gradient(moved[eq.source], dz))
-            return found
+            moved = self.single.push(slopes, change.float(), self.names)
+            found = [t.weight * moved[t.name] * a for t, a in zip(self.targets, active, strict=True)]
+            pairs = zip(self.equations, layers, strict=True)
+            return found + [layer.weight_gradient(moved[eq.source], dz) for eq, (layer, dz) in pairs]
 
         def pull(rest: list[Tensor]) -> Tensor:
-            seeds: dict[str, Tensor] = {}
-            for t, a, r in zip(self.targets, active, rest, strict=False):
-                part = t.weight * r.to(dtype)
-                seeds[t.name] = seeds.get(t.name, 0) + (part if a is None else part * a)
+            seeds = {t.name: t.weight * r.float() * a for t, a, r in zip(self.targets, active, rest, strict=False)}
             for eq, (layer, dz), r in zip(self.equations, layers, rest[len(self.targets) :], strict=True):
-                part = eq.weight * replace(layer, weight=r.to(dtype), cache={}).adjoint(dz)
+                part = replace(layer, weight=r.float(), cache={}).adjoint(dz)
                 seeds[eq.source] = seeds.get(eq.source, 0) + part
-            return graph.pull(slopes, seeds, self.names)[graph.image]
+            return self.single.pull(slopes, seeds, self.names)[self.graph.image]
 
         return Linearised(residuals, push, pull)
 
 
-def below(walk: Walk, *, own: bool = False) -> Below:
+def below(walk: Walk) -> Below:
     """Gathers what is known at the end of a walk and below."""
     graph, found = walk.graph, {}
 
@@ -173,16 +158,13 @@ def below(walk: Walk, *, own: bool = False) -> Below:
         found[walk.frontier] = here
     if here is None or here.mask is not None:
         gather(walk.frontier)
-    names = graph.below({*found, *graph.consumers[walk.frontier]} - ({walk.top} - set(found)))
+    names = graph.below({walk.frontier, *found})
     targets = [Target(n, k, 1 / k.value.norm().item()) for n, k in found.items()]
-    sure = {n: d for n, d in walk.deltas.items() if n in names}
-    equations, readers = [], {reader for name in names for reader in walk.readers(name)}
-    for name in names:
-        node = graph.nodes[name]
-        if name in readers and (own or walk.frontier in node.sources):
-            G = walk.gradient(name)
-            equations.append(LayerEquations(name, node.sources[0], node.layer, G, 1 / G.norm().item()))
-    return Below(graph, graph.to(torch.float32), names, targets, equations, sure)
+    equations = []
+    for name in walk.readers(walk.frontier):
+        G, dz = walk.gradient(name), walk.deltas[name]
+        equations.append(LayerEquations(name, walk.frontier, graph.nodes[name].layer, dz / G.norm(), G / G.norm()))
+    return Below(graph, graph.to(torch.float32), names, targets, equations)
 
 
 @dataclass(frozen=True)
