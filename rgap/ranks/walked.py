@@ -16,7 +16,7 @@ from rgap.equations.tap_splits import tap_splits
 from rgap.network.chain import prepare
 from rgap.network.graph import Graph, Node, prepare_graph
 from rgap.residual.cut import Cut, geometry, prepare_residual
-from rgap.residual.reconstruct import CONVERGED_KNOWN
+from rgap.residual.descent import CONVERGED_KNOWN
 from rgap.results import UnsupportedLayerError
 
 ACTIVE_SHARE = 0.5
