@@ -30,6 +30,9 @@ STALLED_KNOWN = 7.0
 MAX_ROUNDING_ERRORS = 30.0
 """Errors of a pre-activation within which its sign may differ from the client's."""
 
+MAX_TRIED_ENDS = 3
+"""Blind layers that are tried from either end: a gradient that all of these refuse is foreign."""
+
 
 @dataclass(frozen=True)
 class WalkedImage:
@@ -95,7 +98,8 @@ class WalkedImage:
 def best_descent(network: ResidualNetwork, received: SharedGradient, start: Tensor) -> WalkedImage:
     """Down from the first cut that is certified and whose equations agree; else the best of those that failed."""
     tried, failed = [], []
-    for cut in network.cuts:
+    ends = dict.fromkeys((*network.cuts[:MAX_TRIED_ENDS], *network.cuts[-MAX_TRIED_ENDS:]))
+    for cut in ends:
         started = time.perf_counter()
         walk = Walk(network.graph, received.gradients, cut.top, received.precision, received.rcond, received.absent)
         node, last = network.graph.nodes[cut.layer], network.graph.nodes[cut.last]
