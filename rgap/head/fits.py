@@ -30,6 +30,9 @@ MAX_LOG_STEP = 8.0
 ARITHMETIC_SHARE = 0.35
 """Error of δz from a client's arithmetic in units of its relative precision: sums, exponentials and one subtraction."""
 
+MAX_RESIDUAL = 1e150
+"""Largest residual in standard deviations that is told from larger ones."""
+
 FLOAT64_ERROR = 1e-15
 """Relative error of the equations' own arithmetic."""
 
@@ -133,23 +136,29 @@ def fit_rows(rows: HeadEquations, start: Sequence[float], free: Free, *, solved:
             return moved
 
         found = least_squares(
-            lambda part, weigh=error: np.nan_to_num(rows.at(full(part))[0] / weigh),
+            lambda part, weigh=error: _finite(rows.at(full(part))[0] / weigh),
             theta[mask],
-            lambda part, weigh=error: np.nan_to_num(rows.at(full(part))[1][:, mask] / weigh[:, None]),
+            lambda part, weigh=error: _finite(rows.at(full(part))[1][:, mask] / weigh[:, None]),
             method="lm", x_scale="jac", ftol=1e-15, xtol=1e-15, gtol=1e-15, max_nfev=MAX_EVALUATIONS,
         )  # fmt: skip
         theta = full(found.x)
     residual, slopes, error = rows.at(theta)
-    J, misfit = np.nan_to_num(slopes[:, mask] / error[:, None]), np.linalg.norm(np.nan_to_num(residual / error))
+    J, misfit = _finite(slopes[:, mask] / error[:, None]), np.linalg.norm(_finite(residual / error))
     misfit, std = float(misfit) / max(surplus, 1) ** 0.5, np.zeros(3)
     if mask.any():
         sizes = np.linalg.norm(J, axis=0) + 1e-300
         _, S, Vt = np.linalg.svd(J / sizes, full_matrices=False)
-        spread = np.linalg.norm(Vt.T / np.maximum(S, 1e-300), axis=1) / sizes
-        std[mask] = spread * max(misfit, 1.0) if surplus >= 0 else math.inf
+        with np.errstate(over="ignore"):  # an unknown that no equation sees
+            spread = np.linalg.norm(Vt.T / np.maximum(S, 1 / MAX_RESIDUAL), axis=1) / sizes
+            std[mask] = spread * max(misfit, 1.0) if surplus >= 0 else math.inf
     if not 0 <= theta[2] <= MAX_SMOOTHING:
         misfit = math.inf
     return HeadFit(theta, std, misfit, float(np.linalg.norm(residual) / np.linalg.norm(rows.u)))
+
+
+def _finite(values: NDArray) -> NDArray:
+    """Without NaN, and small enough that squares do not overflow."""
+    return np.clip(np.nan_to_num(values), -MAX_RESIDUAL, MAX_RESIDUAL)
 
 
 def rows_of(loss: str, head: HeadGradient, factors: RankOne, label: int, sign: float) -> HeadEquations:

@@ -1,0 +1,155 @@
+"""Notebook 07: attacks on clients that do not go by the book, and are not asked whether they do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from rgap import client, models
+from rgap.attack.reconstruct import reconstruct
+from rgap.client import gradients_of
+from rgap.data import load_images
+from rgap.experiments.calibration import CLIENTS, MAX_ERROR_RATIO, SAFE_DB, Case, Shared, random_case
+from rgap.experiments.common import progress
+from rgap.experiments.real_networks import RECOVERED_DB
+from rgap.metrics import psnr_db
+from rgap.results import GradientMismatchError, Reconstruction
+
+REAL_NETWORK_SHARE = 0.1
+"""Share of the attacks on LeNet and embedded images; the others are on small random networks."""
+
+SMOOTHINGS_DRAWN = (0.05, 0.1, 0.2)
+"""Label smoothings of the clients."""
+
+
+def _scaled(factor: Callable[[Case], float]) -> Callable[[Case], Shared]:
+    def share(case: Case) -> Shared:
+        size = factor(case)
+        return Shared([size * g for g in case.gradients()])
+
+    return share
+
+
+def _clipped(case: Case) -> Shared:
+    gradients = case.gradients()
+    norm = math.hypot(*(g.double().norm().item() for g in gradients))
+    return Shared(client.clip_and_noise(gradients, norm * case.rng.uniform(0.1, 0.99), 0.0))
+
+
+def _smoothed(case: Case) -> Shared:
+    smoothing = float(case.rng.choice(SMOOTHINGS_DRAWN)) if case.loss == "cross_entropy" else 0.0
+    values = next(case.model.parameters())
+    shared = gradients_of(
+        case.model, dict(case.model.named_parameters()), case.images.to(values), case.labels, case.loss,
+        label_smoothing=smoothing,
+    )  # fmt: skip
+    return Shared(list(shared.values()))
+
+
+def _outside(case: Case) -> Shared:
+    """Pixels that were normalised, and the attack is not told."""
+    return Shared(replace(case, images=(case.images - 0.45) / 0.25).gradients(), also=(case.images - 0.45) / 0.25)
+
+
+FACTOR_CLIENTS: dict[str, Callable[[Case], Shared]] = {
+    "by the book": lambda case: Shared(case.gradients()),
+    "accumulated": _scaled(lambda case: 1 / int(case.rng.integers(2, 33))),
+    "summed": _scaled(lambda case: float(case.rng.integers(2, 129))),
+    "class weight": _scaled(lambda case: case.log_uniform(0.2, 5.0)),
+    "loss scaling": _scaled(lambda case: 2.0 ** int(case.rng.integers(8, 17))),
+    "clipped": _clipped,
+}
+"""Clients whose gradient has a factor -> what they share."""
+
+ALL_CLIENTS = FACTOR_CLIENTS | {
+    "smoothed labels": _smoothed,
+    "pixels outside the range": _outside,
+    "half precision": CLIENTS["computed in 16 bits"],
+    "autocast": CLIENTS["autocast"],
+    "weights one step old": CLIENTS["other weights"],
+    "one tensor scaled": CLIENTS["one tensor scaled"],
+    "two images as one": CLIENTS["two images as one"],
+}
+"""The same for all clients of this family."""
+
+
+def sample_clients(count: int = 520, seed: int = 0) -> pd.DataFrame:
+    """Attacks gradients of clients of every kind; the attack is told nothing.
+
+    A row is ok unless the verdict is "exact" on an image that is off by more than `MAX_ERROR_RATIO` times its predicted
+    error and by more than `SAFE_DB` allows.
+
+    Args:
+        count: Attacks.
+        seed: Of all of them; with another seed they are other ones.
+
+    Returns:
+        A row an attack: case, client, verdict, psnr_db, rmse, predicted, gradient_scale, identifiable (whether the last
+        layer determines the factor: the brightness is not called open), ok, why.
+    """
+    return pd.DataFrame([_attacked(seed, number) for number in progress(range(count), "clients")])
+
+
+def _attacked(seed: int, number: int) -> dict:
+    rng = np.random.default_rng([seed, number, 27])
+    name = list(ALL_CLIENTS)[number % len(ALL_CLIENTS)]
+    case = _real_case(rng) if rng.random() < REAL_NETWORK_SHARE else random_case(rng)
+    kind = f"{case.loss}, {'biased' if any(p.ndim == 1 for p in case.model.parameters()) else 'bias-free'}"
+    row = {"case": f"{seed}/{number}: {kind}", "client": name, "verdict": "no gradient", "psnr_db": math.nan}
+    row |= {"rmse": math.nan, "predicted": math.nan, "gradient_scale": None, "identifiable": False}
+    try:
+        shared = ALL_CLIENTS[name](case)
+        result = reconstruct(case.model, shared.gradients, tuple(case.images.shape[1:]), case.loss)
+    except GradientMismatchError as refusal:
+        return row | {"ok": True, "why": str(refusal)}
+    truths = case.images if shared.also is None else torch.cat([case.images, shared.also])
+    return row | _outcome(result, truths)
+
+
+def _real_case(rng: np.random.Generator) -> Case:
+    images, _ = load_images("embedded", image_shape=(3, 32, 32))
+    image = images[int(rng.integers(len(images)))][None].double()
+    model = models.lenet(int(rng.integers(100)), bias=bool(rng.integers(2)))
+    return Case(model, image, torch.tensor([int(rng.integers(10))]), "cross_entropy", rng)
+
+
+def _outcome(result: Reconstruction, truths: Tensor) -> dict:
+    """Quality of the best candidate against the nearest truth, and whether a certificate is false."""
+    best = result.candidates[0]
+    psnr = max(
+        psnr_db(best.images.double().reshape(1, 1, 1, -1), t.double().reshape(1, 1, 1, -1)).item() for t in truths
+    )
+    rmse, predicted = 10 ** (-psnr / 20), math.nan if best.predicted_error is None else best.predicted_error
+    false = result.verdict == "exact" and psnr < SAFE_DB and not rmse <= MAX_ERROR_RATIO * predicted
+    why = f"certified, and off by {rmse:.2g} where {predicted:.2g} is predicted" if false else ""
+    found = {"verdict": result.verdict, "psnr_db": psnr, "rmse": rmse, "predicted": predicted}
+    identifiable = result.gradient_scale is not None
+    return found | {"gradient_scale": result.gradient_scale, "identifiable": identifiable, "ok": not false, "why": why}
+
+
+def clients_by_kind(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row for each kind of client: attacks, verdicts, wrong certificates, and how many of those found are certified.
+
+    "recovered" counts images above `RECOVERED_DB` dB of identifiable brightness, of clients whose gradient is that of
+    the image but for a factor or smoothing; "certified" is the share of these with the verdict "exact".
+
+    Args:
+        rows: From `sample_clients`.
+    """
+    honest = [*FACTOR_CLIENTS, "smoothed labels"]
+    found = rows["client"].isin(honest) & rows["identifiable"] & (rows["psnr_db"] > RECOVERED_DB)
+    exact = rows["verdict"] == "exact"
+    table = pd.DataFrame({
+        "client": rows["client"], "attacks": 1, "exact": exact, "ambiguous": rows["verdict"] == "ambiguous",
+        "wrong_exact": ~rows["ok"], "recovered": found, "certified": found & exact,
+    })  # fmt: skip
+    table = table.groupby("client", sort=False).sum().astype(int)
+    table.loc["all"] = table.sum()
+    table["certified_share"] = table["certified"] / table["recovered"].where(table["recovered"] > 0)
+    return table.reset_index()
