@@ -199,10 +199,10 @@ def _attacked(seed: int, number: int) -> dict:
     except GradientMismatchError as refusal:
         return row | {"why": str(refusal)}
     certified = {"verdict": result.verdict, "certified_psnr_db": result.certified_psnr_db}
-    return row | certified | _outcome(result, case.images, shared.second)
+    return row | certified | attack_outcome(result, case.images, shared.second)
 
 
-def _outcome(result: Reconstruction, image: Tensor, second: Tensor | None = None) -> dict:
+def attack_outcome(result: Reconstruction, image: Tensor, second: Tensor | None = None) -> dict:
     """Quality of the best candidate, if these are ambiguous, and whether a certificate is false."""
     found = result.candidates if result.verdict == "ambiguous" else result.candidates[:1]
     truths = [_nearest(c.images.cpu(), image.double(), second) for c in found]

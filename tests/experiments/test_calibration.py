@@ -26,11 +26,11 @@ def test_a_certificate_of_another_image_is_false():
     other = torch.zeros_like(case.images)
     candidate = Candidate(case.images.double(), case.labels, 0.0, True, predicted_error=1e-3)
     result = Reconstruction(candidate.images, case.labels, "exact", (candidate,), ())
-    assert calibration._outcome(result, case.images)["ok"]
-    found = calibration._outcome(result, other)
+    assert calibration.attack_outcome(result, case.images)["ok"]
+    found = calibration.attack_outcome(result, other)
     assert not found["ok"] and "certified, and off by" in found["why"]
-    assert calibration._outcome(result, other, second=case.images)["ok"]
-    assert not calibration._outcome(result, other, second=1 - case.images)["ok"]
+    assert calibration.attack_outcome(result, other, second=case.images)["ok"]
+    assert not calibration.attack_outcome(result, other, second=1 - case.images)["ok"]
 
 
 def attacks(ratios, predicted=1e-3, ok=True):
