@@ -7,6 +7,7 @@ leaves exact zeros among entries that are far from zero (ours).
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,9 @@ UNDERFLOW_STD = 1e-30
 
 UNDERFLOW_NORM = 1e-140
 """Norm below which squares of the entries may underflow."""
+
+MAX_SQUARABLE = 1e100
+"""Largest entry of a gradient, and one over the smallest, with which the equations are set up."""
 
 ARITHMETIC_ERROR = 0.6
 """Error of the client's own arithmetic, in units of the rounding of a gradient's root mean square."""
@@ -69,6 +73,8 @@ class SharedGradient:
         noise_std: Parameter name -> standard deviation of the noise that the gradients declare for its entries.
         white_noise: Standard deviation of further noise on every entry, as given.
         has_zeros: Whether gradients of this network may have single zeros of their own, as behind ReLU.
+        unit: Power of two by which the gradients were multiplied, where squares of their entries would not be numbers;
+            that of white_noise and noise_std, too.
         coarse: Whether the client computed in the format that the values show, not only rounded to it.
     """
 
@@ -82,6 +88,7 @@ class SharedGradient:
     white_noise: float = 0.0
     has_zeros: bool = True
     coarse: bool = False
+    unit: float = 1.0
 
     @property
     def tolerance(self) -> float:
@@ -131,6 +138,8 @@ def receive(
     gradients: Sequence[Tensor] | Mapping[str, Tensor],
     rcond: float | None = None,
     noise_std: float | None = None,
+    *,
+    any_scale: bool = False,
 ) -> SharedGradient:
     """Checks the gradients against the network and finds which are there, and how precise they are.
 
@@ -141,7 +150,9 @@ def receive(
     finite, or all zero.
     """
     has_zeros = not all(layer.activation.one_to_one for layer in chain.layers)
-    received = receive_gradients(chain.parameters, gradients, rcond, noise_std, has_zeros=has_zeros, model=chain.model)
+    received = receive_gradients(
+        chain.parameters, gradients, rcond, noise_std, has_zeros=has_zeros, model=chain.model, any_scale=any_scale
+    )
     head = chain.layers[-1]
     if not head.gradient(received.gradients).any():
         raise GradientMismatchError(
@@ -158,10 +169,13 @@ def receive_gradients(
     *,
     has_zeros: bool = True,
     model: nn.Module | None = None,
+    any_scale: bool = False,
 ) -> SharedGradient:
     """The same for the named parameters of any network, whatever its last layer.
 
-    By the `model` lists of the trained parameters alone, or of all parameters and buffers, are told apart.
+    Gradients of `any_scale` are brought to one in which squares of their entries neither overflow nor vanish, others
+    where they overflow. By the `model` lists of the trained parameters alone, or of all parameters and buffers, are
+    told apart.
     """
     found, keys = gradients_by_name(parameters, gradients, model)
     unshared = [name for name, g in found.items() if g is None]
@@ -202,7 +216,21 @@ def receive_gradients(
     default = 1e-5 if precision < 1e-10 else min(1e-4 * (precision / 1.2e-7) ** 0.5, 0.1)
     notes = _notes(lost, zeros, precision, bool(update))
     cutoff = default if rcond is None else rcond
-    return SharedGradient(values, precision, cutoff, absent, 0.0, notes, update, noise_std or 0.0, has_zeros)
+    if (unit := _unit(values, any_scale)) != 1:
+        values = {name: unit * g for name, g in values.items()}
+        update = {name: unit * std for name, std in update.items()}
+        notes += (f"multiplied by {unit:.1e}, a power of two, since squares of the entries are no numbers",)
+    white = unit * (noise_std or 0.0)
+    return SharedGradient(values, precision, cutoff, absent, 0.0, notes, update, white, has_zeros, unit=unit)
+
+
+def _unit(values: Mapping[str, Tensor], any_scale: bool) -> float:
+    """1, or where squares overflow (with `any_scale` also: vanish) the power of two for a largest entry near 1."""
+    sizes = [g.abs().max().item() for g in values.values() if g.any()]
+    if (1 / MAX_SQUARABLE if any_scale else 0.0) < max(sizes) < MAX_SQUARABLE:
+        return 1.0
+    unit = 2.0 ** max(min(-math.frexp(max(sizes))[1], 1000), -1000)
+    return unit if unit * min(sizes) > sys.float_info.min else 1.0
 
 
 def relative_residuals(gradients: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, float]:

@@ -143,7 +143,9 @@ def reconstruct(
         )  # fmt: skip
     check_arguments(chain, loss, batch_size, labels)
     close = close_by_virtual_constraints if virtual_constraints else None
-    received = receive(chain, gradients, rcond, noise_std)
+    received = receive(chain, gradients, rcond, noise_std, any_scale=gradient_scale is None)
+    if gradient_scale is not None:
+        asserted["gradient_scale"] = gradient_scale * received.unit
     attack = Attack(chain, received, loss, close, PixelRange(*pixel_range), **asserted)
     attack, starts, notes = read(attack, batch_size, labels, seed)
     deficits = foreseen_deficits(attack) if effort == "auto" and starts[0].batch_size == 1 else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rgap.arguments import check_image_shape, check_model
@@ -65,6 +67,8 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...], *, output: s
         previous = step.name
         folder.take(step)
     layers = folder.finish()
+    if blind := [layer.name for layer in layers if not _reads_a_pixel(layer)]:
+        raise UnsupportedLayerError(f"layer {blind[0]!r} reads only padding: its output is the same for every image")
     _check_parameters(layers, steps, folder.names)
     last = layers[-1]
     if not last.is_dense or last.is_fixed or last.output_scale is not None or folder.order is not None:
@@ -73,6 +77,15 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...], *, output: s
         )
     parameters = {name: parameter_copy(p) for name, p in model.named_parameters()}
     return Chain(model, image_shape, tuple(layers), parameters, log_softmax)
+
+
+def _reads_a_pixel(layer: Layer) -> bool:
+    """Whether a convolution's kernel meets its input anywhere, and not only the zeros around."""
+    if layer.is_dense or layer.before is not None:
+        return True
+    ones, kernel = (torch.ones(1, 1, *sides) for sides in (layer.input_shape[1:], layer.weight.shape[2:]))
+    met = F.conv2d(F.pad(ones, layer.padding), kernel, stride=layer.stride, dilation=layer.dilation)
+    return bool(met.any())
 
 
 def _check_parameters(layers: list[Layer], steps: list[Step], names: dict[int, str]) -> None:

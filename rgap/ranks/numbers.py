@@ -135,6 +135,8 @@ def pooling_rank(pool: Callable[[Tensor], Tensor], input_shape: tuple[int, ...])
 def _group(layer: Layer, dz: Tensor, eps: float, laws: RankLaws) -> RankNumbers:
     batch, (filters, channels) = len(dz), layer.weight.shape[:2]
     unknowns = batch * layer.unknowns
+    if not blocks(layer):  # it reads only padding
+        return RankNumbers(0, 0, 0, math.inf)
     rank_w, ratio_w = _weight_rank(layer, eps, None if laws.weights is None else laws.weights // batch)
     longest = max(max(filters * len(block.taps), batch * len(block.pixels)) for block in blocks(layer))
     one = replace(layer, weight=layer.weight[:, :1], input_shape=(1, *layer.input_shape[1:]))  # M serves every channel
