@@ -24,9 +24,12 @@ def test_gradients_whose_squares_are_no_numbers_are_scaled_and_it_is_said(factor
 
 def test_a_batchs_gradients_of_1e300_end_in_a_verdict():
     model = sequential(nn.Flatten(), nn.Linear(192, 20), nn.LeakyReLU(0.2), nn.Linear(20, 3))
-    gradients = rgap.client_gradients(model, rand(3, *SHAPE), torch.tensor([0, 1, 2]), "cross_entropy")
+    images = rand(3, *SHAPE)
+    gradients = rgap.client_gradients(model, images, torch.tensor([0, 1, 2]), "cross_entropy")
     found = rgap.reconstruct(model, [1e300 * g for g in gradients], SHAPE, "cross_entropy", batch_size=3)
-    assert found.verdict != "exact" and found.images.isfinite().all()
+    order = rgap.metrics.match(found.images, images)
+    right = rgap.metrics.psnr_db(found.images, images[order]).min().item() > 100
+    assert found.images.isfinite().all() and (found.verdict != "exact" or right)
 
 
 @pytest.mark.parametrize("activation", [nn.Sigmoid, nn.Tanh])
