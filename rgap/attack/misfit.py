@@ -100,18 +100,20 @@ def misfit(
     rounding = rounding if rounding > PLAIN_ROUNDINGS * received.precision else 0.0  # else the noise contains it
     worst, ratios = 0.0, [1.0]
     for name, g in shared.items():
-        miss = spectral_norm(mine[name] - g)
-        size = spectral_norm(g)
-        by_noise = spectral_norm(moved[name] - mine[name]), spectral_norm(received.noise[name])
-        expected = math.hypot(*by_noise, rounding * size)
+        miss, draw, noise = mine[name] - g, moved[name] - mine[name], received.noise[name]
+        size = _norm(g)
         floor = received.arithmetic * (size or unit)
-        if miss > 0 or not math.isfinite(miss):
-            worst = max(worst, miss / max(NOISE_RESIDUAL_FACTOR * expected, floor))
-            if single and g.ndim == 2 and min(g.shape) >= MIN_SURPLUS_SIDE and math.isfinite(miss):
-                second = spectral_norm(_beside(mine[name], mine[name] - g))
-                by_noise = math.hypot(by_noise[1], by_noise[0] ** 2 / size)
-                worst = max(worst, second / max(SECOND_IMAGE_FACTOR * by_noise, floor))
-            ratios += [miss / expected / CHANCE_RATIO] if expected > 0 else []
+        # Where arithmetic alone explains a misfit its structure does not matter, and norms are cheaper.
+        norm = spectral_norm if not _norm(miss) <= floor else _norm
+        missed, by_draw, by_noise = norm(miss), norm(draw), norm(noise)
+        expected = math.hypot(by_draw, by_noise, rounding * size)
+        if missed == 0:
+            continue
+        worst = max(worst, missed / max(NOISE_RESIDUAL_FACTOR * expected, floor))
+        ratios += [missed / expected / CHANCE_RATIO] if expected > 0 else []
+        if single and norm is spectral_norm and g.ndim == 2 and min(g.shape) >= MIN_SURPLUS_SIDE and size > 0:
+            beside = spectral_norm(_beside(mine[name], miss)) if math.isfinite(missed) else math.inf
+            worst = max(worst, beside / max(SECOND_IMAGE_FACTOR * math.hypot(by_noise, by_draw**2 / size), floor))
     allowed = min(residual / worst, MAX_ALLOWED_RESIDUAL) if worst > 0 else received.arithmetic
     excess = max(ratios) if worst <= 1 else max(1.0, median(ratios))  # no noise: what it would have to be
     doubt = _doubt(received, mine, moved) if inferred else ""
@@ -142,6 +144,12 @@ def spectral_norm(g: Tensor) -> float:
     if min(A.shape) > SMALL_SIDE:
         return unit * largest_eigenvalue(lambda v: A.T @ (A @ v), A.shape[1]) ** 0.5
     return unit * _singular_values(A)[-1].item()
+
+
+def _norm(g: Tensor) -> float:
+    """The root of the sum of squares, which do not underflow."""
+    unit = g.abs().max().item()
+    return unit * (g / unit).norm().item() if 0 < unit < math.inf else unit
 
 
 def _singular_values(A: Tensor) -> Tensor:
