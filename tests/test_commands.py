@@ -346,3 +346,14 @@ def test_wrong_arguments_get_one_line_and_status_two(mine, samples, capsys, argu
 def test_options_without_a_seed_take_the_first():
     model, shape = commands.load_network(Namespace(model="fcn3", shape=None))
     assert shape == (1, 28, 28) and torch.equal(model[1].weight, rgap.models.fcn3()[1].weight)
+
+
+def test_a_small_missing_share_does_not_pass_the_audit(mine, capsys, monkeypatch):
+    """CNN6 with 14 channels lacks 46 of 3,468 equations: 1.3 %, as a prior makes up for."""
+    monkeypatch.setattr(rgap.models, "cnn6", lambda *_, narrow=rgap.models.cnn6, **__: narrow(width=14))
+    assert main(["audit", "--model", "cnn6", "--json", "a.json"]) == 3
+    assert "missing: 1.3 %, so few that a prior on images" in capsys.readouterr().out
+    assert json.loads((mine / "a.json").read_text())["missing_share"] == pytest.approx(46 / 3468)
+    assert main(["audit", "--model", "cnn6", "--json", "b.json", "--least-deficit", "1"]) == 0
+    assert main(["audit", "--model", "cnn6", "--least-deficit", "101"]) == 2
+    assert "least-deficit is 101; it must be a percentage, from 0 to 100" in capsys.readouterr().err
