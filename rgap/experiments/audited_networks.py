@@ -139,7 +139,11 @@ def jacobian_lacks(model: nn.Module, images: Tensor, labels: Tensor, loss: str) 
 
         return torch.cat([g.flatten() for g in torch.func.grad(value)(trained).values()])
 
-    J = torch.func.jacfwd(shared, chunk_size=JACOBIAN_CHUNK)(images).flatten(1).detach()
+    def column(direction: Tensor) -> Tensor:
+        return torch.func.jvp(shared, (images,), (direction,))[1]
+
+    units = torch.eye(images.numel(), dtype=images.dtype).reshape(-1, *images.shape)
+    J = torch.func.vmap(column, chunk_size=JACOBIAN_CHUNK)(units).detach()
     return images.numel() - int(torch.linalg.matrix_rank(J, rtol=JACOBIAN_CUTOFF))
 
 
