@@ -15,7 +15,8 @@ SIGNATURES = {
     "virtual_constraints=True, pixel_range=(0.0, 1.0), rcond=None, noise_std=None, seed=0, device=None, output=None, "
     "effort='auto', gradient_scale=None, label_smoothing=None",
     "reconstruct_update": "before, after, image_shape=None, loss='logistic', *, learning_rate, steps=1, batch_size=1, "
-    "momentum=0.0, weight_decay=0.0, optimizer='sgd', labels=None, pixel_range=(0.0, 1.0), seed=0, device=None",
+    "momentum=0.0, weight_decay=0.0, optimizer='sgd', gradient_scale=None, labels=None, pixel_range=(0.0, 1.0), "
+    "seed=0, device=None",
     "prepare": "model, image_shape, *, output=None",
     "client_gradients": "model, images, labels, loss='logistic', *, output=None, label_smoothing=0.0",
     "rank_analysis": "model, image_shape, batch_size=1, dtype=torch.float64, *, limit=4000, seed=0",

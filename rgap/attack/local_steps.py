@@ -30,7 +30,16 @@ from rgap.attack.reconstruct import reconstruct
 from rgap.attack.update import FoundImages, UpdateTask, by_first_layer, by_patches
 from rgap.client import LocalTraining, mean_gradients
 from rgap.network.layer import Chain
-from rgap.results import Candidate, PixelRange, Reconstruction, UnsupportedLayerError, with_accuracy
+from rgap.results import (
+    MAX_CERTIFIED_ERROR,
+    Candidate,
+    PixelRange,
+    Reconstruction,
+    UnsupportedLayerError,
+    certified_psnr_db,
+    noise_limit,
+    with_accuracy,
+)
 from rgap.tokens import PatchEmbedding
 
 STEPS_TRIED = (1, 2, 3, 4, 5, 6, 8, 10)
@@ -48,9 +57,6 @@ MAX_ALLOWED_RESIDUAL = 1e-2
 MIN_RELATIVE_RMS = 1e-3
 """Smallest root mean square of a gradient, relative to the median over the parameters, to which a miss is compared."""
 
-MAX_CERTIFIED_ERROR = 1e-2
-"""Predicted error, as a share of the pixel range, up to which an image is certified."""
-
 
 def reconstruct_update(
     before: nn.Module | Chain,
@@ -64,6 +70,7 @@ def reconstruct_update(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     optimizer: str = "sgd",
+    gradient_scale: float | None = None,
     labels: Tensor | Sequence[int] | None = None,
     pixel_range: tuple[float, float] = (0.0, 1.0),
     seed: int = 0,
@@ -82,6 +89,8 @@ def reconstruct_update(
         momentum: Of `torch.optim.SGD`, without dampening.
         weight_decay: λ of `torch.optim.SGD`.
         optimizer: "sgd"; the updates of others are no sum of gradients.
+        gradient_scale: Of one step, as in `rgap.reconstruct`: 1.0 asserts that the rate is right. Several steps show
+            by their drift whether it is.
         labels: Labels if they are known, (B,).
         pixel_range: Smallest and largest value of a pixel.
         seed: Seed of random choices in batches.
@@ -111,7 +120,7 @@ def reconstruct_update(
         training = LocalTraining(learning_rate, count, **options)
         update = mean_gradients(network.model, after, training)
         task = UpdateTask(network, update, training, loss, batch_size, labels, PixelRange(*pixel_range), seed, device)
-        found.append(_one_step(task) if count == 1 else _several_steps(task))
+        found.append(_one_step(task, gradient_scale) if count == 1 else _several_steps(task))
         if found[-1].verdict == "exact":
             break
     best = min(found, key=lambda one: (one.verdict != "exact", one.candidates[0].gradient_residual))
@@ -122,12 +131,12 @@ def reconstruct_update(
     return best
 
 
-def _one_step(task: UpdateTask) -> Reconstruction:
-    options = {"labels": task.labels, "pixel_range": (task.pixels.low, task.pixels.high), "device": task.device}
-    options |= {"gradient_scale": 1.0}  # the client's training is given
+def _one_step(task: UpdateTask, gradient_scale: float | None) -> Reconstruction:
     return reconstruct(
-        task.network, task.update, None, task.loss, batch_size=task.batch_size, seed=task.seed, **options
-    )
+        task.network, task.update, None, task.loss, batch_size=task.batch_size, labels=task.labels,
+        pixel_range=(task.pixels.low, task.pixels.high), gradient_scale=gradient_scale, seed=task.seed,
+        device=task.device,
+    )  # fmt: skip
 
 
 def _several_steps(task: UpdateTask) -> Reconstruction:
@@ -156,41 +165,32 @@ def _certified(task: UpdateTask, found: FoundImages) -> Reconstruction:
                 residual, allowed, labels = miss, limit, one
             if residual <= allowed:
                 break
-    limit = MAX_CERTIFIED_ERROR * task.pixels.width
-    inside = task.pixels.contains(images, max(limit, NOISE_RESIDUAL_FACTOR * (found.error or 0.0)))
+    slack = max(MAX_CERTIFIED_ERROR * task.pixels.width, NOISE_RESIDUAL_FACTOR * (found.error or 0.0))
     candidate = Candidate(
-        images.to(task.device or "cpu"), labels.to(task.device or "cpu"), residual, inside,
-        {found.layers[-1].name: images}, found.layers, beliefs=found.iterates, residual_allowed=allowed,
-        predicted_error=found.error,
+        images.to(task.device or "cpu"), labels.to(task.device or "cpu"), residual,
+        task.pixels.contains(images, slack), {found.layers[-1].name: images}, found.layers, beliefs=found.iterates,
+        residual_allowed=allowed, predicted_error=found.error,
     )  # fmt: skip
     steps, notes = f"{task.training.steps} simulated local steps", list(found.notes)
+    verdict, miss = "inconsistent", f"{residual:.2g}; {allowed:.2g} is allowed"
     if not complete:
         verdict = "rank-deficient"
     elif residual > allowed:
-        verdict = "inconsistent"
-        notes.append(
-            f"{steps} miss the update by {residual:.2g}; {allowed:.2g} is allowed: other steps, or other images"
-        )
-    elif found.error is None or found.error > limit:
-        verdict = "inconsistent"
-        drowned = "" if found.error is None else f": its predicted error is {found.error:.2g}"
-        notes.append(f"the rounding of the weights drowns the image{drowned}")
+        notes.append(f"{steps} miss the update by {miss}: other steps, or other images")
+    elif certified_psnr_db(candidate, task.pixels) is None:
+        notes.append(noise_limit(found.error, task.pixels))
     else:
         verdict = "exact"
-        notes.append(f"{steps} reproduce the update, missed by {residual:.2g}; {allowed:.2g} is allowed")
-        if not inside:
+        notes.append(f"{steps} reproduce the update, missed by {miss}")
+        if not candidate.in_pixel_range:
             notes.append("pixels lie outside the pixel range by more than their predicted error")
     per_image = ()
     if task.batch_size > 1:
-        each = [
-            replace(candidate, images=x[None], labels=y[None])
-            for x, y in zip(candidate.images, candidate.labels, strict=True)
-        ]
-        per_image = tuple(("inconsistent" if verdict == "rank-deficient" else verdict, (one,)) for one in each)
-    result = Reconstruction(
-        candidate.images, candidate.labels, verdict, (candidate,), found.layers, tuple(notes), per_image
-    )
-    return with_accuracy(result, task.pixels)
+        own = "inconsistent" if verdict == "rank-deficient" else verdict  # nothing certifies a part of the batch
+        pairs = zip(candidate.images, candidate.labels, strict=True)
+        per_image = tuple((own, (replace(candidate, images=x[None], labels=y[None]),)) for x, y in pairs)
+    record = (candidate.images, candidate.labels, verdict, (candidate,), found.layers, tuple(notes), per_image)
+    return with_accuracy(Reconstruction(*record), task.pixels)
 
 
 def _simulated_miss(task: UpdateTask, found: FoundImages, labels: Tensor) -> tuple[float, float]:

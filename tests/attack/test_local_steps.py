@@ -68,6 +68,12 @@ def test_a_smooth_chain_gives_the_image_by_a_fixed_point():
     assert any("fixed point" in note for note in result.notes)
 
 
+def test_a_chain_with_kinks_gives_the_image_at_small_rates():
+    image, label = rand(1, *CHAIN_SHAPE), torch.tensor([1])
+    result = attacked(chain(nn.LeakyReLU(0.2)), image, label, "logistic", steps=3, lr=1e-4)
+    assert result.verdict == "exact" and psnr_db(result.images, image).item() > 100
+
+
 def test_a_chain_with_kinks_is_refused_honestly():
     image, label = rand(1, *CHAIN_SHAPE), torch.tensor([1])
     result = attacked(chain(nn.LeakyReLU(0.2)), image, label, "logistic", steps=5, lr=0.3, momentum=0.9)
