@@ -115,3 +115,30 @@ def test_what_is_said_of_brightness():
     assert "not determined" in about_brightness([candidate(1.0, math.inf)])[0]
     assert factor_of([candidate(2.0, 0.0), candidate(4.0, 0.0)]) == 3.0
     assert factor_of([candidate(2.0, 0.0), candidate(4.0, math.inf)]) is None
+
+
+@pytest.mark.parametrize(
+    ("loss", "margin"),
+    [
+        ("mse", 1 - 1e-4),
+        ("mse", 1 - 1e-5),
+        ("mse", 1 + 1e-4),
+        ("logistic", 1.27846),
+        ("logistic", 1.2785),
+        ("logistic", 1.28),
+        ("logistic", 90.0),
+        ("logistic", 100.0),
+    ],
+)
+def test_where_the_scale_is_ill_conditioned_no_wrong_image_is_certified(loss, margin):
+    """A well fitted squared error, the fold of the logistic margins, and gradients that are denormal in float32."""
+    for seed in range(2):
+        network, image, label = small_cnn(seed), rand(1, 3, 8, 8, seed=seed), seed % 2
+        with torch.no_grad():
+            network[-1].weight.mul_(margin * (2 * label - 1) / network(image).item())
+        shared = rgap.client_gradients(network.float(), image.float(), torch.tensor([label]), loss)
+        result, quality = attacked(network, shared, image, loss, gradient_scale=1.0)
+        error = (result.images - image).square().mean().sqrt().item()
+        assert result.verdict != "exact" or error < 3 * result.candidates[0].predicted_error or quality > 50
+        if margin < 50:
+            assert max(rgap.metrics.psnr_db(c.images, image).item() for c in result.candidates) > 50
