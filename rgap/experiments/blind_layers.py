@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rgap.equations.tap_splits import tap_splits
+from rgap.equations.tap_splits import is_blind
 from rgap.experiments.common import progress
 from rgap.residual.blind import solve_blind
 
@@ -72,7 +72,7 @@ def _solve_one(number: int) -> dict:
         G, shape["image"], padding=shape["padding"], stride=shape["stride"], sum_dz=sums,
         noise_std=noise if damage == "noise" else None,
     )  # fmt: skip
-    blind = _is_blind(shape)
+    blind = is_blind(*(shape[name] for name in ("channels", "filters", "kernel", "image", "stride", "padding")))
     error = max(_error(solution.x, x), _error(solution.dz, dz))
     if solution.certified:
         undamaged = damage in ("none", "foreign bias")
@@ -113,12 +113,6 @@ def _random_shape(rng: np.random.Generator) -> dict:
                 "stride": stride,
                 "padding": padding,
             }
-
-
-def _is_blind(shape: dict) -> bool:
-    pads = (shape["padding"],) * 2
-    geometry = [(n, k, shape["stride"], pads, 1) for n, k in zip(shape["image"], shape["kernel"], strict=True)]
-    return bool(tap_splits(shape["filters"], shape["channels"], tuple(geometry)))
 
 
 def _random_values(shape: dict, values: str, images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
