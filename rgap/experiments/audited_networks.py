@@ -101,14 +101,16 @@ def random_audited(number: int) -> tuple[nn.Sequential, tuple[int, int, int], in
     rng = np.random.default_rng(number)
     shape = (int(rng.integers(1, 4)), *map(int, rng.integers(5, 9, 2)))
     modules, kinds, channels, bias = [], [], shape[0], bool(rng.random() < 0.5)
+    size = min(shape[1:])
     kind = nn.Tanh if rng.random() < 0.3 else lambda: nn.LeakyReLU(0.2)
     batch = int(rng.choice([1, 1, 1, 2, 3, 4]))
     with seeded(number):
         for _ in range(rng.integers(0, 4)):
             width, kernel, stride = int(rng.integers(4, 25)), int(rng.integers(1, 5)), int(rng.integers(1, 3))
             modules += [nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=bias), kind()]
-            channels = width
-            if rng.random() < 0.15:
+            channels, size = width, (size + 2 * (kernel // 2) - kernel) // stride + 1
+            if rng.random() < 0.15 and size > 1:
+                size -= 1
                 modules.insert(len(modules) - int(rng.integers(0, 2)), nn.AvgPool2d(2, 1))
                 kinds.append("pooling")
         if modules and rng.random() < 0.1:
