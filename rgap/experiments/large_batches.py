@@ -146,7 +146,7 @@ def plot_shares(table: pd.DataFrame, published: pd.DataFrame | None = None) -> F
         rows = table[table["images"] == name].assign(width=lambda t: t["width"].astype(str))
         style = {"style": "width", "markers": list(MARKERS[: rows["width"].nunique()]), "dashes": False}
         sns.lineplot(rows, x="batch", y="share", hue="width", palette=PALETTE, ax=axis, errorbar=None, **style)
-        axis.set(xscale="log", xlabel="images in the batch", ylabel="share recovered", title=name, ylim=(-0.03, 1.03))
+        axis.set(xlabel="images in the batch", ylabel="share recovered", title=name, ylim=(-0.03, 1.03))
     if published is not None:
         for axis, (name, rows) in zip(axes[0], published.groupby("images"), strict=False):
             axis.plot(rows["batch"], rows["share"], "k:", marker="x", label=f"published, 1,000 units, {name}")
@@ -170,7 +170,7 @@ def plot_seconds(table: pd.DataFrame) -> Figure:
     figure, axis = plt.subplots(figsize=(4.2, 3.2))
     rows = table.assign(width=table["width"].astype(str))
     sns.lineplot(rows, x="batch", y="seconds", hue="width", palette=PALETTE, marker="o", ax=axis, errorbar=None)
-    axis.set(xscale="log", yscale="log", xlabel="images in the batch")
+    axis.set(yscale="log", xlabel="images in the batch")
     return finish(figure)
 
 
@@ -198,8 +198,8 @@ def sample_peeling(count: int = 300, seed: int = 0) -> pd.DataFrame:
         seed: Of all draws.
 
     Returns:
-        case, verdict, psnr_db (the smallest over certified images), ok and why: a certified image that is not in the
-        batch, or worse than certified, is not ok.
+        case, verdict, psnr_db (the smallest over certified images), found, certified, optimistic (images that are worse
+        than certified by more than 10 dB), ok and why: a certified image that is not in the batch is not ok.
     """
     generator = torch.Generator().manual_seed(seed)
     return pd.DataFrame([_peel_random_batch(generator) for _ in progress(range(count), "batches")])
@@ -245,12 +245,12 @@ def _checked_images(result: Reconstruction, images: Tensor) -> dict:
     wrong = int((exact & (quality < 30)).sum())
     worse = int((exact & (quality < promised.clamp(max=MAX_CHECKED_PSNR_DB) - 10)).sum())
     why = [f"{wrong} wrong images are certified"] if wrong else []
-    why += [f"{worse} images are worse than certified by more than 10 dB"] if worse else []
     smallest = min(quality[exact].tolist(), default=float("nan"))
     return {
         "psnr_db": smallest,
         "found": len(quality),
         "certified": int(exact.sum()),
+        "optimistic": worse,
         "ok": not why,
         "why": "; ".join(why),
     }

@@ -33,6 +33,9 @@ MAX_INPUT_ERROR = 2e-3
 TOLERATED_STDS = 10.0
 """Multiple of a predicted error up to which a test counts as passed."""
 
+MAX_ROUNDED_ZERO = 1e-13
+"""Singular value, relative to the largest, up to which one below the cut shows no more than rounding."""
+
 JOINT_REFITS = 3
 """Turns of a joint solution for all inputs found."""
 
@@ -77,6 +80,8 @@ class ShareState:
         self.up, self.down = slopes(layers[0])
         self.all_rows = first.U * first.S
         rounding = torch.finfo(row_noise.dtype).eps * first.S[0].item() / self.all_rows.numel() ** 0.5  # of the span
+        if first.below_cut > MAX_ROUNDED_ZERO:  # noise, whether or not it was declared
+            rounding = max(rounding, first.below_cut * first.S[0].item() / (len(first.U) ** 0.5 + n**0.5))
         self.noise = row_noise.clamp(min=rounding)
         self.q, self.dz = self.Z.new_zeros(0, first.rank), self.Z.new_zeros(0, len(self.Z))
         self.error, self.blur, self.mixture = (self.Z.new_zeros(0) for _ in range(3))
