@@ -205,6 +205,16 @@ def plot_audit(steps: pd.DataFrame) -> Figure:
     return figure
 
 
+def classes_of(chain: Chain) -> int | None:
+    """`classes` for `rgap.data.load_images`: 2 for a network with one or two outputs, None for several."""
+    return 2 if chain.layers[-1].output_shape[0] <= 2 else None
+
+
+def fitting_loss(chain: Chain) -> str:
+    """The loss that fits a network's outputs, as on the command line: logistic for one, cross-entropy for several."""
+    return "logistic" if chain.layers[-1].output_shape[0] == 1 else "cross_entropy"
+
+
 def controls(model: nn.Module | Chain, image_shape: tuple[int, int, int], **options) -> widgets.Widget | str:
     """The panel for a person at the notebook, or a line of text where a program runs it.
 
@@ -242,7 +252,7 @@ class AttackPanel:
         *,
         source: str = "embedded",
         index: int = 0,
-        loss: str = "logistic",
+        loss: str | None = None,
         defence: str = "gaussian_noise",
     ):
         """Builds the controls and attacks once.
@@ -252,11 +262,12 @@ class AttackPanel:
             image_shape: (C, H, W) of one image.
             source: Where images come from, as for `rgap.data.load_images`.
             index: The first image's place there.
-            loss: The client's loss.
+            loss: The client's loss; by default that of `fitting_loss`.
             defence: The first defence, a name in `DEFENCES`.
         """
         strengths = _options(defence)
-        self.chain, self.loss, self.source = prepare(model, image_shape), loss, source
+        self.chain, self.source = prepare(model, image_shape), source
+        self.loss = loss or fitting_loss(self.chain)
         self.result: Reconstruction | None = None
         self._image: Tensor | None = None
         self._gradients: Gradients = []
@@ -295,7 +306,11 @@ class AttackPanel:
             self._guarded(self._attack)
 
     def _take_place(self) -> None:
-        self._take(*load_images(self.source, image_shape=self.chain.image_shape, index=self.place.value, classes=2))
+        self._take(
+            *load_images(
+                self.source, image_shape=self.chain.image_shape, index=self.place.value, classes=classes_of(self.chain)
+            )
+        )
 
     def _take_image(self) -> None:
         with tempfile.TemporaryDirectory() as folder:

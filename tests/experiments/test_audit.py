@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import rand, randn, rendered, small_cnn
 from PIL import Image
+from torch import nn
 
 import rgap
 from rgap import client
@@ -178,3 +179,11 @@ def test_where_a_program_runs_the_notebook_a_line_of_text_takes_the_controls_pla
 def test_grey_images_are_shown_as_they_are():
     panel = AttackPanel(rgap.models.fcn3(widths=(60, 20)), (1, 28, 28))
     assert shown(panel.origin).shape == (252, 252)
+
+
+@pytest.mark.parametrize(("classes", "loss"), [(1, None), (1, "mse"), (4, None), (4, "mse")])
+def test_the_panels_loss_follows_from_the_outputs_unless_it_is_given(classes, loss):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, classes)).double()
+    panel = AttackPanel(model, SHAPE, loss=loss)
+    assert panel.loss == (loss or ("logistic" if classes == 1 else "cross_entropy"))
+    assert panel.result is not None or "refused" in panel.status.value
