@@ -27,6 +27,9 @@ from rgap.shared_gradient import SharedGradient
 MAX_SEARCHED_FIRST = 9
 """Largest rank at which all images are searched before any is peeled off."""
 
+MAX_SEARCHED_FIRST_WIDE = 25
+"""The same where the next layer's gradient has that rank, too, so that the search can find every image."""
+
 MAX_COMBINATIONS = 64
 """Largest number of combinations of scale hypotheses between which the last convolution decides."""
 
@@ -94,7 +97,10 @@ def _separated(tail: Sequence[Layer], received: SharedGradient, size: BatchSize,
     images are left or, behind few outputs, after the search for patterns.
     """
     options = {"precision": received.precision, "seed": seed, "span": size.span}
-    if size.span.rank <= MAX_SEARCHED_FIRST:
+    rank, most = size.span.rank, MAX_SEARCHED_FIRST
+    if rank <= MAX_SEARCHED_FIRST_WIDE and row_span(tail[1], received.gradients, received.precision).rank >= rank:
+        most = MAX_SEARCHED_FIRST_WIDE
+    if rank <= most:
         apart = separate(*tail[:2], received.gradients, **options)
         if len(apart.inputs) == size.span.rank:
             return apart

@@ -234,9 +234,3 @@ def test_groups_are_independent_layers_with_their_own_biases():
     assert_close(z, layer.apply(x) + layer.pre_bias())
     assert layer.split_groups() is parts
     assert parts[0].split_groups() == [parts[0]]
-
-
-def test_a_convolution_that_reads_only_padding_is_not_dense():
-    network = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (12, 1, 1)), nn.Conv2d(12, 5, 1, 3, 1), nn.Flatten())
-    layers = rgap.prepare(nn.Sequential(*network, nn.Linear(5, 2)), (3, 2, 2)).layers
-    assert [layer.is_dense for layer in layers] == [False, True]
