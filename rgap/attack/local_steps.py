@@ -142,6 +142,11 @@ def _one_step(task: UpdateTask, gradient_scale: float | None) -> Reconstruction:
 def _several_steps(task: UpdateTask) -> Reconstruction:
     if isinstance(task.network, PatchEmbedding):
         found = by_patches(task)
+    elif not isinstance(task.network, Chain):
+        raise UnsupportedLayerError(
+            f"{task.training.steps} local steps: the inputs of the layers at which a residual network is entered drift "
+            "between them; one step is supported, and several of chains and vision transformers"
+        )
     elif task.network.layers[0].is_dense and task.network.layers[0].bias_name:
         found = by_first_layer(task)
     elif task.batch_size > 1:

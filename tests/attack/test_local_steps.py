@@ -175,3 +175,10 @@ def test_what_is_no_such_update_is_refused_by_name():
     moved = {name: p - 0.1 * (name != "1.bias") for name, p in shared.items()}
     with pytest.raises(rgap.GradientMismatchError, match=r"the update of the bias '1\.bias' is zero"):
         rgap.reconstruct_update(silent, moved, MLP_SHAPE, "cross_entropy", **options)
+
+
+def test_several_steps_of_a_residual_network_are_refused_by_name():
+    network = rgap.models.resnet(0, (16, 16), 1).double().eval()
+    image, label = rand(1, 3, 8, 8), torch.tensor([1])
+    with pytest.raises(rgap.UnsupportedLayerError, match="2 local steps: the inputs of the layers at which a residual"):
+        attacked(network, image, label, steps=2, lr=0.01)
