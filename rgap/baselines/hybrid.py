@@ -89,6 +89,7 @@ def hybrid(
     closed = reconstruct(
         chain, gradients, loss=loss, labels=labels, virtual_constraints=virtual_constraints, pixel_range=pixel_range,
         rcond=rcond, noise_std=noise_std, seed=seed, gradient_scale=1.0,
+        effort="full",
     )  # fmt: skip
     first = closed.candidates[0]
     record.note(0, first.gradient_residual**2, first.gradient_residual, first.images)
