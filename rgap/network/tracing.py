@@ -351,9 +351,9 @@ def _kind(step: Step, result: Any) -> tuple[str, str]:
 def entry_order(step: Step) -> Tensor | None:
     """The entry of a step's input at each place of its output, flattened; None where it is no change of places."""
     entries = torch.arange(math.prod(step.input_shape), dtype=torch.float64)
-    entries, run = entries.reshape(1, *step.input_shape), step.call or step.module
+    run = step.call or step.module
     try:
-        moved = run(entries)
+        moved = run(entries.reshape(1, *step.input_shape))
     except (IndexError, RuntimeError):  # a tensor of windows, heads or tokens, whose first dimension is no batch
         return None
     order = moved.flatten().long()

@@ -42,7 +42,7 @@ def test_the_attack_gets_a_prepared_chain_the_options_and_no_label(monkeypatch):
 
     monkeypatch.setattr(common, "reconstruct", spy)
     common.attack_each(small_cnn, IMAGES, LABELS, [0], rcond=1e-6)
-    expected = {"loss": "logistic", "gradient_scale": 1.0, "rcond": 1e-6}
+    expected = {"loss": "logistic", "gradient_scale": 1.0, "effort": "full", "rcond": 1e-6}
     assert [(dtype, options) for _, dtype, options in calls] == [(torch.float32, expected)] * 2
     assert isinstance(calls[0][0], rgap.Chain) and calls[0][0] is calls[1][0]
 

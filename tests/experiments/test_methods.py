@@ -59,7 +59,7 @@ def test_attacks_get_the_gradient_and_no_image(small, monkeypatch):
     assert {name for name, _, _ in calls} == {"closed", "DLG", "Inverting Gradients", "hybrid"}
     for _, gradients, options in calls:
         assert all(torch.equal(a, b) for a, b in zip(gradients, calls[0][1], strict=True))
-        assert set(options) <= {"labels", "steps", "seed", "virtual_constraints"}
+        assert set(options) <= {"labels", "steps", "seed", "virtual_constraints", "gradient_scale", "effort"}
 
 
 def table(**columns):
