@@ -203,7 +203,7 @@ def start_probe(chain: Chain, received: SharedGradient, start: Start) -> NoisePr
     noisy = {
         name: received.gradients[name] + received.noise[name] for name in (head.weight_name, head.bias_name) if name
     }
-    G, dz = noisy[head.weight_name].flatten(1), noisy.get(head.bias_name)
+    G, dz = head.gradient(noisy).flatten(1), noisy.get(head.bias_name)
     if dz is None or not received.gradients[head.bias_name].any():
         factors = rank_one(G)
         x, dz = factors.v, factors.u
