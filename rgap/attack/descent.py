@@ -200,10 +200,9 @@ def start_probe(chain: Chain, received: SharedGradient, start: Start) -> NoisePr
     deviation, except where nothing determines it.
     """
     generator, head = torch.Generator().manual_seed(1), chain.layers[-1]
-    noisy = {
-        name: received.gradients[name] + received.noise[name] for name in (head.weight_name, head.bias_name) if name
-    }
-    G, dz = head.gradient(noisy).flatten(1), noisy.get(head.bias_name)
+    G, dz = (head.gradient(received.gradients) + head.gradient(received.noise)).flatten(1), None
+    if head.bias_name is not None:
+        dz = received.gradients[head.bias_name] + received.noise[head.bias_name]
     if dz is None or not received.gradients[head.bias_name].any():
         factors = rank_one(G)
         x, dz = factors.v, factors.u
