@@ -113,7 +113,8 @@ def misfit(
         ratios += [missed / expected / CHANCE_RATIO] if expected > 0 else []
         if single and norm is spectral_norm and g.ndim == 2 and min(g.shape) >= MIN_SURPLUS_SIDE and size > 0:
             beside = spectral_norm(_beside(mine[name], miss)) if math.isfinite(missed) else math.inf
-            worst = max(worst, beside / max(SECOND_IMAGE_FACTOR * math.hypot(by_noise, by_draw * (by_draw / size)), floor))
+            noisy = math.hypot(by_noise, by_draw * (by_draw / size))
+            worst = max(worst, beside / max(SECOND_IMAGE_FACTOR * noisy, floor))
     allowed = min(residual / worst, MAX_ALLOWED_RESIDUAL) if worst > 0 else received.arithmetic
     excess = max(ratios) if worst <= 1 else max(1.0, median(ratios))  # no noise: what it would have to be
     doubt = _doubt(received, mine, moved) if inferred else ""
