@@ -152,7 +152,7 @@ def against_optimiser(
             "attack_seconds": seconds,
         },
     ]
-    found = {"fixed point": result.images[0], "Inverting Gradients, unrolled": optimised.images[0]}
+    found = {"fixed point": result.images[0], "Inverting\nGradients": optimised.images[0]}
     return pd.DataFrame(rows), found
 
 
