@@ -207,7 +207,7 @@ def attack_updates(
     cases = [(k, m, i) for k in steps for m in momenta for i in range(len(images)) if k > 1 or m == 0]
     for count, momentum, index in progress(cases, "updates"):
         image, label = images[index : index + 1].to(some.dtype), labels[index : index + 1]
-        after = local_steps(model, image, label, count, learning_rate, momentum)
+        after = _after_steps(model, image, label, client.LocalTraining(learning_rate, count, momentum))
         update = client.gradients_from_update(model, after, learning_rate)
         result = reconstruct(model, update, tuple(images.shape[1:]), "cross_entropy")
         row = {"steps": count, "momentum": momentum, "image": index, "verdict": result.verdict}
@@ -215,17 +215,10 @@ def attack_updates(
     return pd.DataFrame(rows)
 
 
-def local_steps(
-    model: nn.Module, images: Tensor, labels: Tensor, steps: int, learning_rate: float, momentum: float = 0.0
-) -> dict[str, Tensor]:
-    """The network's parameters after some steps of SGD on one batch."""
-    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-    velocity = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for _ in range(steps):
-        gradients = client.gradients_of(model, parameters, images, labels, "cross_entropy")
-        velocity = {name: momentum * v + gradients[name] for name, v in velocity.items()}
-        parameters = {name: p - learning_rate * velocity[name] for name, p in parameters.items()}
-    return parameters
+def _after_steps(model: nn.Module, images: Tensor, labels: Tensor, training: client.LocalTraining) -> dict[str, Tensor]:
+    """The network's parameters after a client's local steps on one batch."""
+    start = {name: p.detach() for name, p in model.named_parameters()}
+    return training.run(model, start, images, labels, "cross_entropy")
 
 
 def cpu_timed(function: Callable, *arguments, **options) -> tuple[Any, float]:
@@ -269,7 +262,7 @@ def _attack_random_transformer(generator: torch.Generator, number: int) -> dict:
     batch = images[: 1 + (trouble == "two images")].to(getattr(torch, dtype)), labels[: 1 + (trouble == "two images")]
     theirs = build(seed=number + 1).to(getattr(torch, dtype)) if trouble == "weights" else model
     if trouble == "steps":
-        after = local_steps(model, *batch, pick(2, 5), 0.05)
+        after = _after_steps(model, *batch, client.LocalTraining(0.05, pick(2, 5)))
         gradients = client.gradients_from_update(model, after, 0.05)
     else:
         gradients = client.client_gradients(theirs, *batch, loss)
