@@ -63,7 +63,8 @@ example:
 
 REPORT = """Writes every notebook, figure, table and claim as web pages to build/report/.
 
-With --claims it prints the claims that the last run measured instead; 1 is the exit status where one fails."""
+With --claims it prints the claims that the last run measured instead; 1 is the exit status where one fails. With
+--readme it writes the tables of claims in README.md and docs/claims.md."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -145,6 +146,8 @@ def parser() -> argparse.ArgumentParser:
 
     report = command("report", REPORT)
     report.add_argument("--claims", action="store_true", help="print the claims table and what is wrong with the run")
+    about = "write the tables of claims in README.md and docs/claims.md from the committed run"
+    report.add_argument("--readme", action="store_true", help=about)
     return top
 
 
@@ -185,6 +188,11 @@ def _notebook(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     if options.claims:
         return artifact.print_report()
+    if options.readme:
+        from rgap.artifact import readme
+
+        print(*(f"written  {path}" for path in readme.update()), sep="\n")
+        return 0
     from rgap.artifact import pages
 
     print(f"written  {pages.build()}")

@@ -22,15 +22,17 @@ COLUMNS = ["id", "notebook", "statement", "source", "expected", "measured", "uni
 COMPARISONS = {"at_least": "≥", "at_most": "≤", "equals": "="}
 REQUIRED = {"notebook", "statement", "source"}
 ASSERTED = ["default", "paper"]
-DEFAULTS = {"tolerance": 0, "unit": "", "times": False, "profiles": ASSERTED, "minutes": 1, "command": "make figures"}
+DEFAULTS = {"n": "", "tolerance": 0, "unit": "", "times": False, "profiles": ASSERTED, "minutes": 1}
+FIELDS = REQUIRED | COMPARISONS.keys() | DEFAULTS.keys() | {"short"}
 
 
 def read_claims() -> dict[str, dict]:
     """The claims of notebooks/claims.yml by id.
 
     Fields of a claim: `notebook`, `statement`, `source` (paper or ours), exactly one of `at_least`, `at_most`, `equals`
-    (a number or a text); and, where needed, `tolerance` of an `equals` (0), `unit` (none), `times` (false: it is no
-    measured time), `profiles` in which it is asserted (default and paper), `minutes` (1), `command` (make figures).
+    (a number or a text); and, where needed, `short`, the statement in about six words (itself), `n`, on how much it
+    rests (nothing), `tolerance` of an `equals` (0), `unit` (none), `times` (false: it is no measured time), `profiles`
+    in which it is asserted (default and paper), and `minutes` that its notebook takes (1).
 
     Returns:
         The claims with every field filled in, and `expected`, a text such as "≥ 90".
@@ -41,14 +43,14 @@ def read_claims() -> dict[str, dict]:
     claims = _read_yaml()["claims"]
     for claim_id, claim in claims.items():
         comparisons = sorted(COMPARISONS.keys() & claim.keys())
-        missing, unknown = REQUIRED - claim.keys(), claim.keys() - REQUIRED - COMPARISONS.keys() - DEFAULTS.keys()
+        missing, unknown = REQUIRED - claim.keys(), claim.keys() - FIELDS
         if missing or unknown or len(comparisons) != 1:
             raise ValueError(
                 f"claim {claim_id} in {CLAIMS.name} lacks {sorted(missing)}, has unknown {sorted(unknown)} and "
                 f"compares by {comparisons}; it needs {sorted(REQUIRED)} and exactly one of {sorted(COMPARISONS)}"
             )
         margin = f" ± {claim['tolerance']}" if "tolerance" in claim else ""
-        claims[claim_id] = DEFAULTS | claim
+        claims[claim_id] = DEFAULTS | {"short": claim["statement"]} | claim
         claims[claim_id]["expected"] = f"{COMPARISONS[comparisons[0]]} {claim[comparisons[0]]}{margin}"
     return claims
 

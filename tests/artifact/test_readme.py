@@ -1,30 +1,59 @@
-"""The README's claims table is the one that notebooks/claims.yml states."""
+"""README.md is short, its table of claims and docs/claims.md are what their generator writes, and its paths exist."""
 
 import re
 
 import pytest
 
 from rgap import artifact
+from rgap.artifact import outputs, readme
 
-README = (artifact.ROOT / "README.md").read_text(encoding="utf-8")
-ROWS = {
-    row[0]: row
-    for row in re.findall(r"^\| `([\w-]+)` (.*?) \| (\w+) \| `(.*?)` \| (.*?) \| (.*?) \| (.*?) \|$", README, re.M)
-}
-
-
-def test_every_claim_stands_in_the_table_and_no_other():
-    assert ROWS.keys() == artifact.read_claims().keys()
+ROOT = artifact.ROOT
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+CLAIMS = artifact.read_claims()
 
 
-@pytest.mark.parametrize("claim_id", sorted(ROWS))
-def test_a_row_says_what_the_check_demands(claim_id):
-    claim = artifact.read_claims()[claim_id]
-    _, _, source, command, expected, _, _ = ROWS[claim_id]
-    demanded = f"{claim['expected']} {claim['unit']}".strip()
-    assert source == claim["source"] and command == claim["command"] and expected == demanded
+def test_the_tables_are_what_claims_yml_and_the_committed_run_say():
+    assert readme.BLOCK.findall(TEXT) == [readme.summary()]
+    assert (ROOT / "docs" / "claims.md").read_text(encoding="utf-8") == readme.page()
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\((figures/[^)]+)\)", README))
-def test_every_picture_is_one_that_a_notebook_writes(path):
-    assert path.removeprefix("figures/") in {name for names in artifact.expected_outputs().values() for name in names}
+def test_every_notebook_has_a_row_and_every_claim_a_row_of_its_own():
+    rows = re.findall(r"^\| \[\d\d\]\(notebooks/(\w+)\.ipynb\) \|", readme.summary(), re.M)
+    assert rows == sorted({claim["notebook"] for claim in CLAIMS.values()})
+    assert re.findall(r"^\| (\d\d-[\w-]+) \|", readme.page(), re.M) == list(CLAIMS)
+
+
+@pytest.mark.parametrize("claim_id", CLAIMS)
+def test_a_claim_has_a_short_statement_and_says_on_how_much_it_rests(claim_id):
+    claim = CLAIMS[claim_id]
+    assert claim["short"] != claim["statement"] and len(claim["short"].split()) <= 7
+    assert re.fullmatch(r"[\w,–× +-]*\d[\w,–× +-]*", readme.sample_size(claim))
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", TEXT))))
+def test_every_path_in_it_exists(path):
+    assert (ROOT / path).exists()
+
+
+def test_what_a_table_says_of_a_claim(root, write_claims, monkeypatch):
+    (root / "README.md").write_text(f"before\n{readme.BEGIN}\n{readme.END}\nafter\n")
+    first = {"statement": "long", "short": "PSNR", "n": "{seeds} networks", "at_least": 90, "unit": "dB", "minutes": 3}
+    second = {"statement": "not measured", "equals": 1}
+    origin = {"notebook": "01_one", "source": "ours"}
+    write_claims({"01-one": first | origin, "01-two": second | origin})
+    monkeypatch.setenv("RGAP_FIGURES", str(root / "figures"))
+    monkeypatch.setattr(readme, "_parameters", lambda path: {"seeds": [7]})
+    artifact.check_claim("01-one", 104.4321)
+    (root / "figures" / "claims_times.csv").write_text((root / "figures" / "claims.csv").read_text().splitlines()[0])
+    assert readme.update() == [root / "README.md", root / "docs" / "claims.md"]
+    row = "| [01](notebooks/01_one.ipynb) | PSNR | 1 network | ≥ 90 dB | 104 dB | 1 of 2 | 3 |"
+    text = (root / "README.md").read_text()
+    assert row in text and text.startswith("before\n") and text.endswith("after\n")
+    assert "| 01-two | not measured |  | ours | = 1 | – |" in (root / "docs" / "claims.md").read_text()
+    assert outputs.ROOT == root
+
+
+def test_a_readme_without_a_place_for_the_table_is_refused(root):
+    (root / "README.md").write_text("no table")
+    with pytest.raises(ValueError, match=r"README\.md has no lines"):
+        readme.update()
