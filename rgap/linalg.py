@@ -27,6 +27,13 @@ ILL_CONDITIONED_RATIO = 1e-1
 """Where the rank is not full, kept directions with σ / σ_max below this are reported, for other equations to decide."""
 
 
+SKETCH_SIZE = 24
+"""Columns of a random sketch at first."""
+
+SKETCH_SURPLUS = 12
+"""Columns that it must have beyond the singular values that count."""
+
+
 @dataclass(frozen=True)
 class Operator:
     """A matrix A of m rows and k columns that need not be formed."""
@@ -70,6 +77,23 @@ def svd(A: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]
     except torch.linalg.LinAlgError:
         factors = scipy.linalg.svd(A.numpy(), full_matrices=full_matrices, lapack_driver="gesvd")
         return tuple(torch.from_numpy(f) for f in factors)
+
+
+def leading_svd(A: Tensor, cut: float) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, Vh of A with every singular value above cut · σ_max, and some below: of low rank in a few products.
+
+    A random sketch (Halko, Martinsson & Tropp 2011, with a power iteration) is enlarged until it holds them all; the
+    largest value below the cut may come out some per cent too small. The whole decomposition where that is cheaper.
+    """
+    generator, size = torch.Generator().manual_seed(0), SKETCH_SIZE
+    while 4 * size < min(A.shape):
+        Q = A @ torch.randn(A.shape[1], size, generator=generator, dtype=A.dtype)
+        Q = torch.linalg.qr(A @ torch.linalg.qr(A.T @ torch.linalg.qr(Q)[0])[0])[0]
+        U, S, Vh = svd(Q.T @ A)
+        if S[-SKETCH_SURPLUS] <= cut * S[0]:
+            return Q @ U, S, Vh
+        size *= 4
+    return svd(A)
 
 
 def gram_matrix(A: Tensor) -> Tensor:

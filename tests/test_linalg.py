@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from rgap import linalg as dense
-from rgap.linalg import conjugate_gradients, dense_operator, gram_matrix, largest_eigenvalue, least_squares, svd
+from rgap.linalg import (
+    conjugate_gradients,
+    dense_operator,
+    gram_matrix,
+    largest_eigenvalue,
+    leading_svd,
+    least_squares,
+    svd,
+)
 
 
 def matrix(rows, columns, singular_values, seed=0):
@@ -112,3 +120,21 @@ def test_the_other_driver_takes_over_where_the_first_does_not_converge(monkeypat
     assert Vh.shape == expected[2].shape
     assert_close(S, expected[1])
     assert_close(U * S @ Vh[:3], A)
+
+
+@pytest.mark.parametrize(
+    ("shape", "values"), [((400, 300), (1.0, 1e-3, 2e-6)), ((90, 400), (1.0,)), ((40, 30), (1.0,))]
+)
+def test_the_leading_singular_values_of_a_low_rank_are_those_of_the_whole_decomposition(shape, values):
+    A = matrix(*shape, [*values, *[0.0] * (min(shape) - len(values))]) + 1e-10 * randn(*shape, seed=5)
+    (U, S, Vh), (_, whole, right) = leading_svd(A, 1e-7), svd(A)
+    count = len(values)
+    assert int((S > 1e-7 * S[0]).sum()) == count
+    assert_close(S[:count], whole[:count], rtol=1e-9, atol=0)
+    assert 0.8 * whole[count] < S[count] < 1.001 * whole[count]
+    assert_close((U[:, :count] * S[:count]) @ Vh[:count], A, rtol=0, atol=1e-8)
+    assert (right[:count] - right[:count] @ Vh[:count].T @ Vh[:count]).norm() < 1e-8
+
+
+def test_more_singular_values_than_the_sketch_holds_enlarge_it():
+    assert (leading_svd(matrix(420, 410, [1.0] * 60 + [0.0] * 350), 1e-7)[1] > 0.5).sum() == 60

@@ -113,7 +113,9 @@ def share_residual(loss: str, f: Tensor, c: Tensor, label: int, alpha: float) ->
 
     With biases, or three classes or more, it is an independent test for equal images and of the batch size.
     """
-    mine = torch.func.grad(lambda f: loss_value(loss, f, torch.tensor([label])))((alpha * f)[None])
+    with torch.enable_grad():
+        f = (alpha * f)[None].requires_grad_()
+        mine = torch.autograd.grad(loss_value(loss, f, torch.tensor([label])), f)[0]
     return ((mine[0] - c / alpha).norm() / (c / alpha).norm().clamp(min=1e-300)).item()
 
 

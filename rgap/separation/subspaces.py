@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rgap.linalg import leading_svd
 from rgap.network.layer import Chain, Layer
 from rgap.results import UnsupportedLayerError
 from rgap.shared_gradient import SharedGradient
@@ -60,9 +61,10 @@ def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float) ->
     G = layer.gradient(gradients).flatten(1)
     if layer.bias_name is not None:
         G = torch.cat([G, gradients[layer.bias_name][:, None]], 1)
-    U, S, Vt = torch.linalg.svd(G, full_matrices=False)
+    cut = max(precision, 1e-14)
+    U, S, Vt = leading_svd(G, cut)
     relative = S / S[0].clamp(min=torch.finfo(S.dtype).tiny)
-    rank = int((relative > max(precision, 1e-14)).sum())
+    rank = int((relative > cut).sum())
     above = relative[rank - 1].item() if rank else 0.0
     below = relative[rank].item() if rank < len(S) else 0.0
     return Span(U[:, :rank], S[:rank], Vt[:rank].T, above, below)
