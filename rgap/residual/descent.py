@@ -14,7 +14,7 @@ from rgap.linalg import rms
 from rgap.residual.blind import BlindSolution
 from rgap.residual.cut import Cut, ResidualNetwork, delta_at_top, enter
 from rgap.residual.invert import Below, Inverted, below, draw_error, invert
-from rgap.residual.walk import Known, Walk
+from rgap.residual.walk import MAX_BIT_ROUNDS, Known, Walk
 from rgap.results import LayerReport
 from rgap.shared_gradient import SharedGradient
 
@@ -164,6 +164,13 @@ def _descend(walk: Walk, cut: LayerReport, failed: Sequence[str], start: Tensor)
     trials = f"{kind} the {CONVERGED_KNOWN:g} with which the inversion has converged; it stalled with {STALLED_KNOWN:g}"
     notes.append(f"below it {density:.1f} numbers are known for every pixel value, {trials}")
     found = invert(problem, start)
+    for _ in range(MAX_BIT_ROUNDS):  # what the walk left in doubt where it ended
+        changed = walk.decide(walk.frontier, graph.forward({graph.image: found.image}, problem.names)[walk.frontier])
+        if not changed:
+            break
+        notes.append(f"{changed} activation bits were corrected by division after the inversion")
+        problem = below(walk)
+        found = invert(problem, found.image)
     error = ERROR_SAFETY * draw_error(problem, found)
     report = _inversion_report(walk, problem, found, error, time.perf_counter() - started)
     if not found.converged:

@@ -41,6 +41,10 @@ DOUBT_RATIO = 10.0
 SAFE_BIT_RATIO = 6.0
 """Size of a bit's effect, in units of the division's typical error, from which the division decides it."""
 
+WRONG_FILTER_RATIO = 10.0
+"""Residual of a filter's equations, over the median of all filters, from which bits of it may be wrong: all its zeros
+are in doubt then."""
+
 MAX_TRUSTED_CONDITION = 300.0
 """Condition of a tensor's equations above which it may be imprecise."""
 
@@ -209,7 +213,7 @@ class Walk:
             found = self._equations(name, readers)
             if found is None or not found.determined:
                 break
-            changed = sum(self._decide(reader, found.x) for reader in readers)
+            changed = self.decide(name, found.x)
             corrected += changed
             if not changed:
                 break
@@ -268,16 +272,20 @@ class Walk:
             above = self.graph.consumers[above[0]]
         return above[0] if len(above) == 1 and self.graph.nodes[above[0]].kind == "activation" else None
 
+    def decide(self, name: str, x: Tensor) -> int:
+        """Corrects the bits in doubt above all layers that read a tensor, given the tensor; how many changed."""
+        return sum(self._decide(reader, x) for reader in self.readers(name))
+
     def _decide(self, reader: str, x: Tensor) -> int:
-        """Corrects the bits in doubt of the activation above a layer whose input is known; how many changed."""
         act = self.activation_above(reader)
         if act is None or act not in self.slopes or act in self.decided:
             return 0
-        known = self.values[act]
+        known, layer, G = self.values[act], self.graph.nodes[reader].layer, self.gradient(reader)
         limit = self._zero(known)
-        return self.correct_bits(
-            reader, x, (known.value.abs() < DOUBT_RATIO * limit) & (known.value > limit / DOUBT_RATIO)
-        )
+        small = known.value < DOUBT_RATIO * limit
+        missed = (layer.weight_gradient(x, self.deltas[reader]) - G).flatten(1).norm(dim=1)
+        wrong = missed > WRONG_FILTER_RATIO * missed.median()
+        return self.correct_bits(reader, x, small & ((known.value > limit / DOUBT_RATIO) | wrong[:, None, None]))
 
     def correct_bits(self, reader: str, x: Tensor, doubt: Tensor) -> int:
         """Corrects bits of the activation above a layer by division, given the layer's input and where to doubt them.

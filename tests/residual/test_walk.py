@@ -77,3 +77,18 @@ def test_wrong_bits_are_corrected_by_division(slope):
     assert torch.equal(walk.slopes[act], right)
     assert torch.allclose(walk.deltas[reader], deltas[reader], rtol=1e-6, atol=1e-12)
     assert walk.correct_bits(reader, x, doubt) == 0
+
+
+def test_a_wrong_bit_far_below_the_doubt_is_found_by_its_filter():
+    walk, values, _ = walk_from_the_last_block(models.resnet(0, (24, 48)))
+    walk.run()
+    reader = next(name for name, node in walk.graph.nodes.items() if node.has_weight and node.path.endswith("path.0"))
+    act, source = walk.activation_above(reader), walk.graph.nodes[reader].sources[0]
+    right = walk.slopes[act].clone()
+    off = ((right == 0) & (walk.values[act].value.abs() < 1e-12)).flatten().nonzero()[0]
+    walk.slopes[act].view(-1)[off] = 1
+    walk.deltas[reader] = walk.slopes[act] * walk.deltas[act]
+    walk.decided.clear()
+    assert walk.decide(source, values[source]) == 1
+    assert torch.equal(walk.slopes[act], right)
+    assert walk.decide(source, values[source]) == 0
