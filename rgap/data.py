@@ -74,6 +74,12 @@ def load_images(
         ValueError: If an argument is not one of the above, an index lies outside the split, or a file is no readable
             image.
         FileNotFoundError: If the folder is missing or has no image, or a data set is neither there nor downloadable.
+
+    Example:
+        >>> import rgap
+        >>> images, labels = rgap.data.load_images("embedded", index=[0, 1], image_shape=(3, 32, 32))
+        >>> images.shape, labels.tolist()
+        (torch.Size([2, 3, 32, 32]), [0, 1])
     """
     _check_arguments(count, image_shape, seed, split, classes)
     images = _open_source(source, grey=image_shape[0] == 1, split=split)

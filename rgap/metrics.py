@@ -18,6 +18,13 @@ def mse(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: If the shapes differ or are not (N, C, H, W).
+
+    Example:
+        >>> import torch
+        >>> from rgap import metrics
+        >>> x = torch.zeros(1, 1, 4, 4)
+        >>> round(metrics.mse(x, x + 0.1).item(), 4)
+        0.01
     """
     x, y = _pair(x, y)
     return (x - y).square().mean(dim=(1, 2, 3))
@@ -35,6 +42,13 @@ def psnr_db(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: If the shapes differ or are not (N, C, H, W).
+
+    Example:
+        >>> import torch
+        >>> from rgap import metrics
+        >>> x = torch.zeros(1, 1, 4, 4)
+        >>> round(metrics.psnr_db(x, x + 0.1).item(), 2)
+        20.0
     """
     return -10 * mse(x, y).log10()
 
@@ -55,6 +69,13 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: If the shapes differ, are not (N, C, H, W), or the images are smaller than 3×3.
+
+    Example:
+        >>> import torch
+        >>> from rgap import metrics
+        >>> x = torch.linspace(0, 1, 256).reshape(1, 1, 16, 16)
+        >>> round(metrics.ssim(x, x).item(), 4)
+        1.0
     """
     # Takes longer to import than everything else here, torch included, and is only needed here.
     from torchmetrics.functional.image import structural_similarity_index_measure
@@ -79,6 +100,13 @@ def match(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: If there are more images than references, or their shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from rgap import metrics
+        >>> references = torch.tensor([0.0, 0.5, 1.0]).reshape(3, 1, 1, 1)
+        >>> metrics.match(references[[2, 0]] + 0.01, references).tolist()
+        [2, 0]
     """
     images, references = (
         check_tensor(name, value, finite=True) for name, value in (("images", images), ("references", references))

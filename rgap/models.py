@@ -34,6 +34,12 @@ def trained_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the parameters that a client trains, and whose gradients it therefore shares.
 
     They are those with `requires_grad`; where none has it, the network was frozen for evaluation, and they are all.
+
+    Example:
+        >>> import torch
+        >>> from rgap.models import trained_names
+        >>> trained_names(torch.nn.Linear(2, 1, bias=False))
+        ('weight',)
     """
     every = dict(model.named_parameters())
     return tuple(name for name, p in every.items() if p.requires_grad) or tuple(every)
@@ -50,13 +56,24 @@ def cnn6(seed: int = 0, width: int = 36, classes: int = 1, head_bias: bool = Fal
         width: Channels of the second convolution. 36 is the paper's CNN6, 20 its rank-deficient CNN6-d.
         classes: Outputs; 1 is one logit, as in the paper.
         head_bias: Whether the last layer has a bias.
+
+    Example:
+        >>> from rgap import models
+        >>> models.cnn6(seed=0, width=20)[2].out_channels
+        20
     """
     width, classes = check_count("width", width), check_count("classes", classes)
     return _seeded(lambda: nn.Sequential(*_cnn6_layers(width), *_dense_layers((3200, classes), head_bias)), seed)
 
 
 def cnn6_d(seed: int = 0) -> nn.Sequential:
-    """CNN6-d: CNN6 with 20 channels in the second convolution, which leaves it 280 short of full rank."""
+    """CNN6-d: CNN6 with 20 channels in the second convolution, which leaves it 280 short of full rank.
+
+    Example:
+        >>> from rgap import models
+        >>> models.cnn6_d()[2].out_channels
+        20
+    """
     return cnn6(seed, width=20)
 
 
@@ -71,6 +88,11 @@ def cnn6_batch(
         classes: Outputs; 1 is one logit.
         bias: Whether all layers have biases.
         width: Channels of the second convolution, as in `cnn6`.
+
+    Example:
+        >>> from rgap import models
+        >>> models.cnn6_batch(hidden=(128, 64))[-1].in_features
+        64
     """
     width, sizes = check_count("width", width), (3200, *_widths("hidden", hidden), check_count("classes", classes))
     return _seeded(lambda: nn.Sequential(*_cnn6_layers(width, bias), *_dense_layers(sizes, bias)), seed)
@@ -82,6 +104,11 @@ def fcn3(seed: int = 0, widths: tuple[int, ...] = (1000, 100)) -> nn.Sequential:
     Args:
         seed: Seed of the weights; the global generator is left as it was.
         widths: Hidden widths.
+
+    Example:
+        >>> from rgap import models
+        >>> [p.shape[0] for p in models.fcn3().parameters()]
+        [1000, 100, 1]
     """
     return _seeded(lambda: nn.Sequential(nn.Flatten(), *_dense_layers((784, *_widths("widths", widths), 1))), seed)
 
@@ -110,6 +137,12 @@ def lenet(
 
     Raises:
         ValueError: If the numbers of widths, strides and activations differ.
+
+    Example:
+        >>> import torch
+        >>> from rgap import models
+        >>> models.lenet(activation=torch.nn.ReLU, bias=True)(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
     """
     widths, classes = _widths("widths", widths), check_count("classes", classes)
     strides = (2, 2, *[1] * len(widths))[: len(widths)] if strides is None else _widths("strides", strides)
@@ -151,6 +184,12 @@ def resnet18(seed: int = 0, cut: tuple[str, ...] = (), classes: int = 10) -> nn.
 
     Raises:
         ValueError: If a name is not one of a block.
+
+    Example:
+        >>> import torch
+        >>> from rgap import models
+        >>> models.resnet18()(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
     """
     from torchvision.models.resnet import BasicBlock, ResNet  # slow to import, and only needed here
 
@@ -214,6 +253,13 @@ def resnet(
         flat_pixels: Pixels of the last map where the head reads all of it; 0 for global average pooling.
         classes: Outputs.
         kaiming: Whether convolutions are drawn as He et al. do (fan out), else by torch's default.
+
+    Example:
+        >>> import torch
+        >>> from rgap import models
+        >>> resnet20 = models.resnet(blocks=3)
+        >>> resnet20(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
     """
 
     def network():
@@ -286,6 +332,12 @@ def load_model(name: str, seed: int = 0) -> tuple[nn.Module, tuple[int, ...] | N
 
     Raises:
         ValueError: If there is no network of this name; the message says what there is instead.
+
+    Example:
+        >>> from rgap import models
+        >>> network, shape = models.load_model("cnn6")
+        >>> shape
+        (3, 32, 32)
     """
     if not isinstance(name, str):
         raise ValueError(f"model's name is {shown(name)}; give a text, such as cnn6")

@@ -39,6 +39,11 @@ def read_claims() -> dict[str, dict]:
 
     Raises:
         ValueError: If a claim lacks a field, has an unknown one, or not exactly one comparison.
+
+    Example:
+        >>> from rgap import artifact
+        >>> artifact.read_claims()["01-psnr-float32"]["expected"]
+        '≥ 90'
     """
     claims = _read_yaml()["claims"]
     for claim_id, claim in claims.items():
@@ -56,7 +61,13 @@ def read_claims() -> dict[str, dict]:
 
 
 def expected_outputs() -> dict[str, list[str]]:
-    """The figures and tables that each notebook must write, by its name: `outputs` in notebooks/claims.yml."""
+    """The figures and tables that each notebook must write, by its name: `outputs` in notebooks/claims.yml.
+
+    Example:
+        >>> from rgap import artifact
+        >>> artifact.expected_outputs()["01_reconstruction"][0]
+        '01_reconstruction.png'
+    """
     return _read_yaml()["outputs"]
 
 
@@ -73,6 +84,11 @@ def check_claim(claim_id: str, measured: float | str) -> None:
     Raises:
         ValueError: If claims.yml has no such claim.
         AssertionError: If the claim does not hold and the profile is one in which it is asserted.
+
+    Example:
+        >>> from rgap import artifact
+        >>> artifact.check_claim("01-exact", 1.0)
+        01-exact CNN6, share of attacks that certify their result as exact: = 1: True
     """
     claims = read_claims()
     if not isinstance(claim_id, str) or claim_id not in claims:
@@ -91,7 +107,12 @@ def check_claim(claim_id: str, measured: float | str) -> None:
 
 
 def forget_claims(notebook: str) -> None:
-    """Removes a notebook's rows from the claims tables, so that only what its next run measures stands there."""
+    """Removes a notebook's rows from the claims tables, so that only what its next run measures stands there.
+
+    Example:
+        >>> from rgap import artifact
+        >>> artifact.forget_claims("01_reconstruction")
+    """
     for name in CLAIM_TABLES:
         if (figures_dir() / name).exists():
             _update(name, lambda rows: rows[rows["notebook"] != notebook])
@@ -101,6 +122,12 @@ def report() -> tuple[pd.DataFrame, list[str]]:
     """The rows of claims.csv and claims_times.csv, and a line for each claim that fails or was not measured.
 
     Each expected figure or table that is absent adds a line, too.
+
+    Example:
+        >>> from rgap import artifact
+        >>> rows, problems = artifact.report()
+        >>> list(rows.columns[:2])
+        ['id', 'notebook']
     """
     rows = pd.concat([_read_csv(figures_dir() / name) for name in CLAIM_TABLES]).sort_values("id")
     holds = dict(zip(rows["id"], rows["holds"], strict=True))
@@ -115,7 +142,16 @@ def report() -> tuple[pd.DataFrame, list[str]]:
 
 
 def print_report() -> int:
-    """Prints the claims table, and what is wrong with the run; returns 1 if something is, else 0."""
+    """Prints the claims table, and what is wrong with the run; returns 1 if something is, else 0.
+
+    Example:
+        >>> import contextlib, io
+        >>> from rgap import artifact
+        >>> with contextlib.redirect_stdout(io.StringIO()) as table:
+        ...     status = artifact.print_report()
+        >>> status in (0, 1)
+        True
+    """
     rows, problems = report()
     with pd.option_context("display.width", None, "display.max_colwidth", None):
         print(rows[["id", "statement", "expected", "measured", "unit", "holds"]].to_string(index=False))

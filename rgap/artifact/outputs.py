@@ -27,12 +27,24 @@ ROOT = CHECKOUT if (CHECKOUT / "notebooks" / "claims.yml").is_file() else Path.c
 
 
 def figures_dir() -> Path:
-    """The folder that this run writes to: RGAP_FIGURES, or figures/ beside the package."""
+    """The folder that this run writes to: RGAP_FIGURES, or figures/ beside the package.
+
+    Example:
+        >>> from rgap import artifact
+        >>> artifact.figures_dir().is_absolute()
+        True
+    """
     return Path(os.environ.get("RGAP_FIGURES") or ROOT / "figures").absolute()
 
 
 def profile() -> str:
-    """The profile of this run: RGAP_PROFILE, or `default`."""
+    """The profile of this run: RGAP_PROFILE, or `default`.
+
+    Example:
+        >>> from rgap import artifact
+        >>> artifact.profile()
+        'default'
+    """
     return os.environ.get("RGAP_PROFILE") or "default"
 
 
@@ -48,6 +60,14 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
 
     Raises:
         ValueError: If there is something else than a regular file, such as a folder, a device or a pipe.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from rgap import artifact
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     artifact.write_atomically(Path(folder) / "a.txt", lambda file: file.write(b"whole")).read_text()
+        'whole'
     """
     target = path.resolve()
     if target.exists() and not target.is_file():
@@ -79,6 +99,12 @@ def save_figure(fig: Figure, name: str, *, times: bool = False) -> Path:
 
     Raises:
         ValueError: If the name does not begin with the notebook's number.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> from rgap import artifact
+        >>> artifact.save_figure(plt.figure(), "01_example").name
+        '01_example.png'
     """
     # Software would name matplotlib's version in the file, and an upgrade would then change every figure.
     if not hasattr(fig, "savefig"):
@@ -91,6 +117,12 @@ def save_table(frame: pd.DataFrame, name: str, *, times: bool = False) -> Path:
     """Writes a table as CSV with six significant digits and without its index, and returns the path of the file.
 
     `name`, `times` and the errors are those of `save_figure`; call `reset_index()` first if the index has information.
+
+    Example:
+        >>> import pandas as pd
+        >>> from rgap import artifact
+        >>> artifact.save_table(pd.DataFrame({"psnr_db": [104.123456789]}), "01_example").name
+        '01_example.csv'
     """
     return save_csv(frame, _output(name, ".csv", times))
 

@@ -104,6 +104,22 @@ def reconstruct_update(
         UnsupportedLayerError: If the network is of no supported kind.
         GradientMismatchError: If the two states do not fit each other, or nothing has changed.
         ValueError: If another argument is out of range.
+
+    Example:
+        >>> import copy, torch, rgap
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> before = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 3)).double()
+        >>> images, labels = rgap.data.load_images("embedded", image_shape=(1, 8, 8), count=1)
+        >>> after, images = copy.deepcopy(before), images.double()
+        >>> optimizer = torch.optim.SGD(after.parameters(), lr=0.01)
+        >>> for _ in range(5):
+        ...     optimizer.zero_grad()
+        ...     nn.functional.cross_entropy(after(images), labels).backward()
+        ...     optimizer.step()
+        >>> result = rgap.reconstruct_update(before, after, (1, 8, 8), "cross_entropy", learning_rate=0.01, steps=5)
+        >>> result.verdict
+        'exact'
     """
     if optimizer != "sgd":
         raise ValueError(

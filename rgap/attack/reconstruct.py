@@ -123,6 +123,15 @@ def reconstruct(
             cannot be separated.
         GradientMismatchError: If the gradients do not belong to the network or are not finite.
         ValueError: If another argument is out of range.
+
+    Example:
+        >>> import rgap
+        >>> model = rgap.models.cnn6(seed=0)
+        >>> images, labels = rgap.data.load_images("embedded", count=1, classes=2)
+        >>> gradients = rgap.client_gradients(model, images, labels)
+        >>> result = rgap.reconstruct(model, gradients, image_shape=(3, 32, 32), gradient_scale=1.0)
+        >>> result.verdict, result.certified_psnr_db > 90, rgap.metrics.psnr_db(result.images, images).item() > 90
+        ('exact', True, True)
     """
     device = check_device(device)
     check_seed(seed)

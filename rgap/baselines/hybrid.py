@@ -79,6 +79,15 @@ def hybrid(
         UnsupportedLayerError: As `rgap.reconstruct`.
         GradientMismatchError: If the gradients do not belong to the network or are not finite.
         ValueError: If another argument is out of range.
+
+    Example:
+        >>> import rgap
+        >>> model = rgap.models.cnn6(seed=0)
+        >>> images, labels = rgap.data.load_images("embedded", count=1, classes=2)
+        >>> gradients = rgap.client_gradients(model, images, labels)
+        >>> result = rgap.baselines.hybrid(model, gradients, (3, 32, 32), steps=2)
+        >>> rgap.metrics.psnr_db(result.images, images).item() > 90
+        True
     """
     check_count("steps", steps)
     if tv_weight is not None:

@@ -64,6 +64,15 @@ def dlg(
     Raises:
         GradientMismatchError: If the gradients do not belong to the network or are not finite.
         ValueError: If another argument is out of range.
+
+    Example:
+        >>> import rgap
+        >>> model = rgap.models.cnn6(seed=0)
+        >>> images, labels = rgap.data.load_images("embedded", count=1, classes=2)
+        >>> gradients = rgap.client_gradients(model, images, labels)
+        >>> result = rgap.baselines.dlg(model, gradients, (3, 32, 32), labels=labels, steps=2)
+        >>> result.images.shape, len(result.snapshots) > 0
+        (torch.Size([1, 3, 32, 32]), True)
     """
     problem = gradient_objective(model, gradients, image_shape, loss, batch_size, pixel_range, noise_std, dtype, device)
 
@@ -102,6 +111,15 @@ def inverting_gradients(
     weight of the total variation (mean absolute difference of neighbouring pixels), `rate`, the first step length in
     widths of the pixel range, and `training`, the client's local steps, which are then unrolled at every step of the
     optimiser: the gradients are those of `rgap.client.mean_gradients`.
+
+    Example:
+        >>> import rgap
+        >>> model = rgap.models.cnn6(seed=0)
+        >>> images, labels = rgap.data.load_images("embedded", count=1, classes=2)
+        >>> gradients = rgap.client_gradients(model, images, labels)
+        >>> result = rgap.baselines.inverting_gradients(model, gradients, (3, 32, 32), labels=labels, steps=2)
+        >>> result.verdict
+        'inconsistent'
     """
     options = (batch_size, pixel_range, noise_std, dtype, device, training)
     problem = gradient_objective(model, gradients, image_shape, loss, *options)

@@ -35,6 +35,14 @@ def gaussian_noise(gradients: Gradients, std: float, seed: int = 0) -> Gradients
 
     Raises:
         ValueError: If `std` is negative or not finite, or the noise overflows a gradient's dtype.
+
+    Example:
+        >>> import torch
+        >>> from rgap import client
+        >>> gradients = [torch.tensor([3.0, -4.0])]
+        >>> noisy = client.gaussian_noise(gradients, std=1e-3, seed=0)
+        >>> 0 < (noisy[0] - gradients[0]).abs().max().item() < 0.01
+        True
     """
     return _each(gradients, _noise(check_number("std", std), seed))
 
@@ -54,6 +62,14 @@ def clip_and_noise(gradients: Gradients, clip_norm: float, noise_multiplier: flo
     Raises:
         ValueError: If `clip_norm` is not positive or `noise_multiplier` is negative, one of them is not finite, or the
             noise overflows a gradient's dtype.
+
+    Example:
+        >>> import torch
+        >>> from rgap import client
+        >>> gradients = [torch.tensor([3.0, -4.0])]
+        >>> (clipped,) = client.clip_and_noise(gradients, clip_norm=1.0, noise_multiplier=0.0)
+        >>> [round(x, 2) for x in clipped.tolist()]
+        [0.6, -0.8]
     """
     clip_norm = check_number("clip_norm", clip_norm, open_low=True)
     noise_multiplier = check_number("noise_multiplier", noise_multiplier)
@@ -73,6 +89,13 @@ def prune(gradients: Gradients, share: float) -> Gradients:
 
     Raises:
         ValueError: If `share` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from rgap import client
+        >>> gradients = [torch.tensor([3.0, -4.0])]
+        >>> client.prune(gradients, share=0.5)[0].tolist()
+        [0.0, -4.0]
     """
     share = check_number("share", share, high=1)
 
@@ -94,6 +117,13 @@ def quantise(gradients: Gradients, dtype: str) -> Gradients:
 
     Raises:
         ValueError: If `dtype` is another, or an entry overflows the format.
+
+    Example:
+        >>> import torch
+        >>> from rgap import client
+        >>> gradients = [torch.tensor([3.0, -4.0])]
+        >>> [round(x, 2) for x in client.quantise(gradients, "int8")[0].tolist()]
+        [2.99, -4.0]
     """
     if check_choice("dtype", dtype, (*FORMATS, "int8")) == "int8":
         return _each(gradients, _on_grid)
@@ -117,6 +147,11 @@ def epsilon(noise_multiplier: float, sample_rate: float = 1.0, steps: int = 1, d
 
     Raises:
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> from rgap.client import epsilon
+        >>> epsilon(2.0, steps=10) > epsilon(2.0) > epsilon(4.0)
+        True
     """
     noise_multiplier = check_number("noise_multiplier", noise_multiplier, high=MAX_SQUARED_NUMBER)
     sample_rate = check_number("sample_rate", sample_rate, high=1, open_low=True, closed=True)

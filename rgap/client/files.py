@@ -42,6 +42,14 @@ def save_gradients(path: str | Path, gradients: Sequence[Tensor] | Mapping[str, 
     Raises:
         ValueError: If the suffix is unknown.
         GradientMismatchError: If the gradients are not tensors, or there are none.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from rgap import client
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     client.save_gradients(Path(folder) / "round_17.safetensors", {"0.weight": torch.ones(2)}).name
+        'round_17.safetensors'
     """
     path, named = _known_path(path), _checked(gradients, "gradients")
     if path.suffix == ".safetensors":
@@ -70,6 +78,15 @@ def load_gradients(path: str | Path) -> list[Tensor] | dict[str, Tensor]:
         FileNotFoundError: If there is no such file.
         ValueError: If its suffix is unknown, or it cannot be read as a file of its kind.
         GradientMismatchError: If it holds anything but tensors, or none.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from rgap import client
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = client.save_gradients(Path(folder) / "round_17.safetensors", {"0.weight": torch.ones(2)})
+        ...     client.load_gradients(file)
+        {'0.weight': tensor([1., 1.])}
     """
     advice = "save a list of tensors, or a mapping from parameter name, by rgap.client.save_gradients"
     named = _checked(_read(path, advice), str(path))

@@ -36,6 +36,12 @@ def loss_value(
     Raises:
         ValueError: If the loss is unknown, or does not fit the outputs or the labels, or labels are smoothed of another
             loss than "cross_entropy".
+
+    Example:
+        >>> import torch
+        >>> from rgap.client import loss_value
+        >>> round(loss_value("logistic", torch.zeros(1, 1), torch.tensor([1])).item(), 4)
+        0.6931
     """
     check_loss(loss)
     outputs = check_tensor("outputs", outputs)
@@ -69,7 +75,15 @@ def loss_value(
 
 
 def check_smoothing(loss: str, label_smoothing: float | None) -> None:
-    """Refuses a label smoothing outside [0, 1), or of another loss than cross-entropy."""
+    """Refuses a label smoothing outside [0, 1), or of another loss than cross-entropy.
+
+    Example:
+        >>> from rgap.client import check_smoothing
+        >>> check_smoothing("mse", 0.1)
+        Traceback (most recent call last):
+            ...
+        ValueError: label_smoothing is 0.1; only cross_entropy has it, and the loss is mse
+    """
     if label_smoothing is None or check_number("label_smoothing", label_smoothing, high=1) == 0:
         return
     if loss != "cross_entropy":
@@ -77,14 +91,28 @@ def check_smoothing(loss: str, label_smoothing: float | None) -> None:
 
 
 def outputs_fit(loss: str, outputs: int) -> bool:
-    """Whether a network with this number of outputs can have this loss."""
+    """Whether a network with this number of outputs can have this loss.
+
+    Example:
+        >>> from rgap.client import outputs_fit
+        >>> outputs_fit("logistic", 1), outputs_fit("cross_entropy", 1)
+        (True, False)
+    """
     check_loss(loss)
     check_count("outputs", outputs, 0)
     return outputs == 1 if loss == "logistic" else outputs >= (2 if loss == "cross_entropy" else 1)
 
 
 def check_loss(loss: str) -> None:
-    """Refuses an unknown loss by name."""
+    """Refuses an unknown loss by name.
+
+    Example:
+        >>> from rgap.client import check_loss
+        >>> check_loss("hinge")
+        Traceback (most recent call last):
+            ...
+        ValueError: unknown loss 'hinge'; known: logistic, cross_entropy, mse
+    """
     if not isinstance(loss, str) or loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}")
 
@@ -116,6 +144,14 @@ def client_gradients(
     Raises:
         ValueError: If the batch is empty, images and labels differ in number, labels are out of range, or the loss is
             unknown.
+
+    Example:
+        >>> import rgap
+        >>> model = rgap.models.cnn6(seed=0)
+        >>> images, labels = rgap.data.load_images("embedded", count=1, classes=2)
+        >>> gradients = rgap.client_gradients(model, images, labels)
+        >>> [tuple(gradient.shape) for gradient in gradients[:2]]
+        [(12, 3, 4, 4), (36, 12, 3, 3)]
     """
     check_model(model)
     images = check_tensor("images", images, finite=True)
@@ -144,6 +180,15 @@ def gradients_of(
 
     The model and its `.grad`s are left untouched; images (B, C, H, W), labels (B,) int64, `loss` as in `LOSSES`,
     label smoothing and weights as in `loss_value`.
+
+    Example:
+        >>> import torch
+        >>> from rgap import client
+        >>> model = torch.nn.Linear(2, 1)
+        >>> x, y = torch.ones(1, 2), torch.tensor([1])
+        >>> zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        >>> client.gradients_of(model, zeros, x, y, "logistic")["weight"].tolist()
+        [[-0.5, -0.5]]
     """
     check_model(model)
     check_loss(loss)
@@ -176,6 +221,12 @@ def unflatten(model: nn.Module, vector: Tensor) -> list[Tensor | None]:
 
     Raises:
         GradientMismatchError: If it is no vector, or of another length.
+
+    Example:
+        >>> import torch
+        >>> from rgap.client import unflatten
+        >>> [tuple(part.shape) for part in unflatten(torch.nn.Linear(3, 2), torch.arange(8.0))]
+        [(2, 3), (2,)]
     """
     named, vector = dict(check_model(model).named_parameters()), check_tensor("vector", vector, GradientMismatchError)
     for chosen in (list(named), trained_names(model)):

@@ -121,6 +121,13 @@ def gradients_from_update(
     Raises:
         GradientMismatchError: If names, number, or shapes differ, a value is not finite, or nothing has changed.
         ValueError: If the rate is not positive, there are several steps, or momentum.
+
+    Example:
+        >>> import torch
+        >>> from rgap import client
+        >>> before, after = [torch.tensor([1.0, 2.0])], [torch.tensor([0.5, 2.5])]
+        >>> client.gradients_from_update(before, after, learning_rate=0.5)[0].tolist()
+        [1.0, -1.0]
     """
     training = LocalTraining(learning_rate, weight_decay=weight_decay)
     if check_count("steps", steps) != 1:
@@ -134,6 +141,14 @@ def mean_gradients(before: State, after: State, training: LocalTraining) -> Upda
     """Σ_j d_j g_j / Σ_j d_j over the local steps between two states of a model, (α w_0 − w_k) / Σ_j d_j.
 
     Args and errors are those of `gradients_from_update`; for one step this is the gradient itself.
+
+    Example:
+        >>> import torch
+        >>> from rgap import client
+        >>> before, after = [torch.tensor([1.0, 2.0])], [torch.tensor([0.5, 2.5])]
+        >>> training = client.LocalTraining(learning_rate=0.25, steps=2)
+        >>> client.mean_gradients(before, after, training)[0].tolist()
+        [1.0, -1.0]
     """
     old, new = _parameters(before, "before"), _parameters(after, "after")
     for model in (before, after):  # only a module distinguishes all of its buffers from its parameters

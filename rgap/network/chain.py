@@ -38,6 +38,12 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...], *, output: s
     Raises:
         UnsupportedLayerError: If the network is no such chain; the message has the first offending step and the reason.
         ValueError: If the image shape does not fit the network, or a parameter has no values.
+
+    Example:
+        >>> import rgap
+        >>> chain = rgap.prepare(rgap.models.cnn6(seed=0), image_shape=(3, 32, 32))
+        >>> len(chain.layers), chain.layers[0].input_shape
+        (7, (3, 32, 32))
     """
     if not isinstance(model, Chain):
         check_model(model)

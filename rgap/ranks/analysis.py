@@ -62,6 +62,12 @@ def rank_analysis(
         TypeError: If the model is not a `torch.nn.Module`.
         UnsupportedLayerError: If it cannot be traced, or has no layer with weights.
         ValueError: If another argument is out of range, or the image shape does not fit.
+
+    Example:
+        >>> import rgap
+        >>> analysis = rgap.rank_analysis(rgap.models.cnn6_d(), image_shape=(3, 32, 32), limit=0)
+        >>> analysis.layers[2].name, analysis.layers[2].deficit
+        ('2', 280)
     """
     model = check_model(model.model if isinstance(model, Chain) else model, TypeError)
     image_shape = check_image_shape(image_shape)

@@ -79,6 +79,12 @@ def largest_batch(
     Raises:
         UnsupportedLayerError: If the network is no chain of invertible layers.
         ValueError: If the image shape does not fit, or the loss is unknown.
+
+    Example:
+        >>> import rgap
+        >>> limit = rgap.largest_batch(rgap.models.cnn6_batch(), image_shape=(3, 32, 32))
+        >>> limit.batch_size, limit.alone
+        (9, 4)
     """
     check_loss(loss)
     chain = prepare(model, image_shape)
