@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help env figures test test-fast verify lab test-lab notebooks reconstruction train audit report clean FORCE
+.PHONY: help env figures test test-fast verify bench lab test-lab notebooks reconstruction train audit report clean FORCE
 .DEFAULT_GOAL := help
 
 # Values for the command line only: a variable of this name in the environment changes nothing.
@@ -21,10 +21,13 @@ SHAPE :=
 LOSS :=
 SAMPLES :=
 COUNT :=
+CASES :=
+ROUNDS :=
+AGAINST :=
 SCHEDULER :=
 PIP_ARGS :=
 # By way of the environment values reach a recipe whole, whatever spaces a path has.
-export COLOR GRAY MODEL INDEX DATA SEED BATCH EPOCHS WEIGHTS GRADIENTS SHAPE LOSS COUNT SCHEDULER
+export COLOR GRAY MODEL INDEX DATA SEED BATCH EPOCHS WEIGHTS GRADIENTS SHAPE LOSS COUNT SCHEDULER ROUNDS AGAINST
 # Images of containers often set it; every start of a kernel would then compile torch anew, for a quarter of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 # The systems are small: more threads than free cores make them many times slower.
@@ -88,6 +91,9 @@ test-fast: $(ENV) ## unit tests that take less than two seconds each, in about a
 
 verify: $(ENV) ## attack hundreds of random networks, write build/verify.csv; SAMPLES=chains COUNT=200 SEED=0
 	@$(PYTHON) -m rgap verify $(SAMPLES) $${COUNT:+--count "$$COUNT"} --seed "$$SEED"
+
+bench: $(ENV) ## CPU seconds and memory of attacks and audits, in build/bench.csv; CASES='cnn6 fcn3-B5' ROUNDS=5 AGAINST=FILE.csv
+	@$(PYTHON) -m rgap bench $(CASES) $${ROUNDS:+--rounds "$$ROUNDS"} $${AGAINST:+--against "$$AGAINST"}
 
 lab: $(ENV) ## open JupyterLab in notebooks/, with the audit of your own model
 	$(PYTHON) -m jupyterlab --ServerApp.root_dir=notebooks --LabApp.default_url=/lab/tree/08_audit_your_model.ipynb

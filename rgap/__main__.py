@@ -53,6 +53,14 @@ VERIFY_END = """exit status: 0 where every row is in order, 1 where one is not, 
 example:
   rgap verify chains --count 50 --seed 1"""
 
+BENCH = """Measures CPU seconds, memory and quality of attacks and audits, in float64 and with one thread.
+
+Writes build/bench.csv and compares it with an earlier table; the ratio to one forward and backward pass of the same
+network carries over to other machines, seconds do not."""
+BENCH_END = """examples:
+  rgap bench
+  rgap bench cnn6 fcn3-B5 --rounds 9 --against build/before.csv"""
+
 NOTEBOOK = """Runs a notebook strictly: an unknown parameter, an error, or an absent figure fails and leaves no target.
 
 With a TARGET a copy runs, by papermill; without one the outputs that SOURCE itself carries are refreshed."""
@@ -134,6 +142,13 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--count", type=int, help="cases of each sample; 200 unless the sample says otherwise")
     verify.add_argument("--seed", type=int, default=0, help="seed of the cases")
     verify.add_argument("--output", type=Path, default=BUILD / "verify.csv", help="file to write")
+
+    bench = command("bench", BENCH, BENCH_END)
+    bench.add_argument("cases", nargs="*", metavar="CASE", help="cases to run; by default all but the largest")
+    bench.add_argument("--rounds", type=int, default=5, help="runs of each case, in turn with the others")
+    bench.add_argument("--against", type=Path, default=artifact.ROOT / "figures" / "04_cost_times.csv",
+                       help="table to compare with: of another run, or figures/04_cost_times.csv")  # fmt: skip
+    bench.add_argument("--output", type=Path, default=BUILD / "bench.csv", help="file to write")
 
     notebook = command("notebook", NOTEBOOK, NOTEBOOK_END)
     notebook.add_argument("source", type=Path, metavar="SOURCE", help="the notebook")

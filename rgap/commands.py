@@ -27,6 +27,7 @@ from rgap.client import check_loss
 from rgap.client.files import load_gradients, load_weights, save_weights
 from rgap.client.training import training
 from rgap.display import rescale, to_pixels
+from rgap.experiments import bench as benchmark
 from rgap.ranks.audit import audit as audited
 
 AUDIT_STATUS = {"stops": 0, "leaks": 1, "unknown": 3}
@@ -181,6 +182,22 @@ def verify(options: argparse.Namespace) -> int:
         print(wrong[["sample", *SAMPLE_COLUMNS]].to_string(index=False))
     print(f"\nwritten  {options.output}")
     return int(len(wrong) > 0)
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Times attacks and audits, writes the table, and prints it and how it compares with an earlier one."""
+    if not options.against.is_file():
+        raise FileNotFoundError(f"there is no table {options.against}; give --against a table of another run")
+    table = benchmark.bench(options.cases, options.rounds)
+    earlier = benchmark.compared(table, options.against)
+    save_csv(table, options.output)
+    with pd.option_context("display.width", None, "display.max_rows", None):
+        digits = {"median_s": 4, "least_s": 4, "ratio": 1, "peak_mib": 0, "psnr_db": 1, "before_s": 4, "speedup": 2}
+        print(table.drop(columns="torch").round(digits).to_string(index=False, na_rep="-"))
+        print(f"\nseconds of {options.against.name} over those of this run:")
+        print(earlier.round(digits).to_string(index=False) if len(earlier) else "it has none of these cases")
+    print(f"\nwritten  {options.output}")
+    return 0
 
 
 def load_network(options: argparse.Namespace) -> tuple[nn.Module, tuple[int, ...]]:

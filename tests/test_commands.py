@@ -357,3 +357,20 @@ def test_a_small_missing_share_does_not_pass_the_audit(mine, capsys, monkeypatch
     assert main(["audit", "--model", "cnn6", "--json", "b.json", "--least-deficit", "1"]) == 0
     assert main(["audit", "--model", "cnn6", "--least-deficit", "101"]) == 2
     assert "least-deficit is 101; it must be a percentage, from 0 to 100" in capsys.readouterr().err
+
+
+# ---- bench
+
+
+def test_bench_writes_its_table_and_prints_how_it_compares(monkeypatch, tmp_path, capsys):
+    row = {"case": "cnn6", "method": "R-GAP, prepared", "runs": 1, "median_s": 0.2, "least_s": 0.1, "ratio": 20.0}
+    table = pd.DataFrame([row | {"peak_mib": 1.0, "verdict": "exact", "psnr_db": 99.0, "torch": "2"}])
+    monkeypatch.setattr(commands.benchmark, "bench", lambda cases, rounds: table)
+    table.assign(least_s=0.3).to_csv(tmp_path / "before.csv", index=False)
+    output = tmp_path / "new" / "bench.csv"
+    assert main(["bench", "cnn6", "--against", str(tmp_path / "before.csv"), "--output", str(output)]) == 0
+    assert pd.read_csv(output)["ratio"].tolist() == [20.0]
+    printed = capsys.readouterr().out
+    assert "seconds of before.csv over those of this run" in printed and "3.0" in printed
+    assert main(["bench", "--against", str(tmp_path / "none.csv")]) == 2
+    assert "there is no table" in capsys.readouterr().err
