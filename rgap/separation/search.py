@@ -26,6 +26,18 @@ STARTS_AT_ONCE = 6
 MAX_STEPS = 40
 """Steps of the fixed point from one start; it takes about ten."""
 
+ROWS_AT_ONCE = 60
+"""Rows of the gradients from which starts are made together, where many images are left."""
+
+MAX_ROW_STEPS = 20
+"""Steps from such a start; those that lead to an image take about eight."""
+
+MAX_FAILED_ROUNDS = 4
+"""Rounds of such starts in a row without a new input, after which they end."""
+
+MAX_ROW_SINE = 3e-3
+"""Sine of the angle with which such a start may end and be tested; others end above 6e-3."""
+
 
 @dataclass(frozen=True)
 class Separation:
@@ -93,6 +105,8 @@ def separate(
         search.add_known(x, dz, residuals)
     generator = torch.Generator().manual_seed(seed)
     starts, failed, whole = 0, 0, False
+    if known is not None and search.has_tests and not search.lacking:
+        starts = search.run_rows(generator)
     if near is not None:
         for signs in search.patterns(near):
             search.accept(signs)
@@ -117,20 +131,48 @@ class Search(SearchState):
 
     def run_starts(self, count: int, generator: torch.Generator, *, whole: bool) -> None:
         """Iterates random starts, among the inputs not yet found, or among all of them (`whole`)."""
-        rest = torch.eye(self.first.rank, dtype=self.Z.dtype)
-        rest_next = torch.eye(self.H.shape[1], dtype=self.Z.dtype)
-        if not whole:
-            rest = null_of_rows(torch.cat([self.dual, self.partial_duals()]))
-            if self.second.rank == self.first.rank:
-                rest_next = null_of_rows(self.dual_next)
-        Z = torch.linalg.qr(self.Z @ rest)[0]
+        Z, H = (torch.linalg.qr(self.Z)[0], self.H) if whole else self.left()
         start = torch.randn(count, Z.shape[1], generator=generator, dtype=Z.dtype)
-        signs = self.iterate(Z, self.H @ rest_next, start @ Z.T > 0)
+        signs, _ = self.iterate(Z, H, start @ Z.T > 0)
         if not whole and len(self.q) and not self.lacking:
             # deflated spaces carry the errors of the inputs found; the whole ones do not
-            signs = self.iterate(torch.linalg.qr(self.Z)[0], self.H, signs)
+            signs, _ = self.iterate(torch.linalg.qr(self.Z)[0], self.H, signs)
         for s in signs:
             self.accept(s)
+
+    def left(self) -> tuple[Tensor, Tensor]:
+        """Orthonormal bases of the pre-activations (h, R − F), and of the hidden vectors, of all inputs not found."""
+        rest, H = null_of_rows(torch.cat([self.dual, self.partial_duals()])), self.H
+        if self.second.rank == self.first.rank:
+            H = H @ null_of_rows(self.dual_next)
+        return torch.linalg.qr(self.Z @ rest)[0], H
+
+    def run_rows(self, generator: torch.Generator) -> int:
+        """Iterates rows of both gradients until some rounds find nothing; the number of starts."""
+        count = failed = 0
+        while self.unknown > 0 and failed < MAX_FAILED_ROUNDS:
+            patterns, (Z, H), before = self.row_patterns(), self.left(), self.known
+            picked = torch.randperm(len(patterns), generator=generator)[:ROWS_AT_ONCE]
+            signs, sines = self.iterate(Z, H, patterns[picked], MAX_ROW_STEPS)
+            for s in signs[sines <= MAX_ROW_SINE].unique(dim=0):
+                self.accept(s)
+            count, failed = count + len(picked), 0 if self.known > before else failed + 1
+        return count
+
+    def row_patterns(self) -> Tensor:
+        """Signs (N, units) that rows of the gradients have, less the inputs found: they mix few images.
+
+        A row is oriented so that the unit it belongs to is on.
+        """
+        rows = self.first.U * self.first.S - self.dz.T @ self.q
+        z = rows @ self.Z.T
+        hidden = self.hidden(self.q) @ self.H
+        next_dz = self.dual_next * self.second.S
+        next_dz = next_dz / (self.dual_next * hidden).sum(1, keepdim=True)
+        a = (self.second.U @ (torch.diag(self.second.S) - next_dz.T @ hidden)) @ self.H.T
+        signs = [z * z.diagonal()[:, None].sign() > 0, a * a.sum(1, keepdim=True).sign() > 0]
+        alive = [part.norm(dim=1) > self.tolerance * part.norm(dim=1).amax() for part in (z, a)]
+        return torch.cat([each[which] for each, which in zip(signs, alive, strict=True)])
 
     def patterns(self, inputs: Tensor) -> Tensor:
         """Signs of the units of known inputs (F, n), (F, units)."""
@@ -139,18 +181,22 @@ class Search(SearchState):
             q = q + self.first.V[-1]
         return q @ self.Z.T > 0
 
-    def iterate(self, Z: Tensor, H: Tensor, signs: Tensor) -> Tensor:
-        """Replaces signs (S, units) by those of the vector D_s Z q nearest to the range of H, until they are stable."""
-        live = torch.arange(len(signs))
+    def iterate(self, Z: Tensor, H: Tensor, signs: Tensor, steps: int = MAX_STEPS) -> tuple[Tensor, Tensor]:
+        """Replaces signs (S, units) by those of the vector D_s Z q nearest to the range of H, until they are stable.
+
+        Gives the signs, and the sines (S,) of the last angles.
+        """
+        live, sines = torch.arange(len(signs)), Z.new_ones(len(signs))
         floor = 1e-13 * torch.eye(Z.shape[1], dtype=Z.dtype)
-        for _ in range(MAX_STEPS):
+        for _ in range(steps):
             DZ = torch.where(signs[live], self.up, self.down)[:, :, None] * Z
             N, P = DZ.mT @ DZ, H.T @ DZ
             trace = N.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-30)
             L = torch.linalg.cholesky(N + floor * trace)
             T = torch.linalg.solve_triangular(L, P.mT, upper=False)
-            y = torch.linalg.eigh(T @ T.mT)[1][:, :, -1:]
-            z = torch.linalg.solve_triangular(L.mT, y, upper=True)[:, :, 0] @ Z.T
+            squares, directions = torch.linalg.eigh(T @ T.mT)
+            sines[live] = (1 - squares[:, -1]).clamp(min=0).sqrt()
+            z = torch.linalg.solve_triangular(L.mT, directions[:, :, -1:], upper=True)[:, :, 0] @ Z.T
             turned = z > 0
             against = (turned == signs[live]).sum(1) * 2 < signs.shape[1]
             turned[against] = z[against] < 0
@@ -160,7 +206,7 @@ class Search(SearchState):
             live = live[~stays]
             if not len(live):
                 break
-        return signs
+        return signs, sines
 
     def accept(self, signs: Tensor) -> None:
         """Adds the input with these signs if it passes both tests and is new; keeps ∂ℓ/∂z_1 if it passes the second."""

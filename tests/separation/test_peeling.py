@@ -7,6 +7,7 @@ from torch import nn
 import rgap
 from rgap.separation.linear_units import linear_part
 from rgap.separation.peeling import peel
+from rgap.separation.search import separate
 from rgap.separation.subspaces import row_span
 from rgap.shared_gradient import receive
 
@@ -74,6 +75,18 @@ def test_deeper_networks_peel_and_are_searched_for_the_rest():
     rows, labels = table(40)
     result = attacked(network((UNITS, 120, 60)), rows, labels)
     assert result.verdict == "exact" and found_rows(result, rows)[0] == 40
+
+
+def test_rows_of_both_gradients_start_the_search_for_what_does_not_peel():
+    rows, labels = table(40)
+    model = network((200, 200))
+    chain = rgap.prepare(model, (FEATURES,))
+    received = receive(chain, rgap.client_gradients(model, rows, labels, loss="cross_entropy"))
+    first = row_span(chain.layers[0], received.gradients, received.precision)
+    peeled = peel(chain.layers, received, first, "cross_entropy", 40)
+    found = separate(*chain.layers[:2], received.gradients, precision=received.precision, span=first, known=peeled)
+    assert peeled.peeled < 30 and len(found.inputs) == 40
+    assert distances(found.inputs, rows).min(1).values.max() < 1e-9
 
 
 def test_what_is_missing_is_counted_and_what_is_found_is_certified():
