@@ -1,4 +1,5 @@
-# Every task of this project; `make help` lists them. Targets are executed notebooks in build/, never committed files.
+# Every task of this project; `make help` lists them. What a run writes lies in build/; only `make refresh` writes over
+# committed files.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -25,6 +26,7 @@ CASES :=
 ROUNDS :=
 AGAINST :=
 SCHEDULER :=
+JOBS :=
 PIP_ARGS :=
 # By way of the environment values reach a recipe whole, whatever spaces a path has.
 export COLOR GRAY MODEL INDEX DATA SEED BATCH EPOCHS WEIGHTS GRADIENTS SHAPE LOSS COUNT SCHEDULER ROUNDS AGAINST
@@ -53,10 +55,12 @@ endif
 ifeq ($(filter default paper custom,$(PROFILE)),)
 $(error PROFILE=$(PROFILE) is unknown; give PROFILE=paper, COLOR= and GRAY=, or nothing)
 endif
-FIGURES := $(if $(filter default,$(PROFILE)),figures,build/$(PROFILE)/figures)
+FIGURES := build/$(PROFILE)/figures
 PARAMETERS := $(if $(filter paper,$(PROFILE)),notebooks/paper.yml)$(if $(filter custom,$(PROFILE)),build/custom/.images)
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
 EXECUTED := $(NOTEBOOKS:notebooks/%=build/$(PROFILE)/%)
+# Notebooks side by side, one a core unless JOBS= says how many; one failure stops none of the others.
+jobs = $(if $(JOBS),--jobs $(JOBS))
 run = RGAP_PROFILE=$(1) RGAP_FIGURES="$(CURDIR)/$(2)" $(if $(SCHEDULER),RGAP_SCHEDULER="$$SCHEDULER" )$(PYTHON)
 
 # For a network of your own, whose images and loss the package does not know.
@@ -67,13 +71,14 @@ help: ## list these targets
 
 env: $(ENV) ## .venv with every pinned package and this one; PIP_ARGS=… goes to the installer
 
-figures: $(EXECUTED) | $(ENV) ## run the notebooks, write figures/, print the claims; PROFILE=paper | COLOR=folder:PATH GRAY=folder:PATH; SCHEDULER=tcp://… runs attacks on Dask
+figures: $(EXECUTED) | $(ENV) ## run the notebooks, compare with figures/, print the claims; PROFILE=paper | COLOR=folder:PATH GRAY=folder:PATH; JOBS=2; SCHEDULER=tcp://… runs attacks on Dask
+	@$(if $(STALE),$(call run,$(PROFILE),$(FIGURES)) -m rgap notebooks run $(STALE) --into build/$(PROFILE) $(jobs) \
+		$(if $(filter paper,$(PROFILE)),-f notebooks/paper.yml) $${COLOR:+-o color "$$COLOR"} $${GRAY:+-o gray "$$GRAY"})
 	@$(call run,$(PROFILE),$(FIGURES)) -m rgap report --claims
 
+# Only notes what has to run: `figures` runs it, because how long is left depends on all that runs.
 build/$(PROFILE)/%.ipynb: notebooks/%.ipynb notebooks/claims.yml $(wildcard rgap/*.py rgap/*/*.py rgap/*/*/*.py) $(PARAMETERS) | $(ENV)
-	@echo "running $<"
-	@$(call run,$(PROFILE),$(FIGURES)) -m rgap notebook $< $@ $(if $(filter paper,$(PROFILE)),-f notebooks/paper.yml) \
-		$${COLOR:+-o color "$$COLOR"} $${GRAY:+-o gray "$$GRAY"}
+	@$(eval STALE += $<)
 
 # Changes only when other images are asked for, and then the notebooks run again.
 build/custom/.images: FORCE
@@ -83,8 +88,7 @@ build/custom/.images: FORCE
 # Tests run side by side, a process a core.
 test: $(ENV) ## unit tests with coverage, then the committed notebooks against what they print
 	$(PYTHON) -m pytest --cov -n auto
-	@mkdir -p build/nbval
-	$(call run,default,build/nbval) -m pytest --nbval-lax --nbval-current-env notebooks
+	@$(call run,default,build/nbval/figures) -m rgap notebooks test $(NOTEBOOKS) --into build/nbval $(jobs)
 
 test-fast: $(ENV) ## unit tests that take less than two seconds each, in about a minute
 	$(PYTHON) -m pytest -m "not slow" -n auto
@@ -101,10 +105,11 @@ lab: $(ENV) ## open JupyterLab in notebooks/, with the audit of your own model
 test-lab: $(ENV) ## JupyterLab in a real browser, as a person uses it; a screenshot stays in build/lab/
 	$(PYTHON) -m pytest tests/lab/test_lab.py
 
-notebooks: $(NOTEBOOKS:%=refresh/%) ## run the notebooks where they lie, to refresh the outputs that are committed
-refresh/%: FORCE | $(ENV)
-	@echo "running $*"
-	@$(call run,default,build/refresh) -m rgap notebook $*
+refresh: $(ENV) ## run the notebooks where they lie, and write over the committed outputs and figures/
+	@$(call run,default,figures) -m rgap notebooks refresh $(NOTEBOOKS) --into build/refresh
+	@$(call run,default,figures) -m rgap report --claims
+
+notebooks: refresh
 
 reconstruction: $(ENV) ## one attack: MODEL=cnn6|module:function DATA=embedded|cifar10|mnist|folder:PATH INDEX=0 BATCH=1 SEED=0 WEIGHTS=file GRADIENTS=file SHAPE= LOSS=
 	@$(PYTHON) -m rgap reconstruct --model "$$MODEL" --index "$$INDEX" --data "$$DATA" --seed "$$SEED" --batch "$$BATCH" \
@@ -116,8 +121,10 @@ train: $(ENV) ## a few epochs, for WEIGHTS=: MODEL=cnn6|module:function DATA=emb
 audit: $(ENV) ## what a network gives away, in build/audit/: MODEL=cnn6|module:function SHAPE=3,224,224 BATCH=1; fails where it leaks
 	@$(PYTHON) -m rgap audit --model "$$MODEL" $${SHAPE:+--shape "$$SHAPE"} --batch "$$BATCH"
 
+# Before any run the report shows what is committed.
+report: SHOWN = $(if $(wildcard $(FIGURES))$(filter-out default,$(PROFILE)),$(FIGURES),figures)
 report: $(ENV) ## every notebook, figure, table and claim as web pages in build/report/; PROFILE=paper for that profile's
-	@$(call run,$(PROFILE),$(FIGURES)) -m rgap report
+	@$(call run,$(PROFILE),$(SHOWN)) -m rgap report
 
 clean: ## remove everything made in build/, downloaded data apart
 	rm -rf .coverage .pytest_cache .ruff_cache .hypothesis

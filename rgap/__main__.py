@@ -14,6 +14,7 @@ from rgap import artifact
 MODELS = ("cnn6", "cnn6_d", "cnn6_batch", "fcn3", "lenet")
 LOSSES = ("logistic", "cross_entropy", "mse")
 BUILD = artifact.ROOT / "build"
+UNKNOWN_SECONDS = 60.0  # what a notebook takes of which notebooks/claims.yml does not say how long it takes
 
 AUDIT = """What a network gives away, by the ranks of its layers' linear equations; no data, no attack, seconds.
 
@@ -69,10 +70,20 @@ NOTEBOOK_END = """exit status: 0, 1 where the notebook fails, 2 where an argumen
 example:
   rgap notebook notebooks/01_reconstruction.ipynb build/01.ipynb -p seeds [0]"""
 
+NOTEBOOKS = """Runs notebooks side by side, the longest first, goes on after one that fails, and shows how long is left.
+
+`run` writes executed copies --into a folder; `refresh` runs notebooks where they lie and replaces their outputs, one
+after another; `test` runs them by nbval against what they print."""
+NOTEBOOKS_END = """exit status: 0, 1 where a notebook fails, 2 where an argument is wrong.
+
+example:
+  rgap notebooks run notebooks/0[1-3]_*.ipynb --into build/default --jobs 2"""
+
 REPORT = """Writes every notebook, figure, table and claim as web pages to build/report/.
 
-With --claims it prints the claims that the last run measured instead; 1 is the exit status where one fails. With
---readme it writes the tables of claims in README.md and docs/claims.md."""
+With --claims it prints instead how the last run's figures and tables compare with the committed ones, and the claims
+that it measured; 1 is the exit status where one differs or fails. With --readme it writes the tables of
+claims in README.md and docs/claims.md."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -93,6 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "notebook":
             return _notebook(options)
+        if options.command == "notebooks":
+            return _notebooks(options)
         if options.command == "report":
             return _report(options)
         from rgap import commands
@@ -153,14 +166,21 @@ def parser() -> argparse.ArgumentParser:
     notebook = command("notebook", NOTEBOOK, NOTEBOOK_END)
     notebook.add_argument("source", type=Path, metavar="SOURCE", help="the notebook")
     notebook.add_argument("target", type=Path, metavar="TARGET", nargs="?", help="where the executed copy goes")
-    notebook.add_argument("-f", "--file", type=Path, help="YAML file of parameters, one section per notebook")
     pairs = {"nargs": 2, "action": "append", "default": []}
     notebook.add_argument("-p", "--parameter", **pairs, metavar=("NAME", "VALUE"), help="a parameter, written as YAML")
-    offer = "a text for notebooks that have this parameter"
-    notebook.add_argument("-o", "--offer", **pairs, metavar=("NAME", "TEXT"), help=offer)
+    notebooks = command("notebooks", NOTEBOOKS, NOTEBOOKS_END)
+    notebooks.add_argument("action", choices=("run", "refresh", "test"), metavar="run|refresh|test")
+    notebooks.add_argument("sources", type=Path, nargs="+", metavar="SOURCE", help="the notebooks")
+    notebooks.add_argument("--into", type=Path, default=BUILD, help="folder of the executed copies and of what is said")
+    notebooks.add_argument("--jobs", type=int, help="how many run at a time; by default one a core")
+    for one in (notebook, notebooks):
+        one.add_argument("-f", "--file", type=Path, help="YAML file of parameters, one section per notebook")
+        offer = "a text for notebooks that have this parameter"
+        one.add_argument("-o", "--offer", **pairs, metavar=("NAME", "TEXT"), help=offer)
 
     report = command("report", REPORT)
-    report.add_argument("--claims", action="store_true", help="print the claims table and what is wrong with the run")
+    about = "compare with the committed figures, print the claims and what is wrong with the run"
+    report.add_argument("--claims", action="store_true", help=about)
     about = "write the tables of claims in README.md and docs/claims.md from the committed run"
     report.add_argument("--readme", action="store_true", help=about)
     return top
@@ -198,6 +218,33 @@ def _notebook(options: argparse.Namespace) -> int:
         print(f"{options.source}: interrupted; the next run begins this notebook again", file=sys.stderr)
         return 130
     return 0
+
+
+def _notebooks(options: argparse.Namespace) -> int:
+    from rgap.artifact import schedule
+
+    seconds, alone = artifact.usual_seconds(), artifact.run_alone()
+    given = ["-f", str(options.file)] if options.file else []
+    given += [text for pair in options.offer for text in ("-o", *pair)]
+
+    def command(source: Path) -> list[str]:
+        commands = {
+            "run": ["rgap", "notebook", str(source), str(options.into / source.name), *given],
+            "refresh": ["rgap", "notebook", str(source)],
+            "test": ["pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env", str(source)],
+        }
+        return [sys.executable, "-m", *commands[options.action]]
+
+    # Committed tables and the seconds in them are written by one notebook at a time.
+    workers = 1 if options.action == "refresh" else options.jobs or schedule.usable_cores()
+    jobs = [
+        schedule.Job(source.stem, command(source), seconds.get(source.stem, UNKNOWN_SECONDS), source.stem in alone)
+        for source in options.sources
+    ]
+    failed = schedule.run_jobs(jobs, workers, options.into / "logs")
+    for job in failed:
+        print(f"{job.name} failed; what it printed is in {options.into / 'logs' / job.name}.log", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 import rgap
 from rgap import artifact, data, experiments, metrics, models
@@ -28,6 +27,7 @@ from rgap.client.files import load_gradients, load_weights, save_weights
 from rgap.client.training import training
 from rgap.display import rescale, to_pixels
 from rgap.experiments import bench as benchmark
+from rgap.progress import progress
 from rgap.ranks.audit import audit as audited
 
 AUDIT_STATUS = {"stops": 0, "leaks": 1, "unknown": 3}
@@ -244,7 +244,7 @@ def run_samples(samples: dict[str, Callable[..., pd.DataFrame]], count: int | No
     Each has `count` cases, or as many as its default where that is None. Refuses rows without `SAMPLE_COLUMNS`.
     """
     tables = []
-    for name, sample in tqdm(samples.items(), desc="samples", disable=None):
+    for name, sample in progress(samples.items(), "samples"):
         default = inspect.signature(sample).parameters["count"].default
         cases = count or (SAMPLE_CASES if default is inspect.Parameter.empty else default)
         table = sample(cases, seed)

@@ -6,11 +6,13 @@ from rgap.artifact.claims import (
     check_claim,
     expected_outputs,
     forget_claims,
-    print_report,
     read_claims,
     report,
+    run_alone,
+    usual_seconds,
 )
 from rgap.artifact.outputs import ROOT, figures_dir, profile, save_figure, save_table, write_atomically
+from rgap.artifact.summary import print_report
 
 __all__ = [
     "CLAIMS",
@@ -24,7 +26,9 @@ __all__ = [
     "profile",
     "read_claims",
     "report",
+    "run_alone",
     "save_figure",
     "save_table",
+    "usual_seconds",
     "write_atomically",
 ]

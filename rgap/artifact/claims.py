@@ -5,7 +5,6 @@ In the profile `custom`, which runs on other images, claims are printed and reco
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +68,28 @@ def expected_outputs() -> dict[str, list[str]]:
         '01_reconstruction.png'
     """
     return _read_yaml()["outputs"]
+
+
+def usual_seconds() -> dict[str, float]:
+    """How long each notebook takes as a rule, by its name: `seconds` in notebooks/claims.yml.
+
+    Example:
+        >>> from rgap import artifact
+        >>> artifact.usual_seconds()["01_reconstruction"] < 600
+        True
+    """
+    return _read_yaml().get("seconds", {})
+
+
+def run_alone() -> list[str]:
+    """The notebooks that measure times and have the machine for themselves: `alone` in notebooks/claims.yml.
+
+    Example:
+        >>> from rgap import artifact
+        >>> artifact.run_alone()
+        ['04_timing_vs_dlg']
+    """
+    return _read_yaml().get("alone", [])
 
 
 def check_claim(claim_id: str, measured: float | str) -> None:
@@ -139,25 +160,6 @@ def report() -> tuple[pd.DataFrame, list[str]]:
         elif holds[claim_id] != "True" and profile() in claim["profiles"]:
             problems.append(f"claim {claim_id} fails")
     return rows, problems
-
-
-def print_report() -> int:
-    """Prints the claims table, and what is wrong with the run; returns 1 if something is, else 0.
-
-    Example:
-        >>> import contextlib, io
-        >>> from rgap import artifact
-        >>> with contextlib.redirect_stdout(io.StringIO()) as table:
-        ...     status = artifact.print_report()
-        >>> status in (0, 1)
-        True
-    """
-    rows, problems = report()
-    with pd.option_context("display.width", None, "display.max_colwidth", None):
-        print(rows[["id", "statement", "expected", "measured", "unit", "holds"]].to_string(index=False))
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    return 1 if problems else 0
 
 
 def _read_yaml() -> dict:

@@ -14,7 +14,7 @@ from nbclient.exceptions import CellExecutionError
 from nbconvert.preprocessors import ExecutePreprocessor
 
 from rgap.artifact.claims import expected_outputs, forget_claims
-from rgap.artifact.outputs import figures_dir, write_atomically
+from rgap.artifact.outputs import ROOT, figures_dir, write_atomically
 
 KERNEL = "python3"  # under this name jupyter runs the interpreter that started it; no kernel needs to be registered
 # Replaces what the kernel writes: a version of Python and a display name that differ from machine to machine.
@@ -60,6 +60,8 @@ def run(source: Path, target: Path, parameters: dict | None = None, offered: dic
 def refresh(source: Path) -> Path:
     """Runs a notebook in its own folder and replaces its outputs, only if all succeeds; two runs give the same file.
 
+    What went to standard error, such as warnings, and this checkout's path are left out.
+
     Raises:
         NotebookError: As for `run`.
         nbclient.exceptions.CellExecutionError: If a cell fails.
@@ -69,7 +71,11 @@ def refresh(source: Path) -> Path:
     with _outputs_checked(source.stem):
         executor.preprocess(notebook, {"metadata": {"path": source.parent}})
     notebook.metadata |= METADATA
-    return write_atomically(source, lambda file: file.write((nbformat.writes(notebook) + "\n").encode()))
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    text = nbformat.writes(notebook).replace(f"{ROOT}{os.sep}", "") + "\n"
+    return write_atomically(source, lambda file: file.write(text.encode()))
 
 
 def read_parameters(path: Path, notebook: str) -> dict:

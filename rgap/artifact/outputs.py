@@ -2,8 +2,8 @@
 
 Paths are relative to the checkout that this package lies in; only without one, where it was installed from a wheel, to
 the working directory. Two environment variables control a run, and the
-Makefile sets both: RGAP_FIGURES is the folder to write to (figures/ unless given), RGAP_PROFILE is `default`, `paper`
-or `custom`.
+Makefile sets both: RGAP_FIGURES is the folder to write to (build/figures/ unless given; never the committed figures/,
+which only `make refresh` writes), RGAP_PROFILE is `default`, `paper` or `custom`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ROOT = CHECKOUT if (CHECKOUT / "notebooks" / "claims.yml").is_file() else Path.c
 
 
 def figures_dir() -> Path:
-    """The folder that this run writes to: RGAP_FIGURES, or figures/ beside the package.
+    """The folder that this run writes to: RGAP_FIGURES, or build/figures/ beside the package.
 
     Example:
         >>> from rgap import artifact
         >>> artifact.figures_dir().is_absolute()
         True
     """
-    return Path(os.environ.get("RGAP_FIGURES") or ROOT / "figures").absolute()
+    return Path(os.environ.get("RGAP_FIGURES") or ROOT / "build" / "figures").absolute()
 
 
 def profile() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +10,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from rgap.progress import progress
 
 LBFGS_LOSS_SCALE = 1e6
 """L-BFGS minimises this multiple of the objective: torch's drops curvature pairs below an absolute bound."""
@@ -100,7 +100,7 @@ def lbfgs(
         (x.grad,) = torch.autograd.grad(LBFGS_LOSS_SCALE * value, x)
         return LBFGS_LOSS_SCALE * value.detach()
 
-    for step in _progress(steps, title):
+    for step in progress(range(1, steps + 1), title, leave=False):
         at = x.detach().clone()
         optimiser.step(closure)
         loss, residual = seen
@@ -129,7 +129,7 @@ def signed_adam(
     cuts = [max(1, steps * part // 8) for part in (3, 5, 7)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, cuts, gamma=0.1)
     best, lowest = x.detach().clone(), math.inf
-    for step in _progress(steps, title):
+    for step in progress(range(1, steps + 1), title, leave=False):
         value, residual = objective(x)
         loss, at = value.item(), x.detach().clone()
         record.note(step, loss, residual, at, last=step == steps or not math.isfinite(loss))
@@ -144,8 +144,3 @@ def signed_adam(
         with torch.no_grad():
             x.clamp_(*box)
     return Descended(best, lowest)
-
-
-def _progress(steps: int, title: str) -> tqdm:
-    """The steps, with a progress bar where stderr is a terminal; tqdm's own `disable=None` shows one in notebooks."""
-    return tqdm(range(1, steps + 1), desc=title, leave=False, disable=not sys.stderr.isatty())

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from rgap.arguments import check_choice, check_count, check_labels, check_model, check_number, check_seed, check_tensor
 from rgap.client.gradients import check_loss, loss_value
+from rgap.progress import progress
 
 OPTIMISERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
@@ -50,7 +49,7 @@ def training(
     steps = OPTIMISERS[optimiser](student.parameters(), learning_rate)
     generator = torch.Generator().manual_seed(check_seed(seed))
     total = epochs * math.ceil(len(images) / batch_size)
-    with tqdm(total=total, desc="training", disable=not sys.stderr.isatty()) as bar:
+    with progress(title="training", total=total) as bar:
         yield _state(student, images, labels, loss, 0)
         for epoch in range(1, epochs + 1):
             student.train()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,6 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
@@ -25,6 +23,7 @@ from rgap.display import rescale as rescale  # for notebooks
 from rgap.metrics import match, mse, psnr_db, ssim
 from rgap.network.chain import prepare
 from rgap.network.layer import Chain
+from rgap.progress import progress as progress  # for the other experiments
 from rgap.results import Reconstruction
 
 SAME_IMAGE_COSINE = 1 - 1e-6
@@ -197,11 +196,6 @@ def directions(images: Tensor) -> Tensor:
     """Images (N, C, H, W) scaled to norm 1, float64; an image of zeros stays zero."""
     flat = images.detach().double().flatten(1)
     return (flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-300)).reshape(images.shape)
-
-
-def progress(items: Iterable, title: str, **options) -> tqdm:
-    """The items, with a progress bar where stderr is a terminal. tqdm's own `disable=None` fails in notebooks."""
-    return tqdm(items, desc=title, disable=not sys.stderr.isatty(), **options)
 
 
 def timed(function: Callable, *arguments, **options) -> tuple[Any, float]:

@@ -27,7 +27,7 @@ def write_claims(root):
 
     def write(expected: dict, files: dict | None = None) -> Path:
         content = {"outputs": files or {}, "claims": expected}
-        claims.CLAIMS.write_text(yaml.safe_dump(content))
+        claims.CLAIMS.write_text(yaml.safe_dump(content, sort_keys=False))
         return claims.CLAIMS
 
     return write

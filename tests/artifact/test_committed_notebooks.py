@@ -63,6 +63,8 @@ def test_claims_outputs_and_paper_parameters_belong_to_notebooks():
     assert {claim["notebook"] for claim in artifact.read_claims().values()} <= names
     assert set(artifact.expected_outputs()) <= names
     assert set(paper) <= names
+    assert set(artifact.usual_seconds()) == names
+    assert set(artifact.run_alone()) <= names
     for notebook, outputs in artifact.expected_outputs().items():
         assert all(name.startswith(notebook[:3]) for name in outputs)
 

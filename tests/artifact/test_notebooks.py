@@ -1,11 +1,13 @@
+import sys
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
 
+from rgap import artifact
 from rgap.__main__ import main
-from rgap.artifact import claims, notebooks
+from rgap.artifact import claims, notebooks, schedule
 
 # A notebook that needs no import worth mentioning, because every run starts a fresh kernel.
 CELLS = [
@@ -105,6 +107,45 @@ def test_refresh_twice_gives_the_same_bytes_and_a_failure_changes_nothing(projec
     assert main(["notebook", SOURCE]) == 1
     assert "too large" in capsys.readouterr().err
     assert Path(SOURCE).read_bytes() == broken
+
+
+@pytest.mark.slow
+def test_refresh_leaves_out_warnings_and_this_checkouts_path(project, monkeypatch):
+    monkeypatch.setattr(notebooks, "ROOT", project)
+    noisy = nbformat.v4.new_code_cell(
+        "import sys, os; print('warned', file=sys.stderr); print(os.path.abspath('../x'))"
+    )
+    notebook = nbformat.read(SOURCE, 4)
+    notebook.cells.append(noisy)
+    nbformat.write(notebook, SOURCE)
+    notebooks.refresh(Path(SOURCE))
+    (output,) = nbformat.read(SOURCE, 4).cells[-1].outputs
+    assert output.text == "x\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "workers", "command"),
+    [
+        (["run", "--into", "build/x", "-f", "a.yml", "-o", "color", "folder:a b"], None,
+         f"rgap notebook {SOURCE} build/x/01_sum.ipynb -f a.yml -o color folder:a b"),
+        (["run", "--into", "build/x", "--jobs", "5"], 5, f"rgap notebook {SOURCE} build/x/01_sum.ipynb"),
+        (["refresh", "--into", "build/x", "--jobs", "5"], 1, f"rgap notebook {SOURCE}"),
+        (["test", "--into", "build/x"], None,
+         f"pytest -q -p no:cacheprovider --nbval-lax --nbval-current-env {SOURCE}"),
+    ],
+)  # fmt: skip
+def test_several_notebooks_are_jobs_of_their_own(project, monkeypatch, capsys, arguments, workers, command):
+    seen = []
+    monkeypatch.setattr(artifact, "usual_seconds", lambda: {"01_sum": 7})
+    monkeypatch.setattr(artifact, "run_alone", lambda: ["04_timing_vs_dlg"])
+    monkeypatch.setattr(schedule, "run_jobs", lambda *given: seen.append(given) or [given[0][0]])
+    assert main(["notebooks", arguments[0], SOURCE, "notebooks/04_timing_vs_dlg.ipynb", *arguments[1:]]) == 1
+    ((one, timed), count, logs), *_ = seen
+    assert count == (workers or schedule.usable_cores()) and logs == Path("build/x/logs")
+    assert " ".join(one.command[2:]) == command and one.command[0] == sys.executable
+    assert (one.name, one.alone, timed.alone) == ("01_sum", False, True)
+    assert one.seconds == 7 and timed.seconds == 60
+    assert capsys.readouterr().err == "01_sum failed; what it printed is in build/x/logs/01_sum.log\n"
 
 
 def test_an_interrupted_run_says_what_comes_next(project, capsys, monkeypatch):

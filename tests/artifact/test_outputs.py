@@ -25,7 +25,7 @@ def draw(height=1.0):
 def test_paths_are_anchored_on_the_package(monkeypatch, tmp_path):
     monkeypatch.delenv("RGAP_FIGURES", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert outputs.figures_dir() == Path(outputs.__file__).parents[2] / "figures"
+    assert outputs.figures_dir() == Path(outputs.__file__).parents[2] / "build" / "figures"
 
 
 def test_the_same_figure_gives_the_same_bytes_and_names_no_software(figures):

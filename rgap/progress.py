@@ -1,0 +1,33 @@
+"""Progress bars: on a terminal, or in the file that whoever runs a notebook reads; never among a notebook's outputs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from functools import cache
+from typing import TextIO
+
+from tqdm.auto import tqdm
+
+PROGRESS_FILE = "RGAP_PROGRESS"
+"""Environment variable with the file that a notebook's progress bars write to; its last text tells how far it is."""
+
+
+def progress(items: Iterable | None = None, title: str = "", **options) -> tqdm:
+    """The items, with a progress bar. tqdm's own `disable=None` would show one in notebooks.
+
+    Args:
+        items: What to go through; None for a bar that is moved by hand, with `total=`.
+        title: Shown before the count.
+        **options: For tqdm.
+    """
+    path = os.environ.get(PROGRESS_FILE)
+    if path:
+        options |= {"file": _opened(path), "bar_format": "{desc} {n_fmt} of {total_fmt}", "mininterval": 0.5}
+    return tqdm(items, desc=title, disable=not path and not sys.stderr.isatty(), **options)
+
+
+@cache
+def _opened(path: str) -> TextIO:
+    return open(path, "a", encoding="utf-8")
