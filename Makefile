@@ -108,6 +108,7 @@ test-lab: $(ENV) ## JupyterLab in a real browser, as a person uses it; a screens
 refresh: $(ENV) ## run the notebooks where they lie, and write over the committed outputs and figures/
 	@$(call run,default,figures) -m rgap notebooks refresh $(NOTEBOOKS) --into build/refresh
 	@$(call run,default,figures) -m rgap report --claims
+	@$(PYTHON) -m rgap report --readme
 
 notebooks: refresh
 

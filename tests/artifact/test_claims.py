@@ -70,7 +70,7 @@ def test_other_images_never_fail_a_claim(figures, monkeypatch):
 
 
 def test_an_unknown_claim_is_refused(figures):
-    with pytest.raises(ValueError, match=r"'speed' is not in claims\.yml; it has fast, few"):
+    with pytest.raises(ValueError, match=r"'speed' is not in claims\.yml; it has quality, few"):
         claims.check_claim("speed", 1)
 
 

@@ -215,6 +215,7 @@ def test_notebooks_and_committed_figures_are_refreshed_every_time(clone, target)
         assert calls(clone) == [
             f"default|figures|-m rgap notebooks refresh {ONE} {TWO} --into build/refresh",
             f"default|figures|{REPORT}",
+            "||-m rgap report --readme",
         ]
 
 
