@@ -6,6 +6,7 @@ needed, and where it helps, what to do.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Collection, Sequence
@@ -145,6 +146,23 @@ def check_labels(value: object, count: int | None = None, name: str = "labels") 
     if labels.ndim != 1 or (count is not None and len(labels) != count):
         raise ValueError(f"{name} are {shown(labels)}, of shape {tuple(labels.shape)}; {need}")
     return labels.detach().to(torch.int64)
+
+
+def check_targets(value: object, count: int | None = None) -> Tensor:
+    """Labels as `check_labels` takes them, or real-valued targets of squared error, floating-point (B, outputs)."""
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        with contextlib.suppress(ValueError, TypeError):  # what is no array of numbers is refused as labels
+            value = np.asarray(value)
+    given = isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind == "f")
+    targets = check_tensor("labels", value) if given else None
+    if targets is None or not targets.is_floating_point() or targets.ndim != 2:
+        return check_labels(value, count)
+    if not targets.shape[1] or (count is not None and len(targets) != count):
+        need = "(B, outputs)" if count is None else f"({count}, outputs)"
+        raise ValueError(f"labels are real-valued, of shape {tuple(targets.shape)}; such targets are {need}")
+    if not all_finite(targets):
+        raise ValueError("labels hold NaN or infinity; real-valued targets must be finite")
+    return targets.detach()
 
 
 def check_tensor(name: str, value: object, error: type[ValueError] = ValueError, *, finite: bool = False) -> Tensor:

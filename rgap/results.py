@@ -107,7 +107,7 @@ class Candidate:
 
     Attributes:
         images: Recovered images, (B, C, H, W), float64.
-        labels: Labels of the hypothesis, (B,), int64.
+        labels: Labels of the hypothesis, (B,), int64; real-valued targets of a squared error are (B, outputs).
         gradient_residual: Largest over the tensors of ‖g′ − g‖ / ‖g‖, with g′ the gradient of this candidate.
         in_pixel_range: Whether every pixel lies in the pixel range, up to the accuracy that the gradient allows.
         layer_inputs: Layer name -> recovered input of that layer, (B, C, H, W) or (B, n); the first is the image.
@@ -150,7 +150,7 @@ class Reconstruction:
 
     Attributes:
         images: Images of the best candidate, (B, C, H, W), float64, in pixel units.
-        labels: Its labels, (B,), int64.
+        labels: Its labels, (B,), int64, or the real-valued targets of a squared error, (B, outputs).
         verdict: One of `VERDICTS`; needs no ground truth.
         candidates: Every consistent hypothesis, best first; where none is consistent, the least inconsistent one
             and its twin.

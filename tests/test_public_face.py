@@ -84,7 +84,7 @@ MODULES = {
     "baselines": "Optimised Snapshot dlg hybrid inverting_gradients",
     "client": "LOSSES LOSS_OUTPUTS LocalTraining UpdateGradients check_loss check_smoothing client_gradients "
     "clip_and_noise epsilon gaussian_noise gradients_from_update gradients_of load_gradients loss_value "
-    "mean_gradients outputs_fit prune quantise save_gradients",
+    "mean_gradients outputs_fit prune quantise save_gradients unflatten",
 }
 
 

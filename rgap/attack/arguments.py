@@ -14,7 +14,7 @@ from rgap.arguments import (
     check_number,
     check_pixel_range,
 )
-from rgap.client import check_loss, check_smoothing, outputs_fit
+from rgap.client import check_label, check_loss, check_smoothing, outputs_fit
 from rgap.forward import select_output
 from rgap.network.activations import IDENTITY
 from rgap.network.chain import Chain, prepare
@@ -68,7 +68,8 @@ def _without_chain(model, image_shape, refusal: UnsupportedLayerError) -> PatchE
     try:
         return prepare_residual(model, image_shape)
     except UnsupportedLayerError as reason:
-        raise UnsupportedLayerError(f"{refusal}; {reason}") from reason
+        both = str(refusal) if str(reason) == str(refusal) else f"{refusal}; {reason}"
+        raise UnsupportedLayerError(both) from reason
 
 
 def check_options(loss, batch_size, pixel_range, rcond, noise_std, gradient_scale=None, label_smoothing=None) -> None:
@@ -99,18 +100,7 @@ def check_arguments(chain: Chain, loss, batch_size, labels) -> None:
             f"a logarithmic softmax before the {loss} loss cannot be inverted; cross_entropy can"
         )
     if batch_size == 1:
-        checked_labels(labels, loss, outputs)
-
-
-def checked_labels(labels: Tensor | Sequence[int] | None, loss: str, outputs: int) -> int | None:
-    """The label that was given for a single image, or None; labels of a network with one output are 0 and 1."""
-    if labels is None:
-        return None
-    values, classes = check_labels(labels, 1), max(outputs, 2)
-    if not 0 <= values.item() < classes:
-        takes = "[0] or [1]" if classes == 2 else f"[0] to [{classes - 1}]"
-        raise ValueError(f"labels are {values.tolist()}; a single image of the {loss} loss takes {takes}")
-    return int(values.item())
+        check_label(labels, loss, outputs)
 
 
 def check_batch(chain: Chain, loss: str) -> None:

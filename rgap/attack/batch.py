@@ -90,7 +90,7 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
         return Candidate(
             image, torch.tensor([twin.label]), residual, inside, own, descent.reports, descent.open_layers,
             residual_allowed=allowed, predicted_error=None if descent.open_layers else error,
-            gradient_scale=factor, brightness_error=brightness,
+            gradient_scale=factor / attack.received.unit, brightness_error=brightness,
         )  # fmt: skip
 
     def preference(one: Candidate) -> tuple[bool, float]:  # inside the pixel range first, then the darker

@@ -43,10 +43,16 @@ def about_brightness(candidates: Sequence[Candidate]) -> list[str]:
     notes = []
     if worst := max((one.brightness_error for one in candidates if is_open(one)), default=0.0):
         known = "not determined" if math.isinf(worst) or worst > 1 else f"determined to {worst:.1%} only"
-        notes = [
-            f"brightness is {known}: a gradient scaled by clipping, accumulation or class weights is that of a "
-            "brighter or darker image; the pattern holds, and gradient_scale=1.0 asserts a loss by the book"
-        ]
+        why = (
+            "a gradient scaled by clipping, accumulation or class weights is that of a brighter or darker image; the "
+            "pattern holds, and gradient_scale=1.0 asserts a loss by the book"
+        )
+        if any(one.labels.is_floating_point() for one in candidates):
+            why = (
+                "without the gradient of the last layer's bias each brightness has its own real-valued target, or "
+                "factor of the loss; labels= gives the one, gradient_scale= the other"
+            )
+        notes = [f"brightness is {known}: {why}"]
     factors = {f"{one.gradient_scale:.3g}": one.gradient_scale for one in candidates}
     if any(factor != 1 for factor in factors.values()):
         causes = ", ".join(f"{factor:.5g} ({_cause(factor)})" for factor in sorted(factors.values()))

@@ -41,9 +41,10 @@ def weigh(attack: Attack, descent: Descent) -> Weighed:
     if descent.probe is not None:
         reports = tuple(replace(r, predicted_error=match.excess * r.predicted_error) for r in reports)
     inside = attack.pixels.contains(image, attack.slack(max(match.largest_errors, default=0.0)))
+    factor, brightness = descent.start.scales(0)
     return Weighed(descent.start, Candidate(
         image, labels, match.residual, inside, attack.inputs(descent, image), reports, descent.open_layers,
-        descent.beliefs, match.allowed, max(match.errors, default=None), None, *descent.start.scales(0),
+        descent.beliefs, match.allowed, max(match.errors, default=None), None, factor / received.unit, brightness,
     ), doubt=match.doubt)  # fmt: skip
 
 

@@ -31,6 +31,7 @@ def foreseen_deficits(attack: Attack) -> dict[str, int] | None:
     """
     layers, absent, seconds = attack.chain.layers, set(attack.received.absent), 0.0
     deficits: dict[str, int] = {}
+    hopeless: dict[str, int] | None = None
     for i in reversed(range(len(layers) - 1)):
         layer, before = layers[i], layers[i - 1] if i else None
         laws = _laws(layer, absent)
@@ -44,8 +45,8 @@ def foreseen_deficits(attack: Attack) -> dict[str, int] | None:
         supply, further = (0, 0) if before is None or attack.close is None else _supplied(before, absent)
         seconds += ((deficit + further) / UNKNOWNS_A_SECOND) ** 3 * bool(supply)
         if supply < deficit + further + CERTIFICATE_SURPLUS:
-            return deficits if seconds > 1 else None
-    return None
+            hopeless = hopeless or dict(deficits)
+    return hopeless if seconds > 1 else None
 
 
 def _laws(layer: Layer, absent: set[str]) -> RankLaws:

@@ -31,7 +31,6 @@ from rgap.attack.arguments import (
     check_options,
     check_shared,
     checked_batch_labels,
-    checked_labels,
     checked_network,
 )
 from rgap.attack.candidates import weigh
@@ -39,8 +38,9 @@ from rgap.attack.descent import Descent, close_by_virtual_constraints, descend, 
 from rgap.attack.foreseen import EFFORTS, foreseen_deficits, without_solving
 from rgap.attack.problem import Attack, Weighed
 from rgap.attack.verdict import judge
+from rgap.client import check_label
 from rgap.head import read_head
-from rgap.head.hypothesis import Start, Twin, starts_of
+from rgap.head.hypothesis import REAL_TARGET, Start, Twin, starts_of
 from rgap.isolation import isolated
 from rgap.linalg import rms
 from rgap.network.layer import Chain
@@ -97,7 +97,8 @@ def reconstruct(
         loss: A name in `rgap.client.LOSSES`.
         batch_size: Images in the batch, or None to find it from the gradient's rank. More than one need two or more
             fully connected layers at the network's end; the result then has `per_image`.
-        labels: Labels if they are known, (B,), of a batch in any order: other hypotheses are then not considered.
+        labels: Labels if they are known, (B,), of a batch in any order: other hypotheses are then not considered. For
+            the mse loss also a real-valued target, floating-point (1, outputs).
         virtual_constraints: Whether the layer before may close the deficit of a rank-deficient layer.
         pixel_range: Smallest and largest value of a pixel; chooses between twins, where it can.
         rcond: Singular values below rcond times the largest count as zero; by default matched to the gradient's
@@ -111,12 +112,14 @@ def reconstruct(
             takes long; its images are then uniform. "full" solves nevertheless.
         gradient_scale: Factor κ of the shared gradient κ ∇ℓ: 1.0 asserts the gradient of the mean loss, as it stands in
             `rgap.client`, another number a client that sums, accumulates, weights or clips. None estimates it. Without
-            biases a single output does not determine it, nor with it the brightness of the image.
+            biases a single output does not determine it, nor with it the brightness of the image; under squared error
+            a given factor then rests on labels, and the target of a regression must be given as `labels`.
         label_smoothing: ε of a client that smooths its labels under cross-entropy; None estimates it, where the last
             layer's equations ask for it.
 
     Returns:
-        A `Reconstruction`; read its `verdict` before its images.
+        A `Reconstruction`; read its `verdict` before its images. Where no label explains a squared error, its labels
+            are the real-valued target, (1, outputs), which the gradient of the last bias determines.
 
     Raises:
         UnsupportedLayerError: If the network is neither a chain of invertible layers nor such a transformer, or a batch
@@ -193,7 +196,7 @@ def read(
         notes = size.notes
     head = chain.layers[-1]
     asserted = {"gradient_scale": attack.gradient_scale, "label_smoothing": attack.label_smoothing}
-    reading = read_head(loss, head, received, checked_labels(labels, loss, head.output_shape[0]), **asserted)
+    reading = read_head(loss, head, received, check_label(labels, loss, head.output_shape[0]), **asserted)
     received = replace(received, rounding=max(h.rounding for h in reading.hypotheses))
     starts = starts_of(chain, reading.hypotheses)
     if several := batch_given_as_one(chain, received) if batch_size == 1 else "":
@@ -225,7 +228,7 @@ def follow(attack: Attack, starts: Sequence[Start]) -> tuple[list[Descent], list
         best = min(every, key=lambda descent: descent.mismatch)
         close = None  # nothing closes a null space of equations that no image fulfils
         return [down(best.start, math.inf)], [REFUTED]
-    kept = {int(descent.start.labels) for descent in complete}
+    kept = {descent.start.twins[0][0].label for descent in complete}
     refuted = {twin.label: d.mismatch for d in every for twin in d.start.twins[0] if twin.label not in kept}
     if not refuted:
         return complete, []
@@ -246,7 +249,8 @@ def _twins(descent: Descent) -> Iterator[Descent]:
         errors = [None if r.predicted_error is None else abs(factor) * r.predicted_error for r in descent.reports]
         reports = tuple(replace(r, predicted_error=e) for r, e in zip(descent.reports, errors, strict=True))
         probe = None if descent.probe is None else replace(descent.probe, x=factor * _relengthened(descent, twin))
-        start = replace(descent.start, labels=torch.tensor([twin.label]), length_errors=(twin.length_error,))
+        label = descent.start.labels if twin.label == REAL_TARGET else torch.tensor([twin.label])
+        start = replace(descent.start, labels=label, length_errors=(twin.length_error,))
         yield replace(descent, start=start, **scaled, reports=reports, probe=probe)
 
 

@@ -5,6 +5,7 @@ from rgap.client.files import load_gradients, save_gradients
 from rgap.client.gradients import (
     LOSS_OUTPUTS,
     LOSSES,
+    check_label,
     check_loss,
     check_smoothing,
     client_gradients,
@@ -20,6 +21,7 @@ __all__ = [
     "LOSS_OUTPUTS",
     "LocalTraining",
     "UpdateGradients",
+    "check_label",
     "check_loss",
     "check_smoothing",
     "client_gradients",

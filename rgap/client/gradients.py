@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rgap.arguments import check_count, check_labels, check_model, check_number, check_tensor
+from rgap.arguments import check_count, check_model, check_number, check_targets, check_tensor
 from rgap.forward import outputs_of, select_output
 from rgap.isolation import for_autograd, isolated
 from rgap.models import trained_names
@@ -27,9 +27,11 @@ def loss_value(
 
     Args:
         loss: "logistic": log(1 + e^{−y f}), y = 2·label − 1, for one output; "cross_entropy": softmax cross-entropy;
-            "mse": squared error, mean over all elements, against the one-hot label, or y = ±1 for one output.
+            "mse": squared error, mean over all elements, against the one-hot label, or y = ±1 for one output, or
+            against real-valued targets.
         outputs: (B, classes).
-        labels: (B,), int64; 0 or 1 for one output, else the index of the class.
+        labels: (B,), int64; 0 or 1 for one output, else the index of the class. Of "mse" also real-valued targets,
+            floating-point (B, outputs).
         label_smoothing: ε of smoothed labels (1 − ε) onehot + ε / classes; "cross_entropy" only.
         weights: Factor of each image's loss before the mean, (B,), as class weights are; None for 1.
 
@@ -47,11 +49,34 @@ def loss_value(
     outputs = check_tensor("outputs", outputs)
     if not outputs.is_floating_point():
         raise ValueError(f"outputs are {outputs.dtype}; they must be floating-point")
-    labels = check_labels(labels, len(outputs) if outputs.ndim else None)
+    labels = check_targets(labels, len(outputs) if outputs.ndim else None)
     if outputs.ndim != 2 or not outputs_fit(loss, outputs.shape[1]):
         raise ValueError(
             f"the {loss} loss takes outputs {LOSS_OUTPUTS[loss]}, and the network gives {tuple(outputs.shape)}"
         )
+    check_smoothing(loss, label_smoothing)
+    kept = {} if weights is None else {"reduction": "none"}
+    if labels.is_floating_point():
+        values = _regression_loss(loss, outputs, labels.to(outputs), **kept)
+    else:
+        values = _class_loss(loss, outputs, labels, label_smoothing, **kept)
+    if weights is not None:
+        values = values.reshape(len(outputs), -1) * weights.to(outputs)[:, None]
+    return values.mean()
+
+
+def _regression_loss(loss: str, outputs: Tensor, targets: Tensor, **kept) -> Tensor:
+    """Squared error against real-valued targets (B, outputs)."""
+    if loss != "mse" or targets.shape != outputs.shape:
+        raise ValueError(
+            f"labels are real-valued, of shape {tuple(targets.shape)}, as targets of the mse loss are that have the "
+            f"outputs' shape {tuple(outputs.shape)}; the loss is {loss}, and other labels are integers"
+        )
+    return F.mse_loss(outputs, targets, **kept)
+
+
+def _class_loss(loss: str, outputs: Tensor, labels: Tensor, label_smoothing: float, **kept) -> Tensor:
+    """A loss against labels, int64 (B,)."""
     classes = max(outputs.shape[1], 2)
     if ((labels < 0) | (labels >= classes)).any():
         hint = "; load_images(..., classes=2) maps them to two" if classes == 2 else ""
@@ -59,19 +84,13 @@ def loss_value(
             f"labels of the {loss} loss are 0 {'or 1' if classes == 2 else f'to {classes - 1}'}, and "
             f"{sorted(set(labels.tolist()))} were given{hint}"
         )
-    check_smoothing(loss, label_smoothing)
-    kept = {} if weights is None else {"reduction": "none"}
     y = (2 * labels - 1).to(outputs.dtype)[:, None]
     if loss == "cross_entropy":
-        values = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing, **kept)
-    elif loss == "logistic":
-        values = F.softplus(-y * outputs)
-    else:
-        target = y if outputs.shape[1] == 1 else F.one_hot(labels, classes).to(outputs.dtype)
-        values = F.mse_loss(outputs, target, **kept)
-    if weights is not None:
-        values = values.reshape(len(outputs), -1) * weights.to(outputs)[:, None]
-    return values.mean()
+        return F.cross_entropy(outputs, labels, label_smoothing=label_smoothing, **kept)
+    if loss == "logistic":
+        return F.softplus(-y * outputs)
+    target = y if outputs.shape[1] == 1 else F.one_hot(labels, classes).to(outputs.dtype)
+    return F.mse_loss(outputs, target, **kept)
 
 
 def check_smoothing(loss: str, label_smoothing: float | None) -> None:
@@ -103,6 +122,25 @@ def outputs_fit(loss: str, outputs: int) -> bool:
     return outputs == 1 if loss == "logistic" else outputs >= (2 if loss == "cross_entropy" else 1)
 
 
+def check_label(labels: Tensor | Sequence | None, loss: str, outputs: int) -> int | Tensor | None:
+    """The label that was given for a single image, or its real-valued target (outputs,), or None.
+
+    Labels of a network with one output are 0 and 1.
+    """
+    if labels is None:
+        return None
+    values, classes = check_targets(labels, 1), max(outputs, 2)
+    if values.is_floating_point():
+        if loss != "mse" or values.shape[1] != outputs:
+            have = f"labels are real-valued, of shape {tuple(values.shape)}"
+            raise ValueError(f"{have}; only the mse loss has such targets, here of shape (1, {outputs})")
+        return values[0].to("cpu", torch.float64)
+    if not 0 <= values.item() < classes:
+        takes = "[0] or [1]" if classes == 2 else f"[0] to [{classes - 1}]"
+        raise ValueError(f"labels are {values.tolist()}; a single image of the {loss} loss takes {takes}")
+    return int(values.item())
+
+
 def check_loss(loss: str) -> None:
     """Refuses an unknown loss by name.
 
@@ -131,7 +169,7 @@ def client_gradients(
     Args:
         model: The network, used in the mode and dtype that it has; the gradients have its parameters' dtype.
         images: (B, C, H, W), in [0, 1].
-        labels: (B,), int64.
+        labels: (B,), int64, or real-valued targets (B, outputs), as in `loss_value`.
         loss: A name in `LOSSES`.
         output: Name or place of the output that the loss is taken on, where the network gives several; the first tensor
             by default.
@@ -157,7 +195,7 @@ def client_gradients(
     images = check_tensor("images", images, finite=True)
     if images.ndim == 0 or len(images) == 0:
         raise ValueError("images are an empty batch; give at least one image, (B, C, H, W)")
-    labels = check_labels(labels, len(images))
+    labels = check_targets(labels, len(images))
     model = select_output(model, output)
     options = {"label_smoothing": label_smoothing}
     gradients = gradients_of(model, dict(model.named_parameters()), images, labels, loss, **options)
@@ -192,7 +230,7 @@ def gradients_of(
     """
     check_model(model)
     check_loss(loss)
-    images, labels = check_tensor("images", images), check_labels(labels)
+    images, labels = check_tensor("images", images), check_targets(labels)
     if not parameters or set(parameters) - set(dict(model.named_parameters())):
         raise ValueError(f"model has parameters {list(dict(model.named_parameters()))}, not {list(parameters)}")
     values = {name: for_autograd(p).requires_grad_() for name, p in parameters.items()}

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rgap.head.factor import bias_error
 from rgap.head.hypothesis import (
     HeadGradient,
     HeadReading,
     Hypothesis,
     RankOne,
+    bias_error,
     entry_stds,
     rank_one,
     reading,
@@ -52,8 +52,12 @@ DISTINCT_LOG_SCALE = 1e-6
 """Difference of log |s| from which two solutions are two."""
 
 
-def output_loss_gradient(loss: str, f: Tensor, label: int, smoothing: float = 0.0) -> Tensor:
-    """∂ℓ/∂f at outputs f (..., C), for cross-entropy with smoothed labels."""
+def output_loss_gradient(
+    loss: str, f: Tensor, label: int, smoothing: float = 0.0, target: Tensor | None = None
+) -> Tensor:
+    """∂ℓ/∂f at outputs f (..., C), for cross-entropy with smoothed labels, for squared error also with a target."""
+    if target is not None:
+        return (f - target) * (2 / f.shape[-1])
     if loss == "logistic":
         return (1 - 2 * label) * torch.sigmoid((1 - 2 * label) * f)
     hot = torch.zeros_like(f)
@@ -114,7 +118,7 @@ def _with_bias(loss: str, head: HeadGradient, smoothing: float, *, free: bool) -
     if free and len(dz) == 1:  # any factor fits one equation: that nearest to 1
         x = head.G[0] / dz
         z = head.W @ x + head.layer.bias
-        possible = [k for k in (0, 1) if relative(gradient(z, k), dz) <= head.tolerance]
+        possible = [k for k in head.labels if relative(gradient(z, k), dz) <= head.tolerance]
         best = min(possible, key=lambda k: abs(math.log(factors[k])), default=None)
     found = reading_with_bias(head, dz, gradient, [], label=best)
     error = bias_error(head)
@@ -134,10 +138,11 @@ def _misfit(head: HeadGradient, residual: float) -> float:
 def _without_bias(loss: str, head: HeadGradient, smoothing: float, *, free: bool) -> HeadReading:
     factors = rank_one(head.G)
     equations = _ActivatedEquations(loss, head, head.W @ factors.v, factors.u, smoothing, free)
-    count = max(len(head.G), 2)
-    largest = range(count) if count == 2 else factors.u.abs().argsort(descending=True)[:MAX_LABELS_TRIED].tolist()
+    largest = head.labels
+    if len(largest) > 2:
+        largest = factors.u.abs().argsort(descending=True)[:MAX_LABELS_TRIED].tolist()
     starts = [start for k in {*largest, *([] if head.known is None else [head.known])} for start in equations.starts(k)]
-    misfits = dict.fromkeys(range(count), math.inf)
+    misfits = dict.fromkeys(head.labels, math.inf)
     for residual, label, *_ in starts:
         misfits[label] = min(misfits[label], residual)
     tried = sorted(start for start in starts if head.known in (None, start[1]))[:MAX_STARTS]
@@ -150,7 +155,7 @@ def _without_bias(loss: str, head: HeadGradient, smoothing: float, *, free: bool
         if all(abs(math.log(h.scale / s)) > DISTINCT_LOG_SCALE for h in same):
             factor = equations.factor(equations.own(label, sign, head.G.new_tensor(q))).item()
             numbers = {"gradient_scale": factor, "length_error": equations.length_error(label, sign, q, factors)}
-            numbers["misfit"] = _misfit(head, residual)
+            numbers |= {"misfit": _misfit(head, residual), "target": head.target}
             found.append(Hypothesis(label, s, factors.u / s, s * factors.v, residual, **numbers))
     least = min(h.residual for h in found)
     allowed = max(min(head.tolerance, MAX_MISFIT_RATIO), 3 * least) if least < MAX_MISFIT_RATIO else least
@@ -161,7 +166,7 @@ def z_gradient(loss: str, head: HeadGradient, z: Tensor, label: int, smoothing: 
     """∂ℓ/∂z at z (..., C)."""
     layer, shaped = head.layer, z.reshape(*z.shape[:-1], *head.layer.output_shape)
     f, slope = (move(shaped).reshape(z.shape) for move in (layer.activation.forward, layer.activation.derivative))
-    return slope * output_loss_gradient(loss, f, label, smoothing)
+    return slope * output_loss_gradient(loss, f, label, smoothing, head.target)
 
 
 @dataclass(frozen=True)

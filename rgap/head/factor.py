@@ -24,6 +24,7 @@ from rgap.head.hypothesis import (
     HeadReading,
     Hypothesis,
     RankOne,
+    bias_error,
     entry_stds,
     least_squares_input,
     rank_one,
@@ -44,6 +45,9 @@ SMOOTHINGS = (0.02, 0.1, 0.3)
 
 MAX_FURTHER_ERROR = 0.0125
 """Standard deviation of log κ or ε, where both are free, from which on one of them may not be 0 and still look so."""
+
+MAX_UNCONFIRMED_OUTPUTS = 2
+"""Outputs up to which length and factor of a squared error fit any gradient, that of a real-valued target too."""
 
 OUTPUT_ARITHMETIC = 2.0
 """Error of a client's single output, in units of its precision times the root of the sum of its squared terms."""
@@ -119,6 +123,8 @@ def _model(
     if one.misfit > MAX_MISFIT:
         one, rival = (book if given or smoothing is not None else best(True, True)), []
         return (one, float(one.std[0]), False) if one.misfit <= MAX_MISFIT else (book, math.inf, True)
+    if rows.squared and length and len(rows.u) <= MAX_UNCONFIRMED_OUTPUTS:
+        return one, math.inf, False
     if rival and rival[0].misfit <= EXCLUDED_MISFIT * max(one.misfit, 1.0):
         return one, one.error_beside(rival[0]), False
     if rival:
@@ -147,13 +153,6 @@ def _ways(
     unlikely = [(label, sign) for label in more for sign in ((1.0,) if bias else (1.0, -1.0))]
     both = sorted(likely), [way for way in unlikely if way not in likely]
     return tuple([way for way in ways if head.known in (None, way[0])] for ways in both)
-
-
-def bias_error(head: HeadGradient) -> float:
-    """Relative standard deviation of the length of x where the bias's gradient is δz."""
-    unit = head.bias.abs().max()
-    dz, std = head.bias / unit, head.bias_stds / unit
-    return ((dz * std).norm() / dz.square().sum()).item()
 
 
 def _of_fit(head: HeadGradient, factors: RankOne, label: int, sign: float, fit: HeadFit) -> Hypothesis:

@@ -15,6 +15,9 @@ from rgap.results import GradientMismatchError, LayerReport
 MAX_WHITE_RATIO = 1.3
 """Largest singular value of noise in units of that of white noise."""
 
+REAL_TARGET = -1
+"""Stands for a label where the target of a squared error is real-valued."""
+
 WRONG_LABEL_RESIDUAL = 0.3
 """Relative residual above which a given label is refused, if another one fits ten times better."""
 
@@ -31,11 +34,17 @@ class HeadGradient:
     known: int | None  # the label if it was given
     std: Tensor | None = None  # standard deviation of G's entries, (C, n); None for their relative precision
     bias_std: Tensor | None = None  # of the bias's gradient, (C,)
+    target: Tensor | None = None  # real-valued target of a squared error, (C,), if it was given
 
     @property
     def has_bias_gradient(self) -> bool:
         """Whether the bias's gradient gives δz."""
         return self.bias is not None
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """Every label that a sample may have."""
+        return range(max(len(self.G), 2)) if self.target is None else (REAL_TARGET,)
 
     @property
     def bias_stds(self) -> Tensor:
@@ -66,6 +75,7 @@ class Hypothesis:
     label_smoothing: float = 0.0  # ε of the client's labels
     length_error: float = 0.0  # relative standard deviation of x's length; infinite where nothing determines it
     misfit: float = 0.0  # of the head's equations, in standard deviations
+    target: Tensor | None = None  # (C,), where the label is `REAL_TARGET`
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ class Start:
     """A hypothesis on all images at one layer, from which the attack descends to the images."""
 
     layer: int  # index of that layer: the last one for a single image, the first fully connected one for a batch
-    labels: Tensor  # (B,), int64
+    labels: Tensor  # (B,), int64, or the real-valued targets of a squared error, (B, C)
     x: Tensor  # inputs of that layer, (B, n)
     dx: Tensor  # gradient of the loss by them, (B, n)
     twins: tuple[tuple[Twin, ...], ...]  # for each image all labels and scales that explain its head, that of x first
@@ -130,6 +140,7 @@ def starts_of(chain: Chain, hypotheses: Sequence[Hypothesis]) -> list[Start]:
         report = LayerReport(head.name, n, None, n, n, 0, condition=1.0, seconds=0.0)
         twins = tuple(Twin(h.label, h.scale / first.scale, None, h.length_error) for h in (first, *others))
         place, label = len(chain.layers) - 1, torch.tensor([first.label])
+        label = label if first.target is None else first.target[None]
         starts.append(Start(
             place, label, first.x[None], dx, (twins,), (report,), rounding=first.rounding,
             gradient_scale=(first.gradient_scale,), label_smoothing=first.label_smoothing,
@@ -182,6 +193,13 @@ def entry_stds(head: HeadGradient, factors: RankOne) -> Tensor:
     return known.clamp(min=left)
 
 
+def bias_error(head: HeadGradient) -> float:
+    """Relative standard deviation of the length of x where the bias's gradient is δz."""
+    unit = head.bias.abs().max()
+    dz, std = head.bias / unit, head.bias_stds / unit
+    return ((dz * std).norm() / dz.square().sum()).item()
+
+
 def least_squares_input(G: Tensor, dz: Tensor) -> Tensor:
     """The x of G = δz xᵀ by least squares over the rows, (n,)."""
     unit = dz.abs().max()
@@ -203,7 +221,8 @@ def reading(
     times that. Raises GradientMismatchError if the gradient is clearly that of another label than the one given.
     """
     known, tolerance = head.known, max(head.tolerance, 10 * rounding)
-    best, second = sorted(misfits, key=misfits.__getitem__)[:2]
+    best, *others = sorted(misfits, key=misfits.__getitem__)
+    second = others[0] if others else best
     decided = misfits[second] > 10 * misfits[best] and misfits[second] > tolerance
     evidence, found = [], [h for h in found if known in (None, h.label)]
     if decided and known not in (None, best):
@@ -242,9 +261,10 @@ def reading_with_bias(
     """
     x = least_squares_input(head.G, dz)
     z = head.W @ x + head.layer.bias
-    residuals = {k: relative(output_gradient(z, k), dz) for k in range(max(len(dz), 2))}
+    residuals = {k: relative(output_gradient(z, k), dz) for k in head.labels}
     label = min(residuals, key=residuals.__getitem__) if label is None else label
-    found = [Hypothesis(label, 2 / dz.abs().sum().item(), dz, x, residuals[label], rounding)]
+    scale = 2 / dz.abs().sum().item()
+    found = [Hypothesis(label, scale, dz, x, residuals[label], rounding, target=head.target)]
     if head.known not in (None, label):  # another label was given: the same numbers with its residual
         found.append(replace(found[0], label=head.known, residual=residuals[head.known]))
     return reading(head, found, residuals, notes, rounding)

@@ -9,17 +9,23 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from rgap.head.activated import read_activated
 from rgap.head.factor import with_factor
 from rgap.head.fits import MAX_MISFIT
 from rgap.head.hypothesis import HeadGradient, HeadReading
 from rgap.head.logistic import read_logistic
 from rgap.head.softmax import read_softmax
-from rgap.head.squared import read_squared
+from rgap.head.squared import read_real_target, read_squared
 from rgap.network.activations import IDENTITY
 from rgap.network.layer import Layer
 from rgap.results import GradientMismatchError
-from rgap.shared_gradient import SharedGradient
+from rgap.shared_gradient import MAX_SQUARABLE, SharedGradient
+
+REAL_TARGET_RATIO = 30.0
+"""Times the relative noise of the last layer's gradient by which all labels are missed where the target is none."""
 
 READERS = {"logistic": read_logistic, "cross_entropy": read_softmax, "mse": read_squared}
 """Loss -> reader of its head."""
@@ -29,7 +35,7 @@ def read_head(
     loss: str,
     layer: Layer,
     received: SharedGradient,
-    known: int | None = None,
+    known: int | Tensor | None = None,
     *,
     gradient_scale: float | None = 1.0,
     label_smoothing: float | None = 0.0,
@@ -42,7 +48,8 @@ def read_head(
         loss: A name in `rgap.client.LOSSES`, one that fits the layer's outputs.
         layer: The last layer.
         received: The gradients and their precision; the weight's is not zero.
-        known: The label where it was given, within range; only its hypotheses are returned.
+        known: The label where it was given, within range, or a real-valued target (C,); only its hypotheses are
+            returned.
         gradient_scale: Factor κ of the shared gradient κ ∇ℓ; None to estimate it.
         label_smoothing: ε of the client's labels; None to estimate it, where the equations ask for it.
 
@@ -51,7 +58,7 @@ def read_head(
 
     Raises:
         GradientMismatchError: If the gradient is clearly that of another label than the one given, or that of the bias
-            is absent where the loss needs it.
+            is absent where the loss needs it, or the gradient of a squared error has a size that no sample gives it.
     """
     G = layer.gradient(received.gradients).flatten(1)
     shared = received.usable.get(layer.bias_name)
@@ -64,18 +71,47 @@ def read_head(
     factor, stds = gradient_scale or 1.0, received.entry_std
     std = layer.gradient_std(stds).flatten(1) / factor
     bias, bias_std = (None, None) if bias is None else (bias / factor, stds[layer.bias_name] / factor)
-    head = HeadGradient(layer, G / factor, bias, received.precision, received.tolerance, known, std, bias_std)
-    if layer.activation is not IDENTITY:
-        found = read_activated(loss, head, given=gradient_scale is not None, smoothing=label_smoothing or 0.0)
-        return _scaled(found, factor)
-    asserted = {"given": gradient_scale is not None, "smoothing": label_smoothing}
+    known, target = (None, known) if isinstance(known, Tensor) else (known, None)
+    head = HeadGradient(layer, G / factor, bias, received.precision, received.tolerance, known, std, bias_std, target)
+    if loss == "mse" and not 1 / MAX_SQUARABLE < (largest := head.G.abs().max().item()) < MAX_SQUARABLE:
+        raise GradientMismatchError(
+            f"the last layer's gradient divided by gradient_scale has entries of {largest:.1e}; that of no squared "
+            "error is so: give another gradient_scale, or none to have it estimated"
+        )
+    found = _read(loss, head, gradient_scale is not None, label_smoothing)
+    if loss == "mse" and known is target is None and _is_no_label(head, found):
+        found = read_real_target(head)
+    return _scaled(found, factor)
+
+
+def _read(loss: str, head: HeadGradient, given: bool, smoothing: float | None) -> HeadReading:
+    """The hypotheses with labels, or with the target that was given."""
+    if head.layer.activation is not IDENTITY or head.target is not None:
+        return read_activated(loss, head, given=given, smoothing=smoothing or 0.0)
+    asserted = {"given": given, "smoothing": smoothing}
     try:
-        found = with_factor(loss, head, READERS[loss](head), **asserted)
+        return with_factor(loss, head, READERS[loss](head), **asserted)
     except GradientMismatchError:
         found = with_factor(loss, head, READERS[loss](replace(head, known=None)), **asserted)
-        if min((h.misfit for h in found.hypotheses), default=math.inf) > MAX_MISFIT or asserted["given"]:
+        if min((h.misfit for h in found.hypotheses), default=math.inf) > MAX_MISFIT or given:
             raise
-    return _scaled(found, factor)
+        return found
+
+
+def _is_no_label(head: HeadGradient, found: HeadReading) -> bool:
+    """Whether no label explains the gradient, by more than noise and the client's arithmetic may.
+
+    A single output without a bias has one equation, which labels fulfil, or the gradient's size is that of none.
+    """
+    if len(head.G) == 1 and head.bias is None:
+        return False
+    if all(h.length_error == math.inf for h in found.hypotheses):  # two outputs: labels fit with a factor of their own
+        return True
+    x, dz = found.hypotheses[0].x, found.hypotheses[0].dz
+    rest = head.G - torch.outer(head.G @ x, x) / x.square().sum().clamp(min=torch.finfo(x.dtype).tiny)
+    output_error = head.precision * (1 + (head.W @ x).norm())  # beside which an output may be close to its target
+    noise = (rest.norm() / head.G.norm() + output_error / dz.norm()).item()
+    return all(h.residual > max(head.tolerance, REAL_TARGET_RATIO * noise) for h in found.hypotheses)
 
 
 def _scaled(found: HeadReading, factor: float) -> HeadReading:

@@ -2,6 +2,9 @@
 
 δz = (2 / C) (z − t) with the target t, one-hot, or y = ±1 for one output. Without a bias G = u vᵀ, x = s v, z = s a
 with a = W v and δz = u / s, so that s² a − s t = (C / 2) u: polynomials in the one unknown s. (Ours.)
+
+A regression's target t is real-valued, and C further unknowns join the C equations. With the bias's gradient, x, z and
+t follow nevertheless; without it every s has its own t, and only the direction of x is known.
 """
 
 from __future__ import annotations
@@ -12,7 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgap.head.hypothesis import HeadGradient, HeadReading, Hypothesis, rank_one, reading, reading_with_bias, relative
+from rgap.head.hypothesis import (
+    REAL_TARGET,
+    HeadGradient,
+    HeadReading,
+    Hypothesis,
+    bias_error,
+    least_squares_input,
+    rank_one,
+    reading,
+    reading_with_bias,
+    relative,
+)
+
+MAX_TARGETS_SHOWN = 4
+"""Entries of a real-valued target that a note shows."""
 
 MAX_LABELS_TRIED = 3
 """Labels whose equations are solved, those with the smallest bounds on the residual, and hypotheses that are kept."""
@@ -40,6 +57,31 @@ def read_squared(head: HeadGradient) -> HeadReading:
     allowed = max(min(head.tolerance, 0.03), 3 * min(h.residual for h in found))
     found = sorted((h for h in found if h.residual <= allowed), key=lambda h: h.residual)
     return reading(head, found[:MAX_LABELS_TRIED], residuals, [])
+
+
+def read_real_target(head: HeadGradient) -> HeadReading:
+    """A real-valued target, one for each sign of s without a bias; its length is then open, and the t nearest to 0.
+
+    An activation between the layer and the loss is undone: δz = σ′(z) ∘ (2 / C) (σ(z) − t).
+    """
+    layer, half, starts = head.layer, len(head.G) / 2, []
+    if head.bias is not None:
+        starts = [(2 / head.bias.abs().sum().item(), head.bias, least_squares_input(head.G, head.bias))]
+    else:
+        factors = rank_one(head.G)
+        length = math.sqrt(half * (factors.u.norm() / (head.W @ factors.v).norm().clamp(min=1e-300)).item())
+        starts = [(s, factors.u / s, s * factors.v) for s in (length, -length)]
+    found, error = [], bias_error(head) if head.bias is not None else math.inf
+    for s, dz, x in starts:
+        z = (head.W @ x + (0.0 if layer.bias is None else layer.bias)).reshape(layer.output_shape)
+        f, slope = (move(z).flatten() for move in (layer.activation.forward, layer.activation.derivative))
+        target = f - half * torch.where(slope == 0, 0.0, dz / slope)
+        found.append(Hypothesis(REAL_TARGET, s, dz, x, length_error=error, target=target))
+    shown = ", ".join(f"{t:.4g}" for t in found[0].target[:MAX_TARGETS_SHOWN].tolist())
+    more = ", …" if len(head.G) > MAX_TARGETS_SHOWN else ""
+    why = "no label explains the last layer's gradient as that of one sample; a real-valued target does"
+    known = f": ({shown}{more}), if the gradient's scale is the book's" if head.bias is not None else ""
+    return HeadReading(tuple(found), {REAL_TARGET: 0.0}, (why + known,))
 
 
 def _bounds(a: Tensor, u: Tensor) -> Tensor:
@@ -85,7 +127,7 @@ def _one_output(head: HeadGradient) -> HeadReading:
     if c < -0.5 - 1e-6:
         notes = [
             f"⟨G, W⟩ of the last layer is {c:.4g}, below -0.5, the smallest of any single sample: the gradient was "
-            "altered or belongs to a batch; the nearest possible output was used"
+            "altered or belongs to a batch, or to a real-valued target; the nearest possible output was used"
         ]
     root = math.sqrt(max(1 + 2 * c, 0.0))
     far = (1 + root) / 2

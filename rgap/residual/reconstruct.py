@@ -77,15 +77,19 @@ def reconstruct_residual(
             "is a sum over the images; 1 is supported"
         )
     graph = network.graph
-    received = receive_gradients(graph.parameters, gradients, rcond, noise_std, model=network.model)
+    options = {"model": network.model, "any_scale": True}
+    received = receive_gradients(graph.parameters, gradients, rcond, noise_std, **options)
     pixels = PixelRange(*pixel_range)
-    replay = Replay(network.model, received, loss, label_smoothing or 0.0, gradient_scale)
+    asserted = None if gradient_scale is None else gradient_scale * received.unit
+    replay = Replay(network.model, received, loss, label_smoothing or 0.0, asserted)
     noise = torch.randn(network.image_shape, generator=torch.Generator().manual_seed(seed)).double()
     middle = (pixels.low + pixels.high) / 2 if math.isfinite(pixels.high - pixels.low) else 0.0
     found = best_descent(network, received, middle + START_STD * pixels.width * noise)
     image = torch.zeros(1, *network.image_shape, dtype=torch.float64) if found.image is None else found.image[None]
     label, about_label = _label(replay, image, labels)
-    scale, whole = replay.match(image, label) if label.item() >= 0 else (1.0, math.inf)
+    decided = label.is_floating_point() or label.item() >= 0
+    scale, whole = replay.match(image, label) if decided else (received.unit, math.inf)
+    scale = scale / received.unit
     notes = [*received.notes, *found.notes, *about_label]
     part = math.inf if found.image is None else found.lower_residual()
     by_noise = min(NOISE_RESIDUAL_FACTOR * found.error, pixels.width / 2) if math.isfinite(found.error) else 0.0

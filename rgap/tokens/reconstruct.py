@@ -104,7 +104,8 @@ def reconstruct_tokens(
     system = patch_system(embedding, shared.gradients, shared.entry_std)
     solution = solve_patches(system, shared.precision, rcond)
     report = _report(embedding, solution, time.perf_counter() - started)
-    replay = Replay(embedding.model, received, loss, label_smoothing or 0.0, gradient_scale)
+    asserted = None if gradient_scale is None else gradient_scale * received.unit
+    replay = Replay(embedding.model, received, loss, label_smoothing or 0.0, asserted)
     label, about_label = replay.find_label(embedding.image(solution.patches), labels)
     notes = [*received.notes, *_about(embedding, solution, shared.gradients), *about_label]
     patches = {"": (solution.patches, report.predicted_error)}
@@ -153,7 +154,7 @@ def _receive(embedding: PatchEmbedding, gradients, noise_std: float | None) -> t
     Others may be nothing but rounding, as that of a key's bias is, and seem to be in a coarser format.
     """
     parameters = dict(embedding.model.named_parameters())
-    received = receive_gradients(parameters, gradients, noise_std=noise_std, model=embedding.model)
+    received = receive_gradients(parameters, gradients, noise_std=noise_std, model=embedding.model, any_scale=True)
     if not all(received.gradients[name].any() for name in (embedding.weight_name, embedding.position_name)):
         reached = [name for name, g in received.gradients.items() if g.any()]
         if zero := [name for name in reached if parameters[name].ndim == 2 and not parameters[name].any()]:
@@ -168,7 +169,8 @@ def _receive(embedding: PatchEmbedding, gradients, noise_std: float | None) -> t
     if received.noise_std:
         used = UpdateGradients(used, {name: received.noise_std[name] for name in used})
     own = {name: parameters[name] for name in used}
-    shared = receive_gradients(own, used, noise_std=noise_std, has_zeros=False)
+    std = None if noise_std is None else noise_std * received.unit
+    shared = receive_gradients(own, used, noise_std=std, has_zeros=False)
     return replace(received, precision=shared.precision), shared
 
 
@@ -257,7 +259,8 @@ def _candidate(
     image, label = image.to(device or "cpu"), label.to(device or "cpu")
     return Candidate(
         image, label, residual, inside, {report.name: image}, (report,), open_layers,
-        residual_allowed=replay.received.tolerance, predicted_error=report.predicted_error, gradient_scale=scale,
+        residual_allowed=replay.received.tolerance, predicted_error=report.predicted_error,
+        gradient_scale=scale / replay.received.unit,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from rgap.client import gradients_of, loss_value, outputs_fit
+from rgap.client import check_label, gradients_of, loss_value, outputs_fit
 from rgap.results import UnsupportedLayerError
 from rgap.shared_gradient import SharedGradient
 
@@ -22,6 +22,9 @@ The gradient of a key's bias is zero but for rounding: a shift of all its argume
 
 EXCESS_SAFETY = 2.0
 """Times the noise found by one draw of the predicted error, which may be larger than most."""
+
+MAX_LABEL_MISFIT = 0.05
+"""Misfit of the head's gradient above which the target of a squared error is no label."""
 
 MAX_FLOAT64_PARAMETERS = 20_000_000
 """Parameters up to which an image's own gradient is computed in float64 whatever the precision of the shared one."""
@@ -115,7 +118,7 @@ class Replay:
             ratios.append(EXCESS_SAFETY * (miss / expected.clamp(min=1e-300)).sqrt().item())
         return max(ratios)
 
-    def find_label(self, image: Tensor, known: Tensor | Sequence[int] | None) -> tuple[Tensor, list[str]]:
+    def find_label(self, image: Tensor, known: Tensor | Sequence | None) -> tuple[Tensor, list[str]]:
         """The label (1,), and on what it was decided.
 
         Args:
@@ -135,20 +138,17 @@ class Replay:
         if z.ndim != 2 or not outputs_fit(self.loss, z.shape[1]):
             raise UnsupportedLayerError(f"the network gives {tuple(z.shape)}; the {self.loss} loss does not take that")
         classes = max(z.shape[1], 2)
-        if known is not None:
-            try:
-                values = torch.as_tensor(known)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"labels are {known}; a single image takes [0] to [{classes - 1}]") from error
-            if values.shape != (1,) or values.is_floating_point() or not 0 <= values.item() < classes:
-                raise ValueError(f"labels are {values.tolist()}; a single image takes [0] to [{classes - 1}]")
-            return values.long(), []
+        if (given := check_label(known, self.loss, z.shape[1])) is not None:
+            return (given[None] if isinstance(given, Tensor) else torch.tensor([given])), []
         every = torch.arange(classes)
         logits = z.expand(classes, -1).clone().requires_grad_()
         smoothed = {"label_smoothing": self.label_smoothing}
         with torch.enable_grad():
             dz = torch.autograd.grad(classes * loss_value(self.loss, logits, every, **smoothed), logits)[0]
         misfits = self._head_misfits(dz)
+        missed = self.loss == "mse" and misfits.min() > max(MAX_LABEL_MISFIT, self.received.tolerance)
+        if missed and (target := self._real_target(z)) is not None:
+            return target, ["no label explains the head's gradient; the target is real-valued"]
         likely = every[misfits <= LABEL_MISFIT_RATIO * misfits.min() + 1e-9]
         if len(likely) == 1:
             return likely, [f"label {likely.item()} by the head's gradient, missed by {misfits.min():.2g}"]
@@ -156,6 +156,13 @@ class Replay:
             raise ValueError(f"the head's gradient leaves {len(likely)} labels open; give labels=")
         best = min(likely, key=lambda label: self.residual(image, label[None]))
         return best[None], [f"label {best.item()} by the whole gradient, the best of {len(likely)} that were tried"]
+
+    def _real_target(self, z: Tensor) -> Tensor | None:
+        """The real-valued target of a squared error, (1, C), by the gradient of the last bias; None without one."""
+        G = next((g for g in reversed(list(self.received.gradients.values())) if g.shape == z.shape[1:]), None)
+        if G is None or not G.any():
+            return None
+        return z - z.shape[1] / 2 * G / (self.gradient_scale or self.received.unit)
 
     def _head_misfits(self, dz: Tensor) -> Tensor:
         """How far each label's ∂ℓ/∂z, a row of `dz`, is from the head's gradient, the bias's or a rank-one weight's."""

@@ -395,3 +395,53 @@ def test_a_batch_given_as_one_image_is_hinted_at_without_closing_anything():
     result = rgap.reconstruct(model, gradients, (3, 8, 8), gradient_scale=1.0)
     assert result.verdict != "exact"
     assert any("if it may be that of a batch, give batch_size, or None to find it" in note for note in result.notes)
+
+
+TARGET = torch.tensor([[0.3, -1.2, 0.8, 2.0]]).double()
+
+
+@pytest.mark.parametrize("known", [{}, {"labels": TARGET}, {"labels": TARGET.tolist(), "gradient_scale": 1.0}])
+def test_a_regressions_image_follows_with_its_target(known):
+    network = with_outputs(4)
+    found = rgap.reconstruct(network, rgap.client_gradients(network, IMAGE, TARGET, "mse"), SHAPE, "mse", **known)
+    assert found.verdict == "exact" and rgap.metrics.psnr_db(found.images, IMAGE).item() > 150
+    assert_close(found.labels, TARGET, rtol=1e-8, atol=1e-8)
+    assert bool(known) != any("a real-valued target does: (0.3, -1.2, 0.8, 2)" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("outputs", [2, 4])
+def test_without_biases_a_regressions_brightness_is_open_until_its_target_is_given(outputs):
+    network, target = with_outputs(outputs, bias=False), TARGET[:, :outputs]
+    gradients = rgap.client_gradients(network, IMAGE, target, "mse")
+    for options in ({}, {"gradient_scale": 1.0}):
+        found = rgap.reconstruct(network, gradients, SHAPE, "mse", **options)
+        assert found.verdict == "ambiguous" and any("brightness is not determined" in note for note in found.notes)
+    found = rgap.reconstruct(network, gradients, SHAPE, "mse", labels=target, gradient_scale=1.0)
+    assert found.verdict == "exact" and rgap.metrics.psnr_db(found.images, IMAGE).item() > 150
+
+
+@pytest.mark.parametrize(("loss", "labels"), [("mse", TARGET[:, :3]), ("cross_entropy", TARGET)])
+def test_targets_that_do_not_fit_are_refused(loss, labels):
+    with pytest.raises(ValueError, match="only the mse loss has such targets, here of shape"):
+        rgap.reconstruct(with_outputs(4), gradients_for(with_outputs(4), loss=loss), SHAPE, loss, labels=labels)
+
+
+@pytest.mark.parametrize("factor", [1e300, 1e-250])
+def test_the_factor_of_hugely_scaled_gradients_is_that_of_the_gradients_as_they_came(factor):
+    gradients = [factor * g for g in gradients_for(TEN, loss="cross_entropy")]
+    found = rgap.reconstruct(TEN, gradients, SHAPE, "cross_entropy")
+    assert found.verdict == "exact" and found.gradient_scale / factor == pytest.approx(1, abs=1e-6)
+
+
+def test_a_network_that_branches_on_data_is_refused_once():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_cnn()
+
+        def forward(self, x):
+            return self.inner(x + 1 if x.sum() > 0 else x)
+
+    with pytest.raises(rgap.UnsupportedLayerError, match="decides on values of the image") as error:
+        rgap.reconstruct(Branching(), gradients_for(NETWORK), SHAPE)
+    assert str(error.value).count("decides on values") == 1

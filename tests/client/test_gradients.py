@@ -128,6 +128,19 @@ def test_the_logistic_loss_refuses_what_is_not_one_output(shape):
         loss_value("logistic", torch.zeros(shape), LABELS)
 
 
+def test_real_valued_targets_are_torchs_mse():
+    outputs, targets = randn(2, 3), randn(2, 3, seed=1)
+    assert loss_value("mse", outputs, targets).equal(F.mse_loss(outputs, targets))
+    assert loss_value("mse", outputs, targets.numpy()).equal(F.mse_loss(outputs, targets))
+    for loss, wrong in (("cross_entropy", targets), ("mse", targets[:, :2])):
+        with pytest.raises(ValueError, match=r"labels are real-valued, of shape .* as targets of the mse loss"):
+            loss_value(loss, outputs, wrong)
+    with pytest.raises(ValueError, match=r"of shape \(2, 3\); such targets are \(1, outputs\)"):
+        loss_value("mse", outputs[:1], targets)
+    with pytest.raises(ValueError, match="real-valued targets must be finite"):
+        loss_value("mse", outputs, targets * torch.inf)
+
+
 def test_labels_beyond_the_classes_are_refused():
     with pytest.raises(ValueError, match=r"labels of the cross_entropy loss are 0 to 9, and \[0, 1, 10\] were given$"):
         loss_value("cross_entropy", torch.zeros(3, 10), torch.tensor([0, 1, 10]))

@@ -3,10 +3,12 @@ import torch
 from cases import drawn, last_layer, rand, read_sample
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.testing import assert_close
 
 import rgap
 from rgap.head import read_head
+from rgap.head.hypothesis import REAL_TARGET
 from rgap.shared_gradient import receive
 
 
@@ -100,3 +102,45 @@ def test_a_layer_whose_output_is_zero_is_read():
     h = min(found.hypotheses, key=lambda h: h.residual)
     assert h.label == 2
     assert_close(h.x, image.flatten(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("activation", [None, nn.Tanh()])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_real_valued_target_follows_from_the_bias_gradient(outputs, activation):
+    model, image = last_layer(outputs, 20, True, seed=3), rand(1, 1, 1, 20)
+    network = nn.Sequential(*model, *([] if activation is None else [activation]))
+    target = torch.tensor([[0.3, -1.2, 2.5][:outputs]]).double()
+    gradients = rgap.client_gradients(network, image, target, "mse")
+    chain = rgap.prepare(network, (1, 1, 20))
+    (h,) = (
+        read_head("mse", chain.layers[-1], receive(chain, gradients)).hypotheses
+        if outputs > 1
+        else read_head("mse", chain.layers[-1], receive(chain, gradients), gradient_scale=1.0).hypotheses
+    )
+    assert h.label == REAL_TARGET and h.length_error < 1e-10
+    assert_close(h.x, image.flatten(), rtol=1e-9, atol=0)
+    assert_close(h.target, target[0], rtol=1e-9, atol=1e-9)
+
+
+def test_without_a_bias_every_length_has_its_own_target_and_a_given_one_decides():
+    model, image = last_layer(3, 20, False, seed=3), rand(1, 1, 1, 20)
+    target = torch.tensor([[0.3, -1.2, 2.5]]).double()
+    chain = rgap.prepare(model, (1, 1, 20))
+    received = receive(chain, rgap.client_gradients(model, image, target, "mse"))
+    found = read_head("mse", chain.layers[-1], received)
+    assert all(h.label == REAL_TARGET and h.length_error == torch.inf for h in found.hypotheses)
+    for h in found.hypotheses:  # each is a sample with this gradient
+        dz = 2 / 3 * (chain.layers[-1].weight.reshape(3, 20) @ h.x - h.target)
+        assert_close(torch.outer(dz, h.x), received.gradients["1.weight"], rtol=1e-9, atol=1e-12)
+    (h,) = read_head("mse", chain.layers[-1], received, target[0]).hypotheses
+    assert_close(h.x, image.flatten(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("factor", [1e200, 1e-250])
+def test_sizes_that_no_squared_error_has_are_refused(factor):
+    model, image = last_layer(3, 10, True, seed=0), rand(1, 1, 1, 10)
+    chain = rgap.prepare(model, (1, 1, 10))
+    gradients = [factor * g for g in rgap.client_gradients(model, image, torch.tensor([1]), "mse")]
+    with pytest.raises(rgap.GradientMismatchError, match="that of no squared error is so: give another gradient_scale"):
+        received = receive(chain, gradients)
+        read_head("mse", chain.layers[-1], received, gradient_scale=received.unit)

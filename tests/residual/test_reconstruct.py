@@ -88,6 +88,18 @@ def test_neither_loss_nor_scale_is_needed():
     assert result.verdict == "exact" and "is 0.3 times the image's own" in result.notes[-2]
 
 
+def test_a_regressions_target_and_an_asserted_factor_of_any_size_are_taken():
+    network, image = vgg().double(), rand(3, 8, 8)
+    target = 3 * rand(*network(image[None]).shape) - 1
+    gradients = rgap.client_gradients(network, image[None], target, "mse")
+    result = rgap.reconstruct(network, gradients, (3, 8, 8), "mse")
+    assert result.verdict == "exact" and (result.labels - target).abs().max() < 1e-8
+    scaled = [1e300 * g for g in shared(network, image)]
+    result = rgap.reconstruct(network, scaled, (3, 8, 8), "cross_entropy", gradient_scale=1e300)
+    assert result.verdict == "exact" and result.gradient_scale == pytest.approx(1e300)
+    assert "reproduces the whole one" in result.notes[-2]
+
+
 @pytest.mark.parametrize("place", range(6))
 def test_a_tampered_gradient_certifies_no_wrong_image(place):
     network, image = vgg(), rand(3, 8, 8)

@@ -149,6 +149,23 @@ def test_a_scaled_loss_leaves_image_and_label_and_is_named(scale):
     assert f"is {scale:.4g} times the image's own" in result.notes[-2]
 
 
+@pytest.mark.parametrize("scale", [1e300, 1e-250])
+def test_a_hugely_scaled_gradient_keeps_an_asserted_factor(scale):
+    model = torchvision_vit().double()
+    gradients = [scale * g for g in rgap.client_gradients(model, photograph(), torch.tensor([2]), "cross_entropy")]
+    for options in ({}, {"gradient_scale": scale}):
+        result = rgap.reconstruct(model, gradients, tuple(photograph().shape[1:]), "cross_entropy", **options)
+        assert result.verdict == "exact" and result.gradient_scale / scale == pytest.approx(1, rel=1e-6)
+
+
+def test_a_regressions_target_is_found_by_the_heads_bias():
+    model, target = torchvision_vit(classes=5).double(), torch.tensor([[0.3, -1.2, 0.8, 2.0, 0.1]]).double()
+    gradients = rgap.client_gradients(model, photograph(), target, "mse")
+    for options in ({}, {"labels": target, "gradient_scale": 1.0}):
+        result = rgap.reconstruct(model, gradients, tuple(photograph().shape[1:]), "mse", **options)
+        assert result.verdict == "exact" and (result.labels - target).abs().max() < 1e-8
+
+
 def test_dropout_and_batch_norm_in_training_leave_network_and_random_state():
     model = torchvision_vit()
     model.encoder.dropout = nn.Sequential(nn.BatchNorm1d(17), nn.Dropout(0.1))
