@@ -58,6 +58,11 @@ def test_what_the_layer_before_may_close_is_not_given_up(width, deficit):
     assert found == (None if deficit is None else {"2": deficit})
 
 
+def test_the_time_that_layers_below_the_hopeless_one_take_counts_too():
+    """Closing layer '2' by 64 takes less than a second; layer '0' lacks 488 of 3,072."""
+    assert foreseen(rgap.models.lenet(widths=(8, 8, 8), bias=True).double(), (3, 32, 32)) == {"2": 64}
+
+
 def test_without_virtual_constraints_and_behind_pooling_nothing_closes():
     assert "2" in foreseen(rgap.models.cnn6_d().double(), (3, 32, 32), "logistic", close=None)
     modules = [nn.Conv2d(3, 16, 5, 1, 2), nn.LeakyReLU(0.2), nn.AvgPool2d(2), nn.Conv2d(16, 4, 3), nn.LeakyReLU(0.2)]

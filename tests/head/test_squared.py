@@ -141,6 +141,6 @@ def test_sizes_that_no_squared_error_has_are_refused(factor):
     model, image = last_layer(3, 10, True, seed=0), rand(1, 1, 1, 10)
     chain = rgap.prepare(model, (1, 1, 10))
     gradients = [factor * g for g in rgap.client_gradients(model, image, torch.tensor([1]), "mse")]
+    received = receive(chain, gradients)
     with pytest.raises(rgap.GradientMismatchError, match="that of no squared error is so: give another gradient_scale"):
-        received = receive(chain, gradients)
         read_head("mse", chain.layers[-1], received, gradient_scale=received.unit)
