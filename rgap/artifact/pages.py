@@ -1,4 +1,4 @@
-"""All executed notebooks as static web pages, with an index of every figure, table and claim.
+"""All executed notebooks and the pages of docs/ as static web pages, with an index of every figure, table and claim.
 
 The pages need no network: styles and pictures are in them, no script is loaded, and formulas are drawn by matplotlib's
 mathtext; the few that it does not know stay TeX.
@@ -18,9 +18,11 @@ import pandas as pd
 from matplotlib.font_manager import FontProperties
 from matplotlib.mathtext import math_to_image
 from nbconvert import HTMLExporter
+from nbformat.v4 import new_markdown_cell, new_notebook
 
 from rgap.artifact import outputs
 from rgap.artifact.claims import expected_outputs, report
+from rgap.artifact.reference import reference
 
 TABLE_ROWS = 60  # the first rows of a table, which the index shows
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$(?!\s)([^$\n]+?)(?<!\s)\$(?!\d)", re.DOTALL)
@@ -54,8 +56,15 @@ def build(target: Path | None = None) -> Path:
     for path in outputs.figures_dir().glob("*"):
         if path.suffix in (".png", ".csv"):
             shutil.copy(path, partial / "figures")
+    docs = {path.stem: path.read_text(encoding="utf-8") for path in sorted((outputs.ROOT / "docs").glob("*.md"))}
+    links = [_document(name, text, partial) for name, text in (docs | {"reference": reference()}).items()]
     sections = [_section(path, partial) for path in sorted((outputs.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
-    index = [HEAD, f"<p>Profile <b>{outputs.profile()}</b>; every heading leads to its notebook.</p>", *_claims()]
+    index = [
+        HEAD,
+        f"<p>{' · '.join(links)}</p>",
+        f"<p>Profile <b>{outputs.profile()}</b>; every heading leads to its notebook.</p>",
+        *_claims(),
+    ]
     (partial / "index.html").write_text("\n".join([*index, *sections, "</body></html>"]), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
@@ -78,12 +87,7 @@ def _section(path: Path, folder: Path) -> str:
     executed = outputs.ROOT / "build" / outputs.profile() / path.name
     notebook = nbformat.read(executed if executed.is_file() else path, as_version=4)
     title = next((line[2:] for c in notebook.cells for line in c.source.splitlines() if line[:2] == "# "), path.stem)
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell.source = with_formulas(cell.source)
-    notebook.metadata["title"] = title
-    page, _ = HTMLExporter(raw_template=PAGE, template_name="lab").from_notebook_node(notebook)
-    (folder / f"{path.stem}.html").write_text(page, encoding="utf-8")
+    _write(notebook, title, folder / f"{path.stem}.html")
     parts = [f'<h2><a href="{path.stem}.html">{html.escape(title)}</a></h2>']
     if not executed.is_file():
         parts.append("<p>As committed: this profile has not run it.</p>")
@@ -93,6 +97,24 @@ def _section(path: Path, folder: Path) -> str:
             shown = f'<img src="figures/{name}" alt="{name}">' if file.suffix == ".png" else _first_rows(file)
             parts.append(f'<div><a href="figures/{name}">{name}</a><br>{shown}</div>')
     return "\n".join(parts)
+
+
+def _document(name: str, text: str, folder: Path) -> str:
+    """Converts a page of Markdown, as a notebook of one cell; returns the link to it."""
+    text = re.sub(r"\]\((?:\.\./)?(?:notebooks/)?([\w/]+)\.(?:md|ipynb)(#[\w-]+)?\)", r"](\1.html\2)", text)
+    text = text.replace("](../figures/", "](figures/")
+    title = text.partition("\n")[0].removeprefix("# ")
+    _write(new_notebook(cells=[new_markdown_cell(text)]), title, folder / f"{name}.html")
+    return f'<a href="{name}.html">{html.escape(title)}</a>'
+
+
+def _write(notebook: nbformat.NotebookNode, title: str, path: Path) -> None:
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_formulas(cell.source)
+    notebook.metadata["title"] = title
+    page, _ = HTMLExporter(raw_template=PAGE, template_name="lab").from_notebook_node(notebook)
+    path.write_text(page, encoding="utf-8")
 
 
 def _first_rows(file: Path) -> str:
