@@ -131,7 +131,7 @@ def with_formulas(text: str) -> str:
 
 
 def _drawn(found: re.Match) -> str:
-    tex = known = (found[1] or found[2]).strip()
+    tex = known = " ".join((found[1] or found[2]).split())  # mathtext takes a single line
     for spelling, other in SPELLINGS.items():
         known = re.sub(re.escape(spelling) + r"(?![A-Za-z])", lambda _, other=other: other, known)
     picture = io.BytesIO()
