@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -313,10 +314,26 @@ def _ritz_condition(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sqrt(values.max() / max(values.min(), np.finfo(float).tiny)))
 
 
+def largest_entry(g: Tensor) -> float:
+    """The largest absolute value, NaN where an entry is, 0 without entries; several times as fast as `abs().max()`."""
+    return max(end.abs().item() for end in torch.aminmax(g)) if g.numel() else 0.0
+
+
+def norm(g: Tensor) -> float:
+    """The root of the sum of squares, which neither underflow nor overflow."""
+    size = g.norm().item()
+    if 1e-140 < size < 1e140:
+        return size
+    unit = largest_entry(g)
+    return unit * (g / unit).norm().item() if 0 < unit < math.inf else unit
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """`norm(a - b)`, mostly without the difference."""
+    size = torch.dist(a, b).item()
+    return size if 1e-140 < size < 1e140 else norm(a - b)
+
+
 def rms(g: Tensor) -> Tensor:
     """Root mean square."""
-    size = g.norm()
-    if 1e-140 < size < 1e140:
-        return size / g.numel() ** 0.5
-    largest = g.abs().max()  # squares of the smallest gradients underflow
-    return largest if largest == 0 else largest * (g / largest).square().mean().sqrt()
+    return g.new_tensor(norm(g) / g.numel() ** 0.5)

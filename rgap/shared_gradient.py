@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from rgap.arguments import all_finite, check_tensor
+from rgap.arguments import check_tensor
 from rgap.gradient_names import gradients_by_name
 from rgap.isolation import for_autograd
-from rgap.linalg import rms
+from rgap.linalg import largest_entry, norm, rms
 from rgap.network.layer import Chain
 from rgap.results import GradientMismatchError
 
@@ -32,9 +32,6 @@ MAX_TOLERANCE = 0.3
 
 UNDERFLOW_STD = 1e-30
 """Rounding next to zero below which zeros are true zeros, not underflow: all formats but float16."""
-
-UNDERFLOW_NORM = 1e-140
-"""Norm below which squares of the entries may underflow."""
 
 MAX_SQUARABLE = 1e100
 """Largest entry of a gradient, and one over the smallest, with which the equations are set up."""
@@ -51,8 +48,8 @@ INT8_LEVELS = 127
 MIN_GRID_ENTRIES = 10
 """Entries strictly inside a grid that prove it: by chance only one in 500 lies so close to a grid point."""
 
-PREVIEW_ENTRIES = 4096
-"""Entries of a gradient that are tested first."""
+ENTRIES_AT_ONCE = 16_384
+"""Entries of a gradient that are tested together."""
 
 PRUNING_GAP = 10.0
 """Smallest remaining magnitude, relative to the one expected among so many entries, above which zeros are pruned."""
@@ -76,6 +73,7 @@ class SharedGradient:
         unit: Power of two by which the gradients were multiplied, where squares of their entries would not be numbers;
             that of white_noise and noise_std, too.
         coarse: Whether the client computed in the format that the values show, not only rounded to it.
+        draws: Standard normal numbers by parameter name, where the network keeps them.
     """
 
     gradients: dict[str, Tensor]
@@ -89,6 +87,7 @@ class SharedGradient:
     has_zeros: bool = True
     coarse: bool = False
     unit: float = 1.0
+    draws: Callable[[], dict[str, Tensor]] | None = field(default=None, repr=False)
 
     @property
     def tolerance(self) -> float:
@@ -125,12 +124,21 @@ class SharedGradient:
 
     @cached_property
     def noise(self) -> dict[str, Tensor]:
-        """One Gaussian draw of the errors, always the same; in float32, which takes a fifth of the time."""
-        generator = torch.Generator().manual_seed(0)
-        return {
-            name: std * torch.randn(std.shape, generator=generator, dtype=torch.float32)
-            for name, std in self.entry_std.items()
-        }
+        """One Gaussian draw of the errors, always the same."""
+        draws = self.draws() if self.draws else standard_normal({name: g.shape for name, g in self.gradients.items()})
+        return {name: draws[name].to(std.dtype).mul_(std) for name, std in self.entry_std.items()}
+
+    def with_rounding(self, rounding: float) -> SharedGradient:
+        """The same gradients with another `rounding`, which has no part in the errors of their entries."""
+        other = replace(self, rounding=rounding)
+        vars(other).update((name, vars(self)[name]) for name in ("entry_std", "noise") if name in vars(self))
+        return other
+
+
+def standard_normal(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Standard normal numbers by name, always the same; in float32, which takes a fifth of the time."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(tuple(shape), generator=generator) for name, shape in shapes.items()}
 
 
 def receive(
@@ -158,7 +166,8 @@ def receive(
         raise GradientMismatchError(
             f"the last layer's gradient {head.weight_name!r} is zero or not shared; nothing can be recovered"
         )
-    return received
+    shapes = {name: p.shape for name, p in chain.parameters.items()}
+    return replace(received, draws=lambda: head.cached("draws", lambda: standard_normal(shapes)))
 
 
 def receive_gradients(
@@ -185,18 +194,20 @@ def receive_gradients(
         else check_tensor(f"gradient of {name!r}", g, GradientMismatchError)
         for name, g in found.items()
     }
+    largest = {}
     for (name, g), parameter in zip(named.items(), parameters.values(), strict=True):
         if not g.is_floating_point():
             raise GradientMismatchError(f"gradient of {name!r} is {g.dtype}; it must be a floating-point tensor")
         if g.shape != parameter.shape:
             have, need = tuple(g.shape), tuple(parameter.shape)
             raise GradientMismatchError(f"gradient of {name!r} has shape {have}; it must be {need}")
-        if not all_finite(g):
+        largest[name] = largest_entry(g)
+        if not math.isfinite(largest[name]):
             raise GradientMismatchError(f"gradient of {name!r} holds NaN or infinity; nothing can be recovered from it")
-    if not any(g.any() for g in named.values()):
+    if not any(largest.values()):
         raise GradientMismatchError("every gradient is zero; nothing can be recovered from them")
     values = {name: for_autograd(g).to("cpu", torch.float64) for name, g in named.items()}
-    formats = _formats({name: g for name, g in named.items() if g.any()})
+    formats = _formats({name: g for name, g in named.items() if largest[name]})
     coarsest = max(_quantum(dtype) for dtype in formats.values())
     errors = {
         name: _relative_std(_quantum(formats[name]) if name in formats else coarsest, g) for name, g in values.items()
@@ -204,7 +215,7 @@ def receive_gradients(
     given = getattr(gradients, "noise_std", {})  # of gradients that were computed from an update
     update = {name: given.get(keys.get(name), 0.0) for name in values} if given else {}
     for name, std in update.items():
-        lost = std and not values[name].any()
+        lost = std and not largest[name]
         errors[name] = max(errors[name], math.inf if lost else _relative_std(std, values[name]))
     lost = [name for name, error in errors.items() if error > MAX_TOLERANCE and name not in unshared]
     zeros = [name for name, g in values.items() if name not in formats and name not in lost and g.numel()]
@@ -216,7 +227,7 @@ def receive_gradients(
     default = 1e-5 if precision < 1e-10 else min(1e-4 * (precision / 1.2e-7) ** 0.5, 0.1)
     notes = _notes(lost, zeros, precision, bool(update))
     cutoff = default if rcond is None else rcond
-    if (unit := _unit(values, any_scale)) != 1:
+    if (unit := _unit([size for size in largest.values() if size], any_scale)) != 1:
         values = {name: unit * g for name, g in values.items()}
         update = {name: unit * std for name, std in update.items()}
         notes += (f"multiplied by {unit:.1e}, a power of two, since squares of the entries are no numbers",)
@@ -224,29 +235,12 @@ def receive_gradients(
     return SharedGradient(values, precision, cutoff, absent, 0.0, notes, update, white, has_zeros, unit=unit)
 
 
-def _unit(values: Mapping[str, Tensor], any_scale: bool) -> float:
+def _unit(sizes: Sequence[float], any_scale: bool) -> float:
     """1, or where squares overflow (with `any_scale` also: vanish) the power of two for a largest entry near 1."""
-    sizes = [g.abs().max().item() for g in values.values() if g.any()]
     if (1 / MAX_SQUARABLE if any_scale else 0.0) < max(sizes) < MAX_SQUARABLE:
         return 1.0
     unit = 2.0 ** max(min(-math.frexp(max(sizes))[1], 1000), -1000)
     return unit if unit * min(sizes) > sys.float_info.min else 1.0
-
-
-def relative_residuals(gradients: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, float]:
-    """‖g′ − g‖ / ‖g‖ of every shared gradient g by parameter name; where g vanishes, relative to the largest entry.
-
-    Gradients g′ may be on any device; those that `shared` lacks are not compared.
-    """
-    return {name: _relative_residual(gradients[name].cpu(), g, shared) for name, g in shared.items()}
-
-
-def _relative_residual(mine: Tensor, g: Tensor, shared: Mapping[str, Tensor]) -> float:
-    size = g.norm().item()
-    if size > UNDERFLOW_NORM:
-        return (mine - g).norm().item() / size
-    unit = g.abs().max() if g.any() else max(other.abs().max() for other in shared.values())
-    return (((mine - g) / unit).norm() / (g / unit).norm().clamp(min=1.0)).item()
 
 
 def entry_noise(
@@ -307,12 +301,10 @@ def _quantum(dtype: torch.dtype) -> float:
 
 def _relative_std(std: float, g: Tensor) -> float:
     """Noise of that standard deviation on every entry, relative to the gradient's norm."""
-    size = g.abs().max().item()
+    size = norm(g)
     if size == 0.0:
         return math.inf if std > UNDERFLOW_STD else 0.0
-    norm = g.norm().item()
-    norm = norm if UNDERFLOW_NORM < norm < 1 / UNDERFLOW_NORM else size * (g / size).norm().item()
-    return std * g.numel() ** 0.5 / norm
+    return std * g.numel() ** 0.5 / size
 
 
 def _format(g: Tensor) -> torch.dtype | None:
@@ -331,23 +323,24 @@ def _fits(g: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _everywhere(holds: Callable[[Tensor], bool], g: Tensor) -> bool:
-    """Whether something holds of all entries; the first few mostly decide it, in a fraction of the time."""
-    return holds(g.flatten()[:PREVIEW_ENTRIES]) and holds(g)
+    """Whether something holds of all entries; parts stay in the cache, and the first mostly decides."""
+    return all(holds(part) for part in g.flatten().split(ENTRIES_AT_ONCE))
 
 
 def _rounding_error(g: Tensor, dtype: torch.dtype, coarse: bool) -> Tensor:
     """Error of a format's rounding and of the arithmetic, which is that of float32 unless it is as coarse."""
-    if not g.any():
+    info, size = torch.finfo(dtype), norm(g) / max(g.numel(), 1) ** 0.5
+    if size == 0:
         return torch.zeros_like(g)
-    info = torch.finfo(dtype)
-    arithmetic = ARITHMETIC_ERROR * (info.eps if coarse else min(info.eps, torch.finfo(torch.float32).eps)) * rms(g)
+    arithmetic = ARITHMETIC_ERROR * (info.eps if coarse else min(info.eps, torch.finfo(torch.float32).eps)) * size
     step = info.eps / 12**0.5
     return g.abs().mul_(0.7 * step).add_(step * info.smallest_normal + arithmetic)
 
 
 def _grid_error(g: Tensor) -> Tensor:
     """Error of uniform rounding in steps of a 127th of the largest entry, which itself is exact."""
-    return torch.where(g.abs() < g.abs().max(), g.abs().max() / INT8_LEVELS / 12**0.5, 0.0)
+    largest = largest_entry(g)
+    return torch.where(g.abs() < largest, largest / INT8_LEVELS / 12**0.5, 0.0)
 
 
 def _on_grid(g: Tensor) -> bool:
@@ -355,7 +348,7 @@ def _on_grid(g: Tensor) -> bool:
 
     A confident softmax has a gradient of ones and next to nothing else: it lies on any grid.
     """
-    largest = g.abs().max()
+    largest = largest_entry(g)
     if largest == 0:
         return False
 
@@ -369,9 +362,13 @@ def _on_grid(g: Tensor) -> bool:
     return int(((level > 0) & (level < INT8_LEVELS)).sum()) >= MIN_GRID_ENTRIES
 
 
+def _has_no_zeros(g: Tensor) -> bool:
+    return _everywhere(lambda part: int(torch.count_nonzero(part)) == part.numel(), g)
+
+
 def _has_pruning_gap(g: Tensor) -> bool:
     """Whether there are exact zeros and, above them, a gap in the magnitudes that so many entries would have filled."""
-    if torch.count_nonzero(g) == g.numel():
+    if _has_no_zeros(g):
         return False
     left = g[g != 0].abs()
     return len(left) > 0 and bool(left.min() * len(left) > PRUNING_GAP * rms(left))
@@ -379,7 +376,7 @@ def _has_pruning_gap(g: Tensor) -> bool:
 
 def _has_single_zeros(g: Tensor) -> bool:
     """Whether a weight's gradient has zeros beside those of a silent output (a row) or a black input (a column)."""
-    if g.ndim < 2 or torch.count_nonzero(g) == g.numel():
+    if g.ndim < 2 or _has_no_zeros(g):
         return False
     zero = g.flatten(1) == 0
     return bool((zero & ~zero.all(0) & ~zero.all(1, keepdim=True)).any())

@@ -236,8 +236,7 @@ def _propagate(
     dz_change = slope * (dx + probe.dx.reshape(x.shape)) - dz
     rest = torch.zeros_like(layer.weight)
     if not layer.is_fixed:
-        shares = [layer.weight_gradient(*one) for one in zip(solution.x, dz_change, strict=True)]
-        rest = layer.gradient(probe.noise) - sum(shares)
+        rest = layer.rest_of_gradient(layer.gradient(probe.noise), solution.x[0], dz_change[0])
     return NoiseProbe(solution.sensitivity(rest, changed - z), layer.adjoint(dz_change), probe.noise, probe.generator)
 
 

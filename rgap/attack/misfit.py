@@ -18,8 +18,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from rgap.linalg import largest_eigenvalue
-from rgap.shared_gradient import SharedGradient, relative_residuals
+from rgap.linalg import distance, largest_eigenvalue, largest_entry, norm
+from rgap.shared_gradient import SharedGradient
 
 NOISE_RESIDUAL_FACTOR = 5.0
 """Multiple of its prediction up to which a tensor's misfit is attributed to noise."""
@@ -94,27 +94,31 @@ def misfit(
     """
     shared = received.usable
     mine, moved = ({name: gradients[name].cpu() for name in shared} for gradients in (mine, moved))
-    residual = max(relative_residuals(mine, shared).values())
-    unit = max(g.abs().max().item() for g in shared.values())
+    unit = max(map(largest_entry, shared.values()))
     rounding = received.rounding * received.client_rounding
     rounding = rounding if rounding > PLAIN_ROUNDINGS * received.precision else 0.0  # else the noise contains it
-    worst, ratios = 0.0, [1.0]
+    worst, residuals, ratios = 0.0, [], [1.0]
     for name, g in shared.items():
-        miss, draw, noise = mine[name] - g, moved[name] - mine[name], received.noise[name]
-        size = _norm(g)
+        size, missed = norm(g), distance(mine[name], g)
         floor = received.arithmetic * (size or unit)
+        residuals.append(missed / (size or unit))
         # Where arithmetic alone explains a misfit its structure does not matter, and norms are cheaper.
-        norm = spectral_norm if not _norm(miss) <= floor else _norm
-        missed, by_draw, by_noise = norm(miss), norm(draw), norm(noise)
+        structured, noise = not missed <= floor, received.noise[name]
+        if structured:
+            missed, by_draw = spectral_norm(mine[name] - g), spectral_norm(moved[name] - mine[name])
+        else:
+            by_draw = distance(moved[name], mine[name])
+        by_noise = spectral_norm(noise) if structured else norm(noise)
         expected = math.hypot(by_draw, by_noise, rounding * size)
         if missed == 0:
             continue
         worst = max(worst, missed / max(NOISE_RESIDUAL_FACTOR * expected, floor))
         ratios += [missed / expected / CHANCE_RATIO] if expected > 0 else []
-        if single and norm is spectral_norm and g.ndim == 2 and min(g.shape) >= MIN_SURPLUS_SIDE and size > 0:
-            beside = spectral_norm(_beside(mine[name], miss)) if math.isfinite(missed) else math.inf
+        if single and structured and g.ndim == 2 and min(g.shape) >= MIN_SURPLUS_SIDE and size > 0:
+            beside = spectral_norm(_beside(mine[name], mine[name] - g)) if math.isfinite(missed) else math.inf
             noisy = math.hypot(by_noise, by_draw * (by_draw / size))
             worst = max(worst, beside / max(SECOND_IMAGE_FACTOR * noisy, floor))
+    residual = max(residuals)
     allowed = min(residual / worst, MAX_ALLOWED_RESIDUAL) if worst > 0 else received.arithmetic
     excess = max(ratios) if worst <= 1 else max(1.0, median(ratios))  # no noise: what it would have to be
     doubt = _doubt(received, mine, moved) if inferred else ""
@@ -136,7 +140,7 @@ def _beside(one: Tensor, miss: Tensor) -> Tensor:
 
 def spectral_norm(g: Tensor) -> float:
     """The largest singular value of a tensor, as a matrix with a row an output; of a vector its norm."""
-    unit = g.abs().max().item()
+    unit = largest_entry(g)
     if unit == 0 or not math.isfinite(unit):
         return unit
     A = (g if g.ndim < 2 else g.flatten(1)) / unit  # squares of the smallest gradients underflow
@@ -145,12 +149,6 @@ def spectral_norm(g: Tensor) -> float:
     if min(A.shape) > SMALL_SIDE:
         return unit * largest_eigenvalue(lambda v: A.T @ (A @ v), A.shape[1]) ** 0.5
     return unit * _singular_values(A)[-1].item()
-
-
-def _norm(g: Tensor) -> float:
-    """The root of the sum of squares, which do not underflow."""
-    unit = g.abs().max().item()
-    return unit * (g / unit).norm().item() if 0 < unit < math.inf else unit
 
 
 def _singular_values(A: Tensor) -> Tensor:

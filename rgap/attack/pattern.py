@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rgap.linalg import largest_entry
 from rgap.network.layer import Chain, Layer
 
 DOUBT_STDS = 5.0
@@ -69,10 +70,9 @@ def decide_activation_pattern(
     """
     slope = layer.activation.negative_slope
     plain = layer.groups == 1 and layer.after is None and layer.shift is None and not layer.is_fixed
-    unit = G.abs().max()
+    unit = largest_entry(G)
     if not plain or not isinstance(slope, float) or slope == 1.0 or unit == 0:
         return None
-    G, dx, std = G / unit, dx / unit, std / unit.item()  # squares of the smallest gradients underflow
     z = layer.activation.inverse(x)
     values = layer.activation.derivative(z)
     channels_first = [t.transpose(0, 1).flatten(1) for t in (x, values, dx, z - layer.pre_bias())]
@@ -81,7 +81,8 @@ def decide_activation_pattern(
     (open_,) = torch.nonzero(distance < DOUBT_STDS, as_tuple=True)
     values, flip_probability = values.flatten(), torch.zeros_like(distance)
     if len(open_):
-        rest, inputs = _whitened(layer, G, inputs, values.reshape(x.shape) * dx, spread, std)
+        dx, std = dx / unit, std / unit  # squares of the smallest gradients underflow
+        rest, inputs = _whitened(layer, G / unit, inputs, values.reshape(x.shape) * dx, spread, std)
         prior = torch.special.log_ndtr(distance[open_]) - torch.special.log_ndtr(-distance[open_])
         flipped, odds = _flip_signs(rest, inputs, open_, values[open_], slope, dx.flatten()[open_], prior)
         values = values.index_copy(0, open_, flipped)

@@ -197,7 +197,7 @@ def read(
     head = chain.layers[-1]
     asserted = {"gradient_scale": attack.gradient_scale, "label_smoothing": attack.label_smoothing}
     reading = read_head(loss, head, received, check_label(labels, loss, head.output_shape[0]), **asserted)
-    received = replace(received, rounding=max(h.rounding for h in reading.hypotheses))
+    received = received.with_rounding(max(h.rounding for h in reading.hypotheses))
     starts = starts_of(chain, reading.hypotheses)
     if several := batch_given_as_one(chain, received) if batch_size == 1 else "":
         attack = replace(attack, close=None)  # nothing closes a null space of equations that no image fulfils

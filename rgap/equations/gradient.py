@@ -24,7 +24,7 @@ from torch import Tensor
 from rgap.linalg import GRAM_RESOLUTION, gram_matrix, svd
 from rgap.network.layer import Layer
 
-MAX_CHANNELS_TESTED = 256
+MAX_CHANNELS_TESTED = 32
 """Channels up to which every one is tested against the layer's identities."""
 
 RANDOM_SUMS = 4

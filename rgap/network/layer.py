@@ -138,6 +138,12 @@ class Layer:
         shape = self.weight.shape
         return torch.nn.grad.conv2d_weight(padded, shape, dz, self.stride, 0, self.dilation, self.groups)
 
+    def rest_of_gradient(self, G: Tensor, x: Tensor, dz: Tensor) -> Tensor:
+        """G − K x, with the arguments of `weight_gradient`; of a dense layer without K x itself."""
+        if self.is_dense:
+            return torch.addr(G.flatten(1), dz.flatten(), x.flatten(), alpha=-1).reshape(G.shape)
+        return G - self.weight_gradient(x, dz)
+
     def pre_bias(self) -> Tensor | float:
         """What is added to W x, in a shape that broadcasts to z, or 0."""
         bias = 0.0 if self.bias is None else self.bias[:, None, None]

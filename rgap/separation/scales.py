@@ -14,6 +14,7 @@ from torch import Tensor
 from rgap.client import loss_value
 from rgap.head.logistic import margins
 from rgap.head.softmax import LabelEquations, log_scales, output_gradient
+from rgap.linalg import norm
 from rgap.network.layer import Layer
 
 MAX_SCALE_RESIDUAL = 1e-2
@@ -71,7 +72,9 @@ def output_gradients(
     c = torch.linalg.lstsq(jacobians[0].mT, dz[:, :, None]).solution[:, :, 0]
     if not complete:
         return c, outputs
-    sizes = [layer.gradient(gradients).square().sum().clamp(min=torch.finfo(c.dtype).tiny) for layer in layers]
+    sizes = [max(norm(layer.gradient(gradients)) ** 2, torch.finfo(c.dtype).tiny) for layer in layers]
+    bases = [torch.linalg.qr(x.T) for x in received]
+    seen = [layer.gradient(gradients).flatten(1) @ Q for layer, (Q, _) in zip(layers, bases, strict=True)]
     gram = c.new_zeros(c.numel(), c.numel())
     for layer, x, J, size in zip(layers, received, jacobians, sizes, strict=True):
         flat, classes = J.flatten(0, 1), c.shape[1]
@@ -82,9 +85,9 @@ def output_gradients(
     factor = torch.linalg.cholesky(scaled + 1e-14 * len(scaled) * torch.eye(len(scaled), dtype=c.dtype))
     for _ in range(3):
         right = torch.zeros_like(c)
-        for layer, x, J, size in zip(layers, received, jacobians, sizes, strict=True):
+        for layer, (_, R), G, J, size in zip(layers, bases, seen, jacobians, sizes, strict=True):
             dz = torch.einsum("bco,bc->bo", J, c)
-            projected = x @ (layer.gradient(gradients).flatten(1) - dz.T @ x).T
+            projected = R.T @ (G - dz.T @ R.T).T  # x = Rᵀ Qᵀ
             if layer.bias_name is not None:
                 projected = projected + gradients[layer.bias_name] - dz.sum(0)
             right += torch.einsum("bco,bo->bc", J, projected) / size
