@@ -117,7 +117,7 @@ def check_claim(claim_id: str, measured: float | str) -> None:
     claim = claims[claim_id]
     measured = measured if isinstance(measured, str) else float(measured)
     holds = _holds(claim, measured)
-    # Four digits are all that a claim needs, and they repeat from run to run.
+    # Four digits are all that a claim needs; where it rests on rounding errors, fewer repeat on another machine.
     shown = measured if isinstance(measured, str) else f"{measured:.4g}"
     row = pd.DataFrame([{**claim, "id": claim_id, "measured": shown, "holds": str(holds)}])
     _update(CLAIM_TABLES[claim["times"]], lambda rows: pd.concat([rows[rows["id"] != claim_id], row]))

@@ -1,7 +1,7 @@
 """A run's figures and tables against the committed ones, column by column.
 
-Machines differ in the last bits, and what is made of them (the error of an image that is exact up to rounding, where an
-optimiser ends) differs far more; counts and verdicts do not. KINDS says how far each kind of column may be off.
+`rgap.artifact.columns` says how far each kind of column may be off; a claim's measured value may be off by the claim's
+own tolerance, or by that of its unit.
 """
 
 from __future__ import annotations
@@ -20,30 +20,7 @@ from PIL import Image
 
 from rgap.artifact import outputs
 from rgap.artifact.claims import CLAIM_TABLES, expected_outputs, read_claims
-
-
-class Kind(NamedTuple):
-    """A kind of column: what it is called, the columns' names, and how far two values may lie apart."""
-
-    name: str
-    columns: str
-    absolute: float = 0.0
-    relative: float = 0.0
-    factor: float = 1.0
-
-
-DECIBELS = Kind("decibels", r"psnr|_db$|^\+ |plain R-GAP|Inverting Gr|smoothest|ridge|least squares", 3, 0.05)
-NUMBERS = Kind("numbers", "", relative=0.05)
-KINDS = (
-    Kind("spreads of few runs", r"_std$", 6, factor=10),
-    DECIBELS,
-    Kind("rounding errors", r"residual|error|^mse|cosine", 1e-12, factor=4),
-    Kind("similarities", r"ssim", absolute=0.03),
-    Kind("counts", r"^(seed|image|batch|number|unknowns|rank\w*|deficit|found|false|certified|attacks)$"),
-    Kind("ends of descents", r"^from_|mu$", absolute=0.05, relative=0.05),
-)
-"""The first whose pattern is found in a column's name counts; whole numbers of another name are compared exactly, and
-other NUMBERS by their share. A `factor` is for quantities of which only the order of magnitude repeats."""
+from rgap.artifact.columns import DECIBELS, NUMBERS, ROUNDING, Kind, kind_of
 
 UNITS = {"dB": DECIBELS, "": NUMBERS}
 MAGNITUDE = re.compile(r"\d+(?:\.\d+)?e[+-]\d+")  # a number in a sentence of which the order of magnitude counts
@@ -158,20 +135,13 @@ def _claim_differences(ours: pd.DataFrame, theirs: pd.DataFrame) -> Iterator[tup
         if "equals" in claim:
             kind = Kind("the claim's", "", absolute=claim["tolerance"])
         elif "e-" in b["measured"]:
-            kind = Kind("rounding errors", "", factor=10)
+            kind = ROUNDING
         timed = claim.get("times") and a["holds"] == b["holds"]
         if a["measured"] != b["measured"] or a["holds"] != b["holds"]:
             fits = a["holds"] == b["holds"] and (timed or agree(a["measured"], b["measured"], kind))
             yield fits, f"{a['id']} {b['measured']} → {a['measured']}"
         elif a["id"] != b["id"] or a["expected"] != b["expected"]:
             yield False, f"{a['id']} is another claim than the committed one"
-
-
-def kind_of(column: str, values: pd.Series) -> Kind:
-    """The kind of a column, by its name and its committed values."""
-    found = next((kind for kind in KINDS if re.search(kind.columns, column)), None)
-    whole = all(re.fullmatch(r"-?\d*", value) for value in values)
-    return found or (Kind("whole numbers", "") if whole else NUMBERS)
 
 
 def agree(ours: str, theirs: str, kind: Kind) -> bool:

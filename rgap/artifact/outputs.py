@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from rgap.artifact.columns import rounded
+
 if TYPE_CHECKING:  # matplotlib takes as long to import as everything else here
     import pandas as pd
     from matplotlib.figure import Figure
@@ -114,7 +116,9 @@ def save_figure(fig: Figure, name: str, *, times: bool = False) -> Path:
 
 
 def save_table(frame: pd.DataFrame, name: str, *, times: bool = False) -> Path:
-    """Writes a table as CSV with six significant digits and without its index, and returns the path of the file.
+    """Writes a table as CSV without its index, and returns the path of the file.
+
+    Numbers have the digits that repeat on other machines; `rgap.artifact.columns` says which.
 
     `name`, `times` and the errors are those of `save_figure`; call `reset_index()` first if the index has information.
 
@@ -124,13 +128,13 @@ def save_table(frame: pd.DataFrame, name: str, *, times: bool = False) -> Path:
         >>> artifact.save_table(pd.DataFrame({"psnr_db": [104.123456789]}), "01_example").name
         '01_example.csv'
     """
-    return save_csv(frame, _output(name, ".csv", times))
+    if not hasattr(frame, "to_csv"):
+        raise ValueError(f"frame is a {type(frame).__name__}; it must be a pandas DataFrame")
+    return save_csv(rounded(frame), _output(name, ".csv", times))
 
 
 def save_csv(frame: pd.DataFrame, path: Path) -> Path:
     """Writes a table as CSV, numbers with six significant digits, without the index; returns the path."""
-    if not hasattr(frame, "to_csv"):
-        raise ValueError(f"frame is a {type(frame).__name__}; it must be a pandas DataFrame")
     options = {"index": False, "float_format": "%.6g", "lineterminator": "\n"}
     return write_atomically(path, lambda file: frame.to_csv(file, **options))
 

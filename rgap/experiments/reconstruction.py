@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -72,7 +73,8 @@ def trained_attacks(
         (consistent candidates inside the pixel range), psnr_db, psnr_best_db (of the candidate closest to the truth).
     """
     rows = []
-    states = training(model, images, labels, loss, epochs=epochs, seed=seed, **options)
+    # In float64, because in float32 two kinds of processors end at networks that have little in common.
+    states = training(copy.deepcopy(model).double(), images, labels, loss, epochs=epochs, seed=seed, **options)
     for epoch, (mean_loss, trained) in enumerate(states):
         client = trained.to(getattr(torch, dtype))
         chain = prepare(client, tuple(victims.shape[1:]))

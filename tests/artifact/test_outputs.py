@@ -40,7 +40,7 @@ def test_tables_are_rounded_and_times_go_to_a_file_of_their_own(figures):
     frame = pd.DataFrame({"name": ["a", "σ"], "count": [1234567, 2], "value": [1 / 3, 2e-15]})
     path = outputs.save_table(frame, "01_layers")
     assert path == figures / "01_layers.csv"
-    assert path.read_text() == "name,count,value\na,1234567,0.333333\nσ,2,2e-15\n"
+    assert path.read_text() == "name,count,value\na,1234567,0.333\nσ,2,2e-15\n"
     assert outputs.save_table(frame, "01_layers", times=True).name == "01_layers_times.csv"
     assert outputs.save_figure(draw(), "01_cost", times=True).name == "01_cost_times.png"
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
