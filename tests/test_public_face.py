@@ -20,7 +20,7 @@ SIGNATURES = {
     "prepare": "model, image_shape, *, output=None",
     "client_gradients": "model, images, labels, loss='logistic', *, output=None, label_smoothing=0.0",
     "rank_analysis": "model, image_shape, batch_size=1, dtype=torch.float64, *, limit=4000, seed=0",
-    "largest_batch": "model, image_shape, loss='cross_entropy'",
+    "largest_batch": "model, image_shape, loss='cross_entropy', *, images=None",
     "baselines.dlg": "model, gradients, image_shape=None, loss='logistic', *, batch_size=1, labels=None, steps=1000, "
     "restarts=1, pixel_range=(0.0, 1.0), noise_std=None, dtype=torch.float32, seed=0, device=None",
     "baselines.inverting_gradients": "model, gradients, image_shape=None, loss='logistic', *, batch_size=1, "
@@ -69,7 +69,7 @@ FIELDS = {
     "RankAnalysis": "layers batch_size max_ra_index copa_index leaking verdict separable entry",
     "LayerRank": "name kind unknowns weight_rows gradient_rows ra_index rank_weights rank_gradients rank deficit "
     "virtual_constraints condition law_weights law_gradients law_rank note blind",
-    "LargestBatch": "batch_size alone limits reason bound safe",
+    "LargestBatch": "batch_size alone limits reason bound safe peeled",
     "Chain": "model image_shape layers parameters log_softmax",
     "Layer": "name weight bias input_shape output_shape feature_shape stride padding dilation groups activation "
     "weight_name bias_name before after output_scale shift is_fixed cache is_frozen columns weight_terms",

@@ -17,6 +17,8 @@ from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
 from rgap.experiments.common import MARKERS, MIN_CERTIFIED_PSNR_DB, PALETTE, certified, choice, finish, progress, timed
 from rgap.metrics import psnr_db
+from rgap.network.chain import prepare
+from rgap.ranks.peeled import active_shares, predicted_share
 from rgap.results import Reconstruction
 
 CLASS_COUNT = 10
@@ -110,32 +112,10 @@ def share_table(
         drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:batch]
         model = relu_network(images[0].numel(), (width,), seed, initialisation)
         row = {"images": name, "width": width, "initialisation": initialisation, "batch": batch}
-        row["predicted"] = predicted_share(active_shares(model, images), batch, seed)
+        chain = prepare(model, tuple(images.shape[1:]))
+        row["predicted"] = predicted_share(active_shares(chain, chain.layers[0], images), batch, seed)
         rows.append(row | attack_batch(model, images[drawn], labels[drawn])[0])
     return pd.DataFrame(rows)
-
-
-def active_shares(model: nn.Module, images: Tensor) -> Tensor:
-    """For every unit of the first layer the share of images that switch it on, (h,)."""
-    with torch.no_grad():
-        return (model[1](images.flatten(1).to(model[1].weight.dtype)) > 0).double().mean(0)
-
-
-def predicted_share(active: Tensor, batch: int, seed: int = 0) -> float:
-    """The share of a batch that peels off, if units are switched on independently, each with its own probability.
-
-    A unit shows an image that is the only one left to switch it on, or the only one left not to.
-    """
-    on = torch.rand(len(active), batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    on = on < active[:, None]
-    left = torch.ones(batch, dtype=torch.bool)
-    while left.any():
-        count = on[:, left].sum(1)
-        alone = on[count == 1].any(0) | ~on[count == left.sum() - 1].all(0)
-        if not (alone & left).any():
-            break
-        left &= ~alone
-    return 1 - left.double().mean().item()
 
 
 def plot_shares(table: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:

@@ -11,13 +11,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
+from rgap.arguments import check_tensor
 from rgap.client import check_loss
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS, SPARE_UNITS, layer_laws
 from rgap.isolation import isolated
 from rgap.network.chain import Chain, Layer, prepare
 from rgap.ranks.numbers import MAX_UNKNOWNS, numerical_ranks, too_large
+from rgap.ranks.peeled import active_shares, largest_peeled
+from rgap.separation.linear_units import MAX_LINEAR_UNKNOWNS
 
 MAX_BATCH_TRIED = 512
 """Largest batch size that is tried."""
@@ -51,6 +54,8 @@ class LargestBatch:
         reason: The layer that limits, and why.
         bound: Batch size above which not every image is ever recovered, from ranks alone.
         safe: Largest batch that is recovered as a rule: four units of the first fully connected layer an image.
+        peeled: Largest batch of such images as were given that is predicted to peel off whole, one image after the
+            other; above it peeling stalls and leaves a part. None without images.
     """
 
     batch_size: int
@@ -59,18 +64,25 @@ class LargestBatch:
     reason: str
     bound: int = 0
     safe: int = 0
+    peeled: int | None = None
 
 
 @isolated()
 def largest_batch(
-    model: nn.Module | Chain, image_shape: tuple[int, int, int], loss: str = "cross_entropy"
+    model: nn.Module | Chain,
+    image_shape: tuple[int, ...],
+    loss: str = "cross_entropy",
+    *,
+    images: Tensor | None = None,
 ) -> LargestBatch:
     """Predicts how many images behind one gradient can be recovered, each by itself.
 
     Args:
         model: A chain of layers, as `rgap.prepare` takes it.
-        image_shape: (C, H, W).
+        image_shape: (C, H, W), or (n,) for the rows of a table.
         loss: The client's loss; the rows of a softmax's gradient sum to zero, which costs one image.
+        images: Some images of the kind that the client has, (N, *image_shape), a hundred or more. How often they
+            switch the units of the first fully connected layer on predicts how many peel off, far beyond the classes.
 
     Returns:
         The `LargestBatch`, for generic weights and images: a usual size, a bound, and a safe size. Convolutions reach
@@ -90,7 +102,12 @@ def largest_batch(
     chain = prepare(model, image_shape)
     below, tail = _parts(chain)
     convolutions = [*map(_convolution, below, (None, *below))]
-    limits = [*convolutions, *_heads(tail, loss)]
+    heads = _heads(tail, loss)
+    peeled = None if images is None else _peeled(chain, tail, _checked(images, chain.image_shape))
+    if peeled is not None:
+        reason = f"{peeled} such images peel off, by how often they switch its units on"
+        heads = _raised(heads, peeled, reason)
+    limits = [*convolutions, *heads]
     known = [limit for limit in limits if limit.limit is not None]
     worst = min(known, key=lambda limit: limit.limit)
     unknown = [repr(limit.name) for limit in limits if limit.limit is None]
@@ -100,7 +117,7 @@ def largest_batch(
     usual, alone = worst.limit, min(limit.alone for limit in known)
     bound = min([limit.limit for limit in convolutions if limit.limit is not None] + [_most_directions(tail)])
     safe = min(usual, max(tail[0].output_shape[0] // RECOMMENDED_UNITS_PER_IMAGE, min(usual, 1)))
-    return LargestBatch(usual, alone, tuple(limits), reason, max(bound, usual), safe)
+    return LargestBatch(usual, alone, tuple(limits), reason, max(bound, usual), safe, peeled)
 
 
 def separable_images(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> int | None:
@@ -195,4 +212,27 @@ def _heads(layers: tuple[Layer, ...], loss: str) -> list[BatchLimit]:
     if together <= min(limit.limit for limit in limits):
         return limits
     reason = f"{outputs} classes and {layers[0].output_shape[0]} hidden units, by the softmax of the outputs"
-    return [BatchLimit(one.name, together, together, reason) if one.limit < together else one for one in limits]
+    return _raised(limits, together, reason)
+
+
+def _checked(images: Tensor, image_shape: tuple[int, ...]) -> Tensor:
+    """Images (N, *image_shape) of a client, at least one."""
+    images = check_tensor("images", images, finite=True)
+    if not len(images.shape) or not len(images) or tuple(images.shape[1:]) != tuple(image_shape):
+        raise ValueError(f"images are {tuple(images.shape)}; give some of shape {tuple(image_shape)}, (N, ...)")
+    return images
+
+
+def _raised(limits: list[BatchLimit], count: int, reason: str) -> list[BatchLimit]:
+    """The limits where another way lets `count` images through."""
+    return [BatchLimit(one.name, count, count, reason) if one.limit < count else one for one in limits]
+
+
+def _peeled(chain: Chain, tail: tuple[Layer, ...], images: Tensor) -> int:
+    """Images like these that peel off the first fully connected layer, all of them; 0 behind no ReLU."""
+    first, *after = tail
+    kind, both_ends = first.activation, bool(after) and after[0].output_shape[0] <= MAX_LINEAR_UNKNOWNS
+    if not after or not kind.homogeneous or not (kind.clips or (kind.has_kink and both_ends)):
+        return 0
+    most = min(MAX_BATCH_TRIED, _most_directions(tail))
+    return largest_peeled(active_shares(chain, first, images), most, both_ends=both_ends)
