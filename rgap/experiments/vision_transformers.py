@@ -43,7 +43,7 @@ def vit_b_16(seed: int = 0) -> nn.Module:
     from torchvision.models import vit_b_16  # slow to import, and only needed here
 
     with seeded(seed):
-        return _with_head(vit_b_16())
+        return with_head(vit_b_16())
 
 
 def small_transformer(
@@ -65,10 +65,11 @@ def small_transformer(
     heads = next(count for count in (4, 3, 2, 5, 1) if width % count == 0)
     with seeded(seed):
         model = VisionTransformer(size, patch, depth, heads, width, 2 * width, num_classes=classes)
-        return _with_head(model) if head else model.eval()
+        return with_head(model) if head else model.eval()
 
 
-def _with_head(model: nn.Module) -> nn.Module:
+def with_head(model: nn.Module) -> nn.Module:
+    """The transformer with its head drawn, which torchvision leaves at zero, in eval mode."""
     nn.init.normal_(model.heads.head.weight, std=HEAD_STD)
     return model.eval()
 
