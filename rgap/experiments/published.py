@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from rgap import client, models
 from rgap.attack.reconstruct import reconstruct
-from rgap.experiments.common import PALETTE, finish, progress, seeded, timed
-from rgap.experiments.vision_transformers import with_head
+from rgap.experiments.common import PALETTE, finish, progress, seeded
+from rgap.experiments.vision_transformers import cpu_timed, with_head
 from rgap.metrics import psnr_db
 
 R_CONV_SEED = 50
@@ -139,7 +139,7 @@ def compare(results: Iterable[Published], images: Mapping[int, Tensor], count: i
 
     Returns:
         attack, network, dtype, published_db, ours_db (smallest), gain_db, exact (share certified), images, differs,
-        source, seconds (median, of one attack).
+        source, seconds (median, of the processor).
     """
     rows = []
     for result in progress(list(results), "networks"):
@@ -150,7 +150,9 @@ def compare(results: Iterable[Published], images: Mapping[int, Tensor], count: i
         qualities, verdicts, seconds = [], [], []
         for place, image in enumerate(its_images):
             gradients = client.client_gradients(model, image[None], torch.tensor([place]), "cross_entropy")
-            found, took = timed(reconstruct, model, gradients, tuple(image.shape), "cross_entropy", gradient_scale=1.0)
+            found, took = cpu_timed(
+                reconstruct, model, gradients, tuple(image.shape), "cross_entropy", gradient_scale=1.0
+            )
             qualities.append(psnr_db(found.images[:1], image[None].double()).item())
             verdicts.append(found.verdict == "exact")
             seconds.append(took)
