@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from rgap.linalg import rms
-from rgap.residual.blind import BlindSolution
+from rgap.residual.bits import MAX_BIT_ROUNDS, Known, activation_above, correct_bits, decide
 from rgap.residual.cut import Cut, ResidualNetwork, delta_at_top, enter
 from rgap.residual.invert import Below, Inverted, below, draw_error, invert
-from rgap.residual.walk import MAX_BIT_ROUNDS, Known, Walk
+from rgap.residual.walk import Walk
 from rgap.results import LayerReport
 from rgap.shared_gradient import SharedGradient
 
@@ -71,11 +71,11 @@ class WalkedImage:
             for reader in walk.readers(name):
                 if reader not in check.deltas:
                     continue
-                act, x = walk.activation_above(reader), values[name]
+                act, x = activation_above(graph, reader), values[name]
                 if act in check.deltas:
                     source = graph.nodes[act].sources[0]
                     error = rms(moved[source]) + walk.precision * rms(values[source])
-                    check.correct_bits(reader, x, values[source].abs() < MAX_ROUNDING_ERRORS * error)
+                    correct_bits(check, reader, x, values[source].abs() < MAX_ROUNDING_ERRORS * error)
                 G, layer = walk.gradient(reader), graph.nodes[reader].layer
                 mine = layer.weight_gradient(x, check.deltas[reader])
                 worst = max(worst, ((mine - G).norm() / G.norm().clamp(min=1e-300)).item())
@@ -98,30 +98,13 @@ class WalkedImage:
 def best_descent(network: ResidualNetwork, received: SharedGradient, start: Tensor) -> WalkedImage:
     """Down from the first cut that is certified and whose equations agree; else the best of those that failed."""
     tried, failed = [], []
-    ends = dict.fromkeys((*network.cuts[:MAX_TRIED_ENDS], *network.cuts[-MAX_TRIED_ENDS:]))
-    for cut in ends:
-        started = time.perf_counter()
-        walk = Walk(network.graph, received.gradients, cut.top, received.precision, received.rcond, received.absent)
-        node, last = network.graph.nodes[cut.layer], network.graph.nodes[cut.last]
-        if lost := {node.layer.weight_name, node.total, last.layer.weight_name} & set(received.absent):
-            failed.append(f"{node.path!r} is no place to enter: the gradient of {min(lost)!r} is not shared, or zero")
+    for cut in dict.fromkeys((*network.cuts[:MAX_TRIED_ENDS], *network.cuts[-MAX_TRIED_ENDS:])):
+        begun, path = begin(network, received, cut), network.graph.nodes[cut.layer].path
+        if isinstance(begun, str):
+            failed.append(f"{path!r} is no place to enter: {begun}")
             continue
-        solution = enter(network.graph, cut, received.gradients, received.entry_std)
-        path = network.graph.nodes[cut.layer].path
-        if not solution.certified:
-            failed.append(f"{path!r} is no place to enter: {solution.reason}")
-            continue
-        delta = delta_at_top(network.graph, cut, solution.x, solution.dz, walk.gradient(cut.last))
-        if delta is None:
-            failed.append(f"{path!r} is no place to enter: it does not determine δz of {cut.last!r}")
-            continue
-        report = _cut_report(network, cut, solution, time.perf_counter() - started)
-        walk.values[network.graph.nodes[cut.layer].sources[0]] = Known(
-            solution.x, error=solution.predicted_error * rms(solution.x)
-        )
-        walk.deltas[cut.top] = walk.deltas[cut.last] = delta
-        walk.run()
-        found = _descend(walk, report, failed, start)
+        walk, report = begun
+        found = _descend(walk.run(), report, failed, start)
         if not found.open_layers:
             return found
         tried.append(found)
@@ -135,13 +118,26 @@ def best_descent(network: ResidualNetwork, received: SharedGradient, start: Tens
     return WalkedImage(None, None, math.inf, tuple(reports), tuple(failed), tuple(r.name for r in reports))
 
 
-def _cut_report(network: ResidualNetwork, cut: Cut, solution: BlindSolution, seconds: float) -> LayerReport:
-    node = network.graph.nodes[cut.layer]
+def begin(network: ResidualNetwork, received: SharedGradient, cut: Cut) -> tuple[Walk, LayerReport] | str:
+    """A walk that stands at a cut, and the cut's report; the reason where the cut is no place to enter."""
+    graph, started = network.graph, time.perf_counter()
+    walk = Walk(graph, received.gradients, cut.top, received.precision, received.rcond, received.absent)
+    node, last = graph.nodes[cut.layer], graph.nodes[cut.last]
+    if lost := {node.layer.weight_name, node.total, last.layer.weight_name} & set(received.absent):
+        return f"the gradient of {min(lost)!r} is not shared, or zero"
+    solution = enter(graph, cut, received.gradients, received.entry_std)
+    if not solution.certified:
+        return solution.reason
+    delta = delta_at_top(graph, cut, solution.x, solution.dz, walk.gradient(cut.last))
+    if delta is None:
+        return f"it does not determine δz of {cut.last!r}"
+    walk.values[node.sources[0]] = Known(solution.x, error=solution.predicted_error * rms(solution.x))
+    walk.deltas[cut.top] = walk.deltas[cut.last] = delta
     unknowns = node.layer.unknowns
-    return LayerReport(
+    return walk, LayerReport(
         node.path, unknowns, rank=unknowns, deficit=0, sigma_above_cut=solution.sigma_above_cut,
         sigma_below_cut=solution.sigma_below_cut, residual=solution.residual,
-        predicted_error=solution.predicted_error * rms(solution.x).item(), seconds=seconds,
+        predicted_error=solution.predicted_error * rms(solution.x).item(), seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
@@ -165,7 +161,7 @@ def _descend(walk: Walk, cut: LayerReport, failed: Sequence[str], start: Tensor)
     notes.append(f"below it {density:.1f} numbers are known for every pixel value, {trials}")
     found = invert(problem, start)
     for _ in range(MAX_BIT_ROUNDS):  # what the walk left in doubt where it ended
-        changed = walk.decide(walk.frontier, graph.forward({graph.image: found.image}, problem.names)[walk.frontier])
+        changed = decide(walk, walk.frontier, graph.forward({graph.image: found.image}, problem.names)[walk.frontier])
         if not changed:
             break
         notes.append(f"{changed} activation bits were corrected by division after the inversion")

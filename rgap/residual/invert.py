@@ -17,7 +17,8 @@ from torch import Tensor
 from rgap.linalg import rms
 from rgap.network.graph import Graph
 from rgap.network.layer import Layer
-from rgap.residual.walk import Known, Walk
+from rgap.residual.bits import Known
+from rgap.residual.walk import Walk
 
 START_STD = 1e-3
 """Standard deviation of the noise around the middle of the pixel range at which the iterations start, in its widths."""

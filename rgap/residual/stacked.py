@@ -33,6 +33,7 @@ class StackedSolution:
         residual: ‖K x − vec(G)‖ / ‖vec(G)‖.
         surplus: Equations beyond the rank.
         error: Standard deviation of the entries at each pixel, by the residual's noise, (H, W); 0 without surplus.
+        kept: For each layer and filter, the share of an error in its δz that the residual shows: x absorbs the rest.
     """
 
     x: Tensor
@@ -44,6 +45,7 @@ class StackedSolution:
     residual: float
     surplus: int
     error: Tensor
+    kept: list[Tensor]
 
     @property
     def determined(self) -> bool:
@@ -59,12 +61,14 @@ def solve_stacked(layers: list[Layer], gradients: list[Tensor], dzs: list[Tensor
     """
     C, H, W = layers[0].input_shape
     parts = _parts(layers, gradients, dzs, H * W)
-    factors = [(pixels, M, right, *torch.linalg.eigh(gram_matrix(M))) for pixels, M, right in parts]
+    factors = [(*part, *torch.linalg.eigh(gram_matrix(part[1]))) for part in parts]
     largest = max(values[-1].clamp(min=0).item() for *_, values, _ in factors) ** 0.5
     x, spread = torch.zeros(C, H * W, dtype=torch.float64), torch.zeros(H * W, dtype=torch.float64)
     missed = size = 0.0
     rank, equations, kept, dropped = 0, 0, [], []
-    for pixels, M, right, values, V in factors:
+    filters = [len(dz) for dz in dzs]
+    rows, absorbed = torch.zeros(2, sum(filters), dtype=torch.float64)
+    for pixels, M, right, owners, values, V in factors:
         S = values.clamp(min=0).sqrt()
         seen = S > rcond * largest
         inverse = V[:, seen] / S[seen].square()
@@ -75,6 +79,8 @@ def solve_stacked(layers: list[Layer], gradients: list[Tensor], dzs: list[Tensor
         size += right.square().sum().item()
         spread[pixels] = (V[:, seen] / S[seen]).square().sum(1)
         rank, equations = rank + int(seen.sum()), equations + len(M)
+        rows.index_add_(0, owners, torch.ones(len(M), dtype=torch.float64))
+        absorbed.index_add_(0, owners, (M @ (V[:, seen] / S[seen])).square().sum(1))
         kept.append(S[seen])
         dropped.append(S[~seen])
     kept, dropped = torch.cat(kept), torch.cat(dropped)
@@ -91,24 +97,28 @@ def solve_stacked(layers: list[Layer], gradients: list[Tensor], dzs: list[Tensor
         (missed / size) ** 0.5 if size else 0.0,
         surplus,
         std * spread.sqrt().reshape(H, W),
+        list((1 - absorbed / rows.clamp(min=1)).split(filters)),
     )
 
 
-def _parts(layers, gradients, dzs, pixels: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(pixels, rows of M, right-hand sides) of each set of pixels that has equations of its own."""
-    found: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+def _parts(layers, gradients, dzs, pixels: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """For each set of pixels that has equations of its own: the set, the rows of M, right-hand sides, filters."""
+    found: dict[tuple[int, ...], list[tuple[Tensor, Tensor, Tensor]]] = {}
+    first = 0
     for layer, G, dz in zip(layers, gradients, dzs, strict=True):
         weight = 1 / G.norm().clamp(min=1e-300) * G.numel() ** 0.5
         for block in blocks(layer):
-            rows = gradient_matrix(layer, block, dz), gradient_values(layer, block, G)
-            found.setdefault(tuple(block.pixels.tolist()), []).append(tuple(weight * part for part in rows))
+            M, right = weight * gradient_matrix(layer, block, dz), weight * gradient_values(layer, block, G)
+            owners = torch.arange(first, first + len(dz)).repeat_interleave(len(block.taps))
+            found.setdefault(tuple(block.pixels.tolist()), []).append((M, right, owners))
+        first += len(dz)
     if sum(map(len, found)) > len(set().union(*found)):  # sets that overlap: one system on all pixels
         whole = []
         for places, rows in found.items():
-            for M, right in rows:
+            for M, right, owners in rows:
                 wide = M.new_zeros(len(M), pixels)
                 wide[:, list(places)] = M
-                whole.append((wide, right))
+                whole.append((wide, right, owners))
         found = {tuple(range(pixels)): whole}
     return [
         (torch.tensor(places), *(torch.cat(part) for part in zip(*rows, strict=True))) for places, rows in found.items()

@@ -19,31 +19,9 @@ from torch import Tensor
 from rgap.linalg import rms
 from rgap.network.activations import RELU
 from rgap.network.graph import Graph
-from rgap.residual.stacked import StackedSolution, solve_changes, solve_stacked
+from rgap.residual.bits import DOUBT_RATIO, MAX_BIT_ROUNDS, Known, activation_above, decide, zero_limit
+from rgap.residual.stacked import StackedSolution, solve_stacked
 from rgap.results import LayerReport
-from rgap.shared_gradient import FLOAT64_FLOOR
-
-MAX_BIT_ROUNDS = 5
-"""Times that the bits of one layer are corrected."""
-
-ZERO_ERRORS = 6.0
-"""Standard deviations up to which a ReLU's output counts as zero until division decides."""
-
-ZERO_MARGIN = 1.5
-"""The same in units of the largest negative output, which is an error."""
-
-MAX_ZERO_GAP = 8.0
-"""Times the larger of both limits within which the widest gap (by ratio) between outputs and zeros is looked for."""
-
-DOUBT_RATIO = 10.0
-"""Times that limit up to which an output is in doubt, so that division may change its bit."""
-
-SAFE_BIT_RATIO = 6.0
-"""Size of a bit's effect, in units of the division's typical error, from which the division decides it."""
-
-WRONG_FILTER_RATIO = 10.0
-"""Residual of a filter's equations, over the median of all filters, from which bits of it may be wrong: all its zeros
-are in doubt then."""
 
 MAX_TRUSTED_CONDITION = 300.0
 """Condition of a tensor's equations above which it may be imprecise."""
@@ -56,18 +34,6 @@ MAX_RESIDUAL_FACTOR = 1e3
 
 MIN_RESIDUAL_LIMIT = 1e-9
 """The same limit where the precision is that of float64."""
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is known of a tensor (C, H, W): its entries where `mask` is true, or all where it is None.
-
-    Elsewhere, behind a ReLU that is off, the entries are at most `value`.
-    """
-
-    value: Tensor
-    mask: Tensor | None = None
-    error: Tensor | None = None  # standard deviation of the entries, broadcast to them
 
 
 @dataclass
@@ -144,7 +110,7 @@ class Walk:
                 if node.activation is not RELU:
                     yield Known(node.activation.inverse(above.value))
                 else:
-                    doubt = DOUBT_RATIO * self._zero(above)
+                    doubt = DOUBT_RATIO * zero_limit(above, self.precision)
                     yield Known(torch.maximum(above.value, doubt), above.value > doubt)
             elif node.kind == "affine" and (above := self.known(reader)) is not None and above.mask is None:
                 yield Known((above.value - node.shift) / node.scale)
@@ -176,9 +142,10 @@ class Walk:
     def find_delta(self, name: str) -> None:
         """The gradient by a tensor, from those by its consumers."""
         if name not in self.deltas and name != self.graph.image:
-            self.deltas[name] = sum(self._pulled(reader, name) for reader in self.graph.consumers[name])
+            self.deltas[name] = sum(self.pulled(reader, name) for reader in self.graph.consumers[name])
 
-    def _pulled(self, reader: str, name: str) -> Tensor:
+    def pulled(self, reader: str, name: str) -> Tensor:
+        """The part of the gradient by a tensor that comes through one of its consumers."""
         node = self.graph.nodes[reader]
         return node.pull(self.deltas[reader], self.slopes.get(reader), self.graph.nodes[name].shape)
 
@@ -191,20 +158,9 @@ class Walk:
         if known is None or known.mask is not None:
             return self._stop(name, "no layer's equations determine the activation's output")
         if activation is RELU:
-            self.slopes[name] = (known.value > self._zero(known)).to(known.value)
+            self.slopes[name] = (known.value > zero_limit(known, self.precision)).to(known.value)
         else:
             self.slopes[name] = activation.derivative(activation.invert(known.value, self.precision)[0])
-
-    def _zero(self, known: Known) -> Tensor:
-        """The size up to which a ReLU's output may be zero: what is below zero is error, and zeros err by as much."""
-        error = self.precision * rms(known.value) if known.error is None else known.error
-        error = error.clamp(min=FLOAT64_FLOOR * rms(known.value))
-        sizes = (known.value / error).flatten()
-        least = max(ZERO_ERRORS, ZERO_MARGIN * -sizes.min().item())
-        near = sizes[(sizes > least) & (sizes < MAX_ZERO_GAP * least)].sort().values
-        edges = torch.cat([sizes.new_tensor([least]), near, sizes.new_tensor([MAX_ZERO_GAP * least])])
-        gap = int((edges[1:] / edges[:-1]).argmax())
-        return error * (edges[gap] * edges[gap + 1]).sqrt()
 
     def _solve(self, name: str, started: float) -> None:
         """Solves for a tensor, with the bits above it corrected by division until none changes."""
@@ -213,7 +169,7 @@ class Walk:
             found = self._equations(name, readers)
             if found is None or not found.determined:
                 break
-            changed = self.decide(name, found.x)
+            changed = decide(self, name, found.x, found.kept)
             corrected += changed
             if not changed:
                 break
@@ -235,7 +191,7 @@ class Walk:
         self.values[name] = Known(found.x, error=found.error)
         if found.condition > MAX_TRUSTED_CONDITION and rms(found.error) > MAX_TRUSTED_ERROR * rms(found.x):
             self.imprecise.add(name)
-        self.decided.update(act for reader in readers if (act := self.activation_above(reader)))
+        self.decided.update(act for reader in readers if (act := activation_above(self.graph, reader)))
         return None
 
     def _trusted(self, name: str) -> str:
@@ -243,7 +199,9 @@ class Walk:
 
         Equations of the tensor above are then better than what they gave, and the bits that it has decided.
         """
-        act = next((above for n in self.readers(name) if (above := self.activation_above(n)) in self.imprecise), None)
+        act = next(
+            (above for n in self.readers(name) if (above := activation_above(self.graph, n)) in self.imprecise), None
+        )
         if act is None:
             return name
         for inside in self.graph.below([act])[:-1]:
@@ -264,54 +222,3 @@ class Walk:
             iterations=corrected, condition=found.condition, sigma_above_cut=found.above, sigma_below_cut=found.below,
             residual=found.residual, predicted_error=rms(found.error).item(), seconds=seconds,
         ))  # fmt: skip
-
-    def activation_above(self, reader: str) -> str | None:
-        """The activation whose bits decide a layer's δz: right behind it, or behind the addition that it enters."""
-        above = self.graph.consumers[reader]
-        if len(above) == 1 and self.graph.nodes[above[0]].kind == "addition":
-            above = self.graph.consumers[above[0]]
-        return above[0] if len(above) == 1 and self.graph.nodes[above[0]].kind == "activation" else None
-
-    def decide(self, name: str, x: Tensor) -> int:
-        """Corrects the bits in doubt above all layers that read a tensor, given the tensor; how many changed."""
-        return sum(self._decide(reader, x) for reader in self.readers(name))
-
-    def _decide(self, reader: str, x: Tensor) -> int:
-        act = self.activation_above(reader)
-        if act is None or act not in self.slopes or act in self.decided:
-            return 0
-        known, layer, G = self.values[act], self.graph.nodes[reader].layer, self.gradient(reader)
-        limit = self._zero(known)
-        small = known.value < DOUBT_RATIO * limit
-        missed = (layer.weight_gradient(x, self.deltas[reader]) - G).flatten(1).norm(dim=1)
-        wrong = missed > WRONG_FILTER_RATIO * missed.median()
-        return self.correct_bits(reader, x, small & ((known.value > limit / DOUBT_RATIO) | wrong[:, None, None]))
-
-    def correct_bits(self, reader: str, x: Tensor, doubt: Tensor) -> int:
-        """Corrects bits of the activation above a layer by division, given the layer's input and where to doubt them.
-
-        δz / δ, with δz by the layer's own gradient and δ from above, is the slope on one side or the other.
-        """
-        act, node = self.activation_above(reader), self.graph.nodes[reader]
-        activation = self.graph.nodes[act].activation
-        slope = 0.0 if activation is RELU else activation.negative_slope
-        if slope is None or not doubt.any():
-            return 0
-        missed = self.gradient(reader) - node.layer.weight_gradient(x, self.deltas[reader])
-        solved = solve_changes(node.layer, missed, x, doubt)
-        if solved is None:
-            return 0
-        above, bits = self.deltas[act], self.slopes[act]
-        one = bits * above + solved[0] > above * (1 + slope) / 2
-        one = torch.where(above > 0, one, ~one)
-        wanted = torch.where(one, torch.ones_like(bits), slope * torch.ones_like(bits))
-        changes = doubt & (wanted != bits) & ((1 - slope) * above.abs() > SAFE_BIT_RATIO * solved[1])
-        if changes.any():
-            self.slopes[act] = bits.where(~changes, wanted)
-            source = self.graph.nodes[act].sources[0]
-            self.deltas[source] = self._pulled(act, source)
-            if self.graph.nodes[source].kind == "addition":
-                for branch in self.graph.nodes[source].sources:
-                    if branch in self.deltas and self.graph.consumers[branch] == (source,):
-                        self.deltas[branch] = self.deltas[source]
-        return int(changes.sum())
