@@ -132,6 +132,8 @@ clean: ## remove everything made in build/, downloaded data apart
 	if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name data -exec rm -rf {} +; fi
 
 # uv takes a third of pip's time; pip is there for where uv is not, or does not find the index that pip is set up for.
+# Both verify the hashes of requirements.txt, which are those of the Python Package Index. Of wheels built elsewhere, as
+# torch's for CPUs alone, they differ: UV_NO_VERIFY_HASHES=1 make env PIP_ARGS='--extra-index-url URL' takes those, too.
 .venv/.installed: requirements.txt pyproject.toml
 	@mkdir -p build
 	@[ -n "$$($(FIND_PYTHON))" ] || { echo "make env: no Python 3.11 or later on the PATH$$(python3 --version 2>/dev/null \
@@ -142,7 +144,8 @@ clean: ## remove everything made in build/, downloaded data apart
 	@echo "installing packages into .venv, some minutes without a cache; progress: build/env.log"
 	@{ .venv/bin/python -m pip install $(PIP_ARGS) "$$(grep -o '^uv==[^ ;]*' requirements.txt)" && \
 		.venv/bin/uv pip install --python .venv/bin/python $(PIP_ARGS) -r requirements.txt -e . || \
-		.venv/bin/python -m pip install $(PIP_ARGS) -r requirements.txt -e .; } > build/env.log 2>&1 || { \
+		{ .venv/bin/python -m pip install $(PIP_ARGS) -r requirements.txt && \
+		.venv/bin/python -m pip install $(PIP_ARGS) --no-deps -e .; }; } > build/env.log 2>&1 || { \
 		echo "make env: the packages could not be installed; connect to a network, or name a package index by" \
 		"make env PIP_ARGS='--index-url URL'. Details: build/env.log" >&2; exit 1; }
 	@touch $@

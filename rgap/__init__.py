@@ -11,9 +11,6 @@ systems. The letters, as in the paper and in every module here:
 """
 
 import importlib
-import importlib.metadata
-import tomllib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -82,6 +79,10 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 def _version() -> str:
     """The version that was installed, or of a checkout that was not, the one in its pyproject.toml."""
+    import importlib.metadata
+    import tomllib
+    from pathlib import Path
+
     project = Path(__file__).resolve().parents[1] / "pyproject.toml"
     if project.is_file():
         return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
@@ -97,3 +98,7 @@ def __getattr__(name: str):
     if name in __all__:
         return importlib.import_module(f"rgap.{name}")
     raise AttributeError(f"module 'rgap' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

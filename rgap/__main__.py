@@ -6,10 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import yaml
-
 # Nothing here imports torch: `rgap notebook` starts once for every notebook, and torch takes seconds to import.
 from rgap import artifact
+from rgap.extras import HOW
 
 MODELS = ("cnn6", "cnn6_d", "cnn6_batch", "fcn3", "lenet")
 LOSSES = ("logistic", "cross_entropy", "mse")
@@ -114,6 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"rgap {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"rgap {options.command}: {error.name} is not installed; {HOW}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"rgap {options.command}: interrupted", file=sys.stderr)
         return 130
@@ -200,6 +202,8 @@ def _add_case(command: argparse.ArgumentParser) -> None:
 
 
 def _notebook(options: argparse.Namespace) -> int:
+    import yaml
+
     from rgap.artifact import notebooks
 
     if not options.target and (options.file or options.parameter or options.offer):

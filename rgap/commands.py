@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
-import pkgutil
 import re
 import sys
 import time
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -20,24 +16,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 import rgap
-from rgap import artifact, data, experiments, metrics, models
+from rgap import artifact, data, metrics, models
 from rgap.artifact.outputs import save_csv
 from rgap.client import check_loss
 from rgap.client.files import load_gradients, load_weights, save_weights
 from rgap.client.training import training
 from rgap.display import rescale, to_pixels
-from rgap.experiments import bench as benchmark
-from rgap.progress import progress
 from rgap.ranks.audit import audit as audited
 
 AUDIT_STATUS = {"stops": 0, "leaks": 1, "unknown": 3}
 """Outcome -> exit status; 2 is for wrong arguments."""
-
-SAMPLE_COLUMNS = ("case", "verdict", "psnr_db", "ok", "why")
-"""Columns that the table of every sample must have."""
-
-SAMPLE_CASES = 200
-"""Cases of a sample without a default of its own."""
 
 
 def reconstruct(options: argparse.Namespace) -> int:
@@ -169,23 +157,27 @@ def verify(options: argparse.Namespace) -> int:
     """Runs samples of random attacks, writes their rows, and fails if any is not in order."""
     if options.count is not None and options.count < 1:
         raise ValueError(f"count is {options.count}; it must be at least 1")
-    known = all_samples()
+    from rgap.experiments import samples  # the extra `artifact`
+
+    known = samples.all_samples()
     if unknown := set(options.only) - set(known):
         raise ValueError(f"no sample {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     chosen = {name: sample for name, sample in known.items() if not options.only or name in options.only}
-    table = run_samples(chosen, options.count, options.seed)
+    table = samples.run_samples(chosen, options.count, options.seed)
     save_csv(table, options.output)
-    print(sample_summary(table).to_string(index=False))
+    print(samples.sample_summary(table).to_string(index=False))
     wrong = table[~table["ok"]]
     if len(wrong):
         print(f"\nnot in order: {len(wrong)} of {len(table)}")
-        print(wrong[["sample", *SAMPLE_COLUMNS]].to_string(index=False))
+        print(wrong[["sample", *samples.SAMPLE_COLUMNS]].to_string(index=False))
     print(f"\nwritten  {options.output}")
     return int(len(wrong) > 0)
 
 
 def bench(options: argparse.Namespace) -> int:
     """Times attacks and audits, writes the table, and prints it and how it compares with an earlier one."""
+    from rgap.experiments import bench as benchmark
+
     if not options.against.is_file():
         raise FileNotFoundError(f"there is no table {options.against}; give --against a table of another run")
     table = benchmark.bench(options.cases, options.rounds)
@@ -229,37 +221,6 @@ def load_case(options: argparse.Namespace) -> tuple[nn.Module, tuple[int, ...], 
     loss = options.loss or ("logistic" if outputs == 1 else "cross_entropy")
     check_loss(loss)
     return model, shape, loss, 2 if outputs == 1 else None
-
-
-def all_samples() -> dict[str, Callable[..., pd.DataFrame]]:
-    """Name without "sample_" -> function, for every `sample_*` that a module of `rgap.experiments` defines."""
-    infos = pkgutil.walk_packages(experiments.__path__, f"{experiments.__name__}.")
-    functions = [pair for info in infos for pair in inspect.getmembers(import_module(info.name), inspect.isfunction)]
-    return dict(sorted((n.removeprefix("sample_"), f) for n, f in dict(functions).items() if n.startswith("sample_")))
-
-
-def run_samples(samples: dict[str, Callable[..., pd.DataFrame]], count: int | None, seed: int) -> pd.DataFrame:
-    """All rows of the samples, run one after the other, with the sample's name first.
-
-    Each has `count` cases, or as many as its default where that is None. Refuses rows without `SAMPLE_COLUMNS`.
-    """
-    tables = []
-    for name, sample in progress(samples.items(), "samples"):
-        default = inspect.signature(sample).parameters["count"].default
-        cases = count or (SAMPLE_CASES if default is inspect.Parameter.empty else default)
-        table = sample(cases, seed)
-        if missing := [column for column in SAMPLE_COLUMNS if column not in table]:
-            raise ValueError(f"sample_{name} has no column {', '.join(missing)}")
-        table.insert(0, "sample", name)
-        tables.append(table.astype({"ok": bool}))
-    return pd.concat(tables, ignore_index=True)
-
-
-def sample_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each sample and verdict, how many are in order, and the smallest PSNR of those that are."""
-    groups = table.assign(least=table["psnr_db"].where(table["ok"])).groupby(["sample", "verdict"], sort=True)
-    counted = groups.agg(rows=("ok", "size"), in_order=("ok", "sum"), least_psnr_db=("least", "min"))
-    return counted.round(1).reset_index()
 
 
 def _file_stem(text: str) -> str:

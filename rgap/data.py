@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import skimage.data
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -132,6 +131,8 @@ def _open_source(source, *, grey, split):
 
 
 def _crops(split):
+    import skimage.data  # slow to import, and not needed for a user's own images
+
     # One draw for the whole split, so that place k is the same crop whatever else is asked for.
     draws = torch.rand(SPLIT_SIZE, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(SPLITS.index(split)))
     load = functools.cache(lambda name: getattr(skimage.data, name)())
@@ -148,6 +149,8 @@ def _crops(split):
 
 
 def _faces(split):
+    import skimage.data
+
     pixels = skimage.data.lfw_subset()[SPLITS.index(split) :: 2]  # 100 faces, then 100 non-faces, in [0, 1]
     labels = [int(i < len(pixels) // 2) for i in range(len(pixels))]
     return _Source(labels, pixels.__getitem__, ("not a face", "face"))

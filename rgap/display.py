@@ -6,11 +6,13 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
-from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PICTURE_PIXELS = 96
 """Height of a picture in a notebook, pixels."""
@@ -42,6 +44,8 @@ def to_pixels(image: Tensor) -> np.ndarray:
 
 def to_png(image: Tensor, height: int) -> bytes:
     """A picture for the screen, enlarged to about that height, its pixels as squares."""
+    from PIL import Image
+
     picture = Image.fromarray(to_pixels(image))
     scale, buffer = max(1, height // picture.height), io.BytesIO()
     picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST).save(buffer, "PNG")

@@ -4,6 +4,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from rgap.arguments import check_tensor
+from rgap.extras import from_extra
 
 
 def mse(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -77,14 +78,13 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         >>> round(metrics.ssim(x, x).item(), 4)
         1.0
     """
-    # Takes longer to import than everything else here, torch included, and is only needed here.
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     x, y = _pair(x, y)
     if min(x.shape[2:]) < 3:
         raise ValueError(f"images are {tuple(x.shape[2:])} pixels; SSIM needs at least 3×3")
     sigma = min(1.5, (min(x.shape[2:]) - 1) // 2 / 3.5)  # torchmetrics' window has 2·int(3.5·sigma + 0.5) + 1 pixels
-    values = structural_similarity_index_measure(x, y, sigma=sigma, data_range=1.0, reduction="none")
+    # Takes longer to import than everything else here, torch included.
+    library = from_extra("torchmetrics.functional.image")
+    values = library.structural_similarity_index_measure(x, y, sigma=sigma, data_range=1.0, reduction="none")
     return values.reshape(len(x))
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 
 from rgap import display
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 VERDICTS = ("rank-deficient", "inconsistent", "ambiguous", "exact")
 """The verdicts of a reconstruction, worst first; the first that holds is given. What each licenses, without any truth:
@@ -320,5 +323,7 @@ class RankAnalysis:
 
 def reports_frame(reports, kind) -> pd.DataFrame:
     """A table of dataclass records, one row each, with every field of `kind` as a column even without rows."""
+    import pandas as pd  # as slow to import as half of this package
+
     names = [f.name for f in fields(kind)]
     return pd.DataFrame([[getattr(report, name) for name in names] for report in reports], columns=names)

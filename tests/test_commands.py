@@ -14,6 +14,7 @@ from PIL import Image
 import rgap
 from rgap import commands
 from rgap.__main__ import main, parser
+from rgap.experiments import bench, samples
 
 NETWORKS = """
     from torch import nn
@@ -258,31 +259,31 @@ def sample_table(count, seed=0, wrong=0):
 
 
 @pytest.fixture
-def samples(monkeypatch):
+def two_samples(monkeypatch):
     """Two samples in place of those of the experiments."""
-    samples = {
+    named = {
         "good": lambda count, seed=0: sample_table(count, seed),
         "bad": lambda count=3, seed=0: sample_table(count, seed, wrong=1),
     }
-    monkeypatch.setattr(commands, "all_samples", lambda: samples)
-    return samples
+    monkeypatch.setattr(samples, "all_samples", lambda: named)
+    return named
 
 
-def test_a_sample_is_run_and_written(samples, tmp_path, capsys):
+def test_a_sample_is_run_and_written(two_samples, tmp_path, capsys):
     output = tmp_path / "verify.csv"
     assert main(["verify", "good", "--count", "4", "--seed", "5", "--output", str(output)]) == 0
     written = pd.read_csv(output)
-    assert written.columns.tolist() == ["sample", *commands.SAMPLE_COLUMNS]
+    assert written.columns.tolist() == ["sample", *samples.SAMPLE_COLUMNS]
     assert written["case"].tolist() == [5, 6, 7, 8] and written["ok"].all()
     out = capsys.readouterr().out
     assert "good" in out and "70.0" in out and "not in order" not in out
 
 
-def test_a_row_that_is_not_in_order_is_shown_and_fails_the_run(samples, tmp_path, capsys):
+def test_a_row_that_is_not_in_order_is_shown_and_fails_the_run(two_samples, tmp_path, capsys):
     assert main(["verify", "--output", str(tmp_path / "verify.csv")]) == 1
     assert len(pd.read_csv(tmp_path / "verify.csv")) == 203
     assert "not in order: 1 of 203" in capsys.readouterr().out
-    counted = commands.sample_summary(commands.run_samples({"bad": samples["bad"]}, None, 0))
+    counted = samples.sample_summary(samples.run_samples({"bad": two_samples["bad"]}, None, 0))
     assert counted.to_dict("records") == [
         {"sample": "bad", "verdict": "exact", "rows": 3, "in_order": 2, "least_psnr_db": 71.0}
     ]
@@ -291,11 +292,11 @@ def test_a_row_that_is_not_in_order_is_shown_and_fails_the_run(samples, tmp_path
 def test_a_table_without_its_columns_is_refused():
     thin = {"thin": lambda count, seed: sample_table(count).drop(columns=["psnr_db", "ok"])}
     with pytest.raises(ValueError, match="sample_thin has no column psnr_db, ok"):
-        commands.run_samples(thin, 2, 0)
+        samples.run_samples(thin, 2, 0)
 
 
 def test_every_sample_of_the_experiments_is_found():
-    assert {"batches", "chains", "conv_batches", "noisy_attacks"} <= set(commands.all_samples())
+    assert {"batches", "chains", "conv_batches", "noisy_attacks"} <= set(samples.all_samples())
 
 
 # ---- What is wrong with the arguments
@@ -365,7 +366,7 @@ def test_a_small_missing_share_does_not_pass_the_audit(mine, capsys, monkeypatch
 def test_bench_writes_its_table_and_prints_how_it_compares(monkeypatch, tmp_path, capsys):
     row = {"case": "cnn6", "method": "R-GAP, prepared", "runs": 1, "median_s": 0.2, "least_s": 0.1, "ratio": 20.0}
     table = pd.DataFrame([row | {"peak_mib": 1.0, "verdict": "exact", "psnr_db": 99.0, "torch": "2"}])
-    monkeypatch.setattr(commands.benchmark, "bench", lambda cases, rounds: table)
+    monkeypatch.setattr(bench, "bench", lambda cases, rounds: table)
     table.assign(least_s=0.3).to_csv(tmp_path / "before.csv", index=False)
     output = tmp_path / "new" / "bench.csv"
     assert main(["bench", "cnn6", "--against", str(tmp_path / "before.csv"), "--output", str(output)]) == 0

@@ -10,7 +10,7 @@ import rgap
 ROOT = Path(rgap.__file__).parent
 
 LEVELS = {
-    **dict.fromkeys(("arguments", "display", "isolation", "progress"), -1),
+    **dict.fromkeys(("arguments", "display", "extras", "isolation", "progress"), -1),
     **dict.fromkeys(
         ("results", "linalg", "forward", "gradient_names", "shared_gradient", "data", "models", "metrics", "artifact"),
         0,

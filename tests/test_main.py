@@ -24,7 +24,7 @@ def run(capsys, *arguments):
 def test_the_help_names_every_command_and_each_has_its_own(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
-    for command in ("reconstruct", "train", "audit", "verify", "notebook", "report"):
+    for command in ("reconstruct", "train", "audit", "verify", "bench", "notebook", "report"):
         assert f"\n    {command}" in out
         assert run(capsys, command, "--help")[1].startswith(f"usage: rgap {command} ")
 

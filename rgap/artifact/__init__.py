@@ -1,18 +1,23 @@
 """What a run leaves behind: figures, tables and checked claims; the strict notebook runner and the report."""
 
-from rgap.artifact.claims import (
-    CLAIMS,
-    COLUMNS,
-    check_claim,
-    expected_outputs,
-    forget_claims,
-    read_claims,
-    report,
-    run_alone,
-    usual_seconds,
-)
+import importlib
+from typing import TYPE_CHECKING
+
 from rgap.artifact.outputs import ROOT, figures_dir, profile, save_figure, save_table, write_atomically
-from rgap.artifact.summary import print_report
+
+if TYPE_CHECKING:
+    from rgap.artifact.claims import (
+        CLAIMS,
+        COLUMNS,
+        check_claim,
+        expected_outputs,
+        forget_claims,
+        read_claims,
+        report,
+        run_alone,
+        usual_seconds,
+    )
+    from rgap.artifact.summary import print_report
 
 __all__ = [
     "CLAIMS",
@@ -32,3 +37,16 @@ __all__ = [
     "usual_seconds",
     "write_atomically",
 ]
+
+
+def __getattr__(name: str):
+    """Claims on first use: they need packages of the extra `artifact`, which files written by an attack do not."""
+    if name in __all__:
+        return getattr(
+            importlib.import_module(f"rgap.artifact.{'summary' if name == 'print_report' else 'claims'}"), name
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rgap.arguments import MAX_SQUARED_NUMBER, check_choice, check_count, check_number, check_seed
 from rgap.client.gradients import named_tensors
+from rgap.extras import from_extra
 from rgap.results import GradientMismatchError
 from rgap.shared_gradient import INT8_LEVELS
 
@@ -158,11 +159,10 @@ def epsilon(noise_multiplier: float, sample_rate: float = 1.0, steps: int = 1, d
     steps, delta = check_count("steps", steps), check_number("delta", delta, high=1, open_low=True)
     if noise_multiplier == 0:
         return math.inf
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, rdp  # takes seconds to import
-
-    event = GaussianDpEvent(noise_multiplier)
-    accountant = rdp.RdpAccountant()
-    accountant.compose(event if sample_rate == 1 else PoissonSampledDpEvent(sample_rate, event), steps)
+    accounting = from_extra("dp_accounting")  # takes seconds to import
+    event = accounting.GaussianDpEvent(noise_multiplier)
+    accountant = accounting.rdp.RdpAccountant()
+    accountant.compose(event if sample_rate == 1 else accounting.PoissonSampledDpEvent(sample_rate, event), steps)
     return float(accountant.get_epsilon(delta))
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
 from rgap.head.hypothesis import HeadGradient, RankOne, entry_stds, least_squares_input
 
@@ -124,6 +123,8 @@ def fit_rows(rows: HeadEquations, start: Sequence[float], free: Free, *, solved:
 
     Where the start is `solved` it is kept, with its misfit and errors.
     """
+    from scipy.optimize import least_squares  # slow to import, and few networks need a fit
+
     theta, mask = np.array(start, dtype=float), np.array(free)
     surplus = len(rows.u) - (not rows.squared) - int(mask.sum())  # ∂ℓ/∂z of softmax cross-entropy adds up to 0
     rounds = 0 if solved or not mask.any() or len(rows.u) < mask.sum() else FIT_ROUNDS

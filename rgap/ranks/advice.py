@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from torch import nn
 
 from rgap.ranks.analysis import rank_analysis
@@ -18,6 +18,9 @@ from rgap.ranks.exposure import LEAST_SHARE, Exposure, exposure
 from rgap.ranks.rebuild import chain_steps, with_convolution
 from rgap.ranks.steps import is_layer
 from rgap.results import UnsupportedLayerError, reports_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CONVOLUTIONS_CHANGED = 3
 """Number of convolutions that are changed, counted from the image."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from torch import nn
 
 from rgap.ranks.advice import Change, advise
@@ -13,6 +13,9 @@ from rgap.ranks.analysis import rank_analysis
 from rgap.ranks.exposure import LEAST_SHARE, Exposure, exposure
 from rgap.ranks.numbers import MAX_UNKNOWNS
 from rgap.results import LayerRank, RankAnalysis
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = ["name", "kind", "unknowns", "weight_rows", "gradient_rows", "ra_index", "deficit", "supply", "status"]
 

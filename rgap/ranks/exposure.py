@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
 from rgap.results import LayerRank, RankAnalysis, reports_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAX_SENTENCE = 200
 """Most characters of an outcome in words."""

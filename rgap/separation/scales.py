@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 from torch import Tensor
 
 from rgap.client import loss_value
@@ -179,6 +178,8 @@ def refine_inputs(
 
     T = R.T.flatten()
     if len(x) <= MAX_REFINED_IMAGES and torch.cat(misses(T)).isfinite().all():
+        from scipy.optimize import least_squares  # slow to import, and only batches need it
+
         options = {"ftol": 1e-3, "xtol": 1e-13, "gtol": None, "max_nfev": MAX_REFINEMENTS}
         T = torch.from_numpy(least_squares(residuals, T.numpy(), jacobian, **options).x)
     _, dz = _gradients(layers, W, T.reshape(R.shape), labels, loss, weights)
