@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 SIGNIFICANT_DIGITS = 3
 LARGEST_WHOLE_NUMBER = 1e9  # that is taken for a count
