@@ -19,7 +19,8 @@ PAGE = """# Every claim
 
 What `make figures` asserts, one row a claim; the long statements are in `notebooks/claims.yml`. *n* is what a claim
 rests on in the default run, *expected* what the check demands, *measured* what the committed run gave. Source *paper*
-means that the paper describes the effect; its text was not at hand, and no number here is taken from it. Written by
+means that the paper claims the direction, as the authors' program and later work have it; its text was not at hand,
+and no number here is taken from it. Written by
 `python -m rgap report --readme`.
 """
 
