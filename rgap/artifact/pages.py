@@ -35,7 +35,8 @@ th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; 
 </style></head><body><h1>rgap: what a shared gradient gives away</h1>"""
 # nbconvert's page without the scripts that it would load from elsewhere: MathJax, require.js, mermaid.
 BLOCKS = dict.fromkeys(("html_head_js", "jupyter_widgets", "html_head_js_mathjax", "html_head_js_mermaidjs"), "") | {
-    "html_head_css": "<style>main { max-width: 68rem; margin: 0 auto } img.formula { display: inline } .highlight { margin-bottom: 1em }</style>",
+    "html_head_css": "<style>main { max-width: 68rem; margin: 0 auto } img.formula { display: inline } "
+    ".highlight { margin-bottom: 1em }</style>",
     "body_header": '{{ super() }}<p><a href="index.html"><u>All figures, tables and claims</u></a></p>',
 }
 PAGE = "{%- extends 'lab/index.html.j2' -%}" + "".join(

@@ -1,4 +1,4 @@
-"""The tables of claims in README.md and docs/claims.md, written from claims.yml and from what the last run measured."""
+"""What README.md and docs/claims.md say of notebooks and claims, written from these and from the committed run."""
 
 from __future__ import annotations
 
@@ -10,45 +10,58 @@ import nbformat
 import pandas as pd
 
 from rgap.artifact import outputs
-from rgap.artifact.claims import CLAIM_TABLES, read_claims
+from rgap.artifact.claims import CLAIM_TABLES, read_claims, usual_seconds
 from rgap.artifact.outputs import write_atomically
+from rgap.artifact.schedule import minutes
 
-BEGIN, END = "<!-- claims: written by `python -m rgap report --readme` -->", "<!-- end of claims -->"
-BLOCK = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 PAGE = """# Every claim
 
 What `make figures` asserts, one row a claim; the long statements are in `notebooks/claims.yml`. *n* is what a claim
 rests on in the default run, *expected* what the check demands, *measured* what the committed run gave. Source *paper*
 means that the paper claims the direction, as the authors' program and later work have it; its text was not at hand,
-and no number here is taken from it. Written by
-`python -m rgap report --readme`.
+and no number here is taken from it. Written by `python -m rgap report --readme`.
 """
 
 
 def update() -> list[Path]:
-    """Writes the table of README.md, one row a notebook, and docs/claims.md, one row a claim; returns both paths.
+    """Writes the blocks of README.md, and docs/claims.md, one row a claim; returns both paths.
 
     Raises:
-        ValueError: If README.md has no place for its table, between the two comments `BEGIN` and `END`.
+        ValueError: If README.md lacks the two comments between which a block stands.
     """
     readme = outputs.ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if not BLOCK.search(text):
-        raise ValueError(f"README.md has no lines {BEGIN!r} and {END!r} with the table between them")
-    pages = {readme: BLOCK.sub(lambda _: summary(), text), outputs.ROOT / "docs" / "claims.md": page()}
+    text = with_block(readme.read_text(encoding="utf-8"), "notebooks", index())
+    pages = {readme: with_block(text, "claims", summary()), outputs.ROOT / "docs" / "claims.md": page()}
     return [write_atomically(path, lambda file, new=new: file.write(new.encode())) for path, new in pages.items()]
 
 
+def with_block(text: str, name: str, content: str) -> str:
+    """A page with new content between the two comments that mark the block of this name."""
+    begin, end = f"<!-- {name}: written by `python -m rgap report --readme` -->\n", f"<!-- end of {name} -->"
+    before, begun, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended:
+        raise ValueError(f"README.md must have a block of {name}, between {begin.strip()!r} and {end!r}")
+    return f"{before}{begin}{content}\n{end}{after}"
+
+
 def summary() -> str:
-    """README's table: of each notebook its first claim, and how many of all hold, with the comments around it."""
+    """README's table: of each notebook its first claim, how many of all hold, and how long it takes as a rule."""
     columns = {"notebook": "notebook", "short": "first of its claims", "n": "n", "expected": "expected",
-               "measured": "measured", "hold": "all hold", "minutes": "min."}  # fmt: skip
+               "measured": "measured", "hold": "all hold", "minutes": "min:s"}  # fmt: skip
     rows = []
     for name, claims in _table().groupby("notebook"):
-        held, minutes = f"{(claims['holds'] == 'True').sum()} of {len(claims)}", claims["minutes"].max()
-        number = f"[{name[:2]}](notebooks/{name}.ipynb)"
-        rows.append({**claims.iloc[0], "notebook": number, "hold": held, "minutes": minutes})
-    return "\n".join([BEGIN, _markdown(pd.DataFrame(rows), columns), END])
+        held, seconds = f"{(claims['holds'] == 'True').sum()} of {len(claims)}", usual_seconds().get(name)
+        taken = {"hold": held, "minutes": minutes(seconds) if seconds else "–"}
+        rows.append({**claims.iloc[0], "notebook": f"[{name[:2]}](notebooks/{name}.ipynb)", **taken})
+    return _markdown(pd.DataFrame(rows), columns)
+
+
+def index() -> str:
+    """README's list of notebooks: their titles, which say what each finds."""
+    paths = sorted((outputs.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    titles = {path: nbformat.read(path, 4).cells[0].source.partition("\n")[0].removeprefix("# ") for path in paths}
+    return "\n".join(f"- [{title}](notebooks/{path.name})" for path, title in titles.items())
 
 
 def page() -> str:

@@ -2,7 +2,9 @@
 
 import re
 
+import nbformat
 import pytest
+from nbformat.v4 import new_markdown_cell, new_notebook
 
 from rgap import artifact
 from rgap.artifact import outputs, readme
@@ -13,8 +15,20 @@ CLAIMS = artifact.read_claims()
 
 
 def test_the_tables_are_what_claims_yml_and_the_committed_run_say():
-    assert readme.BLOCK.findall(TEXT) == [readme.summary()]
+    assert readme.with_block(TEXT, "notebooks", readme.index()) == TEXT
+    assert readme.with_block(TEXT, "claims", readme.summary()) == TEXT
     assert (ROOT / "docs" / "claims.md").read_text(encoding="utf-8") == readme.page()
+
+
+def test_it_can_be_read_in_ten_minutes():
+    assert len(TEXT.splitlines()) <= 200 and len(TEXT.split()) <= 2000
+
+
+def test_its_python_runs_and_gives_the_verdict_that_it_says():
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["result"].verdict == "exact" and names["result"].images.shape == (1, 3, 32, 32)
 
 
 def test_every_notebook_has_a_row_and_every_claim_a_row_of_its_own():
@@ -30,14 +44,16 @@ def test_a_claim_has_a_short_statement_and_says_on_how_much_it_rests(claim_id):
     assert re.fullmatch(r"[\w,–× +-]*\d[\w,–× +-]*", readme.sample_size(claim))
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", TEXT))))
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", TEXT))))
 def test_every_path_in_it_exists(path):
     assert (ROOT / path).exists()
 
 
 def test_what_a_table_says_of_a_claim(root, write_claims, monkeypatch):
-    (root / "README.md").write_text(f"before\n{readme.BEGIN}\n{readme.END}\nafter\n")
-    first = {"statement": "long", "short": "PSNR", "n": "{seeds} networks", "at_least": 90, "unit": "dB", "minutes": 3}
+    marks = "<!-- {0}: written by `python -m rgap report --readme` -->\n<!-- end of {0} -->\n"
+    (root / "README.md").write_text(f"before\n{marks.format('notebooks')}{marks.format('claims')}after\n")
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# 01 · One\n\nText")]), root / "notebooks" / "01_one.ipynb")
+    first = {"statement": "long", "short": "PSNR", "n": "{seeds} networks", "at_least": 90, "unit": "dB"}
     second = {"statement": "not measured", "equals": 1}
     origin = {"notebook": "01_one", "source": "ours"}
     write_claims({"01-one": first | origin, "01-two": second | origin})
@@ -46,14 +62,19 @@ def test_what_a_table_says_of_a_claim(root, write_claims, monkeypatch):
     artifact.check_claim("01-one", 104.4321)
     (root / "figures" / "claims_times.csv").write_text((root / "figures" / "claims.csv").read_text().splitlines()[0])
     assert readme.update() == [root / "README.md", root / "docs" / "claims.md"]
-    row = "| [01](notebooks/01_one.ipynb) | PSNR | 1 network | ≥ 90 dB | 104 dB | 1 of 2 | 3 |"
+    row = "| [01](notebooks/01_one.ipynb) | PSNR | 1 network | ≥ 90 dB | 104 dB | 1 of 2 | – |"
     text = (root / "README.md").read_text()
-    assert row in text and text.startswith("before\n") and text.endswith("after\n")
+    assert (
+        row in text
+        and "- [01 · One](notebooks/01_one.ipynb)" in text
+        and text.startswith("before\n")
+        and text.endswith("after\n")
+    )
     assert "| 01-two | not measured |  | ours | = 1 | – |" in (root / "docs" / "claims.md").read_text()
     assert outputs.ROOT == root
 
 
-def test_a_readme_without_a_place_for_the_table_is_refused(root):
+def test_a_readme_without_a_place_for_them_is_refused(root):
     (root / "README.md").write_text("no table")
-    with pytest.raises(ValueError, match=r"README\.md has no lines"):
+    with pytest.raises(ValueError, match=r"README\.md must have a block of notebooks"):
         readme.update()
