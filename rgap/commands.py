@@ -92,7 +92,7 @@ def _write_pictures(
         if order is not None:
             suffix = suffix and f"_{options.index + int(order[i])}"
             row.insert(0, images[order[i]])
-            _save_png(row[0], folder / f"origin{suffix}.png")
+            _save_png(row[0], folder / f"original{suffix}.png")
         _save_png(found, folder / f"reconstruction{suffix}.png")
         _save_png(rescale(found), folder / f"reconstruction_rescaled{suffix}.png")
         candidates = result.per_image[i][1] if i < len(result.per_image) else result.candidates

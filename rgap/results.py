@@ -197,7 +197,7 @@ def certified_psnr_db(candidate: Candidate, pixels: PixelRange) -> float | None:
 def noise_limit(error: float | None, pixels: PixelRange, most: float | None = None) -> str:
     """That noise keeps an image from being certified, in words; `most` is the largest error that would be."""
     if error is None or not math.isfinite(error):
-        return "the gradient's noise drowns the image: what it does to the image could not be predicted"
+        return "the gradient's noise exceeds the image: its effect on the image could not be predicted"
     psnr = -20 * math.log10(error / pixels.width)
     most = MAX_CERTIFIED_ERROR * pixels.width if most is None else most
     return (

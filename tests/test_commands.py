@@ -181,7 +181,7 @@ def test_notes_are_printed_and_every_candidate_is_kept(tmp_path, capsys, monkeyp
     printed = capsys.readouterr().out
     assert "note     a twin\nnote     another\n" in printed and "others   inf dB, the other candidates" in printed
     folder = tmp_path / "cnn6_seed0_logistic_embedded_5"
-    origin, other = read(folder / "origin.png"), read(folder / "candidate_1.png")
+    origin, other = read(folder / "original.png"), read(folder / "candidate_1.png")
     assert (origin == other).all() and read(folder / "comparison.png").shape == (34, 4 * 34, 3)
 
 
@@ -202,7 +202,7 @@ def test_the_gradient_in_a_file_is_attacked_without_the_truth(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "true" not in printed and "PSNR" not in printed and "labels   [" in printed
     folder = tmp_path / "fcn3_seed0_logistic_shared"
-    assert (folder / "reconstruction.png").is_file() and not (folder / "origin.png").exists()
+    assert (folder / "reconstruction.png").is_file() and not (folder / "original.png").exists()
     stretched = read(folder / "reconstruction_rescaled.png")  # without a bias the scale of the image is open
     truth = image[0, 0].numpy()
     assert abs(stretched - (truth - truth.min()) / (truth.max() - truth.min())).max() < 2 / 255

@@ -24,8 +24,8 @@ def judge(
         return _judge_batch(weighed[0], notes, pixels, device)
 
     def order(candidate: Candidate) -> tuple:  # outside the range, the smaller of two twins is the likelier
-        drowned = (candidate.predicted_error or 0.0) > pixels.width  # in the range only by so large an error
-        inside = candidate.in_pixel_range and not drowned
+        swamped = (candidate.predicted_error or 0.0) > pixels.width  # in the range only by so large an error
+        inside = candidate.in_pixel_range and not swamped
         size = 0.0 if inside else candidate.images.abs().max().item()
         return not candidate.consistent, size, candidate.gradient_residual
 

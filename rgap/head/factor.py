@@ -96,7 +96,7 @@ def _model(
 ) -> tuple[HeadFit, float, bool]:
     """The fit of the simplest model that explains one label's equations, the error of log s, and if it is the book's.
 
-    That error is the one of the next model, whose further unknown is free; whether it is 0 nobody has said.
+    That error is the one of the next model, whose further unknown is free; whether it is 0 is not known.
     """
     length = not head.has_bias_gradient
     logs = [math.log(abs(h.scale)) for h in own] + rows.length_starts() if length else [0.0]

@@ -127,7 +127,7 @@ def _frozen(model: nn.Module) -> set[int]:
 def counting_index(unknowns: int, outputs: int, weights: int, virtual: int) -> tuple[int, int]:
     """RA_i = |x| − |W| − |z| − v_i, > 0 where equations are fewer than unknowns, and v_{i+1} of the next layer.
 
-    This is the counting form of later implementations of the paper's index; the paper's own text was not consulted. It
+    This is the counting form of later implementations of the paper's index; the paper's text was not at hand. It
     counts equations, not ranks, and proves nothing in either direction: CNN6-d's second layer has more equations than
     unknowns, yet its rank falls 280 short. For linear layers only its sign has a meaning; for mini-batches it is no
     limit. |x| and |z| are counted over the batch, which shares one gradient (|W|); v_i is 0 for the first layer.

@@ -1,7 +1,7 @@
 """Two consecutive fully connected layers: the inputs of the first, one by one, from gradients summed over a batch.
 
 A batch of B has G_1 = Δ_1ᵀ X and G_2 = Δ_2ᵀ H, H = σ(X W_1ᵀ): every input x lies in the row space of G_1 and every
-hidden vector σ(W_1 x) in that of G_2, and almost nothing else does both. Everything in this module is ours.
+hidden vector σ(W_1 x) in that of G_2, and almost no other vector satisfies both. Everything in this module is ours.
 """
 
 from __future__ import annotations
