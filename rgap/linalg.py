@@ -28,6 +28,12 @@ ILL_CONDITIONED_RATIO = 1e-1
 """Where the rank is not full, kept directions with σ / σ_max below this are reported, for other equations to decide."""
 
 
+WEAK_SURPLUS = 16
+"""Directions iterated beside those that are expected to be ill-conditioned."""
+
+INVERSE_ITERATIONS = 3
+"""Block inverse iterations for ill-conditioned directions."""
+
 SKETCH_SIZE = 24
 """Columns of a random sketch at first."""
 
@@ -184,15 +190,13 @@ def _by_pivoted_cholesky(normal: _Normal) -> LeastSquares | None:
     The systems of layers either determine a direction or do not see it at all (by the rank laws), so that squaring
     the singular values loses nothing, at a tenth of the cost of a singular decomposition.
     """
-    gram, safe = normal.gram, 0.0 if normal.gram_only else ILL_CONDITIONED_RATIO
+    gram, safe = normal.gram, 0.0 if normal.gram_only else CHOLESKY_MIN_RATIO
     factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(gram.numpy(), lower=0)
     if rank in (0, len(gram)):
         return None
     order = torch.from_numpy(pivots.astype("int64") - 1)
     kept, left = order[:rank], order[rank:]
     R = torch.from_numpy(factor).T.tril().T[:rank]  # columns first, as LAPACK wants it: no copy at every solve
-    if R[-1].norm() < safe * R[0].norm():  # bounds of the smallest and the largest singular value
-        return None
     null = torch.zeros(len(order), len(left), dtype=gram.dtype)
     null[kept] = torch.linalg.solve_triangular(R[:, :rank], -R[:, rank:], upper=True)
     null[left] = torch.eye(len(left), dtype=gram.dtype)
@@ -209,8 +213,33 @@ def _by_pivoted_cholesky(normal: _Normal) -> LeastSquares | None:
     dropped = normal.largest_dropped(null) / largest
     if dropped > normal.rcond:
         return None
-    none = gram[:, :0]
-    return LeastSquares(normal.solve(invert), null, none, none[0], rank, ratio, dropped, invert)
+    weak, sigmas, limit = gram[:, :0], gram[0, :0], ILL_CONDITIONED_RATIO * largest
+    if ratio < ILL_CONDITIONED_RATIO and not normal.gram_only:
+        guess = int((R.diagonal() < 2 * ILL_CONDITIONED_RATIO * R[0, 0]).sum())  # the factor nearly shows their number
+        weak, sigmas = _weak_directions(invert, len(gram), rank, limit, guess)
+    return LeastSquares(normal.solve(invert), null, weak, sigmas, rank, ratio, dropped, invert)
+
+
+def _weak_directions(
+    invert: Callable[[Tensor], Tensor], size: int, rank: int, limit: float, guess: int
+) -> tuple[Tensor, Tensor]:
+    """Singular directions kept with σ up to a limit, and their σ, by block inverse iteration on the Gram matrix.
+
+    The weakest, which matter most, come out exactly, those near the limit roughly. The block is doubled as long as all
+    of it is below the limit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        guess = min(guess + WEAK_SURPLUS, rank)
+        U = torch.randn(size, guess, generator=generator, dtype=torch.float64)
+        for _ in range(INVERSE_ITERATIONS):
+            U, T = torch.linalg.qr(invert(U))
+        turn, inverse, _ = torch.linalg.svd(T)
+        sigmas = inverse.rsqrt()
+        if sigmas[-1] > limit or guess == rank:
+            weak = sigmas <= limit
+            return (U @ turn[:, weak]).flip(1), sigmas[weak].flip(0)
+        guess *= 2
 
 
 def _by_decomposition(normal: _Normal) -> LeastSquares:
