@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,12 @@ def prepare(model: nn.Module | Chain, image_shape: tuple[int, ...], *, output: s
     if len(image_shape) > 3:
         raise ValueError(f"image_shape is {image_shape}; it must be (channels, height, width) or (channels, length)")
     model = select_output(model, output)
-    steps = [step for step in trace(model, image_shape) if step.used]
+    return chain_of_steps(model, image_shape, trace(model, image_shape))
+
+
+def chain_of_steps(model: nn.Module, image_shape: tuple[int, ...], traced: Sequence[Step]) -> Chain:
+    """The chain of a network that was traced; errors as from `prepare`."""
+    steps = [step for step in traced if step.used]
     constants = {step.name for step in steps if step.kind == "constant"}
     main = [step for step in steps if step.kind != "constant"]
     end, dim = main[-1], (*main[-1].arguments, None)[0]

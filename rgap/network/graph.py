@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -22,19 +23,19 @@ from rgap.results import UnsupportedLayerError
 __all__ = ["Graph", "Node", "prepare_graph"]
 
 
-def prepare_graph(model: nn.Module, image_shape: tuple[int, int, int]) -> Graph:
-    """Makes the graph of a network in eval mode.
+def prepare_graph(model: nn.Module, image_shape: tuple[int, int, int], traced: Sequence[Step] | None = None) -> Graph:
+    """Makes the graph of a network in eval mode; for an analysis of `traced` steps without copies of the parameters.
 
     Raises:
         UnsupportedLayerError: If it cannot be traced.
         ValueError: If the image shape does not fit.
     """
-    steps = [step for step in trace(model, image_shape) if step.used]
+    steps = [step for step in traced or trace(model, image_shape) if step.used]
     builder = _Builder(model, {s.name for s in steps if s.kind == "constant"}, steps)
     for step in steps:
         if step.kind != "constant" and step.output_shape:
             builder.take(step)
-    parameters = {name: parameter_copy(p) for name, p in model.named_parameters()}
+    parameters = {} if traced else {name: parameter_copy(p) for name, p in model.named_parameters()}
     return Graph(model, tuple(image_shape), builder.nodes, parameters)
 
 

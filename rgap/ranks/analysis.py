@@ -15,8 +15,9 @@ from torch import nn
 from rgap.arguments import VALUE_FORMATS, check_count, check_dtype, check_image_shape, check_model, check_seed
 from rgap.isolation import isolated
 from rgap.models import trained_names
+from rgap.network.graph import prepare_graph
 from rgap.network.layer import Chain
-from rgap.network.tracing import trace
+from rgap.network.tracing import Step, trace
 from rgap.ranks.exposure import judge
 from rgap.ranks.largest_batch import separable_images
 from rgap.ranks.numbers import MAX_UNKNOWNS
@@ -75,11 +76,11 @@ def rank_analysis(
     check_dtype(dtype, VALUE_FORMATS)
     patches = patch_ranks(model, image_shape, batch_size)
     try:
-        steps = _checked_steps(model, image_shape)
+        traced, steps = _checked_steps(model, image_shape)
     except UnsupportedLayerError:
         if not patches:
             raise
-        steps = []
+        traced, steps = [], []
     limit = 0 if patches else limit
     frozen = frozenset(_frozen(model))
     ranking = Ranking(frozen, batch_size, dtype, limit, seed)
@@ -93,9 +94,10 @@ def rank_analysis(
     entry = ""
     few = sum(p.numel() for p in model.parameters()) <= MAX_WALKED_PARAMETERS
     if batch_size == 1 and few and not (patches or frozen):
-        blind = blind_layers(model, image_shape)
+        graph = prepare_graph(model, image_shape, traced)
+        blind = blind_layers(graph)
         layers = [replace(layer, blind=blind.get(layer.name)) for layer in layers]
-        walk = walk_by_law(model, image_shape) if judge(layers).outcome != "leaks" else None
+        walk = walk_by_law(graph, traced) if judge(layers).outcome != "leaks" else None
         entry = walk.sentence if walk else ""
     return RankAnalysis(
         layers=tuple(layers),
@@ -109,13 +111,14 @@ def rank_analysis(
     )
 
 
-def _checked_steps(model: nn.Module, image_shape: tuple[int, ...]) -> list[CountedStep]:
+def _checked_steps(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[list[Step], list[CountedStep]]:
     if next(model.parameters(), None) is None:
         raise UnsupportedLayerError(f"{type(model).__name__} has no parameters, and so no gradient that could leak")
-    steps = counted_steps(trace(model, image_shape))
+    traced = trace(model, image_shape)
+    steps = counted_steps(traced)
     if not any(step.weights for step in steps):
         raise UnsupportedLayerError(f"{type(model).__name__} has no convolution and no linear layer to analyse")
-    return steps
+    return traced, steps
 
 
 def _frozen(model: nn.Module) -> set[int]:

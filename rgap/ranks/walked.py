@@ -7,15 +7,15 @@ the layers that read a tensor have full rank, and inverts as a whole what lies b
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import nn
 
 from rgap.equations.gradient import blocks
 from rgap.equations.tap_splits import tap_splits
-from rgap.network.chain import prepare
-from rgap.network.graph import Graph, Node, prepare_graph
-from rgap.residual.cut import Cut, geometry, prepare_residual
+from rgap.network.chain import chain_of_steps
+from rgap.network.graph import Graph, Node
+from rgap.network.tracing import Step
+from rgap.residual.cut import Cut, enter_graph, geometry
 from rgap.residual.descent import CONVERGED_KNOWN
 from rgap.results import UnsupportedLayerError
 
@@ -60,15 +60,8 @@ class BlindWalk:
         return f"unknown: {where}, fewer than the {CONVERGED_KNOWN:.0f} with which the inversion has converged"
 
 
-def blind_layers(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, bool]:
-    """Path of each convolution of one group -> whether its own gradient gives its input and δz, their scale included.
-
-    Empty where the network cannot be traced.
-    """
-    try:
-        graph = prepare_graph(model, tuple(image_shape))
-    except (UnsupportedLayerError, ValueError):
-        return {}
+def blind_layers(graph: Graph) -> dict[str, bool]:
+    """Path of each convolution of one group -> whether its own gradient gives its input and δz with their scale."""
     return {
         node.path: node.total is not None and bool(tap_splits(*node.layer.weight.shape[:2], geometry(node)))
         for node in graph.nodes.values()
@@ -76,18 +69,18 @@ def blind_layers(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, bo
     }
 
 
-def walk_by_law(model: nn.Module, image_shape: tuple[int, ...]) -> BlindWalk | None:
+def walk_by_law(graph: Graph, traced: Sequence[Step]) -> BlindWalk | None:
     """The walk from the blind layer at which an attack would enter; None without one, and for chains of layers.
 
     Chains are entered at the head, unless they average a whole map away.
     """
     try:
-        if not prepare(model, tuple(image_shape)).averages_away:
+        if not chain_of_steps(graph.model, graph.image_shape, traced).averages_away:
             return None
     except (UnsupportedLayerError, ValueError):
         pass
     try:
-        network = prepare_residual(model, tuple(image_shape))
+        network = enter_graph(graph)
     except (UnsupportedLayerError, ValueError):
         return None
     return _walk(network.graph, network.cuts[0])

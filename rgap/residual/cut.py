@@ -64,7 +64,11 @@ def prepare_residual(model: nn.Module, image_shape: tuple[int, int, int]) -> Res
         UnsupportedLayerError: If it has none that can be entered; the message names the layers and the reasons.
         ValueError: If the image shape does not fit.
     """
-    graph = prepare_graph(model, image_shape)
+    return enter_graph(prepare_graph(model, image_shape))
+
+
+def enter_graph(graph: Graph) -> ResidualNetwork:
+    """The blind layers of a graph, the cheapest first; errors as from `prepare_residual`."""
     cuts, reasons = [], []
     for name, node in graph.nodes.items():
         if node.has_weight and node.layer.weight[0, 0].numel() > 1:
@@ -77,7 +81,7 @@ def prepare_residual(model: nn.Module, image_shape: tuple[int, int, int]) -> Res
     if not cuts:
         why = "; ".join(reasons[-2:]) or "it has no convolutions of more than one tap"
         raise UnsupportedLayerError(
-            f"no convolution of {type(model).__name__} gives its input and output gradient by its own gradient: {why}"
+            f"no convolution of {type(graph.model).__name__} gives its input and output gradient by its own: {why}"
         )
     return ResidualNetwork(graph, tuple(sorted(cuts, key=lambda cut: _cost(graph, cut))))
 

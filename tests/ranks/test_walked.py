@@ -8,8 +8,15 @@ from rgap import rank_analysis
 from rgap.equations.gradient import blocks, gradient_matrix
 from rgap.models import cnn6, resnet, resnet18
 from rgap.network.graph import prepare_graph
+from rgap.network.tracing import trace
 from rgap.ranks.exposure import exposure
 from rgap.ranks.walked import _rank, blind_layers, walk_by_law
+
+
+def walk(model, size):
+    """The walk by law through a network of square images."""
+    traced = trace(model, (3, size, size))
+    return walk_by_law(prepare_graph(model, (3, size, size), traced), traced)
 
 
 @pytest.mark.slow
@@ -45,16 +52,16 @@ def without_norm_and_bias():
     ids=["narrow last stages", "no bias and no norm", "strides"],
 )
 def test_what_closes_a_blind_layer(model, size):
-    assert walk_by_law(model, (3, size, size)) is None
-    assert not any(blind_layers(model, (3, size, size)).values())
+    assert walk(model, size) is None
+    assert not any(blind_layers(prepare_graph(model, (3, size, size))).values())
     assert rank_analysis(model, (3, size, size), limit=0).entry == ""
 
 
 def test_what_lies_below_a_narrow_network_is_too_much_for_the_inversion():
-    walk = walk_by_law(resnet(blocks=1), (3, 32, 32))
-    assert walk.entry == "5.path.3" and walk.solved == ("5.path.0 + 5.skip.0", "4.path.3")
-    assert not walk.leaks and walk.rank < walk.unknowns
-    assert "fewer than the 15 with which the inversion has converged" in walk.sentence
+    found = walk(resnet(blocks=1), 32)
+    assert found.entry == "5.path.3" and found.solved == ("5.path.0 + 5.skip.0", "4.path.3")
+    assert not found.leaks and found.rank < found.unknowns
+    assert "fewer than the 15 with which the inversion has converged" in found.sentence
 
 
 def test_chains_are_judged_by_their_own_layers_and_batches_have_no_blind_layer():
