@@ -148,7 +148,7 @@ def descend(
         equations = (G, dz if has_gradient or _reads_zeros(layer, received, z) else 0 * dz, z)
         solution = solve_layer(layer, *equations, rcond=received.rcond, known=known, precision=received.precision)
         report = solution.report
-        noise_stds += [] if solution.noise_std is None else [solution.noise_std]
+        noise_stds += [] if solution.noise_std is None or left_open else [solution.noise_std]
         if probe is not None:
             probe = _propagate(layer, probe, solution, x, dx, z, dz, slopes)
             report = replace(report, predicted_error=probe.error)

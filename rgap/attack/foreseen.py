@@ -18,8 +18,11 @@ from rgap.head.hypothesis import Start
 from rgap.network.layer import Layer
 from rgap.results import Candidate, LayerReport
 
-UNKNOWNS_A_SECOND = 1200
+UNKNOWNS_A_SECOND = 1000
 """Open unknowns of a dense system that is solved within about a second; the time grows with their third power."""
+
+MAX_FUTILE_SECONDS = 0.5
+"""Seconds, by estimate, that may be spent on the part of a hopeless network that is determined."""
 
 EFFORTS = ("auto", "full")
 
@@ -27,7 +30,7 @@ EFFORTS = ("auto", "full")
 def foreseen_deficits(attack: Attack) -> dict[str, int] | None:
     """The layers' deficits by law, down to the first that nothing can close.
 
-    None where there is no such layer, or where solving for what is determined takes about a second at most.
+    None where there is no such layer, or where solving for what is determined takes half a second at most.
     """
     layers, absent, seconds = attack.chain.layers, set(attack.received.absent), 0.0
     deficits: dict[str, int] = {}
@@ -38,7 +41,7 @@ def foreseen_deficits(attack: Attack) -> dict[str, int] | None:
         if laws.both is None:
             continue
         deficit = layer.unknowns - laws.both
-        seconds += ((layer.unknowns - (laws.gradients or 0)) / UNKNOWNS_A_SECOND) ** 3 * bool(deficit)
+        seconds += ((layer.unknowns - (laws.gradients or 0)) / UNKNOWNS_A_SECOND) ** 3
         if not deficit:
             continue
         deficits[layer.name] = deficit
@@ -46,7 +49,7 @@ def foreseen_deficits(attack: Attack) -> dict[str, int] | None:
         seconds += ((deficit + further) / UNKNOWNS_A_SECOND) ** 3 * bool(supply)
         if supply < deficit + further + CERTIFICATE_SURPLUS:
             hopeless = hopeless or dict(deficits)
-    return hopeless if seconds > 1 else None
+    return hopeless if seconds > MAX_FUTILE_SECONDS else None
 
 
 def _laws(layer: Layer, absent: set[str]) -> RankLaws:

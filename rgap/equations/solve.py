@@ -36,6 +36,9 @@ FLOAT64_FLOOR = 1e-14
 MAX_RCOND_WEIGHTS_FIRST = 3e-5
 """Cutoff, which follows the gradient's precision, up to which W may go first in directions that it sees badly."""
 
+MAX_REFINED_RESIDUAL = 1e-6
+"""Residual up to which the equations agree, so that iterating further makes the solution better."""
+
 ROUGH = {"tolerance": 1e-3, "max_iterations": 300}
 """Where the iterations end on a system that leaves something open."""
 
@@ -217,7 +220,11 @@ def _iterate(problem: _Problem) -> LayerSolution | None:
     scale = rows_scale(rows_known(z, known), G)
     solver = ConjugateGradients(layer, None if known is None else known[0], scale * problem.dz[0])
     x, residual, iterations = solver.solve(z[0], scale * G, **(ROUGH if missing else {}))
-    fields = {"condition": solver.condition, "residual": residual, "iterations": iterations}
+    fields = {"condition": solver.condition, "iterations": iterations}
+    if not missing and max(problem.precision, FLOAT64_FLOOR) < residual < MAX_REFINED_RESIDUAL:
+        x, left, further = solver.refine(x, z[0], scale * G)
+        residual, fields["iterations"] = left * residual, iterations + further
+    fields["residual"] = residual
     missing = missing or solver.missing
     if missing and not problem.is_too_large:
         return None

@@ -21,6 +21,9 @@ from rgap.equations.limits import DEFAULT_LIMITS
 from rgap.linalg import conjugate_gradients
 from rgap.network.layer import Layer
 
+REFINED = 1e-4
+"""Share of a residual that a refinement leaves."""
+
 FULL_RANK_RTOL = 1e-4
 """Largest relative error with which a system of full column rank gives a random vector back."""
 
@@ -129,6 +132,14 @@ class ConjugateGradients:
         found = conjugate_gradients(self._apply, self._adjoint, right, done=done, **limits)
         self.condition = found.condition
         return found.x.flatten(), found.residual, found.iterations
+
+    def refine(self, x: Tensor, z: Tensor, G: Tensor) -> tuple[Tensor, float, int]:
+        """A solution x (C·H·W,) and what it leaves of the right-hand side solved for once more, as by `solve`."""
+        shaped = x.reshape(self.layer.input_shape)
+        further, left, iterations = self.solve(
+            z - self.layer.apply(shaped), G - self.layer.weight_gradient(shaped, self.dz), tolerance=REFINED
+        )
+        return x + further, left, iterations
 
     def sensitivity(self, z: Tensor, G: Tensor | None = None) -> Tensor:
         """The solution to a few digits: enough for the effect of an error."""

@@ -32,6 +32,9 @@ JACOBIAN_CHUNK = 64
 ZOO_SHAPE = (3, 224, 224)
 """Image shape with which torchvision's networks are analysed."""
 
+ZOO_SHAPES = {"inception_v3": (3, 299, 299)}
+"""The same of those that take no such images."""
+
 MAX_ZOO_SECONDS = 20.0
 """CPU seconds that the analysis of one network of the zoo may take."""
 
@@ -201,7 +204,7 @@ def _attack(model: nn.Module, images: Tensor, labels: Tensor, loss: str) -> tupl
 
 def _analyse_one(name: str) -> dict:
     row = {"case": name, "verdict": "error", "psnr_db": math.nan, "seconds": math.nan, "gigabytes": math.nan}
-    command = [sys.executable, "-c", ANALYSE_ONE, name, json.dumps(ZOO_SHAPE)]
+    command = [sys.executable, "-c", ANALYSE_ONE, name, json.dumps(ZOO_SHAPES.get(name, ZOO_SHAPE))]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=10 * MAX_ZOO_SECONDS)
     except subprocess.TimeoutExpired:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
 from rgap.attack.reconstruct import reconstruct
@@ -22,6 +23,15 @@ MIDDLE: dict[str, Callable[[], nn.Module]] = {
     "Sigmoid": nn.Sigmoid,
 }
 """Activations between the layers; one of them, or none, stands at the end too."""
+
+MAX_SECONDS = 20.0
+"""Processor seconds that a decision may take."""
+
+MAX_HOPELESS_SECONDS = 1.0
+"""The same where a layer is short of rank."""
+
+FIRST_SAMPLED, SAMPLED_SIDE, SAMPLED_LOSSES = 1000, 24, ("cross_entropy", "mse")
+"""Number of the first sampled network, side of its images, and losses in turn."""
 
 NARROW_SHARE = 0.25
 """Share of the convolutions that may have as few as 2 channels; the others have 12 to 16."""
@@ -56,7 +66,9 @@ def small_network(number: int, size: int = 32, classes: int = 10) -> tuple[nn.Se
     return nn.Sequential(*modules).double(), f"{', '.join(parts)}; {name}; {end or 'nothing'} at the end; {bias}"
 
 
-def attack_small_networks(images: Tensor, labels: Tensor, count: int, loss: str = "cross_entropy") -> pd.DataFrame:
+def attack_small_networks(
+    images: Tensor, labels: Tensor, count: int, loss: str = "cross_entropy", *, first: int = 0
+) -> pd.DataFrame:
     """Attacks one network after the other from float64 gradients, each with the next of the images.
 
     Virtual constraints, which may close what a layer lacks, and take up to minutes, are left out.
@@ -64,8 +76,9 @@ def attack_small_networks(images: Tensor, labels: Tensor, count: int, loss: str 
     Args:
         images: (N, 3, H, H).
         labels: (N,).
-        count: Networks, from number 0 on.
+        count: Networks.
         loss: Its name.
+        first: Number of the first network.
 
     Returns:
         number, network, last (the activation at the end), verdict, psnr_db, deficit (unknowns that the layers lack, by
@@ -73,7 +86,7 @@ def attack_small_networks(images: Tensor, labels: Tensor, count: int, loss: str 
         recovered at 60 dB and certified, or its verdict is that a layer is short of rank.
     """
     rows = []
-    for number in progress(range(count), "networks"):
+    for number in progress(range(first, first + count), "networks"):
         network, description = small_network(number, images.shape[-1])
         image, label = images[[number % len(images)]].double(), labels[[number % len(images)]]
         gradients = client_gradients(network, image, label, loss)
@@ -87,3 +100,28 @@ def attack_small_networks(images: Tensor, labels: Tensor, count: int, loss: str 
     recovered = (table["verdict"] == "exact") & (table["psnr_db"] >= RECOVERED_DB)
     short = (table["verdict"] == "rank-deficient") & (table["deficit"] > 0)
     return table.assign(told=recovered | short)
+
+
+def sample_small(count: int = 100, seed: int = 0) -> pd.DataFrame:
+    """Small networks beyond those of the notebook, attacked with random images under two losses in turn.
+
+    Args:
+        count: How many.
+        seed: Decides the first network; a chunk of another seed has others.
+
+    Returns:
+        case, trouble (the loss), verdict, psnr_db, seconds, ok and why: a network neither recovered nor told short of
+        rank, a decision above `MAX_SECONDS`, or one of the hopeless above `MAX_HOPELESS_SECONDS` is not ok.
+    """
+    first, rows = FIRST_SAMPLED + seed * count, []
+    images = torch.rand(4, 3, SAMPLED_SIDE, SAMPLED_SIDE, generator=torch.Generator().manual_seed(seed))
+    for number in range(first, first + count):
+        loss = SAMPLED_LOSSES[number % len(SAMPLED_LOSSES)]
+        table = attack_small_networks(images, torch.arange(4), 1, loss, first=number)
+        (row,) = table.to_dict("records")
+        allowed = MAX_SECONDS if row["verdict"] != "rank-deficient" else MAX_HOPELESS_SECONDS
+        why = "" if row["told"] else "neither recovered nor told short of rank"
+        why = why or (f"decided after {row['seconds']:.1f} s" if row["seconds"] > allowed else "")
+        row = {"case": row["network"], "trouble": loss, **row}
+        rows.append({**row, "ok": not why, "why": why})
+    return pd.DataFrame(rows).drop(columns=["network", "told"])
