@@ -21,7 +21,7 @@ from rgap.equations.limits import DEFAULT_LIMITS
 from rgap.linalg import conjugate_gradients
 from rgap.network.layer import Layer
 
-REFINED = 1e-4
+REFINED_SHARE = 1e-4
 """Share of a residual that a refinement leaves."""
 
 FULL_RANK_RTOL = 1e-4
@@ -137,7 +137,7 @@ class ConjugateGradients:
         """A solution x (C·H·W,) and what it leaves of the right-hand side solved for once more, as by `solve`."""
         shaped = x.reshape(self.layer.input_shape)
         further, left, iterations = self.solve(
-            z - self.layer.apply(shaped), G - self.layer.weight_gradient(shaped, self.dz), tolerance=REFINED
+            z - self.layer.apply(shaped), G - self.layer.weight_gradient(shaped, self.dz), tolerance=REFINED_SHARE
         )
         return x + further, left, iterations
 
