@@ -115,7 +115,8 @@ class Start:
     label_smoothing: float = 0.0  # ε of the client's labels
     length_errors: tuple[float, ...] = (0.0,)  # relative standard deviation of each x's length, or one for all
     misfit: float = 0.0  # of the head's equations, in standard deviations
-    errors: Tensor | None = None  # predicted errors of x, (B,), where images were peeled off a batch
+    errors: Tensor | None = None  # of x, that the tests may have overlooked, (B,); of images peeled off, predicted
+    peeled: int = 0  # images that were peeled off
 
     def scales(self, b: int) -> tuple[float, float]:
         """The factor of image b's gradient, and the relative error of its brightness."""

@@ -96,6 +96,7 @@ class Peeling:
         state, units = self.state, torch.zeros(len(inputs), dtype=torch.int64)
         x = inputs if state.last is None else torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
         q, one = x @ state.first.V, torch.ones_like(errors)
+        errors = torch.where(errors > 0, errors, errors.amax())  # those that a search found are as free to move
         tested = state.test(Candidates(q, units, one, one, errors / self.error_factor))
         scale = ((tested.dz @ state.first.U / state.first.S) * q).sum(1, keepdim=True)
         error = errors / self.error_factor
@@ -120,7 +121,7 @@ class Peeling:
         residuals = torch.stack([(scale[:, 0] - 1).abs(), sines], 1)
         found = (x / scale, dz, residuals, first, self.second, 0, self.steps)
         mixed = state.mixture * found[0].square().mean(1).sqrt()
-        return Separation(*found, len(dz), torch.maximum(self.error_factor * state.error, mixed), self.factor)
+        return Separation(*found, torch.maximum(self.error_factor * state.error, mixed), len(dz), self.factor)
 
     def step(self) -> int:
         """Tests every unit once; the number of new images."""

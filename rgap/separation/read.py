@@ -130,10 +130,9 @@ def _each_alone(
         twins.append(tuple(Twin(k, a / scales[-1], miss) for (k, a), miss in zip(found, misses, strict=True)))
     labels = torch.tensor([each[0].label for each in twins], dtype=torch.int64)
     scale = apart.inputs.new_tensor(scales)[:, None]
-    dx, errors = apart.dz / scale @ tail[0].weight.flatten(1), None
-    if apart.errors is not None:
-        errors = scale[:, 0] * torch.cat([apart.errors, torch.zeros(len(scale) - len(apart.errors))])
-    start = Start(0, labels, scale * apart.inputs, dx, tuple(twins), (), errors=errors)
+    dx, errors = apart.dz / scale @ tail[0].weight.flatten(1), scale[:, 0] * apart.errors
+    options = {"errors": errors if errors.any() else None, "peeled": apart.peeled}
+    start = Start(0, labels, scale * apart.inputs, dx, tuple(twins), (), **options)
     return _with_factors(start, factors), notes
 
 
@@ -176,7 +175,7 @@ def read_again(chain: Chain, received: SharedGradient, loss: str, start: Start) 
     """
     tail = chain.layers
     size = BatchSize(start.batch_size, (), row_span(tail[0], received.gradients, received.precision))
-    if start.errors is not None and start.ranks[1] < start.ranks[0]:  # each hidden vector alone passes no test
+    if start.peeled and start.ranks[1] < start.ranks[0]:  # each hidden vector alone passes no test
         apart = peel_again(tail, received, size.span, loss, start.x, start.errors)
     else:
         apart = separate(*tail[:2], received.gradients, precision=received.precision, span=size.span, near=start.x)

@@ -54,8 +54,8 @@ class Separation:
     second: Span
     starts: int  # random ones
     steps: int  # of the fixed point, over all starts
+    errors: Tensor  # root mean square errors that the tests may have overlooked, (F,); of those peeled off, predicted
     peeled: int = 0  # inputs found by peeling, the first ones
-    errors: Tensor | None = None  # predicted root mean square errors of these, (peeled,)
     factor: float | None = None  # of the loss, on which they agree: 1/B for the mean of B images
 
 
@@ -101,8 +101,8 @@ def separate(
     """
     spans = span or row_span(first, gradients, precision), row_span(second, gradients, precision)
     search = Search(first, second, spans, precision)
-    for x, dz, residuals in zip(known.inputs, known.dz, known.residuals, strict=True) if known else ():
-        search.add_known(x, dz, residuals)
+    for one in zip(known.inputs, known.dz, known.residuals, known.errors, strict=True) if known else ():
+        search.add_known(*one)
     generator = torch.Generator().manual_seed(seed)
     starts, failed, whole = 0, 0, False
     if known is not None and search.has_tests and not search.lacking:
@@ -123,7 +123,7 @@ def separate(
         failed = 0 if progress else failed + count
         whole = failed > 0 and not whole  # where deflated starts find nothing, alternate with starts among all
     found = (search.inputs, search.dz, search.residuals, search.first, search.second, starts, search.steps)
-    return Separation(*found, *((known.peeled, known.errors, known.factor) if known else ()))
+    return Separation(*found, search.errors, *((known.peeled, known.factor) if known else ()))
 
 
 class Search(SearchState):
@@ -249,17 +249,19 @@ class Search(SearchState):
         undetermined = [self.undetermined_signs(one.dz) for one in taken]
         sure = ~torch.stack(undetermined).any(0)
         H = torch.linalg.qr(self.H[sure])[0]
-        q, which, miss = inputs_from_gradients(self.Z[sure], H, slopes[:, sure], duals, self.tolerance, ANGLE_GAP_RATIO)
+        options = (self.tolerance, ANGLE_GAP_RATIO)
+        q, which, miss, error = inputs_from_gradients(self.Z[sure], H, slopes[:, sure], duals, *options)
         turned = {j: self.oriented(q_j, taken[j].signs, undetermined[j]) for q_j, j in zip(q, which, strict=True)}
         right = {j: q_j for j, q_j in turned.items() if q_j is not None}
         if complete:
             miss = self.row_space_residual(torch.stack(list(right.values()))) if len(right) == len(partial) else 1.0
+            error = miss
         if not right or miss > self.tolerance:
             return
         self.partial = []
         for j, q_j in right.items():
             signs = torch.where(undetermined[j], self.Z @ q_j > 0, taken[j].signs)
-            self.add(q_j, signs, taken[j].dz, (miss, taken[j].residual))
+            self.add(q_j, signs, taken[j].dz, (miss, taken[j].residual), error)
         hidden = self.hidden(torch.stack(list(right.values())))
         hidden = (hidden / hidden.norm(dim=1, keepdim=True)).T
         left, sizes, _ = torch.linalg.svd(hidden - self.H @ (self.H.T @ hidden), full_matrices=False)

@@ -77,7 +77,7 @@ class SearchState:
         rank, rank_next = self.first.rank, self.second.rank
         self.q, self.dual = Z.new_zeros(0, rank), Z.new_zeros(0, rank)
         self.dual_next = Z.new_zeros(0, rank_next)
-        self.dz, self.residuals = Z.new_zeros(0, len(W)), Z.new_zeros(0, 2)
+        self.dz, self.residuals, self.errors = Z.new_zeros(0, len(W)), Z.new_zeros(0, 2), Z.new_zeros(0)
         self.partial: list[PartialInput] = []
         self.steps = 0
 
@@ -162,8 +162,8 @@ class SearchState:
             mine = turned
         return torch.cat([mine, signs[count:]]), b if self.passes(sine, following) else None, sine
 
-    def add_known(self, x: Tensor, dz: Tensor, residuals: Tensor) -> None:
-        """Adds an input (n,) that was found otherwise, with its ∂ℓ/∂z_1."""
+    def add_known(self, x: Tensor, dz: Tensor, residuals: Tensor, error: Tensor) -> None:
+        """Adds an input (n,) that was found otherwise, with its ∂ℓ/∂z_1 and root mean square error."""
         q = (torch.cat([x, x.new_ones(1)]) if self.has_constant else x) @ self.first.V
         slope = torch.where(self.Z @ q > 0, self.up, self.down)[: len(dz)]
         b = torch.linalg.lstsq(slope[:, None] * self.E, dz[:, None]).solution[:, 0]
@@ -172,12 +172,16 @@ class SearchState:
         self.dual, self.dz = torch.cat([self.dual, dual[None] / (dual @ q)]), torch.cat([self.dz, dz[None]])
         self.dual_next = torch.cat([self.dual_next, b[None] / self.second.S])
         self.residuals = torch.cat([self.residuals, residuals[None]])
+        self.errors = torch.cat([self.errors, error[None]])
 
-    def add(self, q: Tensor, signs: Tensor, dz: Tensor, residuals: tuple[float, float]) -> None:
+    def add(
+        self, q: Tensor, signs: Tensor, dz: Tensor, residuals: tuple[float, float], relative_error: float = 0.0
+    ) -> None:
         """Adds an input with its ∂ℓ/∂z_1, which is scaled so that Σ dz_b x_bᵀ over all inputs is the gradient."""
         dual = (self.first.U.T @ dz) / self.first.S
-        size = dual @ q
-        self.inputs = torch.cat([self.inputs, self.project_to_pattern(q, signs)[None]])
+        size, x = dual @ q, self.project_to_pattern(q, signs)
+        self.inputs = torch.cat([self.inputs, x[None]])
+        self.errors = torch.cat([self.errors, relative_error * x.square().mean().sqrt()[None]])
         self.q = torch.cat([self.q, q[None]])
         self.dual = torch.cat([self.dual, dual[None] / size])
         self.dz = torch.cat([self.dz, dz[None] / size])

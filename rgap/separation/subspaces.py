@@ -90,7 +90,7 @@ def null_of_rows(rows: Tensor) -> Tensor:
 
 def inputs_from_gradients(
     Z: Tensor, H: Tensor, slopes: Tensor, duals: Tensor, tolerance: float, gap_ratio: float
-) -> tuple[Tensor, list[int], float]:
+) -> tuple[Tensor, list[int], float, float]:
     """Inputs from activation patterns and ∂ℓ/∂z_1 where only sums of hidden vectors are in the range of H (ours).
 
     Where images have the same activation pattern in the second layer, or outnumber its units, G_2 has a lower rank than
@@ -102,19 +102,19 @@ def inputs_from_gradients(
     Z (h, R) gives pre-activations from coordinates in the row space of G_1, H (h, r) is an orthonormal basis of the row
     space of G_2, `slopes` (J, h) holds the D_j, and `duals` (K, R) the G_1⁺ᵀ ∂ℓ/∂z_1 in coordinates, those of the J
     inputs first. A sine up to `tolerance`, and up to `gap_ratio` times the next, counts as 0. Gives q (J', R) of unit
-    length, which of the J these are, and the largest sine of the solutions.
+    length, which of the J these are, the largest sine of the solutions, and by the next one the error that it allows.
     """
     count, rank = len(slopes), Z.shape[1]
     duals = duals / duals.norm(dim=1, keepdim=True)
     spaces = [null_of_rows(torch.cat([duals[:j], duals[j + 1 :]])) for j in range(count)]
     if len(duals) == rank:
-        return torch.stack([N[:, 0] for N in spaces]), list(range(count)), 0.0
+        return torch.stack([N[:, 0] for N in spaces]), list(range(count)), 0.0, 0.0
     factors = [torch.linalg.qr(D[:, None] * (Z @ N)) for D, N in zip(slopes, spaces, strict=True)]
     Q, R = torch.linalg.qr(torch.cat([factor[0] for factor in factors], 1))
     _, sines, directions = torch.linalg.svd(Q - H @ (H.T @ Q), full_matrices=False)
     solutions = int((sines <= tolerance).sum())
     if not solutions or solutions == len(sines) or sines[-solutions] > gap_ratio * sines[-solutions - 1]:
-        return Z.new_zeros(0, rank), [], 1.0
+        return Z.new_zeros(0, rank), [], 1.0, 1.0
     a = torch.linalg.lstsq(R, directions[-solutions:].T, driver="gelsd").solution
     found, which = [], []
     for j, part in enumerate(a.reshape(count, -1, solutions)):
@@ -123,7 +123,8 @@ def inputs_from_gradients(
             found.append(spaces[j] @ torch.linalg.lstsq(factors[j][1], left[:, :1], driver="gelsd").solution[:, 0])
             which.append(j)
     q = torch.stack([Z.new_zeros(rank), *found])[1:]
-    return q / q.norm(dim=1, keepdim=True), which, sines[-solutions].item()
+    miss = sines[-solutions].item()
+    return q / q.norm(dim=1, keepdim=True), which, miss, miss / sines[-solutions - 1].item()
 
 
 def first_dense(chain: Chain) -> int:
