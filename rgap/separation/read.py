@@ -27,8 +27,8 @@ from rgap.shared_gradient import SharedGradient
 MAX_SEARCHED_FIRST = 9
 """Largest rank at which all images are searched before any is peeled off."""
 
-MAX_SEARCHED_FIRST_WIDE = 25
-"""The same where the next layer's gradient has that rank, too, so that the search can find every image."""
+MAX_STARTED_AT_RANDOM = 25
+"""Largest rank at which the search starts at random, rather than from rows of the gradients."""
 
 MAX_COMBINATIONS = 64
 """Largest number of combinations of scale hypotheses between which the last convolution decides."""
@@ -91,26 +91,24 @@ def read_batch(
 
 
 def _separated(tail: Sequence[Layer], received: SharedGradient, size: BatchSize, loss: str, seed: int) -> Separation:
-    """The images apart: a few by a search; of many those that peel off, and by the search those of the others it finds.
+    """The images apart, by a search where it can find each by itself or they are few; else those that peel off first.
 
     The search takes starts and steps in proportion to the rank, each of its third power: it is left out where many
     images are left or, behind few outputs, after the search for patterns.
     """
     options = {"precision": received.precision, "seed": seed, "span": size.span}
-    rank, most = size.span.rank, MAX_SEARCHED_FIRST
-    if rank <= MAX_SEARCHED_FIRST_WIDE and row_span(tail[1], received.gradients, received.precision).rank >= rank:
-        most = MAX_SEARCHED_FIRST_WIDE
-    if rank <= most:
-        apart = separate(*tail[:2], received.gradients, **options)
-        if len(apart.inputs) == size.span.rank:
+    rank, apart = size.span.rank, None
+    if rank <= MAX_SEARCHED_FIRST or row_span(tail[1], received.gradients, received.precision).rank >= rank:
+        apart = separate(*tail[:2], received.gradients, **options, by_rows=rank > MAX_STARTED_AT_RANDOM)
+        if len(apart.inputs) == rank:
             return apart
-        peeled = peel(tail, received, size.span, loss, size.size, seed)
-        return peeled if peeled.peeled > len(apart.inputs) else apart
     peeled = peel(tail, received, size.span, loss, size.size, seed)
-    left, narrow = size.span.rank - peeled.peeled, peeled.second.rank + MAX_SEARCHED_FIRST < size.span.rank
+    if apart is not None and (len(apart.inputs) >= peeled.peeled or rank <= MAX_STARTED_AT_RANDOM):
+        return max(apart, peeled, key=lambda one: len(one.inputs))
+    left, narrow = rank - peeled.peeled, peeled.second.rank + MAX_SEARCHED_FIRST < rank
     if left == 0 or (narrow and left > MAX_SEARCHED_FIRST):
         return peeled
-    return separate(*tail[:2], received.gradients, **options, known=peeled)
+    return separate(*tail[:2], received.gradients, **options, known=peeled, by_rows=True)
 
 
 def _each_alone(
@@ -175,7 +173,7 @@ def read_again(chain: Chain, received: SharedGradient, loss: str, start: Start) 
     """
     tail = chain.layers
     size = BatchSize(start.batch_size, (), row_span(tail[0], received.gradients, received.precision))
-    if start.peeled and start.ranks[1] < start.ranks[0]:  # each hidden vector alone passes no test
+    if start.peeled:  # no hidden vector alone need pass a test
         apart = peel_again(tail, received, size.span, loss, start.x, start.errors)
     else:
         apart = separate(*tail[:2], received.gradients, precision=received.precision, span=size.span, near=start.x)

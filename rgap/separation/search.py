@@ -69,6 +69,7 @@ def separate(
     span: Span | None = None,
     near: Tensor | None = None,
     known: Separation | None = None,
+    by_rows: bool = False,
 ) -> Separation:
     """Separates the inputs of a fully connected layer from the gradients of it and the next one.
 
@@ -95,6 +96,7 @@ def separate(
         span: `row_span` of the first layer, where it is known already.
         near: Inputs (F, n) whose activation patterns are tried, in place of random starts.
         known: Inputs that are found already; the search is among the others.
+        by_rows: Whether rows of both gradients are tried as starts before random ones: of many images they mix few.
 
     Raises:
         UnsupportedLayerError: If the activation between the layers is linear or not homogeneous.
@@ -105,7 +107,7 @@ def separate(
         search.add_known(*one)
     generator = torch.Generator().manual_seed(seed)
     starts, failed, whole = 0, 0, False
-    if known is not None and search.has_tests and not search.lacking:
+    if by_rows and search.has_tests and not search.lacking:
         starts = search.run_rows(generator)
     if near is not None:
         for signs in search.patterns(near):

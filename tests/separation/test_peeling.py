@@ -84,7 +84,9 @@ def test_rows_of_both_gradients_start_the_search_for_what_does_not_peel():
     received = receive(chain, rgap.client_gradients(model, rows, labels, loss="cross_entropy"))
     first = row_span(chain.layers[0], received.gradients, received.precision)
     peeled = peel(chain.layers, received, first, "cross_entropy", 40)
-    found = separate(*chain.layers[:2], received.gradients, precision=received.precision, span=first, known=peeled)
+    found = separate(
+        *chain.layers[:2], received.gradients, precision=received.precision, span=first, known=peeled, by_rows=True
+    )
     assert peeled.peeled < 30 and len(found.inputs) == 40
     assert distances(found.inputs, rows).min(1).values.max() < 1e-9
 
