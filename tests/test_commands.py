@@ -336,7 +336,7 @@ def test_every_sample_of_the_experiments_is_found():
         ("verify good --count 0", "count is 0; it must be at least 1"),
     ],
 )
-def test_wrong_arguments_get_one_line_and_status_two(mine, samples, capsys, arguments, message):
+def test_wrong_arguments_get_one_line_and_status_two(mine, two_samples, capsys, arguments, message):
     command = arguments.split()[0]
     assert main(arguments.split()) == 2
     printed = capsys.readouterr()
