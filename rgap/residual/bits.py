@@ -60,6 +60,11 @@ class Known:
     mask: Tensor | None = None
     error: Tensor | None = None  # standard deviation of the entries, broadcast to them
 
+    @property
+    def everywhere(self) -> Tensor:
+        """The mask, true where the tensor is known entirely."""
+        return torch.ones_like(self.value, dtype=torch.bool) if self.mask is None else self.mask
+
 
 def zero_limit(known: Known, precision: float) -> Tensor:
     """The size up to which a ReLU's output may be zero: what is below zero is error, and zeros err by as much."""

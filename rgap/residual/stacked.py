@@ -6,7 +6,7 @@ more pixels than either; read for δz, the equations decide activation bits that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,12 @@ from rgap.network.layer import Layer
 
 MIN_GRAM_RATIO = 1e-12
 """Ridge, relative to the largest entry of NᵀN, with which N(x) δz = vec(G) is solved: dead pixels are columns of 0."""
+
+MAX_CLOSED_ENTRIES = 20_000_000
+"""Entries of a basis of what is open up to which the layers' outputs may close it."""
+
+MIN_CLOSING_RATIO = 1e-3
+"""Smallest over largest singular value of the outputs' equations for what is open, from which they determine it."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class StackedSolution:
         surplus: Equations beyond the rank.
         error: Standard deviation of the entries at each pixel, by the residual's noise, (H, W); 0 without surplus.
         kept: For each layer and filter, the share of an error in its δz that the residual shows: x absorbs the rest.
+        null: Sets of pixels, with an orthonormal basis (pixels, lack) of what each channel has open there.
     """
 
     x: Tensor
@@ -46,6 +53,7 @@ class StackedSolution:
     surplus: int
     error: Tensor
     kept: list[Tensor]
+    null: list[tuple[Tensor, Tensor]]
 
     @property
     def determined(self) -> bool:
@@ -66,7 +74,7 @@ def solve_stacked(layers: list[Layer], gradients: list[Tensor], dzs: list[Tensor
     x, spread = torch.zeros(C, H * W, dtype=torch.float64), torch.zeros(H * W, dtype=torch.float64)
     missed = size = 0.0
     rank, equations, kept, dropped = 0, 0, [], []
-    filters = [len(dz) for dz in dzs]
+    filters, null = [len(dz) for dz in dzs], []
     rows, absorbed = torch.zeros(2, sum(filters), dtype=torch.float64)
     for pixels, M, right, owners, values, V in factors:
         S = values.clamp(min=0).sqrt()
@@ -83,6 +91,8 @@ def solve_stacked(layers: list[Layer], gradients: list[Tensor], dzs: list[Tensor
         absorbed.index_add_(0, owners, (M @ (V[:, seen] / S[seen])).square().sum(1))
         kept.append(S[seen])
         dropped.append(S[~seen])
+        if not seen.all():
+            null.append((pixels, V[:, ~seen]))
     kept, dropped = torch.cat(kept), torch.cat(dropped)
     surplus = C * (equations - rank)
     std = (missed / surplus) ** 0.5 if surplus > 0 else 0.0
@@ -98,7 +108,58 @@ def solve_stacked(layers: list[Layer], gradients: list[Tensor], dzs: list[Tensor
         surplus,
         std * spread.sqrt().reshape(H, W),
         list((1 - absorbed / rows.clamp(min=1)).split(filters)),
+        null,
     )
+
+
+def close_by_outputs(
+    found: StackedSolution,
+    layers: list[Layer],
+    gradients: list[Tensor],
+    dzs: list[Tensor],
+    outputs: list[tuple[Layer, Tensor, Tensor]],
+) -> StackedSolution | None:
+    """Determines what the gradient equations leave open by W x = z − b, where outputs of the layers are known.
+
+    Args:
+        found: A solution that lacks rank.
+        layers: The layers of `solve_stacked`.
+        gradients: Theirs.
+        dzs: Theirs.
+        outputs: Those of them whose output is known, that output less the bias (O, H′, W′), and where it is known.
+
+    Returns:
+        The whole solution; None where too much is open, or the outputs do not determine it.
+    """
+    C, H, W = found.x.shape
+    lack = found.unknowns - found.rank
+    if lack * found.unknowns > MAX_CLOSED_ENTRIES:
+        return None
+    basis = torch.zeros(lack // C, H * W, dtype=torch.float64)
+    first = 0
+    for pixels, V in found.null:
+        basis[first : first + V.shape[1], pixels] = V.T
+        first += V.shape[1]
+    changes = torch.einsum("cd,np->cndp", torch.eye(C, dtype=torch.float64), basis).reshape(lack, C, H, W)
+    right = torch.cat([(z - layer.apply(found.x))[mask] for layer, z, mask in outputs])
+    if len(right) <= lack:
+        return None
+    A = torch.cat([layer.apply(changes)[:, mask] for layer, _, mask in outputs], 1).T
+    values, V = torch.linalg.eigh(gram_matrix(A))
+    if not values[0] > MIN_CLOSING_RATIO**2 * values[-1]:
+        return None
+    y = V @ ((V.T @ (A.T @ right)) / values)
+    y = y + V @ ((V.T @ (A.T @ (right - A @ y))) / values)
+    x, missed = found.x + torch.einsum("n,ncij->cij", y, changes), (right - A @ y).norm().item()
+    spread = missed / (len(right) - lack) ** 0.5 * ((V / values.sqrt()).square().sum() / found.unknowns).sqrt()
+    each = zip(layers, gradients, dzs, strict=True)
+    residual = max(((layer.weight_gradient(x, dz) - G).norm() / G.norm()).item() for layer, G, dz in each)
+    outside = missed / torch.cat([z[mask] for _, z, mask in outputs]).norm().item()
+    return replace(
+        found, x=x, rank=found.unknowns, residual=max(residual, outside), null=[],
+        error=torch.hypot(found.error * residual / max(found.residual, residual), spread),
+        condition=max(found.condition, (values[-1] / values[0]).sqrt().item()),
+    )  # fmt: skip
 
 
 def _parts(layers, gradients, dzs, pixels: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -20,7 +20,7 @@ from rgap.linalg import rms
 from rgap.network.activations import RELU
 from rgap.network.graph import Graph
 from rgap.residual.bits import DOUBT_RATIO, MAX_BIT_ROUNDS, Known, activation_above, decide, zero_limit
-from rgap.residual.stacked import StackedSolution, solve_stacked
+from rgap.residual.stacked import StackedSolution, close_by_outputs, solve_stacked
 from rgap.results import LayerReport
 
 MAX_TRUSTED_CONDITION = 300.0
@@ -213,7 +213,13 @@ class Walk:
         layers = [self.graph.nodes[reader].layer for reader in readers]
         if not layers or any(layer.groups > 1 for layer in layers):
             return None
-        return solve_stacked(layers, [self.gradient(r) for r in readers], [self.deltas[r] for r in readers], self.rcond)
+        gradients, deltas = [self.gradient(r) for r in readers], [self.deltas[r] for r in readers]
+        found = solve_stacked(layers, gradients, deltas, self.rcond)
+        if not found.determined:
+            known = [(layer, k) for r, layer in zip(readers, layers, strict=True) if (k := self.known(r)) is not None]
+            outputs = [(layer, k.value - layer.pre_bias(), k.everywhere) for layer, k in known]
+            found = (close_by_outputs(found, layers, gradients, deltas, outputs) if known else None) or found
+        return found
 
     def _report(self, name: str, readers: list[str], found: StackedSolution, corrected: int, seconds: float) -> None:
         path = " + ".join(self.graph.nodes[reader].path for reader in readers)

@@ -1,11 +1,13 @@
 """Several layers' gradient equations for one input, and the same equations for changes of δz, against the truth."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from rgap.residual.stacked import solve_changes, solve_stacked
-from tests.cases import conv_layer, randn
+from rgap.residual.stacked import close_by_outputs, solve_changes, solve_stacked
+from tests.cases import conv_layer, rand, randn
 
 
 def layers_with_gradients(*convs, size=8):
@@ -28,7 +30,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_input_and_its_rank(case):
-    convs, rank = CASES[case]
+    convs, rank = copy.deepcopy(CASES[case])
     layers, x, gradients, dzs = layers_with_gradients(*convs)
     found = solve_stacked(layers, gradients, dzs, 1e-5)
     matrix = torch.cat([dense(layer, dz) for layer, dz in zip(layers, dzs, strict=True)])
@@ -36,6 +38,28 @@ def test_the_input_and_its_rank(case):
     assert found.residual < 1e-12
     if found.determined:
         assert torch.allclose(found.x, x, rtol=1e-8, atol=1e-9)
+
+
+def close(case="stride 1, too few filters", known=0.8, noise=0.0):
+    """What the gradient leaves open, by outputs of which a share is known."""
+    layers, x, gradients, dzs = layers_with_gradients(*copy.deepcopy(CASES[case][0]))
+    found = solve_stacked(layers, gradients, dzs, 1e-5)
+    outputs = [(layer, layer.apply(x), rand(*layer.output_shape, seed=3) < known) for layer in layers]
+    outputs = [(layer, z + noise * randn(*z.shape, seed=20), mask) for layer, z, mask in outputs]
+    return close_by_outputs(found, layers, gradients, dzs, outputs), x
+
+
+@pytest.mark.parametrize("case", ["stride 1, too few filters", "with its projection"])
+def test_outputs_that_are_known_determine_the_rest(case):
+    closed, x = close(case)
+    assert closed.determined and closed.residual < 1e-12 and not closed.null
+    assert torch.allclose(closed.x, x, rtol=1e-8, atol=1e-9)
+
+
+def test_too_few_outputs_determine_nothing_and_noise_is_told():
+    assert close(known=0.1)[0] is None
+    closed, x = close(noise=1e-6)
+    assert closed.residual > 1e-8 and 0.1 < (closed.x - x).square().mean().sqrt() / closed.error.mean() < 10
 
 
 def dense(layer, dz):
