@@ -49,7 +49,7 @@ def close(case="stride 1, too few filters", known=0.8, noise=0.0):
     return close_by_outputs(found, layers, gradients, dzs, outputs), x
 
 
-@pytest.mark.parametrize("case", ["stride 1, too few filters", "with its projection"])
+@pytest.mark.parametrize("case", ["stride 1, too few filters", "without it"])
 def test_outputs_that_are_known_determine_the_rest(case):
     closed, x = close(case)
     assert closed.determined and closed.residual < 1e-12 and not closed.null
