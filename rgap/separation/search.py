@@ -154,7 +154,8 @@ class Search(SearchState):
         count = failed = 0
         while self.unknown > 0 and failed < MAX_FAILED_ROUNDS:
             patterns, (Z, H), before = self.row_patterns(), self.left(), self.known
-            picked = torch.randperm(len(patterns), generator=generator)[:ROWS_AT_ONCE]
+            order = torch.randperm(len(patterns), generator=generator) if failed else torch.arange(len(patterns))
+            picked = order[:ROWS_AT_ONCE]
             signs, sines = self.iterate(Z, H, patterns[picked], MAX_ROW_STEPS)
             for s in signs[sines <= MAX_ROW_SINE].unique(dim=0):
                 self.accept(s)
@@ -164,15 +165,19 @@ class Search(SearchState):
     def row_patterns(self) -> Tensor:
         """Signs (N, units) that rows of the gradients have, less the inputs found: they mix few images.
 
-        A row is oriented so that the unit it belongs to is on.
+        A row is oriented so that the unit it belongs to is on. First come the rows of the first gradient, in the order
+        of their hidden vectors' angles to the range of H: one that a single image switches on is that image.
         """
         rows = self.first.U * self.first.S - self.dz.T @ self.q
-        z = rows @ self.Z.T
+        rows = rows * (rows * self.Z[: len(rows)]).sum(1, keepdim=True).sign()
+        a = self.hidden(rows)
+        far = (a - a @ self.H @ self.H.T).norm(dim=1) / a.norm(dim=1).clamp(min=1e-300)
+        z = rows[far.argsort()] @ self.Z.T
         hidden = self.hidden(self.q) @ self.H
         next_dz = self.dual_next * self.second.S
         next_dz = next_dz / (self.dual_next * hidden).sum(1, keepdim=True)
         a = (self.second.U @ (torch.diag(self.second.S) - next_dz.T @ hidden)) @ self.H.T
-        signs = [z * z.diagonal()[:, None].sign() > 0, a * a.sum(1, keepdim=True).sign() > 0]
+        signs = [z > 0, a * a.sum(1, keepdim=True).sign() > 0]
         alive = [part.norm(dim=1) > self.tolerance * part.norm(dim=1).amax() for part in (z, a)]
         return torch.cat([each[which] for each, which in zip(signs, alive, strict=True)])
 
