@@ -108,7 +108,8 @@ def check_image_shape(value: object, name: str = "image_shape") -> tuple[int, ..
         raise ValueError(f"{name} is missing; give (channels, height, width), or a Chain from rgap.prepare")
     sides = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
     if not sides or not all(isinstance(n, Integral) and not isinstance(n, bool | np.bool_) and n >= 1 for n in sides):
-        raise ValueError(f"{name} is {shown(value)}; it must be (channels, height, width), each at least 1")
+        shapes = "(channels, height, width), or (features,) of a table, each at least 1"
+        raise ValueError(f"{name} is {shown(value)}; it must be {shapes}")
     if math.prod(map(int, sides)) > MAX_IMAGE_ENTRIES:
         raise ValueError(f"{name} is {shown(value)}; that is more than {MAX_IMAGE_ENTRIES:.0e} entries for one image")
     return tuple(map(int, sides))

@@ -31,7 +31,7 @@ AUDIT_STATUS = {"stops": 0, "leaks": 1, "unknown": 3}
 def reconstruct(options: argparse.Namespace) -> int:
     """Attacks one image or batch, or the gradient in a file, writes pictures and the layers' table, and prints notes.
 
-    Where the images are known it prints how close the result is.
+    Where the images are known it prints how close the result is. Rows of a table are written as one.
     """
     model, shape, loss, classes = load_case(options)
     if options.weights:
@@ -41,6 +41,8 @@ def reconstruct(options: argparse.Namespace) -> int:
     images, labels, scale = None, None, None
     if options.gradients:
         gradients = load_gradients(options.gradients)
+    elif shape is not None and len(shape) != 3:
+        raise ValueError(f"there are no data of shape {shape} to load; give the file of a gradient, --gradients")
     else:
         places = range(options.index, options.index + options.batch)
         images, labels = data.load_images(options.data, image_shape=shape, index=places, classes=classes)
@@ -52,7 +54,10 @@ def reconstruct(options: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     folder = options.output / _case_name(options, loss)
     order = None if images is None else metrics.match(result.images, images)
-    _write_pictures(result, images, order, options, folder)
+    if result.images.ndim == 2:  # rows of a table
+        save_csv(pd.DataFrame(result.images.cpu().numpy()), folder / "rows.csv")
+    else:
+        _write_pictures(result, images, order, options, folder)
     save_csv(result.to_frame(), folder / "layers.csv")
 
     print(f"verdict  {result.verdict}")

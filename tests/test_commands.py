@@ -27,6 +27,7 @@ NETWORKS = """
     ready = small()
     class Zoo:
         made = staticmethod(small)
+    def table(): return nn.Sequential(nn.Linear(10, 64), nn.LeakyReLU(), nn.Linear(64, 5))
     def broken():
         raise KeyError("weights")
     def needs(something):
@@ -207,6 +208,32 @@ def test_the_gradient_in_a_file_is_attacked_without_the_truth(tmp_path, capsys):
     truth = image[0, 0].numpy()
     assert abs(stretched - (truth - truth.min()) / (truth.max() - truth.min())).max() < 2 / 255
     assert reconstruct(tmp_path, "--model", "fcn3", "--gradients", str(tmp_path / "none.pt")) == 2
+
+
+def test_rows_of_a_table_are_audited_and_attacked_and_written_as_a_table(mine, capsys):
+    case = ["--model", "my_networks:table", "--shape", "10"]
+    assert main(["audit", *case, "--batch", "3", "--json", "-"]) in (0, 1, 3)
+    assert json.loads(capsys.readouterr().out)["image_shape"] == [10]
+    model, _ = commands.load_network(parser().parse_args(["audit", *case]))
+    rows = torch.rand(3, 10, generator=torch.Generator().manual_seed(0))
+    gradients = rgap.client_gradients(model, rows, torch.tensor([0, 1, 2]), loss="cross_entropy")
+    file = rgap.client.save_gradients(mine / "shared.safetensors", gradients)
+    assert reconstruct(mine / "out", *case, "--gradients", str(file), "--batch", "3", "--loss", "cross_entropy") == 0
+    (table,) = (mine / "out").rglob("rows.csv")
+    found = torch.tensor(pd.read_csv(table).to_numpy())
+    assert (found[:, None] - rows).abs().amax(2).amin(1).max() < 1e-3 and not list((mine / "out").rglob("*.png"))
+    assert reconstruct(mine / "out", *case) == 2
+    assert "there are no data of shape (10,) to load" in capsys.readouterr().err
+
+
+def test_rows_of_a_table_go_in_at_every_door():
+    model = torch.nn.Sequential(torch.nn.Linear(10, 64), torch.nn.LeakyReLU(), torch.nn.Linear(64, 5))
+    rows, labels = torch.rand(2, 10), torch.tensor([0, 1])
+    gradients = rgap.client_gradients(model, rows, labels, loss="cross_entropy")
+    for given in (model, rgap.prepare(model, (10,))):
+        result = rgap.reconstruct(given, gradients, (10,), "cross_entropy", batch_size=2)
+        assert result.images.shape == (2, 10) and "of shape (10,)" in repr(result) and "<img" in result._repr_html_()
+    assert rgap.rank_analysis(model, (10,), batch_size=2).layers and rgap.largest_batch(model, (10,)).batch_size >= 2
 
 
 # ---- rgap train
