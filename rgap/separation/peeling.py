@@ -17,7 +17,7 @@ from torch import Tensor
 from rgap.network.layer import Layer
 from rgap.separation.linear_units import MAX_LINEAR_UNKNOWNS, LinearPart, linear_part
 from rgap.separation.pattern_search import PatternSearch
-from rgap.separation.search import Separation
+from rgap.separation.separated import Separation
 from rgap.separation.shares import MAX_INPUT_ERROR, TOLERATED_STDS, Candidates, ShareState
 from rgap.separation.subspaces import Span, row_span
 from rgap.shared_gradient import SharedGradient

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from rgap.equations import identity_residual
-from rgap.equations.rank_laws import SPARE_UNITS
 from rgap.head.hypothesis import Start, Twin
 from rgap.network.layer import Chain, Layer
-from rgap.results import LayerReport
 from rgap.separation.factors import ImageFactor, image_factor
 from rgap.separation.joint_softmax import fit_joint_softmax
 from rgap.separation.peeling import peel, peel_again
 from rgap.separation.scales import output_gradients, output_jacobians, refine_inputs, scale_hypotheses, share_residual
-from rgap.separation.search import Separation, separate
+from rgap.separation.search import separate
+from rgap.separation.separated import Separation, separation_reports, told_by_shares, what_was_found
 from rgap.separation.subspaces import BatchSize, first_dense, row_span
 from rgap.shared_gradient import SharedGradient
 
@@ -65,7 +64,10 @@ def read_batch(
     below, count, begin = first_dense(chain), size.size, time.perf_counter()
     tail, none = chain.layers[below:], torch.zeros(0, chain.layers[below].unknowns, dtype=torch.float64)
     apart = _separated(tail, received, size, loss, seed)
-    start, notes = None, []
+    start, notes, said = None, [], []
+    if not size.is_given and gradient_scale is not None and told_by_shares(apart, gradient_scale) > count:
+        count = told_by_shares(apart, gradient_scale)
+        said = [f"by the images' shares the batch has {count}, of which {size.size} differ"]
     if below == 0:
         start, notes = _each_alone(chain, received, apart, count, loss, gradient_scale)
     elif len(apart.inputs) == count:
@@ -73,12 +75,12 @@ def read_batch(
     elif apart.first.rank == count and loss == "cross_entropy":
         start, notes = _read_together(chain, received, apart, known, seed, gradient_scale or 1.0)
     start = start or Start(below, torch.zeros(0, dtype=torch.int64), none, none, (), ())
-    reports = _reports(tail, apart, count, time.perf_counter() - begin)
+    reports = separation_reports(tail, apart, count, time.perf_counter() - begin)
     ranks = (apart.first.rank, apart.second.rank)
     start = replace(start, reports=reports, batch_size=count, ranks=ranks)
     if size.leaves_lengths:
         start = replace(start, length_errors=(math.inf,))
-    notes = [*size.notes, *_what_was_found(tail, apart, count), *notes]
+    notes = [*size.notes, *said, *what_was_found(tail, apart, count, gradient_scale or 1.0), *notes]
     if below and not len(start.x):
         if len(apart.inputs) < count:
             notes.append(
@@ -250,41 +252,3 @@ def _identity_residual(
     z = layer.activation.inverse(x.reshape(len(x), *layer.output_shape))
     dz = layer.activation.derivative(z) * dx.reshape(z.shape)
     return identity_residual(layer, layer.gradient(received.gradients), dz, z)
-
-
-def _what_was_found(layers: Sequence[Layer], apart: Separation, size: int) -> list[str]:
-    """Notes on how many images the separation has found, and why not more."""
-    count, rank = len(apart.inputs), apart.first.rank
-    notes = [f"{count} of {size} images found, in {apart.starts} random starts and {apart.steps} steps"]
-    if apart.peeled:
-        notes.append(f"{apart.peeled} of them peeled off, by units that one image alone switches on or leaves out")
-    if apart.factor is not None:
-        notes.append(f"the images' shares are those of a mean over {1 / apart.factor:.4g} images")
-    if apart.second.rank < rank:
-        width = layers[1].output_shape[0]
-        why = "images with the same activation pattern in it share a row, or one is lost in rounding"
-        why = f"it has only {width} rows" if apart.second.rank == width else why
-        notes.append(
-            f"the gradient of {layers[1].name!r} has rank {apart.second.rank}, below {rank} of the layer before: {why}"
-        )
-    units, needed = layers[0].output_shape[0], rank + apart.second.rank + SPARE_UNITS
-    if needed > units:
-        notes.append(
-            f"layer {layers[0].name!r} has {units} units, too few for a batch of this size: "
-            f"the ranks {rank} and {apart.second.rank} need {needed}"
-        )
-    if count < rank:
-        notes.append(f"{rank - count} of the {rank} images that the gradient holds were not found")
-    return notes
-
-
-def _reports(layers: Sequence[Layer], apart: Separation, size: int, seconds: float) -> tuple[LayerReport, ...]:
-    """Reports of the two layers that were separated, the later one first."""
-    worst = apart.residuals.amax(0) if len(apart.residuals) else apart.residuals.new_ones(2)
-    rows = []
-    for layer, span, miss in zip(layers[:2], (apart.first, apart.second), worst.flip(0), strict=True):
-        singular_values = {"sigma_above_cut": span.above_cut, "sigma_below_cut": span.below_cut}
-        ranks = {"rank_gradients": span.rank, "rank": span.rank, "deficit": size - span.rank}
-        outcome = {"iterations": apart.steps, "condition": 1 / span.above_cut, "residual": miss.item()}
-        rows.append(LayerReport(layer.name, size, **ranks, **outcome, **singular_values, seconds=seconds))
-    return tuple(reversed(rows))

@@ -7,13 +7,13 @@ hidden vector σ(W_1 x) in that of G_2, and almost no other vector satisfies bot
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rgap.equations.rank_laws import SPARE_UNITS
 from rgap.network.layer import Layer
+from rgap.separation.separated import Separation
 from rgap.separation.state import ANGLE_GAP_RATIO, PartialInput, SearchState
 from rgap.separation.subspaces import Span, inputs_from_gradients, null_of_rows, row_span
 
@@ -37,26 +37,6 @@ MAX_FAILED_ROUNDS = 4
 
 MAX_ROW_SINE = 3e-3
 """Sine of the angle with which such a start may end and be tested; others end above 6e-3."""
-
-
-@dataclass(frozen=True)
-class Separation:
-    """The inputs of the first layer that were found, each verified on its own.
-
-    `residuals` are the sines of the angles between (hidden vector, dz) and the spaces in which they must lie; for an
-    input that follows from its dz, the first is that of all such inputs together.
-    """
-
-    inputs: Tensor  # (F, n), float64: of unit length without bias, else with their true length
-    dz: Tensor  # ∂ℓ/∂z_1 of these inputs, (F, h): Σ dz_bᵀ x_b is their part of G_1
-    residuals: Tensor  # (F, 2)
-    first: Span
-    second: Span
-    starts: int  # random ones
-    steps: int  # of the fixed point, over all starts
-    errors: Tensor  # root mean square errors that the tests may have overlooked, (F,); of those peeled off, predicted
-    peeled: int = 0  # inputs found by peeling, the first ones
-    factor: float | None = None  # of the loss, on which they agree: 1/B for the mean of B images
 
 
 def separate(

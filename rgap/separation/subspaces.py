@@ -50,6 +50,7 @@ class BatchSize:
     notes: tuple[str, ...]  # the evidence for it, sentences for the report
     span: Span  # of the first fully connected layer's gradient
     leaves_lengths: bool = False  # whether the images' lengths rest on a size that nothing else confirms
+    is_given: bool = True
 
 
 def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float) -> Span:
@@ -187,7 +188,7 @@ def find_batch_size(chain: Chain, received: SharedGradient, given: int | None) -
         )
     if given is None:
         why = f"{found}: a batch of {span.rank}, if its images differ"
-        return BatchSize(span.rank, (why, *caution), span, one_scale)
+        return BatchSize(span.rank, (why, *caution), span, one_scale, is_given=False)
     if span.rank > given:
         small = f"batch_size={given} is too small, at least {span.rank} images have this gradient; taken as so"
         return BatchSize(span.rank, (f"{found}: {small}", *caution), span, one_scale)

@@ -63,6 +63,25 @@ def test_the_shares_tell_the_batch_size():
     assert result.verdict == "exact" and any("a mean over 24 images" in note for note in result.notes)
 
 
+def test_where_equal_rows_hide_the_batch_size_the_shares_tell_it():
+    rows, labels = table(28)
+    rows[1], labels[1] = rows[0], labels[0]
+    result = attacked(network((300,)), rows, labels, batch_size=None, gradient_scale=1.0)
+    assert any("the batch has 28, of which 27 differ" in note for note in result.notes)
+    assert result.verdict == "rank-deficient" and len(result.images) >= 20
+    assert "exact" in [verdict for verdict, _ in result.per_image]
+
+
+def test_a_factor_of_the_gradient_is_estimated_from_the_shares():
+    rows, labels = table(28)
+    model = network((300,))
+    gradients = [3.5 * g for g in rgap.client_gradients(model, rows, labels, loss="cross_entropy")]
+    result = rgap.reconstruct(model, gradients, (FEATURES,), "cross_entropy", batch_size=28)
+    assert result.verdict == "exact" and found_rows(result, rows)[0] == 28
+    assert abs(result.gradient_scale - 3.5) < 1e-6
+    assert any("a mean over 8 images, or of 3.5 times one over 28" in note for note in result.notes)
+
+
 def test_logistic_loss_peels_too():
     rows, labels = table(16)
     result = attacked(network(outputs=1), rows, labels % 2, "logistic")
