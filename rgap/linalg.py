@@ -301,18 +301,20 @@ def conjugate_gradients(
     tolerance: float = 1e-12,
     max_iterations: int = 20_000,
     done: Callable[[Tensor], bool] = lambda x: False,
+    normal: Tensor | None = None,
 ) -> Iterated:
     """The minimum-norm least-squares solution of A x = b by conjugate gradients on the normal equations (CGLS).
 
     A x and b are lists of tensors. The iterations end where the norm of the normal equations' residual has fallen to
-    `tolerance` of what it was, or `done` is true of x.
+    `tolerance` of what it was, or `done` is true of x. A `normal` right side Aᵀ b that is
+    known more precisely than b is used in its place; the residual is then no number.
     """
 
     def square(vectors: list[Tensor]) -> Tensor:
         return sum(v.square().sum() for v in vectors)
 
     rest = [v.clone() for v in b]
-    s = adjoint(rest)
+    s = adjoint(rest) if normal is None else normal
     x, p = torch.zeros_like(s), s.clone()
     size = first = s.square().sum()
     alphas, betas = [], []
@@ -324,7 +326,7 @@ def conjugate_gradients(
             r -= alpha * change
         if done(x):
             break
-        s = adjoint(rest)
+        s = adjoint(rest) if normal is None else s - alpha * adjoint(q)
         size, previous = s.square().sum(), size
         p = s + (size / previous) * p
         alphas.append(alpha.item())

@@ -151,3 +151,24 @@ def test_gradient_rows_join_the_iterations():
     assert solver.full_rank and residual < 1e-10 and iterations > 10
     assert_close(found, x.flatten(), rtol=0, atol=1e-7)
     assert not ConjugateGradients(layer).full_rank
+
+
+def test_iterations_in_single_precision_end_where_those_in_double_precision_do(monkeypatch):
+    monkeypatch.setattr(sparse, "MIN_SINGLE_UNKNOWNS", 1)
+    layer = tall()
+    W, b = torch.from_numpy(weight_matrix(layer).toarray()), randn(*layer.output_shape)
+    solver = ConjugateGradients(layer)
+    expected, found = torch.linalg.lstsq(W, b.reshape(-1, 1)).solution[:, 0], solver._in_single_precision([b])
+    assert found.residual == pytest.approx(((W @ expected - b.flatten()).norm() / b.norm()).item(), rel=1e-9)
+    assert_close(found.x.flatten(), expected, rtol=0, atol=1e-10)
+    assert found.condition == pytest.approx(condition_of(layer), rel=0.2)
+    assert solver._in_single_precision([torch.zeros_like(b)]) is None
+
+
+def test_single_precision_gives_way_where_its_rounds_do_not_lower_the_residual(monkeypatch):
+    monkeypatch.setattr(sparse, "MIN_SINGLE_UNKNOWNS", 1)
+    monkeypatch.setattr(sparse, "MAX_ROUND_RATIO", 0.0)
+    layer, x = tall(), randn(3, 4, 4)
+    solver = ConjugateGradients(layer)
+    assert solver._in_single_precision([layer.apply(x)]) is None
+    assert_close(solver.solve(layer.apply(x))[0], x.flatten(), rtol=0, atol=1e-9)
