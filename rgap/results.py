@@ -50,6 +50,11 @@ class PixelRange:
         """High − low, the unit of errors; 1 where that is infinite."""
         return self.high - self.low if math.isfinite(self.high - self.low) else 1.0
 
+    @property
+    def middle(self) -> float:
+        """The mean of both; 0 where the range is infinite."""
+        return (self.low + self.high) / 2 if math.isfinite(self.high - self.low) else 0.0
+
     def contains(self, images: torch.Tensor, slack: float) -> bool:
         """Whether every pixel lies in the range, up to `slack`."""
         return bool((images >= self.low - slack).all() and (images <= self.high + slack).all())

@@ -155,7 +155,8 @@ def descend(
         if known is not None:
             report = replace(report, saturated=int((~known).sum()))
         x, dx = solution.x, layer.adjoint(dz)
-        closed = close(chain.layers[i - 1], received, solution, z, dx) if close and i else None
+        closable = close and i and not left_open  # below an open layer z is wrong, and no solution fits
+        closed = close(chain.layers[i - 1], received, solution, z, dx) if closable else None
         if closed is not None and (closed.certified or report.deficit):
             x, report, probe = _closed(closed, x, report, probe)
             if closed.beliefs is not None:
@@ -170,16 +171,17 @@ def descend(
 
 
 def close_by_virtual_constraints(
-    before: Layer, received: SharedGradient, solution: LayerSolution, z: Tensor, dx: Tensor
+    before: Layer, received: SharedGradient, solution: LayerSolution, z: Tensor, dx: Tensor, *, full: bool = True
 ) -> VirtualSolution | None:
     """What the layer before adds to a layer's solution; None where it is not needed or has nothing to add.
 
     For one image it adds its range and its gradient; for a batch its range, also to a system without deficit whose
-    condition number blurs the solution. z (B, O, H′, W′) is the layer's pre-activation, dx the gradient by its input.
+    condition number blurs the solution. z (B, O, H′, W′) is the layer's pre-activation, dx the gradient by its input;
+    unless `full`, a system that takes long is not approached.
     """
     report = solution.report
     if len(solution.x) == 1:
-        return close_by_previous(before, received, solution, z, dx) if report.deficit else None
+        return close_by_previous(before, received, solution, z, dx, full=full) if report.deficit else None
     solved = solution.solved[0]
     blurred = received.precision * (report.condition or 1.0) > MAX_PRECISION_CONDITION
     if before.is_fixed or len(solution.solved) > 1 or solved is None or not (report.deficit or blurred):

@@ -83,9 +83,8 @@ def _supplied(before: Layer, absent: set[str]) -> tuple[int, int]:
 
 def without_solving(attack: Attack, start: Start, deficits: dict[str, int]) -> Weighed:
     """A candidate with the head's reading alone, a uniform image, and reports by law."""
-    chain, low, high = attack.chain, attack.pixels.low, attack.pixels.high
-    middle = (low + high) / 2 if math.isfinite(low + high) else 0.0
-    images = torch.full((1, *chain.image_shape), middle, dtype=torch.float64)
+    chain = attack.chain
+    images = torch.full((1, *chain.image_shape), attack.pixels.middle, dtype=torch.float64)
     reports, absent = list(start.reports), set(attack.received.absent)
     for layer in reversed(chain.layers[:-1]):
         rank = _laws(layer, absent).both

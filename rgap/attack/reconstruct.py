@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +110,8 @@ def reconstruct(
         output: Name or place of the output that the loss is taken on, where the network gives several; the first tensor
             by default.
         effort: "auto" stops at once where by the rank laws nothing determines the image, and solving for a part of it
-            takes long; its images are then uniform. "full" solves nevertheless.
+            takes long; its images are then uniform. It leaves layers open that virtual constraints would take minutes
+            to close. "full" solves nevertheless.
         gradient_scale: Factor κ of the shared gradient κ ∇ℓ: 1.0 asserts the gradient of the mean loss, as it stands in
             `rgap.client`, another number a client that sums, accumulates, weights or clips. None estimates it. Without
             biases a single output does not determine it, nor with it the brightness of the image; under squared error
@@ -154,7 +156,7 @@ def reconstruct(
             noise_std=noise_std, seed=seed, device=device, **asserted,
         )  # fmt: skip
     check_arguments(chain, loss, batch_size, labels)
-    close = close_by_virtual_constraints if virtual_constraints else None
+    close = partial(close_by_virtual_constraints, full=effort == "full") if virtual_constraints else None
     received = receive(chain, gradients, rcond, noise_std, any_scale=gradient_scale is None)
     if gradient_scale is not None:
         asserted["gradient_scale"] = gradient_scale * received.unit

@@ -83,8 +83,7 @@ def reconstruct_residual(
     asserted = None if gradient_scale is None else gradient_scale * received.unit
     replay = Replay(network.model, received, loss, label_smoothing or 0.0, asserted)
     noise = torch.randn(network.image_shape, generator=torch.Generator().manual_seed(seed)).double()
-    middle = (pixels.low + pixels.high) / 2 if math.isfinite(pixels.high - pixels.low) else 0.0
-    found = best_descent(network, received, middle + START_STD * pixels.width * noise)
+    found = best_descent(network, received, pixels.middle + START_STD * pixels.width * noise)
     image = torch.zeros(1, *network.image_shape, dtype=torch.float64) if found.image is None else found.image[None]
     label, about_label = _label(replay, image, labels)
     decided = label.is_floating_point() or label.item() >= 0

@@ -12,6 +12,7 @@ falls the step becomes the linear system on one piece of σ, which is solved at 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +42,12 @@ MAX_STEPS = 40
 
 PRIOR_WIDENING = 30.0
 """Standard deviation of the first belief on weak directions, in units of the layer's own for them."""
+
+MAX_HOPELESS_UNKNOWNS = 300
+"""Unknowns up to which a system that is short of equations is approached within a second."""
+
+MAX_APPROACHED_UNKNOWNS = 1200
+"""The same of other systems, which then take some ten seconds; none that is larger has been closed."""
 
 MAX_PIECES = 2
 """Systems on one piece of σ that are solved at the end; each corrects the signs of entries that are almost zero."""
@@ -75,7 +82,7 @@ class VirtualSolution:
 
 
 def close_by_previous(
-    before: Layer, received: SharedGradient, solution: LayerSolution, z: Tensor, dx: Tensor
+    before: Layer, received: SharedGradient, solution: LayerSolution, z: Tensor, dx: Tensor, *, full: bool = True
 ) -> VirtualSolution | None:
     """Determines a deficient layer's input of one image within its null space, by the layer before it.
 
@@ -85,12 +92,18 @@ def close_by_previous(
         solution: The deficient layer's own solution, of one image.
         z: Its pre-activations.
         dx: Gradient of the loss by its input, in any shape.
+        full: Whether systems are approached that are short of equations, for a rough picture, or take minutes.
 
     Returns:
         A `VirtualSolution`; None where there is no null basis, or the layer before has groups, no weight or an
         activation without inverse, is too large, is itself rank-deficient, or has nothing to add.
     """
-    factors = previous_factors(before) if solution.null_basis is not None and before.activation.one_to_one else None
+    if solution.null_basis is None or not before.activation.one_to_one:
+        return None
+    further = max(before.unknowns - math.prod(before.output_shape), 0)
+    if not full and solution.null_basis.shape[1] + further > MAX_APPROACHED_UNKNOWNS:
+        return None
+    factors = previous_factors(before)
     is_shared = not set(before.weight_names) & set(received.absent)
     if factors is None or not (is_shared or factors.left.size):
         return None
@@ -106,22 +119,25 @@ def close_by_previous(
         noise=noise,
     )
     try:
-        return solve_virtual(problem, reads_image=before.input_shape[0] in (1, 3))
+        return solve_virtual(problem, reads_image=before.input_shape[0] in (1, 3), full=full)
     except np.linalg.LinAlgError:  # a wrong hypothesis, whose pre-activations overflow
         return None
 
 
-def solve_virtual(problem: DeficientLayer, *, reads_image: bool = False) -> VirtualSolution:
+def solve_virtual(problem: DeficientLayer, *, reads_image: bool = False, full: bool = True) -> VirtualSolution | None:
     """Recovers a rank-deficient layer's input from its affine solution set and the layer before it.
 
     Where the layer before reads the image, `smooth_image_rows` are a start for systems with little surplus. Raises
-    LinAlgError if a belief is so far off that the equations overflow.
+    LinAlgError if a belief is so far off that the equations overflow. Unless `full`, None for a large system that is
+    short of equations.
     """
     beliefs: list = []
     for channels, rows in _plan(problem, reads_image):
         independent = 0 if problem.G is None else channels.size * (problem.G[0].size - problem.homogeneous)
         room = problem.previous.left.shape[1] + independent
         hopeless = room + problem.known.size - problem.unknowns < CERTIFICATE_SURPLUS
+        if hopeless and not full and problem.unknowns > MAX_HOPELESS_UNKNOWNS:
+            return None
         t, image = _attempt(problem, channels, rows, hopeless, beliefs)
         solution = _certify(problem, t, image, _channels(problem), beliefs)
         if solution.certified or hopeless:
