@@ -26,6 +26,7 @@ from rgap.experiments.common import (
     directions,
     finish,
     mark,
+    progress,
 )
 from rgap.metrics import psnr_db
 from rgap.models import LEAKY_SLOPE
@@ -78,7 +79,7 @@ def width_table(
         that the attack works on at once: weights, gradients and the factors of the first gradient), seconds.
     """
     rows = []
-    for width in widths:
+    for width in progress(widths, "widths"):
         model = make_model(seed, (width, 100))
         table, _ = attack_batches(lambda _, m=model: m, images, labels, [len(images)], [seed])
         count = sum(p.numel() for p in model.parameters())
@@ -104,7 +105,7 @@ def sample_batches(count: int, seed: int = 0) -> pd.DataFrame:
         is not in the batch, is not ok.
     """
     generator = torch.Generator().manual_seed(seed)
-    return pd.DataFrame([_attack_random_batch(generator) for _ in range(count)])
+    return pd.DataFrame([_attack_random_batch(generator) for _ in progress(range(count), "batches")])
 
 
 def _attack_random_batch(generator: torch.Generator) -> dict:

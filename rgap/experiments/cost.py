@@ -17,7 +17,7 @@ from rgap import models
 from rgap.attack.reconstruct import reconstruct
 from rgap.baselines import dlg
 from rgap.client import client_gradients
-from rgap.experiments.common import MARKERS, PALETTE, finish, one_thread, seeded, timed
+from rgap.experiments.common import MARKERS, PALETTE, finish, one_thread, progress, seeded, timed
 from rgap.metrics import psnr_db
 from rgap.network.chain import prepare
 from rgap.ranks.analysis import rank_analysis
@@ -83,7 +83,7 @@ def costs(sides: Sequence[int], expanding_sides: Sequence[int], widths: Sequence
     cases += [("expanding", "side", side, partial(expanding_for, side), (3, side, side)) for side in expanding_sides]
     cases += [("fcn3", "width", w, partial(models.fcn3, widths=(w, 100)), (1, 28, 28)) for w in widths]
     rows = []
-    for network, against, value, make, shape in cases:
+    for network, against, value, make, shape in progress(cases, "costs"):
         with one_thread():
             measured = _measured(make(), shape)
         key = {"network": network, "against": against, "value": value}

@@ -18,7 +18,7 @@ from rgap.attack.descent import descend
 from rgap.attack.reconstruct import reconstruct
 from rgap.baselines import hybrid, inverting_gradients
 from rgap.client import client_gradients
-from rgap.experiments.common import MARKERS, PALETTE, client_steps, finish, seeded
+from rgap.experiments.common import MARKERS, PALETTE, client_steps, finish, progress, seeded
 from rgap.head import read_head
 from rgap.head.hypothesis import starts_of
 from rgap.metrics import mse, psnr_db, ssim
@@ -255,7 +255,7 @@ def sample_noisy_attacks(count: int = 500, seed: int = 0) -> pd.DataFrame:
         A row an attack: case, verdict, psnr_db, rmse, predicted, ok, and why not.
     """
     rng, rows = np.random.default_rng(seed), []
-    for number in range(count):
+    for number in progress(range(count), "defended"):
         model, image, label = _random_network(rng)
         defence, strength = _random_defence(rng)
         row = {"case": f"{number}: {defence} {strength}", "verdict": "", "psnr_db": math.nan, "ok": False, "why": ""}

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from rgap.experiments.common import MARKERS, PALETTE, attack_each, finish, mark, seeded
+from rgap.experiments.common import MARKERS, PALETTE, attack_each, finish, mark, progress, seeded
 from rgap.ranks.analysis import rank_analysis
 
 
@@ -85,7 +85,7 @@ def rank_law_sample(count: int, seed: int = 0, max_unknowns: int = 600) -> pd.Da
     """
     rng, rows = np.random.default_rng(seed), []
     with seeded(seed):
-        for number in range(count):
+        for number in progress(range(count), "layers"):
             module, shape = _random_convolution(rng, max_unknowns)
             rank = rank_analysis(module, shape, dtype=torch.float64, seed=number).layers[0]
             both = rank.weight_rows + rank.gradient_rows
