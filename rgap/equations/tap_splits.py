@@ -19,8 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
+from torch import Tensor
 
 COMFORTABLE_ROWS = 1.3
 """Rows and columns, over hidden positions, from which a split is tried first: ReLU's silent units take some."""
@@ -51,6 +53,12 @@ class TapSplit:
     def positions(self) -> int:
         """Hidden positions N, the rank of the matrix."""
         return self.pixels.shape[1]
+
+    def matrix(self, G: Tensor) -> Tensor:
+        """A gradient (O, C, kh, kw) as the matrix of rows (t₁, o) and columns (t₂, c)."""
+        down, right = (k + 1 - t for k, t in zip(G.shape[2:], self.taps, strict=True))
+        places = itertools.product(*map(range, self.taps))
+        return torch.cat([G[:, :, i : i + down, j : j + right].permute(0, 2, 3, 1).flatten(1) for i, j in places])
 
 
 def tap_splits(filters: int, channels: int, geometry: Geometry) -> list[TapSplit]:

@@ -7,7 +7,6 @@ the scalar comes from the gradient of the bias, Σ_p δz.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -40,12 +39,6 @@ RESIDUAL_FACTOR = 6.0
 
 RESIDUAL_FLOOR = 1e-14
 """Residual of float64 arithmetic."""
-
-POLISHING_STEPS = 3
-"""Gauss–Newton steps at most."""
-
-POLISHING_GAIN = 0.1
-"""Share of the misfit that a step must leave at most for another one to follow."""
 
 EXACT_ERROR = 1e-12
 """Predicted relative error up to which a solution is certified whatever the noise."""
@@ -146,7 +139,6 @@ class _Found:
     split: TapSplit
     side: Tensor  # (C, pixels) or (O, outputs)
     sigmas: tuple[float, float | None]
-    missed: float
     gap: float
 
 
@@ -176,37 +168,20 @@ def _best_split(G: Tensor, geometry) -> _Found | str:
     splits = tap_splits(G.shape[0], G.shape[1], geometry)
     reason, tried = "no split of its taps has the rank by its shapes", 0
     for split in splits:
-        M = _arrange(G, split.taps)
+        M = split.matrix(G)
         V, sigmas, why = _row_space(M if split.of_input else M.T, split.positions)
         reason = reason if V is None and tried else why
         if V is None:
             continue
         units, table = (G.shape[1], split.pixels) if split.of_input else (G.shape[0], split.outputs)
-        count = math.prod(_sizes(geometry)[split.of_input])
-        found = ShiftSpace(V.reshape(split.positions, -1, units), table, count).solve()
+        found = ShiftSpace(V.reshape(split.positions, -1, units), table, int(table.max()) + 1).solve()
         tried += 1
         if found is not None and found.gap > max(GAP_FLOOR, MIN_GAP_OVER_MISSED * found.missed):
-            return _Found(split, found.pixels, sigmas, found.missed, found.gap)
+            return _Found(split, found.pixels, sigmas, found.gap)
         reason = "its equations have more than one solution"
         if tried == MAX_SPLITS:
             break
     return reason
-
-
-def _sizes(geometry) -> tuple[list[int], list[int]]:
-    """Size of the output and of the input."""
-    outputs = [(n + sum(pads) - step * (k - 1) - 1) // stride + 1 for n, k, stride, pads, step in geometry]
-    return outputs, [axis[0] for axis in geometry]
-
-
-def _arrange(G: Tensor, taps: tuple[int, int]) -> Tensor:
-    """The matrix of a split: rows (t₁, o), columns (t₂, c)."""
-    (down, right), (high, wide) = taps, (k + 1 - t for k, t in zip(G.shape[2:], taps, strict=True))
-    parts = [
-        G[:, :, i : i + high, j : j + wide].permute(0, 2, 3, 1).flatten(1)
-        for i, j in itertools.product(range(down), range(right))
-    ]
-    return torch.cat(parts)
 
 
 def _row_space(M: Tensor, rank: int) -> tuple[Tensor | None, tuple[float, float | None], str]:
@@ -236,7 +211,7 @@ class _Equations:
     def solve(self, found: _Found, sums: Tensor | None, sum_noise: Tensor | None, size: Tensor) -> BlindSolution:
         """Both factors from one of them, polished, scaled and judged."""
         x, dz = self._both(found)
-        polished = self._polish(x, dz)
+        polished = self.factors.polish(self.G, x, dz)
         generator = torch.Generator().manual_seed(0)
         draw = self.noise * torch.randn(self.G.shape, generator=generator, dtype=torch.float64)
         change = self.factors.step(draw, *polished) if polished else None
@@ -251,7 +226,7 @@ class _Equations:
         reason = self._doubt(residual, wrong, sums, sum_noise, error)
         return BlindSolution(
             x / scalar if scalar else None,
-            (dz * scalar * size).reshape(len(dz), *self._outputs()) if scalar else None,
+            (dz * scalar * size).reshape(len(dz), *self.factors.outputs) if scalar else None,
             found.split.taps,
             *found.sigmas,
             found.gap,
@@ -262,31 +237,11 @@ class _Equations:
             reason,
         )
 
-    def _outputs(self) -> tuple[int, int]:
-        window = zip(*self.factors.window.values(), self.factors.padded, strict=True)
-        return tuple((n - step * (k - 1) - 1) // stride + 1 for k, stride, step, n in window)
-
     def _both(self, found: _Found) -> tuple[Tensor, Tensor]:
         if found.split.of_input:
             x = found.side.reshape(-1, *self.factors.image)
             return x, self.factors.solve_dz(self.G, x)
         return self.factors.solve_x(self.G, found.side), found.side
-
-    def _polish(self, x: Tensor, dz: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Gauss–Newton on both factors, while it helps; None where it fails."""
-        missed = self.factors.misfit(self.G, x, dz)
-        for _ in range(POLISHING_STEPS):
-            change = self.factors.step(missed, x, dz)
-            if change is None:
-                return None
-            nearer = (x + change[0], dz + change[1])
-            left = self.factors.misfit(self.G, *nearer)
-            gain, before = left.norm().item(), missed.norm().item()
-            if gain < before:
-                (x, dz), missed = nearer, left
-            if gain > POLISHING_GAIN * before:
-                break
-        return x, dz
 
     def _doubt(self, residual: float, wrong: float | None, sums, sum_noise, error: float) -> str:
         """What speaks against the solution; empty if nothing does."""

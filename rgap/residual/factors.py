@@ -19,6 +19,12 @@ CG_STEPS = 600
 RELATIVE_RIDGE = 1e-13
 """Of the preconditioner, relative to its trace: an input whose δz vanish has none of its own."""
 
+POLISHING_STEPS = 3
+"""Gauss–Newton steps at most."""
+
+POLISHING_GAIN = 0.1
+"""Share of the misfit that a step must leave at most for another one to follow."""
+
 
 class Factors:
     """G = δz [shifts of x], with δz (O, P), x (C, H, W) and all taps (C·k², P) of x.
@@ -31,6 +37,12 @@ class Factors:
         self.image, self.padding = image, padding
         self.window = {"kernel_size": kernel, "stride": stride, "dilation": dilation}
         self.padded = (image[0] + padding[2] + padding[3], image[1] + padding[0] + padding[1])
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """Size (H′, W′) of the output."""
+        window = zip(*self.window.values(), self.padded, strict=True)
+        return tuple((n - step * (k - 1) - 1) // stride + 1 for k, stride, step, n in window)
 
     def taps(self, x: Tensor) -> Tensor:
         """All taps of x, (C, H, W) -> (C·k², P)."""
@@ -82,6 +94,22 @@ class Factors:
         dx = torch.from_numpy(solution).reshape(x.shape)
         rest = E.T - self.taps(dx) @ dz.T
         return dx, torch.linalg.solve_triangular(R, Q.T @ rest, upper=True).T
+
+    def polish(self, G: Tensor, x: Tensor, dz: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Gauss–Newton on both factors, while it helps; None where it fails."""
+        missed = self.misfit(G, x, dz)
+        for _ in range(POLISHING_STEPS):
+            change = self.step(missed, x, dz)
+            if change is None:
+                return None
+            nearer = (x + change[0], dz + change[1])
+            left = self.misfit(G, *nearer)
+            gain, before = left.norm().item(), missed.norm().item()
+            if gain < before:
+                (x, dz), missed = nearer, left
+            if gain > POLISHING_GAIN * before:
+                break
+        return x, dz
 
     def misfit(self, G: Tensor, x: Tensor, dz: Tensor) -> Tensor:
         """What G (O, C·k²) has beyond the product."""
