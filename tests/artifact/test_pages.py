@@ -50,6 +50,18 @@ def test_the_index_shows_every_figure_table_and_claim_and_leads_to_the_notebooks
         assert (index.parent / link).is_file(), link
 
 
+def test_pages_of_docs_and_the_reference_stand_beside_the_notebooks(project):
+    (project / "docs").mkdir()
+    links = "[one](../notebooks/01_one.ipynb), [itself](guide.md#a-guide), ![line](../figures/01_line.png)"
+    (project / "docs" / "guide.md").write_text(f"# A guide\n\nwith $x^2$, {links}")
+    folder = pages.build().parent
+    index, guide = (folder / "index.html").read_text(), (folder / "guide.html").read_text()
+    assert '<a href="guide.html">A guide</a> · <a href="reference.html">Reference</a>' in index
+    for part in ('href="01_one.html"', 'href="guide.html#a-guide"', 'src="figures/01_line.png"', 'class="formula"'):
+        assert part in guide
+    assert "rgap.reconstruct_update" in (folder / "reference.html").read_text()
+
+
 def test_pages_have_the_executed_notebook_or_the_committed_one(project):
     folder = pages.build().parent
     assert "freshly run" in (folder / "01_one.html").read_text()
