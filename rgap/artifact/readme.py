@@ -24,14 +24,15 @@ and no number here is taken from it. Written by `python -m rgap report --readme`
 
 
 def update() -> list[Path]:
-    """Writes the blocks of README.md, and docs/claims.md, one row a claim; returns both paths.
+    """Writes the blocks of README.md and docs/guide.md, and docs/claims.md, one row a claim; returns the paths.
 
     Raises:
-        ValueError: If README.md lacks the two comments between which a block stands.
+        ValueError: If a page lacks the two comments between which a block stands.
     """
-    readme = outputs.ROOT / "README.md"
+    readme, guide, claims = (outputs.ROOT / name for name in ("README.md", "docs/guide.md", "docs/claims.md"))
     text = with_block(readme.read_text(encoding="utf-8"), "notebooks", index())
-    pages = {readme: with_block(text, "claims", summary()), outputs.ROOT / "docs" / "claims.md": page()}
+    timed = with_block(guide.read_text(encoding="utf-8"), "times", times())
+    pages = {readme: with_block(text, "claims", summary()), guide: timed, claims: page()}
     return [write_atomically(path, lambda file, new=new: file.write(new.encode())) for path, new in pages.items()]
 
 
@@ -41,7 +42,7 @@ def with_block(text: str, name: str, content: str) -> str:
     before, begun, rest = text.partition(begin)
     _, ended, after = rest.partition(end)
     if not begun or not ended:
-        raise ValueError(f"README.md must have a block of {name}, between {begin.strip()!r} and {end!r}")
+        raise ValueError(f"the page must have a block of {name}, between {begin.strip()!r} and {end!r}")
     return f"{before}{begin}{content}\n{end}{after}"
 
 
@@ -62,6 +63,15 @@ def index() -> str:
     paths = sorted((outputs.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     titles = {path: nbformat.read(path, 4).cells[0].source.partition("\n")[0].removeprefix("# ") for path in paths}
     return "\n".join(f"- [{title}](notebooks/{path.name})" for path, title in titles.items())
+
+
+def times() -> str:
+    """The guide's table: how many times as long as the closed form DLG needs to come close to its own best image."""
+    table = pd.read_csv(outputs.ROOT / "figures" / "04_quality_times.csv").set_index(["method", "network"])
+    ours, dlg = table.loc["virtual constraints"], table.loc["DLG", "seconds_to_best"]
+    rows = pd.DataFrame({"prepared": dlg / ours["seconds_prepared"], "first": dlg / ours["seconds"]})
+    rows = rows.map("{:.2g}".format).reset_index()
+    return _markdown(rows, {"network": "network", "prepared": "prepared network", "first": "first attack"})
 
 
 def page() -> str:

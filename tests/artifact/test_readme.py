@@ -17,6 +17,8 @@ CLAIMS = artifact.read_claims()
 def test_the_tables_are_what_claims_yml_and_the_committed_run_say():
     assert readme.with_block(TEXT, "notebooks", readme.index()) == TEXT
     assert readme.with_block(TEXT, "claims", readme.summary()) == TEXT
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert readme.with_block(guide, "times", readme.times()) == guide
     assert (ROOT / "docs" / "claims.md").read_text(encoding="utf-8") == readme.page()
 
 
@@ -61,7 +63,12 @@ def test_what_a_table_says_of_a_claim(root, write_claims, monkeypatch):
     monkeypatch.setattr(readme, "_parameters", lambda path: {"seeds": [7]})
     artifact.check_claim("01-one", 104.4321)
     (root / "figures" / "claims_times.csv").write_text((root / "figures" / "claims.csv").read_text().splitlines()[0])
-    assert readme.update() == [root / "README.md", root / "docs" / "claims.md"]
+    (root / "docs").mkdir()
+    (root / "docs" / "guide.md").write_text(marks.format("times"))
+    times = "network,method,seconds,seconds_prepared,seconds_to_best\ncnn6,virtual constraints,4,2,4\ncnn6,DLG,9,,3\n"
+    (root / "figures" / "04_quality_times.csv").write_text(times)
+    assert [path.name for path in readme.update()] == ["README.md", "guide.md", "claims.md"]
+    assert "| cnn6 | 1.5 | 0.75 |" in (root / "docs" / "guide.md").read_text()
     row = "| [01](notebooks/01_one.ipynb) | PSNR | 1 network | ≥ 90 dB | 104 dB | 1 of 2 | – |"
     text = (root / "README.md").read_text()
     assert (
@@ -76,5 +83,5 @@ def test_what_a_table_says_of_a_claim(root, write_claims, monkeypatch):
 
 def test_a_readme_without_a_place_for_them_is_refused(root):
     (root / "README.md").write_text("no table")
-    with pytest.raises(ValueError, match=r"README\.md must have a block of notebooks"):
+    with pytest.raises(ValueError, match=r"must have a block of notebooks"):
         readme.update()
