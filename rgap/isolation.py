@@ -9,12 +9,26 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 CPU = torch.device("cpu")
+
+accelerator: ContextVar[torch.device | None] = ContextVar("accelerator", default=None)
+"""Where large dense systems are factored; None for the CPU's own LAPACK."""
+
+
+@contextmanager
+def dense_systems_on(device: torch.device | None) -> Iterator[None]:
+    """Large dense systems are factored on that device meanwhile, in float64."""
+    before = accelerator.set(device)
+    try:
+        yield
+    finally:
+        accelerator.reset(before)
 
 
 class _SingleThread:

@@ -12,6 +12,8 @@ import torch
 from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
+from rgap.isolation import accelerator
+
 CHOLESKY_MIN_RATIO = 1e-4
 """Smallest σ_min / σ_max for which the normal equations, refined once, are as good as a singular decomposition."""
 
@@ -27,6 +29,9 @@ LANCZOS_RTOL = 0.01
 ILL_CONDITIONED_RATIO = 1e-1
 """Where the rank is not full, kept directions with σ / σ_max below this are reported, for other equations to decide."""
 
+
+MIN_ON_ACCELERATOR = 256
+"""Unknowns from which a system is worth the way to an accelerator and back."""
 
 WEAK_SURPLUS = 16
 """Directions iterated beside those that are expected to be ill-conditioned."""
@@ -107,6 +112,9 @@ def gram_matrix(A: Tensor) -> Tensor:
     """AᵀA at half the multiplications of a product, for it is symmetric: (m, k) -> (k, k)."""
     if not A.numel():
         return A.new_zeros(A.shape[1], A.shape[1])
+    if (device := accelerator.get()) is not None and A.shape[1] >= MIN_ON_ACCELERATOR:
+        there = A.to(device)
+        return (there.T @ there).to(A.device)
     upper = torch.from_numpy(scipy.linalg.blas.dsyrk(1.0, A.T.numpy())).triu()
     return upper + upper.triu(1).T
 
@@ -133,6 +141,9 @@ def least_squares(
     gram = A.gram.clone()
     gram.diagonal().add_(damping.square())
     normal = _Normal(A, b[:, None], damping, gram, max(rcond, GRAM_RESOLUTION) if gram_only else rcond, gram_only)
+    device = accelerator.get()
+    if device is not None and len(gram) >= MIN_ON_ACCELERATOR:
+        return _by_cholesky_on(device, normal) or _by_decomposition(normal, device)
     return _by_cholesky(normal) or _by_pivoted_cholesky(normal) or _by_decomposition(normal)
 
 
@@ -177,6 +188,19 @@ def _by_cholesky(normal: _Normal) -> LeastSquares | None:
     def invert(v: Tensor) -> Tensor:
         return torch.from_numpy(scipy.linalg.lapack.dpotrs(factor, v.numpy(), lower=1)[0])
 
+    return _of_full_rank(normal, invert)
+
+
+def _by_cholesky_on(device: torch.device, normal: _Normal) -> LeastSquares | None:
+    """The same with the factors on another device."""
+    factor, failed = torch.linalg.cholesky_ex(normal.gram.to(device))
+    if failed:
+        return None
+    return _of_full_rank(normal, lambda v: torch.cholesky_solve(v.to(device), factor).to(v.device))
+
+
+def _of_full_rank(normal: _Normal, invert: Callable[[Tensor], Tensor]) -> LeastSquares | None:
+    """The solution by factors of a Gram matrix, None where its condition is not safe."""
     _, ratio = normal.extremes(invert)
     if not ratio >= max(0.0 if normal.gram_only else CHOLESKY_MIN_RATIO, 2 * normal.rcond):
         return None
@@ -242,10 +266,10 @@ def _weak_directions(
         guess *= 2
 
 
-def _by_decomposition(normal: _Normal) -> LeastSquares:
+def _by_decomposition(normal: _Normal, device: torch.device | str = "cpu") -> LeastSquares:
     """By every singular direction: from AᵀA, which holds σ down to 1e-8 of the largest, or from A below that."""
     if normal.rcond >= GRAM_RESOLUTION:
-        values, V = torch.linalg.eigh(normal.gram)
+        values, V = (t.cpu() for t in torch.linalg.eigh(normal.gram.to(device)))
         S, V = values.clamp(min=0).sqrt().flip(0), V.flip(1)
     else:
         A = torch.cat([normal.A.matrix(), torch.diag(normal.damping)[normal.damping > 0]])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from rgap import linalg as dense
+from rgap.isolation import dense_systems_on
 from rgap.linalg import (
     conjugate_gradients,
     dense_operator,
@@ -151,3 +152,25 @@ def test_ill_conditioned_directions_beside_a_null_space_are_those_of_the_decompo
     assert (found.null.T @ whole.null).det().abs() > 1 - 1e-9
     assert (whole.ill_conditioned.T @ found.ill_conditioned).norm() ** 2 > 39.99
     assert (found.null.T @ found.ill_conditioned).norm() < 1e-9
+
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lost", [0, 3])
+def test_a_system_factored_on_an_accelerator_has_the_solution_of_the_cpu(device, lost, monkeypatch):
+    monkeypatch.setattr(dense, "MIN_ON_ACCELERATOR", 1)
+    A, b = matrix(60, 30, [*np.geomspace(1, 0.1, 30 - lost), *[0.0] * lost]), randn(60)
+    expected = least_squares(dense_operator(A), b, 1e-5)
+    with dense_systems_on(torch.device(device)):
+        assert dense.accelerator.get() == torch.device(device)
+        found = least_squares(dense_operator(A), b, 1e-5)
+    assert dense.accelerator.get() is None
+    assert found.rank == expected.rank == 30 - lost and found.y.device.type == "cpu"
+    assert_close(found.y, expected.y, rtol=1e-10, atol=1e-12)
+    assert_close(found.invert(b[:30, None]), expected.invert(b[:30, None]), rtol=1e-8, atol=1e-10)
+    assert (found.null is None) == (lost == 0)

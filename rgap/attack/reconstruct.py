@@ -42,7 +42,7 @@ from rgap.attack.verdict import judge
 from rgap.client import check_label
 from rgap.head import read_head
 from rgap.head.hypothesis import REAL_TARGET, Start, Twin, starts_of
-from rgap.isolation import isolated
+from rgap.isolation import dense_systems_on, isolated
 from rgap.linalg import rms
 from rgap.network.layer import Chain
 from rgap.residual import ResidualNetwork, reconstruct_residual
@@ -106,7 +106,8 @@ def reconstruct(
             precision (1e-4 for float32, 1e-5 for float64).
         noise_std: Standard deviation of noise known to be on every gradient entry; widens cutoff and tolerance.
         seed: Seed of a batch's random starts; a single image needs none.
-        device: Where the returned images and labels live, by default the CPU, on which the systems are solved.
+        device: Where the returned images and labels live, by default the CPU. On "cuda" the large dense systems of a
+            chain are solved there, in float64.
         output: Name or place of the output that the loss is taken on, where the network gives several; the first tensor
             by default.
         effort: "auto" stops at once where by the rank laws nothing determines the image, and solving for a part of it
@@ -166,13 +167,14 @@ def reconstruct(
     if deficits is not None:
         notes.append("the rank laws say so before any system is solved; effort='full' solves for what is determined")
         return judge([without_solving(attack, start, deficits) for start in starts], notes, attack.pixels, device)
-    descents, found = follow(attack, starts)
-    if noise_std is None:
-        attack, descents, found = _with_noise_found(attack, starts, rcond, descents, found)
-    weighed = [weigh(attack, descent) for descent in descents]
-    if starts[0].batch_size == 1 and attack.received.is_half and not any(one.joint.consistent for one in weighed):
-        weighed, found = _with_coarse_arithmetic(attack, starts, weighed, found)
-    return judge(weighed, [*notes, *found], attack.pixels, device)
+    with dense_systems_on(device if device is not None and device.type == "cuda" else None):
+        descents, found = follow(attack, starts)
+        if noise_std is None:
+            attack, descents, found = _with_noise_found(attack, starts, rcond, descents, found)
+        weighed = [weigh(attack, descent) for descent in descents]
+        if starts[0].batch_size == 1 and attack.received.is_half and not any(one.joint.consistent for one in weighed):
+            weighed, found = _with_coarse_arithmetic(attack, starts, weighed, found)
+        return judge(weighed, [*notes, *found], attack.pixels, device)
 
 
 def read(

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from cases import batch, fcn, rand, sequential, small_cnn
@@ -6,6 +8,7 @@ from torch.testing import assert_close
 
 import rgap
 from rgap import client
+from rgap.isolation import dense_systems_on
 
 SHAPE = (3, 8, 8)
 IMAGE = rand(1, *SHAPE)
@@ -445,3 +448,20 @@ def test_a_network_that_branches_on_data_is_refused_once():
     with pytest.raises(rgap.UnsupportedLayerError, match="decides on values of the image") as error:
         rgap.reconstruct(Branching(), gradients_for(NETWORK), SHAPE)
     assert str(error.value).count("decides on values") == 1
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))],
+)
+def test_dense_systems_on_another_device_give_the_same_image(device, monkeypatch):
+    monkeypatch.setattr("rgap.linalg.MIN_ON_ACCELERATOR", 64)
+    model = rgap.models.cnn6()
+    images, labels = rgap.data.load_images(count=1, classes=2)
+    shared = rgap.client_gradients(model, images, labels)
+    expected = rgap.reconstruct(model, shared, (3, 32, 32), gradient_scale=1.0)
+    where = lambda _: dense_systems_on(torch.device(device))  # noqa: E731  # device="cpu" itself keeps to LAPACK
+    monkeypatch.setattr(sys.modules["rgap.attack.reconstruct"], "dense_systems_on", where)
+    found = rgap.reconstruct(model, shared, (3, 32, 32), gradient_scale=1.0)
+    assert found.verdict == expected.verdict == "exact"
+    torch.testing.assert_close(found.images, expected.images, rtol=0, atol=1e-10)
