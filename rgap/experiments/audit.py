@@ -18,12 +18,12 @@ from matplotlib.patches import Patch
 from torch import Tensor, nn
 
 from rgap import client
+from rgap.attack.arguments import checked_network
 from rgap.attack.reconstruct import reconstruct
 from rgap.data import load_images
 from rgap.display import to_png
 from rgap.experiments.common import PALETTE, timed
 from rgap.metrics import psnr_db
-from rgap.network.chain import prepare
 from rgap.network.layer import Chain
 from rgap.ranks.analysis import rank_analysis
 from rgap.ranks.exposure import exposure
@@ -205,14 +205,28 @@ def plot_audit(steps: pd.DataFrame) -> Figure:
     return figure
 
 
-def classes_of(chain: Chain) -> int | None:
+def attackable(model: nn.Module, image_shape: Sequence[int]):
+    """The network as `rgap.reconstruct` attacks it: prepared once, a chain, a transformer or a residual network."""
+    return checked_network(model, tuple(image_shape))
+
+
+def _outputs(network) -> int:
+    """Outputs of a network that was prepared."""
+    if isinstance(network, Chain):
+        return network.layers[-1].output_shape[0]
+    weight = next(network.model.parameters())
+    with torch.no_grad():
+        return network.model(weight.new_zeros(1, *network.image_shape)).shape[-1]
+
+
+def classes_of(network) -> int | None:
     """`classes` for `rgap.data.load_images`: 2 for a network with one or two outputs, None for several."""
-    return 2 if chain.layers[-1].output_shape[0] <= 2 else None
+    return 2 if _outputs(network) <= 2 else None
 
 
-def fitting_loss(chain: Chain) -> str:
+def fitting_loss(network) -> str:
     """The loss that fits a network's outputs, as on the command line: logistic for one, cross-entropy for several."""
-    return "logistic" if chain.layers[-1].output_shape[0] == 1 else "cross_entropy"
+    return "logistic" if _outputs(network) == 1 else "cross_entropy"
 
 
 def controls(model: nn.Module | Chain, image_shape: tuple[int, int, int], **options) -> widgets.Widget | str:
@@ -266,7 +280,7 @@ class AttackPanel:
             defence: The first defence, a name in `DEFENCES`.
         """
         strengths = _options(defence)
-        self.chain, self.source = prepare(model, image_shape), source
+        self.chain, self.source = attackable(model, image_shape), source
         self.loss = loss or fitting_loss(self.chain)
         self.result: Reconstruction | None = None
         self._image: Tensor | None = None

@@ -13,6 +13,7 @@ import rgap
 from rgap import client
 from rgap.experiments import audit as experiment
 from rgap.experiments.audit import DEFENCES, AttackPanel, defended, strengths_of
+from rgap.experiments.vision_transformers import small_transformer
 from rgap.ranks.rebuild import with_convolution
 
 SHAPE = (3, 8, 8)
@@ -179,6 +180,25 @@ def test_where_a_program_runs_the_notebook_a_line_of_text_takes_the_controls_pla
 def test_grey_images_are_shown_as_they_are():
     panel = AttackPanel(rgap.models.fcn3(widths=(60, 20)), (1, 28, 28))
     assert shown(panel.origin).shape == (252, 252)
+
+
+@pytest.mark.parametrize(
+    "name", [*rgap.models.IMAGE_SHAPES, pytest.param("resnet18", marks=pytest.mark.slow), "own transformer"]
+)
+def test_every_network_and_loss_that_the_notebook_offers_has_a_verdict(name):
+    if name == "own transformer":
+        model, shape = small_transformer(24, 1, 0, size=8, patch=2, classes=5), SHAPE
+    else:
+        model, shape = rgap.models.load_model(name)
+    network = experiment.attackable(model, list(shape))
+    loss, classes = experiment.fitting_loss(network), experiment.classes_of(network)
+    image, label = rgap.data.load_images("embedded", image_shape=shape, index=6, classes=classes)
+    for used in (loss, "mse"):
+        gradients = rgap.client_gradients(model, image, label % 5, used)
+        if name in ("cnn6_d", "lenet", "resnet18"):  # seconds each, attacked by tests of their own
+            continue
+        table, _ = experiment.attacks_under_defence(network, gradients, image, "gaussian_noise", [0], loss=used)
+        assert table["verdict"].tolist() == ["exact"]
 
 
 @pytest.mark.parametrize(("classes", "loss"), [(1, None), (1, "mse"), (4, None), (4, "mse")])
