@@ -64,10 +64,8 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
 
     # Each image has its own share of fully connected gradients, which tests it unless the share has only a scale.
     one_scale = chain.homogeneous and chain.layers[-1].output_shape[0] <= 2
-    has_shares = start.layer == 0 and (
-        not one_scale or match.residual <= match.allowed or len(images) < start.batch_size
-    )
-
+    tested = not one_scale or match.residual <= match.allowed or len(images) < start.batch_size
+    has_shares = start.layer == 0 and tested
     errors = again.errors if start.errors is None else torch.maximum(again.errors, start.errors)
 
     def candidate(b: int, twin: Twin) -> Candidate:
@@ -76,17 +74,12 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
         size = (match.excess if match.residual <= match.allowed else 1.0) * abs(twin.factor)
         known = 0.0 if math.isinf(brightness) else brightness
         error = math.hypot(size * errors[b].item(), known * rms(image).item())
-        inside = attack.pixels.contains(
-            image, attack.slack(size * again.largest[b].item() + known * image.abs().max().item())
-        )
+        slack = attack.slack(size * again.largest[b].item() + known * image.abs().max().item())
+        inside = attack.pixels.contains(image, slack)
         residual, allowed = match.residual, match.allowed
         if has_shares:
             residual = math.nan if twin.residual is None else twin.residual
-            allowed = max(NOISE_RESIDUAL_FACTOR * again.shares[b].item(), MAX_SHARE_RESIDUAL)
-            allowed = min(allowed, attack.received.tolerance)
-            if start.errors is not None:  # the share's error is that of the image, relative
-                size_of_image = image.square().mean().sqrt().clamp(min=1e-300).item()
-                allowed = max(allowed, min(start.errors[b].item() / size_of_image, MAX_SHARE_RESIDUAL))
+            allowed = _allowed_of_share(attack, start, b, image, again.shares[b].item())
         return Candidate(
             image, torch.tensor([twin.label]), residual, inside, own, descent.reports, descent.open_layers,
             residual_allowed=allowed, predicted_error=None if descent.open_layers else error,
@@ -101,16 +94,22 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
     whole = Candidate(
         torch.cat([images[:0], *(one.images for one in best)]),
         torch.cat([start.labels[:0], *(one.labels for one in best)]),
-        match.residual,
-        all(one.in_pixel_range for one in best),
+        match.residual, all(one.in_pixel_range for one in best),
         {key: torch.cat([x[:0], *(one.layer_inputs[key] for one in best)]) for key, x in inputs.items()},
-        descent.reports,
-        descent.open_layers,
-        residual_allowed=match.allowed,
+        descent.reports, descent.open_layers, residual_allowed=match.allowed,
         predicted_error=max((one.predicted_error for one in best if one.predicted_error is not None), default=None),
-    )
+    )  # fmt: skip
     unconfirmed = start.ranks[0] < start.batch_size and one_scale
     return Weighed(start, whole, tuple(map(tuple, each)), unconfirmed)
+
+
+def _allowed_of_share(attack: Attack, start: Start, b: int, image: Tensor, again: float) -> float:
+    """Residual that image b's share of the gradient may have; `again` is that of the image found again."""
+    allowed = min(max(NOISE_RESIDUAL_FACTOR * again, MAX_SHARE_RESIDUAL), attack.received.tolerance)
+    if start.errors is None:
+        return allowed
+    relative = start.errors[b].item() / max(rms(image).item(), 1e-300)  # the share's error is that of the image
+    return max(allowed, min(relative, MAX_SHARE_RESIDUAL))
 
 
 def _match(attack: Attack, descent: Descent, images: Tensor, again: _Again) -> Misfit:

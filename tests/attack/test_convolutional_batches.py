@@ -127,6 +127,17 @@ def test_a_batch_size_that_is_wrong_is_said():
     assert "if the batch has 3 images, give batch_size=3 or None" in large.notes and large.per_image == ()
 
 
+def test_features_behind_a_convolution_peel_far_beyond_the_classes():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 12, 3), nn.LeakyReLU(), nn.Flatten(), nn.Linear(432, 240), nn.ReLU(), nn.Linear(240, 5)]
+    model, labels = nn.Sequential(*layers).double(), torch.arange(16) % 5
+    images = rgap.data.load_images("embedded", 16, (3, 8, 8), seed=0)[0].double()
+    gradients = rgap.client_gradients(model, images, labels, "cross_entropy")
+    result = rgap.reconstruct(model, gradients, (3, 8, 8), "cross_entropy", batch_size=16, gradient_scale=1.0)
+    assert result.verdict == "exact" and any("peeled off" in note for note in result.notes)
+    assert (result.images[:, None] - images).flatten(2).abs().amax(2).amin(1).max() < 1e-6
+
+
 def test_with_images_missing_nothing_is_returned():
     model = batch_cnn(head=(8, 5))
     _, _, gradients = shared_batch(model, 4)
