@@ -129,7 +129,8 @@ def _find_again(attack: Attack, descent: Descent, images: Tensor) -> _Again:
     """The images from a gradient with errors of the same size, in the order of those found first."""
     chain, received, start = attack.chain, attack.received, descent.start
     if start.layer == 0:
-        noisy = replace(received, gradients={name: g + received.noise[name] for name, g in received.gradients.items()})
+        draws = {name: start.noise_ratio * draw for name, draw in received.noise.items()}
+        noisy = replace(received, gradients={name: g + draws[name] for name, g in received.gradients.items()})
         other = read_again(chain, noisy, attack.loss, start)
         found = other.x.reshape(-1, *images.shape[1:])
         shares = [twins[0].residual or 0.0 for twins in other.twins]

@@ -117,6 +117,7 @@ class Start:
     misfit: float = 0.0  # of the head's equations, in standard deviations
     errors: Tensor | None = None  # of x, that the tests may have overlooked, (B,); of images peeled off, predicted
     peeled: int = 0  # images that were peeled off
+    noise_ratio: float = 1.0  # by which a batch's gradient shows more noise than is assumed
 
     def scales(self, b: int) -> tuple[float, float]:
         """The factor of image b's gradient, and the relative error of its brightness."""

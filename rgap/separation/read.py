@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rgap.equations import identity_residual
 from rgap.head.hypothesis import Start, Twin
+from rgap.linalg import rms
 from rgap.network.layer import Chain, Layer
 from rgap.separation.factors import ImageFactor, image_factor
 from rgap.separation.joint_softmax import fit_joint_softmax
@@ -20,6 +21,7 @@ from rgap.separation.peeling import peel, peel_again
 from rgap.separation.scales import output_gradients, output_jacobians, refine_inputs, scale_hypotheses, share_residual
 from rgap.separation.search import separate
 from rgap.separation.separated import Separation, separation_reports, told_by_shares, what_was_found
+from rgap.separation.shares import MAX_ROUNDED_ZERO
 from rgap.separation.subspaces import BatchSize, first_dense, row_span
 from rgap.shared_gradient import SharedGradient
 
@@ -28,6 +30,9 @@ MAX_SEARCHED_FIRST = 9
 
 MAX_STARTED_AT_RANDOM = 25
 """Largest rank at which the search starts at random, rather than from rows of the gradients."""
+
+NOISE_REESTIMATE_RATIO = 3.0
+"""Ratio of the noise that a gradient shows to the noise assumed, above which its images are taken to have it."""
 
 MAX_COMBINATIONS = 64
 """Largest number of combinations of scale hypotheses between which the last convolution decides."""
@@ -77,7 +82,8 @@ def read_batch(
     start = start or Start(below, torch.zeros(0, dtype=torch.int64), none, none, (), ())
     reports = separation_reports(tail, apart, count, time.perf_counter() - begin)
     ranks = (apart.first.rank, apart.second.rank)
-    start = replace(start, reports=reports, batch_size=count, ranks=ranks)
+    noise = _excess_noise(tail, received, apart, size)
+    start = replace(start, reports=reports, batch_size=count, ranks=ranks, noise_ratio=noise)
     if size.leaves_lengths:
         start = replace(start, length_errors=(math.inf,))
     notes = [*size.notes, *said, *what_was_found(tail, apart, count, gradient_scale or 1.0), *notes]
@@ -111,6 +117,21 @@ def _separated(tail: Sequence[Layer], received: SharedGradient, size: BatchSize,
     if left == 0 or (narrow and left > MAX_SEARCHED_FIRST):
         return peeled
     return separate(*tail[:2], received.gradients, **options, known=peeled, by_rows=True)
+
+
+def _excess_noise(tail: Sequence[Layer], received: SharedGradient, apart: Separation, size: BatchSize) -> float:
+    """How much more noise the singular values below the cut show than is assumed; 1 where they show no more.
+
+    What a gradient of too high a rank holds beside the images found may be noise, too.
+    """
+    ratios = [1.0]
+    for layer, span in zip(tail, (apart.first, apart.second), strict=False):
+        assumed = rms(received.entry_std[layer.weight_name]).item()
+        ratios.append(span.left / assumed if assumed and span.below_cut > MAX_ROUNDED_ZERO else 1.0)
+    if size.is_exceeded:
+        rest = tail[0].gradient(received.gradients).flatten(1) - apart.dz.T @ apart.inputs
+        ratios.append((rms(rest) / rms(received.entry_std[tail[0].weight_name]).clamp(min=1e-300)).item())
+    return max(ratios) if max(ratios) > NOISE_REESTIMATE_RATIO else 1.0
 
 
 def _each_alone(

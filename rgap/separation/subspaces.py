@@ -30,6 +30,7 @@ class Span:
     V: Tensor  # orthonormal basis of the row space, (inputs, rank); with a bias the last row is that of the constant 1
     above_cut: float  # smallest singular value kept, relative to the largest
     below_cut: float  # largest one dropped, relative to the largest; 0 where none is dropped
+    left: float = 0.0  # root mean square of the entries that the dropped ones leave, as far as they are free
 
     @property
     def rank(self) -> int:
@@ -51,6 +52,7 @@ class BatchSize:
     span: Span  # of the first fully connected layer's gradient
     leaves_lengths: bool = False  # whether the images' lengths rest on a size that nothing else confirms
     is_given: bool = True
+    is_exceeded: bool = False  # whether the rank is higher than the given size: more images, or noise
 
 
 def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float) -> Span:
@@ -68,7 +70,9 @@ def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float) ->
     rank = int((relative > cut).sum())
     above = relative[rank - 1].item() if rank else 0.0
     below = relative[rank].item() if rank < len(S) else 0.0
-    return Span(U[:, :rank], S[:rank], Vt[:rank].T, above, below)
+    free = (len(U) - rank) * (Vt.shape[1] - rank)
+    left = S[rank:].square().sum().sqrt().item() / free**0.5 if free else 0.0
+    return Span(U[:, :rank], S[:rank], Vt[:rank].T, above, below, left)
 
 
 def smallest_principal_angle(A: Tensor, V: Tensor) -> tuple[Tensor, float, float]:
@@ -191,7 +195,7 @@ def find_batch_size(chain: Chain, received: SharedGradient, given: int | None) -
         return BatchSize(span.rank, (why, *caution), span, one_scale, is_given=False)
     if span.rank > given:
         small = f"batch_size={given} is too small, at least {span.rank} images have this gradient; taken as so"
-        return BatchSize(span.rank, (f"{found}: {small}", *caution), span, one_scale)
+        return BatchSize(span.rank, (f"{found}: {small}", *caution), span, one_scale, is_exceeded=True)
     if span.rank == given:
         return BatchSize(given, (f"{found}, as a batch of {given} has",), span)
     why = "equal images, an image of zeros, or a batch_size that is too large"

@@ -129,6 +129,17 @@ def test_equal_images_with_other_labels_are_not_taken_for_one():
     assert distances(exact, rows).min(1).values.max() < 1e-6
 
 
+@pytest.mark.parametrize("level", [1e-6, 1e-4])
+def test_noise_that_nobody_declared_widens_what_is_promised(level):
+    rows, labels = table(20)
+    model, generator = network((200, 60), dtype=torch.float32), torch.Generator().manual_seed(0)
+    gradients = rgap.client_gradients(model, rows.float(), labels, loss="cross_entropy")
+    gradients = [g + level * g.square().mean().sqrt() * torch.randn(g.shape, generator=generator) for g in gradients]
+    result = rgap.reconstruct(model, gradients, (FEATURES,), "cross_entropy", batch_size=20, gradient_scale=1.0)
+    for verdict, (best, *_) in result.per_image:
+        assert verdict != "exact" or distances(best.images, rows).min() <= 10 * best.predicted_error
+
+
 def test_single_precision_gives_only_true_rows():
     rows, labels = table(30)
     result = attacked(network(dtype=torch.float32), rows, labels)
