@@ -126,6 +126,11 @@ def check_label(labels: Tensor | Sequence | None, loss: str, outputs: int) -> in
     """The label that was given for a single image, or its real-valued target (outputs,), or None.
 
     Labels of a network with one output are 0 and 1.
+
+    Example:
+        >>> from rgap.client import check_label
+        >>> check_label([3], "cross_entropy", outputs=10)
+        3
     """
     if labels is None:
         return None
