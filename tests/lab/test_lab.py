@@ -5,6 +5,7 @@ Run by `make test-lab`; needs Chromium or Chrome, which RGAP_BROWSER may name.
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -148,7 +149,7 @@ def _walk(page, url):
     slider.scroll_into_view_if_needed()
     assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").count() == 0
     assert page.locator(".jp-InputPrompt", has_text="[*]").count() == 0
-    assert page.get_by_text("08-prediction networks audited").count() > 0
+    assert page.get_by_text(re.compile(r"08-prediction .*: True")).count() > 0
 
     origin, found = (page.locator("img.widget-image").nth(i) for i in (0, 1))
     status = page.locator(".widget-html").last
