@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rgap.linalg import rms
-from rgap.residual.bits import MAX_BIT_ROUNDS, Known, activation_above, correct_bits, decide
+from rgap.residual.bits import Known, activation_above, correct_bits, decide
 from rgap.residual.cut import Cut, ResidualNetwork, delta_at_top, enter
 from rgap.residual.invert import Below, Inverted, below, draw_error, invert
 from rgap.residual.walk import Walk
@@ -29,6 +29,9 @@ STALLED_KNOWN = 7.0
 
 MAX_ROUNDING_ERRORS = 30.0
 """Errors of a pre-activation within which its sign may differ from the client's."""
+
+MAX_INVERSIONS = 4
+"""Times that what lies below a walk is inverted, each time with other bits."""
 
 MAX_TRIED_ENDS = 3
 """Blind layers that are tried from either end: a gradient that all of these refuse is foreign."""
@@ -160,7 +163,7 @@ def _descend(walk: Walk, cut: LayerReport, failed: Sequence[str], start: Tensor)
     trials = f"{kind} the {CONVERGED_KNOWN:g} with which the inversion has converged; it stalled with {STALLED_KNOWN:g}"
     notes.append(f"below it {density:.1f} numbers are known for every pixel value, {trials}")
     found = invert(problem, start)
-    for _ in range(MAX_BIT_ROUNDS):  # what the walk left in doubt where it ended
+    for _ in range(MAX_INVERSIONS - 1):  # what the walk left in doubt where it ended
         changed = decide(walk, walk.frontier, graph.forward({graph.image: found.image}, problem.names)[walk.frontier])
         if not changed:
             break
