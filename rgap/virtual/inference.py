@@ -84,7 +84,8 @@ def assemble(
     floor, eta = [np.full(q, noise * scale)], []
     if channels.size:
         dz = (fitted.pi.reshape(problem.dx.shape) * problem.dx)[channels]
-        K = previous.gradient_rows(dz, np.hstack([previous.pinv, previous.null]))
+        X = np.hstack([previous.pinv, previous.null]) if previous.null.size else previous.pinv
+        K = previous.gradient_rows(dz, X)
         size = np.linalg.norm(K, axis=1)
         nonzero = size > MIN_ROW_NORM_RATIO * size.max()
         weight = np.where(nonzero, 1 / np.where(nonzero, size, 1.0), 0.0)
