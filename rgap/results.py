@@ -259,6 +259,8 @@ class LayerRank:
         note: Why a number is absent, where a step is counted, or what the ranks are based on.
         blind: Of a convolution, for one image: whether its own gradient, and its bias's or batch norm's, determine its
             input and δz by shapes, whatever stands above it. None for other steps.
+        law_proved: Whether the laws are proved for this shape, not only tested (`rgap.equations.proofs`); None where
+            one is missing.
     """
 
     name: str
@@ -278,6 +280,7 @@ class LayerRank:
     law_rank: int | None = None
     note: str = ""
     blind: bool | None = None
+    law_proved: bool | None = None
 
 
 @dataclass(frozen=True)

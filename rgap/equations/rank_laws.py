@@ -11,7 +11,8 @@ for O filters, C channels and B images. The O² are rows that are dependent: ⟨
 
 Proved: that parts and blocks add up, that every law is an upper bound, what one system determines alone, and the rank
 of a block in which one weight can serve every filter (any padded 3×3 of stride 1). That there are no further relations
-is tested, not proved. Shapes at which some are known, or at which a proved bound undercuts the law, get None, "no law".
+is proved shape by shape, by elimination modulo a prime (`rgap.equations.proofs`), and tested elsewhere. Shapes at which
+some are known, or at which a proved bound undercuts the law, get None, "no law".
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def rank_laws(
     groups: int = 1,
     image: tuple[int, ...] = (),
     batch: int = 1,
+    tested: bool = True,
 ) -> RankLaws:
     """The ranks of W, K and [W; K] of a convolution in any dimension, or of a linear layer.
 
@@ -60,14 +62,15 @@ def rank_laws(
 
     `kernel` and `image` have an entry for each axis, none for a linear layer, whose features are channels; stride and
     dilation are one number, or one an axis, the padding one number, or an axis a number or a pair (before, after).
-    Raises ValueError where the groups do not divide the channels, or the kernel does not fit the padded image.
+    Without `tested` only ranks that are proved for every shape are given. Raises ValueError where the groups do not
+    divide the channels, or the kernel does not fit the padded image.
     """
     if in_channels % groups or out_channels % groups:
         raise ValueError(f"{groups} groups must divide {in_channels} and {out_channels} channels")
     axes = [(v,) * len(image) if isinstance(v, int) else tuple(v) for v in (kernel, stride, padding, dilation)]
     pads = tuple((p, p) if isinstance(p, int) else tuple(p) for p in axes[2])
     geometry = tuple(zip(image, axes[0], axes[1], pads, axes[3], strict=True))
-    laws = _group(out_channels // groups, in_channels // groups, batch, geometry)
+    laws = _group(out_channels // groups, in_channels // groups, batch, geometry, tested)
     return RankLaws(*(None if rank is None else groups * rank for rank in laws))
 
 
@@ -82,13 +85,13 @@ def layer_laws(layer: Layer, batch: int = 1) -> RankLaws:
 
 
 @functools.cache
-def _group(filters: int, channels: int, images: int, geometry: tuple) -> tuple:
+def _group(filters: int, channels: int, images: int, geometry: tuple, tested: bool) -> tuple:
     """Sums over connected parts; a part that is a plain matrix product multiplies the filters, channels or images."""
     parts = [(0, 0, 0)]
     for combination in itertools.product(*(axis_parts(*axis) for axis in geometry)):
         factors = [part for part in combination if not isinstance(part, Axis)]
         o, c, b = (math.prod(v) for v in zip((filters, channels, images), *factors, strict=True))
-        parts.append(_part(o, c, b, [part for part in combination if isinstance(part, Axis)]))
+        parts.append(_part(o, c, b, [part for part in combination if isinstance(part, Axis)], tested))
     return tuple(_total(ranks) for ranks in zip(*parts, strict=True))
 
 
@@ -96,7 +99,7 @@ def _total(ranks: list[int | None]) -> int | None:
     return None if None in ranks else sum(ranks)
 
 
-def _part(filters: int, channels: int, images: int, axes: list[Axis]) -> tuple:
+def _part(filters: int, channels: int, images: int, axes: list[Axis], tested: bool) -> tuple:
     """Ranks (W, K, both) of one connected part.
 
     Only O·taps combinations of the channels meet W, and only O·outputs of the images meet δz; the rest sees one system.
@@ -106,17 +109,19 @@ def _part(filters: int, channels: int, images: int, axes: list[Axis]) -> tuple:
         return images * w, channels * k, channels * images - (channels - w) * (images - k)
     c = min(channels, filters * math.prod(a.taps for a in axes))
     b = min(images, filters * math.prod(a.outputs for a in axes))
-    w_blocks = [_block_rank(filters, c, blocks) for blocks in itertools.product(*(a.weight for a in axes))]
-    m_blocks = [_block_rank(filters, b, blocks) for blocks in itertools.product(*(a.gradient for a in axes))]
+    w_blocks = [_block_rank(filters, c, blocks, tested) for blocks in itertools.product(*(a.weight for a in axes))]
+    m_blocks = [_block_rank(filters, b, blocks, tested) for blocks in itertools.product(*(a.gradient for a in axes))]
     weights, gradients = (_total([rank for *_, rank in blocks]) for blocks in (w_blocks, m_blocks))
-    both = _both(filters, c, b, axes, w_blocks, m_blocks)
+    both = _both(filters, c, b, axes, w_blocks, m_blocks, tested)
     for extra, rank in ((images - b, weights), (channels - c, gradients)):
         if extra and both is not None:
             both = None if rank is None else both + extra * rank
     return None if weights is None else images * weights, None if gradients is None else channels * gradients, both
 
 
-def _block_rank(filters: int, channels: int, blocks: tuple[AxisBlock, ...]) -> tuple[int, int, int | None]:
+def _block_rank(
+    filters: int, channels: int, blocks: tuple[AxisBlock, ...], tested: bool
+) -> tuple[int, int, int | None]:
     """Rows, columns and rank of one block, a product over the axes; for M the channels are the images."""
     classes = [[math.prod(v) for v in zip(*c, strict=True)] for c in itertools.product(*(b.classes for b in blocks))]
     rows, columns = filters * math.prod(b.rows for b in blocks), channels * math.prod(b.pixels for b in blocks)
@@ -124,6 +129,8 @@ def _block_rank(filters: int, channels: int, blocks: tuple[AxisBlock, ...]) -> t
         return rows, columns, rows
     if filters >= channels * len(classes) and all(c[2] for c in classes):
         return rows, columns, columns
+    if not tested:
+        return rows, columns, None
     if len(blocks) == 1 and not blocks[0].balanced:
         return rows, columns, matching(blocks[0].edges, filters, channels)
     # A few filters more or less than classes allow relations with polynomial coefficients (Koszul, Buchsbaum-Rim).
@@ -144,12 +151,14 @@ def _no_relations(filters: int, channels: int, blocks: tuple[AxisBlock, ...]) ->
     return any(b.pixels <= filters * degree for b, degree in zip(blocks, degrees, strict=True))
 
 
-def _both(filters: int, channels: int, images: int, axes: list[Axis], w_blocks: list, m_blocks: list) -> int | None:
+def _both(
+    filters: int, channels: int, images: int, axes: list[Axis], w_blocks: list, m_blocks: list, tested: bool
+) -> int | None:
     """Rank [W; K] of one part: what K determines goes first; on the rest the identities are taken off."""
     full = channels * sum(columns for _, columns, _ in m_blocks)
     if any(all(rank == columns for _, columns, rank in blocks) for blocks in (w_blocks, m_blocks)):
         return full
-    if any(rank is None or rank < min(rows, columns) for rows, columns, rank in w_blocks + m_blocks):
+    if not tested or any(rank is None or rank < min(rows, columns) for rows, columns, rank in w_blocks + m_blocks):
         return None
     copies = images * len(w_blocks)
     for block in (block for a in axes for block in a.weight):

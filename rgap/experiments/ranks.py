@@ -13,8 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from rgap.equations.proofs import rank_bounds
 from rgap.experiments.common import MARKERS, PALETTE, attack_each, finish, mark, progress, seeded
 from rgap.ranks.analysis import rank_analysis
+from rgap.ranks.ranking import layer_shape
 
 
 def rank_table(
@@ -28,8 +30,9 @@ def rank_table(
 
     Returns:
         A row for each network and batch size: counted steps, max_ra_index, by_count (steps with RA > 0), by_rank (steps
-        that lack rank), unknown (steps without a known rank), deficit (the sum over the steps), copa_index. And the
-        counted steps themselves, columns as in `LayerRank`, with network, batch and step (0 at the image).
+        that lack rank), unknown (steps without a known rank), proved (steps whose laws are proved for their shapes),
+        deficit (the sum over the steps), copa_index. And the counted steps themselves, columns as in `LayerRank`, with
+        network, batch and step (0 at the image).
     """
     rows, steps = [], []
     for (name, (model, shape)), batch in product(networks.items(), batch_sizes):
@@ -38,7 +41,8 @@ def rank_table(
         steps.append(counted.assign(network=name, batch=batch, step=range(len(counted))))
         rows.append({"network": name, "batch": batch, "steps": len(counted), "max_ra_index": analysis.max_ra_index})
         rows[-1] |= {"by_count": (counted["ra_index"] > 0).sum(), "by_rank": (counted["deficit"] > 0).sum()}
-        rows[-1] |= {"unknown": counted["deficit"].isna().sum(), "deficit": counted["deficit"].sum()}
+        rows[-1] |= {"unknown": counted["deficit"].isna().sum(), "proved": counted["law_proved"].eq(True).sum()}
+        rows[-1] |= {"deficit": counted["deficit"].sum()}
         rows[-1] |= {"copa_index": analysis.copa_index}
     return pd.DataFrame(rows).astype({"copa_index": "Int64"}), pd.concat(steps, ignore_index=True)
 
@@ -81,25 +85,30 @@ def rank_law_sample(count: int, seed: int = 0, max_unknowns: int = 600) -> pd.Da
 
     Returns:
         Three rows a layer, for W, K and [W; K]: layer, system, law (missing where there is none), counted (smaller of
-        equations and unknowns), measured.
+        equations and unknowns), measured, bound (below the generic rank, rigorously: the rank modulo a prime).
     """
     rng, rows = np.random.default_rng(seed), []
     with seeded(seed):
         for number in progress(range(count), "layers"):
-            module, shape = _random_convolution(rng, max_unknowns)
+            module, shape = random_convolution(rng, max_unknowns)
             rank = rank_analysis(module, shape, dtype=torch.float64, seed=number).layers[0]
+            bounds = [module.groups * bound for bound in rank_bounds(layer_shape(module, shape, 1)[0], number)]
             both = rank.weight_rows + rank.gradient_rows
-            for system, law, equations, measured in (
-                ("W", rank.law_weights, rank.weight_rows, rank.rank_weights),
-                ("K", rank.law_gradients, rank.gradient_rows, rank.rank_gradients),
-                ("[W; K]", rank.law_rank, both, rank.rank),
+            for bound, (system, law, equations, measured) in zip(
+                bounds,
+                (
+                    ("W", rank.law_weights, rank.weight_rows, rank.rank_weights),
+                    ("K", rank.law_gradients, rank.gradient_rows, rank.rank_gradients),
+                    ("[W; K]", rank.law_rank, both, rank.rank),
+                ),
+                strict=True,
             ):
-                counted = min(equations, rank.unknowns)
-                rows.append({"layer": number, "system": system, "law": law, "counted": counted, "measured": measured})
+                row = {"layer": number, "system": system, "law": law, "counted": min(equations, rank.unknowns)}
+                rows.append(row | {"measured": measured, "bound": bound})
     return pd.DataFrame(rows).astype({"law": "Int64"})
 
 
-def _random_convolution(rng: np.random.Generator, max_unknowns: int) -> tuple[nn.Module, tuple[int, ...]]:
+def random_convolution(rng: np.random.Generator, max_unknowns: int) -> tuple[nn.Module, tuple[int, ...]]:
     """A convolution with random strides, paddings, dilations and groups, and the shape of its input."""
     while True:
         axes, groups = int(rng.choice([1, 2, 2])), int(rng.choice([1, 1, 1, 2, 3]))

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from rgap.equations.rank_laws import RankLaws, rank_laws
+from rgap.equations.proofs import LayerShape, is_proved
+from rgap.equations.rank_laws import RankLaws
 from rgap.network.folding import linear_layer
 from rgap.network.operations import MEANS
 from rgap.network.tracing import Step
@@ -65,7 +66,14 @@ class Ranking:
         if SHARED in step.note:
             return rank
         (module,) = step.weights
-        laws, why_no_law = _laws(module, step.input_shape, self.batch)
+        shape, why_no_law = layer_shape(module, step.input_shape, self.batch)
+        laws = RankLaws(None, None, None)
+        if shape:
+            groups = getattr(module, "groups", 1)
+            laws = RankLaws(*(None if law is None else groups * law for law in shape.laws()))
+            names = [what for what, law in zip(("W", "K", "[W; K]"), laws, strict=True) if law is None]
+            why_no_law = f"no law for {' and '.join(names)}" if names else ""
+            rank = replace(rank, law_proved=is_proved(shape))
         rank = replace(rank, law_weights=laws.weights, law_gradients=laws.gradients, law_rank=laws.both)
         if isinstance(module, nn.Conv3d) or getattr(module, "padding_mode", "zeros") != "zeros":
             about_number = f"no numbers: {type(module).__name__} has no constraint matrices here"
@@ -94,7 +102,8 @@ class Ranking:
         clear = all(len(s.sources) == 1 and kind_of(s)[0] in KNOWN_BELOW for s in step.path)
         if clear and all(layer.unknowns in (layer.rank_gradients, layer.law_gradients) for layer in layers):
             note = f"{rank.note}; every convolution of the main path is determined by its gradient alone"
-            return replace(rank, law_gradients=rank.unknowns, law_rank=rank.unknowns, deficit=0, note=note)
+            laws = {"law_gradients": rank.unknowns, "law_rank": rank.unknowns, "deficit": 0}
+            return replace(rank, **laws, law_proved=all(layer.law_proved for layer in layers), note=note)
         note = "the sum hides each path's z, and gradients alone do not determine the main path: no rank is given"
         return replace(rank, note=f"{rank.note}; {note}")
 
@@ -129,21 +138,18 @@ def _without_gradient(rank: LayerRank) -> LayerRank:
     )
 
 
-def _laws(module: nn.Module, input_shape: tuple[int, ...], batch: int) -> tuple[RankLaws, str]:
-    """The rank laws of a module, and why there are none."""
+def layer_shape(module: nn.Module, input_shape: tuple[int, ...], batch: int) -> tuple[LayerShape | None, str]:
+    """The shape of one of a layer's groups, for the rank laws, and why there is none."""
     if isinstance(module, nn.Linear):
-        laws = rank_laws(*reversed(module.weight.shape), (1,), image=(math.prod(input_shape[:-1]),), batch=batch)
-    elif module.padding_mode != "zeros":
-        return RankLaws(None, None, None), f"padding mode {module.padding_mode!r}, for which there is no law"
-    else:
-        flat = module._reversed_padding_repeated_twice
-        laws = rank_laws(
-            *(module.in_channels, module.out_channels, module.kernel_size, module.stride),
-            tuple(zip(flat[-2::-2], flat[-1::-2], strict=True)),
-            *(module.dilation, module.groups, input_shape[1:], batch),
-        )
-    names = [what for what, law in zip(("W", "K", "[W; K]"), laws, strict=True) if law is None]
-    return laws, f"no law for {' and '.join(names)}" if names else ""
+        features = math.prod(input_shape[:-1])
+        return LayerShape(*reversed(module.weight.shape), (1,), (1,), ((0, 0),), (1,), (features,), batch), ""
+    if module.padding_mode != "zeros":
+        return None, f"padding mode {module.padding_mode!r}, for which there is no law"
+    flat = module._reversed_padding_repeated_twice
+    pads = tuple(zip(flat[-2::-2], flat[-1::-2], strict=True))
+    sizes = (module.in_channels // module.groups, module.out_channels // module.groups)
+    geometry = (module.kernel_size, module.stride, pads, module.dilation, tuple(input_shape[1:]))
+    return LayerShape(*sizes, *geometry, batch), ""
 
 
 def _pooling(rank: LayerRank, step: Step, batch: int) -> LayerRank:
@@ -156,6 +162,6 @@ def _pooling(rank: LayerRank, step: Step, batch: int) -> LayerRank:
         found = rank.weight_rows
     else:
         found = batch * pooling_rank(step.module or step.call, step.input_shape)
-    laws = {"law_weights": found, "law_gradients": 0, "law_rank": found}
+    laws = {"law_weights": found, "law_gradients": 0, "law_rank": found, "law_proved": True}
     numbers = {"rank_weights": found, "rank_gradients": 0, "rank": found}
     return replace(rank, **laws, **numbers, deficit=rank.unknowns - found)

@@ -4,26 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import dense_group, random_layer
 
 from rgap.equations.rank_laws import rank_laws
 
 CNN6_SECOND = {"kernel": (3, 3), "stride": 2, "padding": 1, "image": (17, 17)}
-CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-def dense_group(filters, channels, batch, kernel, stride, padding, dilation, image, seed):
-    """(W, K) of one group on the stacked unknowns (image, channel, pixel), by applying torch's convolution to bases."""
-    generator = torch.Generator().manual_seed(seed)
-    taps, pixels = math.prod(kernel), math.prod(image)
-    basis = torch.eye(channels * pixels, dtype=torch.float64).reshape(-1, channels, *image)
-    basis = F.pad(basis, [n for pair in reversed(padding) for n in pair])
-    every_weight = torch.eye(channels * taps, dtype=torch.float64).reshape(-1, channels, *kernel)
-    reads = CONVOLUTIONS[len(image)](basis, every_weight, None, stride, 0, dilation).flatten(2)  # (n, C·t, P)
-    weight = torch.randn(filters, channels * taps, generator=generator, dtype=torch.float64)
-    dz = torch.randn(batch, filters, reads.shape[2], generator=generator, dtype=torch.float64)
-    W = torch.einsum("ow,nwp->opn", weight, reads).flatten(0, 1)
-    K = torch.einsum("bop,nwp->owbn", dz, reads).flatten(0, 1).flatten(1)
-    return torch.block_diag(*[W] * batch), K
 
 
 def dense_ranks(layer, seed=0):
@@ -36,31 +21,6 @@ def dense_ranks(layer, seed=0):
         for i, A in enumerate((W, K, torch.cat([W, K]))):
             total[i] += int(torch.linalg.matrix_rank(A))
     return tuple(total)
-
-
-def random_layer(rng, usual, unknowns=140):
-    """In one, two or three dimensions; of a network's usual shapes, or with any unequal numbers."""
-    while True:
-        axes, groups, batch = (
-            int(rng.choice([1, 2, 2, 2, 3])),
-            int(rng.choice([1, 1, 1, 2, 3])),
-            int(rng.choice([1, 1, 2, 4])),
-        )
-        count = 1 if usual else axes
-        kernel, stride, dilation = (tuple(rng.integers(1, top, count).tolist()) * (axes // count) for top in (6, 4, 4))
-        if usual:
-            dilation = (int(rng.choice([1, 1, 2])),) * axes
-            padding = tuple(
-                (int(rng.integers(0, d * (k - 1) // 2 + 1)),) * 2 for k, d in zip(kernel, dilation, strict=True)
-            )
-        else:
-            padding = tuple(tuple(pair) for pair in rng.integers(0, 4, (axes, 2)).tolist())
-        image = tuple(rng.integers(2, {1: 20, 2: 10, 3: 5}[axes], axes).tolist())
-        channels, filters = groups * int(rng.integers(1, 5)), groups * int(rng.integers(1, 9))
-        fits = all(n + sum(p) > d * (k - 1) for n, p, d, k in zip(image, padding, dilation, kernel, strict=True))
-        if fits and batch * channels // groups * math.prod(image) <= unknowns:
-            geometry = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation, "image": image}
-            return {"in_channels": channels, "out_channels": filters, "groups": groups, "batch": batch} | geometry
 
 
 @pytest.mark.slow
