@@ -68,7 +68,7 @@ FIELDS = {
     "sigma_above_cut sigma_below_cut residual predicted_error seconds saturated",
     "RankAnalysis": "layers batch_size max_ra_index copa_index leaking verdict separable entry",
     "LayerRank": "name kind unknowns weight_rows gradient_rows ra_index rank_weights rank_gradients rank deficit "
-    "virtual_constraints condition law_weights law_gradients law_rank note blind",
+    "virtual_constraints condition law_weights law_gradients law_rank note blind law_proved",
     "LargestBatch": "batch_size alone limits reason bound safe peeled",
     "Chain": "model image_shape layers parameters log_softmax",
     "Layer": "name weight bias input_shape output_shape feature_shape stride padding dilation groups activation "

@@ -17,7 +17,18 @@ from rgap.results import LayerRank, RankAnalysis
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ["name", "kind", "unknowns", "weight_rows", "gradient_rows", "ra_index", "deficit", "supply", "status"]
+COLUMNS = [
+    "name",
+    "kind",
+    "unknowns",
+    "weight_rows",
+    "gradient_rows",
+    "ra_index",
+    "deficit",
+    "law_proved",
+    "supply",
+    "status",
+]
 
 
 @dataclass(frozen=True)
