@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from rgap.artifact import outputs
+from rgap.artifact import manifest, outputs
 from rgap.artifact.claims import CLAIM_TABLES, read_claims, usual_seconds
 from rgap.artifact.outputs import write_atomically
 from rgap.artifact.schedule import minutes
@@ -24,7 +24,7 @@ and no number here is taken from it. Written by `python -m rgap report --readme`
 
 
 def update() -> list[Path]:
-    """Writes the blocks of README.md and docs/guide.md, and docs/claims.md, one row a claim; returns the paths.
+    """Writes blocks of README.md, the guide and ARTIFACT-APPENDIX.md, docs/claims.md and codecheck.yml; returns the paths.
 
     Raises:
         ValueError: If a page lacks the two comments between which a block stands.
@@ -33,6 +33,9 @@ def update() -> list[Path]:
     text = with_block(readme.read_text(encoding="utf-8"), "notebooks", index())
     timed = with_block(guide.read_text(encoding="utf-8"), "times", times())
     pages = {readme: with_block(text, "claims", summary()), guide: timed, claims: page()}
+    appendix = outputs.ROOT / "ARTIFACT-APPENDIX.md"
+    pages[appendix] = with_block(appendix.read_text(encoding="utf-8"), "experiments", manifest.experiments())
+    pages[outputs.ROOT / "codecheck.yml"] = manifest.codecheck()
     return [write_atomically(path, lambda file, new=new: file.write(new.encode())) for path, new in pages.items()]
 
 

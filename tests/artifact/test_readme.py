@@ -1,6 +1,7 @@
 """README.md is short, its table of claims and docs/claims.md are what their generator writes, and its paths exist."""
 
 import re
+import shutil
 
 import nbformat
 import pytest
@@ -54,6 +55,8 @@ def test_every_path_in_it_exists(path):
 def test_what_a_table_says_of_a_claim(root, write_claims, monkeypatch):
     marks = "<!-- {0}: written by `python -m rgap report --readme` -->\n<!-- end of {0} -->\n"
     (root / "README.md").write_text(f"before\n{marks.format('notebooks')}{marks.format('claims')}after\n")
+    (root / "ARTIFACT-APPENDIX.md").write_text(marks.format("experiments"))
+    shutil.copy(ROOT / "CITATION.cff", root)
     nbformat.write(new_notebook(cells=[new_markdown_cell("# 01 · One\n\nText")]), root / "notebooks" / "01_one.ipynb")
     first = {"statement": "long", "short": "PSNR", "n": "{seeds} networks", "at_least": 90, "unit": "dB"}
     second = {"statement": "not measured", "equals": 1}
@@ -67,7 +70,8 @@ def test_what_a_table_says_of_a_claim(root, write_claims, monkeypatch):
     (root / "docs" / "guide.md").write_text(marks.format("times"))
     times = "network,method,seconds,seconds_prepared,seconds_to_best\ncnn6,virtual constraints,4,2,4\ncnn6,DLG,9,,3\n"
     (root / "figures" / "04_quality_times.csv").write_text(times)
-    assert [path.name for path in readme.update()] == ["README.md", "guide.md", "claims.md"]
+    written = ["README.md", "guide.md", "claims.md", "ARTIFACT-APPENDIX.md", "codecheck.yml"]
+    assert [path.name for path in readme.update()] == written
     assert "| cnn6 | 1.5 | 0.75 |" in (root / "docs" / "guide.md").read_text()
     row = "| [01](notebooks/01_one.ipynb) | PSNR | 1 network | ≥ 90 dB | 104 dB | 1 of 2 | – |"
     text = (root / "README.md").read_text()
