@@ -24,7 +24,7 @@ and no number here is taken from it. Written by `python -m rgap report --readme`
 
 
 def update() -> list[Path]:
-    """Writes blocks of README.md, the guide and ARTIFACT-APPENDIX.md, docs/claims.md and codecheck.yml; gives the paths.
+    """Writes blocks of README.md, guide and ARTIFACT-APPENDIX.md, docs/claims.md and codecheck.yml; returns the paths.
 
     Raises:
         ValueError: If a page lacks the two comments between which a block stands.
