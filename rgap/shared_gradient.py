@@ -340,7 +340,7 @@ def _rounding_error(g: Tensor, dtype: torch.dtype, coarse: bool) -> Tensor:
 def _grid_error(g: Tensor) -> Tensor:
     """Error of uniform rounding in steps of a 127th of the largest entry, which itself is exact."""
     largest = largest_entry(g)
-    return torch.where(g.abs() < largest, largest / INT8_LEVELS / 12**0.5, 0.0)
+    return (g.abs() < largest).to(g.dtype) * (largest / INT8_LEVELS / 12**0.5)
 
 
 def _on_grid(g: Tensor) -> bool:

@@ -155,3 +155,9 @@ def test_gradients_that_track_their_own_gradient_are_taken():
 def test_gradients_that_do_not_belong_to_the_network_are_refused(gradients, message):
     with pytest.raises(rgap.GradientMismatchError, match=message):
         receive(CHAIN, gradients)
+
+
+@pytest.mark.parametrize("defend", [lambda g: rgap.client.quantise(g, "int8"), lambda g: rgap.client.prune(g, 0.3)])
+def test_errors_of_entries_are_float64_whatever_was_done_to_them(defend):
+    received = receive(CHAIN, defend([g.double() for g in GRADIENTS]))
+    assert {std.dtype for std in received.entry_std.values()} == {torch.float64}
