@@ -1,18 +1,14 @@
-"""Notebook 08: a network audited before any attack and then attacked, and a panel to try defences on it by hand."""
+"""Notebook 08: a network audited before any attack and then attacked, without a defence and behind several."""
 
 from __future__ import annotations
 
-import html
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
-import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
@@ -20,14 +16,11 @@ from torch import Tensor, nn
 from rgap import client
 from rgap.attack.arguments import checked_network
 from rgap.attack.reconstruct import reconstruct
-from rgap.data import load_images
-from rgap.display import to_png
-from rgap.experiments.common import PALETTE, timed
+from rgap.experiments.drawing import NAME_POINTS, PALETTE, finish, step_labels
 from rgap.metrics import psnr_db
 from rgap.network.layer import Chain
 from rgap.ranks.analysis import rank_analysis
 from rgap.ranks.exposure import exposure
-from rgap.results import Reconstruction
 
 Gradients = Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -62,8 +55,15 @@ STATUS_WORDS = {
     "unknown": "whether it leaks is not known",
 }
 
-PICTURE_PIXELS = 256
-"""Height of a picture in the panel, pixels."""
+
+BLUE, ORANGE = sns.color_palette(PALETTE, 2)
+BAR_STYLES = {
+    "its own": {"color": BLUE},
+    "from the step before": {"facecolor": ORANGE, "hatch": "///", "edgecolor": "white"},
+    "missing": {"facecolor": "0.9", "edgecolor": "0.6"},
+    "not known": {"facecolor": "white", "edgecolor": "0.6", "hatch": ".."},
+}
+"""Part of a step's equations -> how its bar is drawn."""
 
 
 def audited_and_attacked(
@@ -168,41 +168,49 @@ def noise_of(defence: str, strength: float | str) -> float | None:
     return float(strength) if defence == "gaussian_noise" and strength else None
 
 
-def plot_audit(steps: pd.DataFrame) -> Figure:
+def plot_audit(networks: Mapping[str, pd.DataFrame]) -> Figure:
     """Independent equations of every step as a share of its unknowns, from the image (top) to the output.
 
     Args:
-        steps: Columns `name`, `kind`, `unknowns`, `deficit`, `supply` and `status`, as in
+        networks: Title of a panel -> columns `name`, `kind`, `unknowns`, `deficit`, `supply` and `status`, as in
             `rgap.ranks.exposure.StepExposure`.
 
     Returns:
         The figure: what a step's own equations determine, what the step before can add, and what stays open; the
         numbers and the status stand beside each bar.
     """
-    own, added, gap = sns.color_palette(PALETTE)[0], sns.color_palette(PALETTE)[1], "0.9"
-    figure, axis = plt.subplots(figsize=(9.0, 1.3 + 0.34 * len(steps)))
-    for place, step in enumerate(steps.itertuples()):
-        known = not pd.isna(step.deficit)
-        share = 1 - step.deficit / step.unknowns if known else 0.0
-        closed = min(step.supply / step.unknowns, 1 - share) if known and not pd.isna(step.supply) else 0.0
-        axis.barh(place, 100, color=gap if known else "white", edgecolor="0.6", lw=0.8, hatch="" if known else "..")
-        axis.barh(place, 100 * share, color=own)
-        axis.barh(place, 100 * closed, left=100 * share, color=added, hatch="///", edgecolor="white", lw=0)
-        lack = f", {step.deficit:,} missing" if known and step.deficit else ""
-        text = f"{step.unknowns:,} unknowns{lack}: {STATUS_WORDS[step.status]}"
-        axis.text(102, place, text, va="center", fontsize=8)
-    axis.set_yticks(range(len(steps)), [f"{s.name}\n{s.kind}" for s in steps.itertuples()], fontsize=8)
-    axis.set(xlim=(0, 100), xlabel="independent equations, % of the step's unknowns")
-    axis.invert_yaxis()
-    handles = [Patch(label="its own", color=own)]
-    handles.append(Patch(label="from the step before", facecolor=added, hatch="///", edgecolor="white"))
-    handles.append(Patch(label="missing", facecolor=gap, edgecolor="0.6"))
-    if steps["deficit"].isna().any():
-        handles.append(Patch(label="not known", facecolor="white", edgecolor="0.6", hatch=".."))
-    axis.legend(handles=handles, ncols=len(handles), frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
-    sns.despine(figure, left=True)
-    figure.tight_layout()
-    return figure
+    counts = [len(steps) for steps in networks.values()]
+    figure, axes = plt.subplots(len(networks), 1, figsize=(8.4, sum(0.7 + 0.27 * count for count in counts)),
+                                squeeze=False, sharex=True, height_ratios=counts)  # fmt: skip
+    for axis, (title, steps) in zip(axes[:, 0], networks.items(), strict=True):
+        for place, step in enumerate(steps.itertuples()):
+            _bar(axis, place, step)
+        labels = step_labels(dict(zip(steps["name"], steps["kind"], strict=True)))
+        axis.set_yticks(range(len(steps)), labels.values(), fontsize=NAME_POINTS)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set(xlim=(0, 100))
+        axis.invert_yaxis()
+    axes[-1, 0].set_xlabel("independent equations, % of the step's unknowns")
+    handles = [Patch(label=label, **style) for label, style in BAR_STYLES.items()]
+    if not any(steps["deficit"].isna().any() for steps in networks.values()):
+        handles.pop()
+    place = {"loc": "lower left", "bbox_to_anchor": (0.3, 1.0), "borderaxespad": 0.2}
+    axes[0, 0].legend(handles=handles, ncols=len(handles), frameon=False, fontsize=NAME_POINTS, **place)
+    return finish(figure, grid=None)
+
+
+def _bar(axis: Axes, place: int, step) -> None:
+    """One step's equations, with its numbers and its status beside it."""
+    own, added, gap, hidden = BAR_STYLES.values()
+    known = not pd.isna(step.deficit)
+    share = 1 - step.deficit / step.unknowns if known else 0.0
+    closed = min(step.supply / step.unknowns, 1 - share) if known and not pd.isna(step.supply) else 0.0
+    axis.barh(place, 100, lw=0.8, **(gap if known else hidden))
+    axis.barh(place, 100 * share, **own)
+    axis.barh(place, 100 * closed, left=100 * share, lw=0, **added)
+    lack = f", {step.deficit:,} missing" if known and step.deficit else ""
+    text = f"{step.unknowns:,} unknowns{lack}: {STATUS_WORDS[step.status]}"
+    axis.text(101, place, text, va="center", fontsize=NAME_POINTS)
 
 
 def attackable(model: nn.Module, image_shape: Sequence[int]):
@@ -227,147 +235,3 @@ def classes_of(network) -> int | None:
 def fitting_loss(network) -> str:
     """The loss that fits a network's outputs, as on the command line: logistic for one, cross-entropy for several."""
     return "logistic" if _outputs(network) == 1 else "cross_entropy"
-
-
-def controls(model: nn.Module | Chain, image_shape: tuple[int, int, int], **options) -> widgets.Widget | str:
-    """The panel for a person at the notebook, or a line of text where a program runs it.
-
-    Where a program runs the notebook (make sets RGAP_PROFILE) nobody moves a slider, and the state that a notebook
-    stores of its controls is large and changes from run to run.
-
-    Args:
-        model: A network that `rgap.reconstruct` attacks, or its `Chain`.
-        image_shape: (C, H, W) of one image.
-        **options: For `AttackPanel`.
-    """
-    if os.environ.get("RGAP_PROFILE"):
-        return "Open this notebook by `make lab` and run it there: controls appear in this place."
-    return AttackPanel(model, image_shape, **options).widget
-
-
-class AttackPanel:
-    """An image, a defence with a slider, and the reconstruction beside the original.
-
-    The attack gets the network and the gradient. The original, where there is one, is for the picture and the PSNR.
-
-    Attributes:
-        widget: What a notebook shows.
-        origin, found: The pictures.
-        status: The attack's verdict, PSNR, time and notes.
-        place, defence, strength: The controls: which image, which defence, how much of it.
-        image_file, gradient_file: Uploads: an image of the user's own, and a shared gradient.
-        result: The last attack's outcome, None where it refused.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module | Chain,
-        image_shape: tuple[int, int, int],
-        *,
-        source: str = "embedded",
-        index: int = 0,
-        loss: str | None = None,
-        defence: str = "gaussian_noise",
-    ):
-        """Builds the controls and attacks once.
-
-        Args:
-            model: A network that `rgap.reconstruct` attacks, or its `Chain`.
-            image_shape: (C, H, W) of one image.
-            source: Where images come from, as for `rgap.data.load_images`.
-            index: The first image's place there.
-            loss: The client's loss; by default that of `fitting_loss`.
-            defence: The first defence, a name in `DEFENCES`.
-        """
-        strengths = _options(defence)
-        self.chain, self.source = attackable(model, image_shape), source
-        self.loss = loss or fitting_loss(self.chain)
-        self.result: Reconstruction | None = None
-        self._image: Tensor | None = None
-        self._gradients: Gradients = []
-        self.place = widgets.BoundedIntText(index, 0, 10**6, description="image")
-        self.defence = widgets.Dropdown(options=list(DEFENCES), value=defence, description="defence")
-        self.strength = widgets.SelectionSlider(
-            options=strengths, description="strength", continuous_update=False, layout={"width": "28em"}
-        )
-        self.image_file = widgets.FileUpload(accept="image/*", description="own image")
-        self.gradient_file = widgets.FileUpload(accept=".safetensors,.pt,.pth", description="own gradient")
-        self.origin, self.found = (widgets.Image(format="png", height=PICTURE_PIXELS) for _ in range(2))
-        self.status = widgets.HTML()
-        pictures = [widgets.VBox([widgets.Label(text), picture]) for text, picture in
-                    (("what the client has", self.origin), ("what the attack finds", self.found))]  # fmt: skip
-        choose = widgets.HBox([self.place, self.image_file, self.gradient_file])
-        protect = widgets.HBox([self.defence, self.strength])
-        self.widget = widgets.VBox([choose, protect, widgets.HBox(pictures), self.status])
-        for control, act in ((self.place, self._take_place), (self.image_file, self._take_image),
-                             (self.gradient_file, self._take_gradients), (self.strength, self._attack)):  # fmt: skip
-            control.observe(lambda _, act=act: self._guarded(act), "value")
-        self.defence.observe(self._change_defence, "value")
-        self._guarded(self._take_place)
-
-    def _guarded(self, act: Callable[[], None]) -> None:
-        """Shows an error of the user's input in the panel."""
-        try:
-            act()
-        except (ValueError, FileNotFoundError) as error:
-            self.result, self.found.value = None, b""
-            self.status.value = f"<b>refused</b>: {html.escape(str(error))}"
-
-    def _change_defence(self, _) -> None:
-        before = self.strength.value
-        self.strength.options = _options(self.defence.value)  # the slider goes back to its first value
-        if before == self.strength.value:  # and then reports no change
-            self._guarded(self._attack)
-
-    def _take_place(self) -> None:
-        self._take(
-            *load_images(
-                self.source, image_shape=self.chain.image_shape, index=self.place.value, classes=classes_of(self.chain)
-            )
-        )
-
-    def _take_image(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            _stored(self.image_file, folder)
-            self._take(*load_images(f"folder:{folder}", image_shape=self.chain.image_shape, index=0))
-
-    def _take(self, image: Tensor, label: Tensor) -> None:
-        """Makes an image the client's, and attacks."""
-        self._image, self.origin.value = image, to_png(image[0], PICTURE_PIXELS)
-        self._gradients = client.client_gradients(self.chain.model, image, label, loss=self.loss)
-        self._attack()
-
-    def _take_gradients(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            self._gradients = client.load_gradients(_stored(self.gradient_file, folder))
-        self._image, self.origin.value = None, b""
-        self._attack()
-
-    def _attack(self) -> None:
-        def attack():
-            shared = defended(self._gradients, self.defence.value, self.strength.value)
-            noise_std = noise_of(self.defence.value, self.strength.value)
-            factor = None if self._image is None else factor_of(self.defence.value)
-            return reconstruct(self.chain, shared, loss=self.loss, noise_std=noise_std, gradient_scale=factor)
-
-        self.result, seconds = timed(attack)
-        self.found.value = to_png(self.result.images[0], PICTURE_PIXELS)
-        quality = ""
-        if self._image is not None:
-            quality = f", PSNR {psnr_db(self.result.images, self._image.to(self.result.images)).item():.1f} dB"
-        notes = "".join(f"<br>{html.escape(note)}" for note in self.result.notes)
-        self.status.value = f"<b>{self.result.verdict}</b>{quality}, {seconds:.2f} s{notes}"
-
-
-def _options(defence: str) -> list[tuple[str, float | str]]:
-    """A slider's steps: the text and the strength of each."""
-    first, *others = strengths_of(defence)
-    return [("none", first), *((s if isinstance(s, str) else f"{s:g}", s) for s in others)]
-
-
-def _stored(upload: widgets.FileUpload, folder: str) -> Path:
-    """The uploaded file, put into a folder under its own suffix."""
-    file = upload.value[0]
-    path = Path(folder) / f"upload{Path(file['name']).suffix.lower()}"
-    path.write_bytes(file["content"])
-    return path

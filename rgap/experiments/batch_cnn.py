@@ -7,7 +7,6 @@ from functools import partial
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -15,7 +14,8 @@ from torch import nn
 
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
-from rgap.experiments.common import MARKERS, MIN_CERTIFIED_PSNR_DB, PALETTE, certified, choice, finish, mark, progress
+from rgap.experiments.common import MIN_CERTIFIED_PSNR_DB, certified, choice, progress
+from rgap.experiments.drawing import finish, lines, mark, name_lines
 from rgap.metrics import match, psnr_db
 from rgap.ranks.largest_batch import LargestBatch, largest_batch
 
@@ -135,18 +135,14 @@ def plot_against_batch(runs: pd.DataFrame, value: str, label: str, limits: Mappi
         limits: Name of a limit -> largest batch, drawn as a dotted line just beyond.
 
     Returns:
-        The figure; lines are means over seeds, markers are attacks.
+        The figure; lines are medians over seeds, bands reach from the smallest to the largest.
     """
     figure, axis = plt.subplots(figsize=(6.4, 3.4))
-    kinds = sorted(runs["dtype"].unique(), reverse=True)
-    options = {"x": "batch", "y": value, "hue": "dtype", "style": "dtype", "hue_order": kinds, "style_order": kinds}
-    options |= {"palette": PALETTE, "ax": axis}
-    sns.lineplot(runs, dashes=False, errorbar=None, legend=False, **options)
-    sns.scatterplot(runs, markers=MARKERS[: len(kinds)], s=50, **options)
+    lines(axis, runs, "batch", value, by="dtype")
     for name, limit in limits.items():
-        mark(axis, limit + 0.5, name, height=0.98, ha="right", va="top", rotation=90)
+        mark(axis, limit + 0.5, f"{name}: {limit}", ha="right")
     axis.set(xlabel="images in the batch, B", ylabel=label, ylim=(0, None))
     axis.set_xlim(0.5, max([*limits.values(), runs["batch"].max()]) + 0.9)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(title="gradients", frameon=False, loc="center", bbox_to_anchor=(0.72, 0.4))
+    name_lines(axis)
     return finish(figure)

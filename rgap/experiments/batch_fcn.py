@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -16,21 +15,18 @@ from torch import Tensor, nn
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
 from rgap.experiments.common import (
-    MARKERS,
     MIN_CERTIFIED_PSNR_DB,
-    PALETTE,
     SAME_IMAGE_COSINE,
     attack_batches,
     certified,
     choice,
     directions,
-    finish,
-    mark,
-    progress,
 )
+from rgap.experiments.drawing import finish, lines, mark
 from rgap.metrics import psnr_db
 from rgap.models import LEAKY_SLOPE
 from rgap.network.layer import Chain
+from rgap.progress import progress
 from rgap.results import Reconstruction
 
 
@@ -156,49 +152,18 @@ def _checked(result: Reconstruction, images: Tensor) -> dict:
     return {"psnr_db": min(quality.tolist(), default=float("nan")), "ok": not why, "why": why}
 
 
-def plot_found(runs: pd.DataFrame, limit: int) -> Figure:
-    """Share of each batch that was found and certified, against the batch size.
-
-    Args:
-        runs: Columns `batch`, `seed`, `found`, `false` and `certified`.
-        limit: Outputs of the second layer: the largest batch that its gradient can separate.
-
-    Returns:
-        The figure; lines are means over seeds, the dotted line is the limit.
-    """
-    shares = {
-        "found": (runs["found"] - runs["false"]) / runs["batch"],
-        "certified as exact": runs["certified"] / runs["batch"],
-        "false images": runs["false"] / runs["batch"],
-    }
-    data = pd.concat([runs[["batch"]].assign(share=share, what=what) for what, share in shares.items()])
-    figure, axis = plt.subplots(figsize=(6.4, 3.4))
-    sns.lineplot(
-        data, x="batch", y="share", hue="what", style="what", markers=MARKERS[:3], dashes=False, errorbar=None,
-        palette=PALETTE, ax=axis,
-    )  # fmt: skip
-    # Nearly every image found is certified, too: the wider marker shows behind the other.
-    axis.lines[0].set(markersize=11, linewidth=4, alpha=0.5)
-    mark(axis, limit, f"second layer's width, {limit}")
-    axis.set(xlabel="images in the batch, B", ylabel="share of the batch", ylim=(-0.05, 1.08))
-    axis.legend(frameon=False, loc="center left")
-    return finish(figure)
-
-
 def plot_seconds(runs: pd.DataFrame, limit: int) -> Figure:
     """Seconds of an attack against the batch size.
 
     Args:
         runs: Columns `batch`, `seed` and `seconds`.
-        limit: As for `plot_found`.
+        limit: Outputs of the second layer: the largest batch that its gradient can separate.
 
     Returns:
-        The figure; the line is the median over seeds, points are attacks.
+        The figure; the line is the median over seeds, the band reaches from the smallest to the largest.
     """
-    figure, axis = plt.subplots(figsize=(6.4, 3.4))
-    colour = sns.color_palette(PALETTE)[0]
-    sns.lineplot(runs, x="batch", y="seconds", estimator="median", errorbar=None, color=colour, ax=axis)
-    sns.scatterplot(runs, x="batch", y="seconds", color=colour, marker=MARKERS[0], ax=axis)
-    mark(axis, limit, f"second layer's width, {limit}")
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    lines(axis, runs, "batch", "seconds")
+    mark(axis, limit, f"second layer's width, {limit}", ha="right")
     axis.set(xlabel="images in the batch, B", ylabel="seconds", ylim=(0, None))
     return finish(figure)

@@ -1,25 +1,21 @@
-"""What several experiments share: attacks on images and on batches, runs side by side, and the style of the figures."""
+"""What several experiments share: attacks on images and on batches, times and seeds."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from typing import Any, NamedTuple
 
-import joblib
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
 from rgap.display import rescale as rescale  # for notebooks
+from rgap.experiments.drawing import gallery as gallery  # for notebooks
 from rgap.metrics import match, mse, psnr_db, ssim
 from rgap.network.chain import prepare
 from rgap.network.layer import Chain
@@ -31,10 +27,6 @@ SAME_IMAGE_COSINE = 1 - 1e-6
 
 MIN_CERTIFIED_PSNR_DB = 50.0
 """An image of a batch that is certified as exact below this PSNR is a false certificate."""
-
-PALETTE = "colorblind"
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-"""Every line of a figure has a marker of its own beside its colour."""
 
 
 class ClientStep(NamedTuple):
@@ -227,91 +219,3 @@ def seeded(seed: int) -> Iterator[None]:
 def choice(generator: torch.Generator, *values: Any) -> Any:
     """One of the values, drawn by the generator."""
     return values[int(torch.randint(len(values), (1,), generator=generator))]
-
-
-def run_each(
-    function: Callable, arguments: Iterable[tuple], jobs: int = 1, scheduler: str | None = None, title: str = "runs"
-) -> list[Any]:
-    """Calls a function with each tuple of arguments, in this process, in several, or on a Dask cluster.
-
-    Args:
-        function: A function of a module, so that other processes can import it.
-        arguments: One tuple for each call.
-        jobs: Processes on this machine; 1 stays in this one, as timings need it.
-        scheduler: Address of a Dask scheduler that runs the calls instead, as `tcp://host:8786`; by default
-            RGAP_SCHEDULER, which the Makefile sets from SCHEDULER=.
-        title: Of the progress bar.
-
-    Returns:
-        What each call returned, in the order of the arguments.
-
-    Raises:
-        ModuleNotFoundError: If a scheduler is named and Dask is not installed.
-        OSError: If no scheduler answers there.
-    """
-    calls = [joblib.delayed(function)(*each) for each in arguments]
-    address = scheduler or os.environ.get("RGAP_SCHEDULER")
-    with ExitStack() as stack:
-        pool = joblib.Parallel(n_jobs=jobs, return_as="generator")
-        if address:
-            stack.enter_context(_dask_client(address))
-            stack.enter_context(joblib.parallel_config("dask"))
-            pool = joblib.Parallel(return_as="list")
-        return list(progress(pool(calls), title, total=len(calls)))
-
-
-def _dask_client(address: str):
-    try:
-        from distributed import Client
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"the scheduler {address} was named, and Dask is not installed; install it by pip install -e '.[dask]' "
-            "(in .venv: .venv/bin/uv pip install -e '.[dask]'), or leave SCHEDULER out"
-        ) from error
-    return Client(address, timeout="10s", set_as_default=True)
-
-
-def gallery(
-    rows: Mapping[str, Tensor | Sequence[Tensor]], titles: Sequence[str] | None = None, size: float = 1.25
-) -> Figure:
-    """Images in a grid, one row for each entry.
-
-    Args:
-        rows: Row label -> images (N, C, H, W), or a list of images (C, H, W), with values in [0, 1];
-            others are clipped.
-        titles: A line above each column, (N,).
-        size: Side of one picture, inches.
-
-    Returns:
-        The figure.
-    """
-    count = max(len(images) for images in rows.values())
-    figure, axes = plt.subplots(len(rows), count, figsize=(size * count, size * len(rows)), squeeze=False)
-    for row, (label, images) in zip(axes, rows.items(), strict=True):
-        for axis in row:
-            axis.set(xticks=[], yticks=[])
-            sns.despine(ax=axis, left=True, bottom=True)
-        for axis, image in zip(row, images, strict=False):
-            pixels = image.detach().clamp(0, 1).permute(1, 2, 0)
-            axis.imshow(pixels.squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-    for axis, title in zip(axes[0], titles or [], strict=False):
-        axis.set_title(title, fontsize=9)
-    figure.tight_layout(pad=0.4)
-    return figure
-
-
-def mark(axis, place: float, text: str, height: float = 1.01, line: str = ":", **style) -> None:
-    """Draws a vertical line at a value of x, with a text at that height of the axis."""
-    axis.axvline(place, color="0.4", ls=line, lw=1)
-    style = {"xycoords": ("data", "axes fraction"), "fontsize": 8, "ha": "center"} | style
-    axis.annotate(text, (place, height), **style)
-
-
-def finish(figure: Figure, grid: str | None = "y", **layout) -> Figure:
-    """Gives every axis of a figure its grid ("x", "y", "both" or None) and takes off the upper and right edges."""
-    for axis in figure.axes if grid else ():
-        axis.grid(axis=grid, alpha=0.3)
-    sns.despine(figure)
-    figure.tight_layout(**layout)
-    return figure

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from torch import nn
@@ -17,9 +16,11 @@ from rgap import models
 from rgap.attack.reconstruct import reconstruct
 from rgap.baselines import dlg
 from rgap.client import client_gradients
-from rgap.experiments.common import MARKERS, PALETTE, finish, one_thread, progress, seeded, timed
+from rgap.experiments.common import one_thread, seeded, timed
+from rgap.experiments.drawing import NETWORK_NAMES, finish, lines, name_lines
 from rgap.metrics import psnr_db
 from rgap.network.chain import prepare
+from rgap.progress import progress
 from rgap.ranks.analysis import rank_analysis
 
 MAX_REPEATED_SECONDS = 2.0
@@ -132,27 +133,30 @@ def exponents(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["network", "against", "method", "exponent"])
 
 
-def plot_cost(table: pd.DataFrame, exponents: pd.DataFrame) -> Figure:
-    """Seconds against the size of images or networks, log-log, with the fitted exponents in the legends.
+def plot_cost(table: pd.DataFrame, exponents: pd.DataFrame, names: Mapping[str, str]) -> Figure:
+    """Seconds against the size of images or networks, log-log, with the first method's fitted exponent.
 
     Args:
         table: Columns `network`, `against`, `value`, `method`, `seconds`.
         exponents: Columns `network`, `against`, `method`, `exponent`.
+        names: Method -> as the figure names it; others are left out.
 
     Returns:
         The figure, one panel for each network.
     """
+    table = table[table["method"].isin(list(names))]
     panels = list(table.groupby(["network", "against"], sort=False))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.9 * len(panels), 3.3), squeeze=False, sharey=True)
     for axis, ((network, against), data) in zip(axes[0], panels, strict=True):
         fitted = exponents[(exponents["network"] == network) & (exponents["against"] == against)]
         slopes = fitted.set_index("method")["exponent"]
-        named = data.assign(method=[f"{m} (exponent {slopes[m]:.1f})" for m in data["method"]])
-        style = {"markers": MARKERS[: named["method"].nunique()], "dashes": False, "palette": PALETTE}
-        sns.lineplot(named, x="value", y="seconds", hue="method", style="method", ax=axis, **style)
-        axis.set(xscale="log", yscale="log", title=network, ylabel="seconds")
-        axis.set_xlabel("side of the image, pixels" if against == "side" else "width of the first layer")
+        lines(axis, data.assign(named=data["method"].map(names)), "value", "seconds", by="named", band=False)
+        title = f"{NETWORK_NAMES.get(network, network)}\n{next(iter(names.values()))} ∝ {against}"
+        axis.set(xscale="log", yscale="log")
+        axis.set_title(f"{title}$^{{{slopes[next(iter(names))]:.1f}}}$", fontsize=10)
+        axis.set_xlabel("side of the image, pixels" if against == "side" else "width of the first layer, units")
         axis.set_xticks(sorted(data["value"].unique()), [str(v) for v in sorted(data["value"].unique())])
         axis.set_xticks([], minor=True)
-        axis.legend(title=None, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    axes[0, 0].set_ylabel("seconds")
+    name_lines(axes[0, -1])
     return finish(figure, grid="both")

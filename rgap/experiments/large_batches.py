@@ -8,14 +8,14 @@ from itertools import pairwise, product
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
-from rgap.experiments.common import MARKERS, MIN_CERTIFIED_PSNR_DB, PALETTE, certified, choice, finish, progress, timed
+from rgap.experiments.common import MIN_CERTIFIED_PSNR_DB, certified, choice, progress, timed
+from rgap.experiments.drawing import against_diagonal, finish, gallery, lines, name_lines
 from rgap.metrics import psnr_db
 from rgap.network.chain import prepare
 from rgap.ranks.peeled import active_shares, predicted_share
@@ -124,50 +124,44 @@ def share_table(
 def plot_shares(table: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
     """Share recovered against the batch size, a line a width, a panel a source, published numbers beside it."""
     names = list(dict.fromkeys(table["images"]))
-    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.2), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(names), figsize=(4.0 * len(names), 3.4), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
-        rows = table[table["images"] == name].assign(width=lambda t: t["width"].astype(str))
-        style = {"style": "width", "markers": list(MARKERS[: rows["width"].nunique()]), "dashes": False}
-        sns.lineplot(rows, x="batch", y="share", hue="width", palette=PALETTE, ax=axis, errorbar=None, **style)
-        axis.set(xlabel="images in the batch", ylabel="share recovered", title=name, ylim=(-0.03, 1.03))
+        rows = table[table["images"] == name]
+        lines(axis, rows.assign(width=rows["width"].map("{:,} units".format)), "batch", "share", by="width", band=False)
+        axis.set(xlabel="images in the batch", title=name, ylim=(-0.14, 1.05))
+    axes[0, 0].set_ylabel("share of the batch recovered")
     if published is not None:
         for axis, (name, rows) in zip(axes[0], published.groupby("images"), strict=False):
-            axis.plot(rows["batch"], rows["share"], "k:", marker="x", label=f"published, 1,000 units, {name}")
-            axis.legend(fontsize=8)
+            axis.plot(rows["batch"], rows["share"], "k:", marker="x", label=f"published,\n{name},\n1,000 units")
+    for axis in axes[0]:
+        axis.set(xscale="log", xticks=(ticks := sorted({x for line in axis.lines for x in line.get_xdata()})))
+        axis.set_xticks([], minor=True)
+        axis.set_xticklabels([f"{tick:g}" for tick in ticks])
+        name_lines(axis)
     return finish(figure)
 
 
 def plot_prediction(table: pd.DataFrame) -> Figure:
     """Share predicted from activation probabilities alone against the share recovered."""
-    figure, axis = plt.subplots(figsize=(4, 3.6))
-    rows = table.assign(width=table["width"].astype(str))
-    sns.scatterplot(rows, x="predicted", y="share", hue="initialisation", style="width", palette=PALETTE, ax=axis, s=60)
-    axis.plot([0, 1], [0, 1], "k:", linewidth=1)
-    axis.set(xlabel="predicted to peel, units independent", ylabel="recovered")
-    axis.legend(fontsize=7)
-    return finish(figure)
+    figure, axis = plt.subplots(figsize=(6.0, 3.6))
+    against_diagonal(axis, table.assign(kind=table["width"].map("{:,} units".format)), "predicted", "share", "kind")
+    axis.set(xlabel="predicted to peel, units taken as independent", ylabel="share of the batch recovered")
+    return finish(figure, "both")
 
 
 def plot_seconds(table: pd.DataFrame) -> Figure:
-    """Seconds of an attack against the batch size."""
-    figure, axis = plt.subplots(figsize=(4.2, 3.2))
-    rows = table.assign(width=table["width"].astype(str))
-    sns.lineplot(rows, x="batch", y="seconds", hue="width", palette=PALETTE, marker="o", ax=axis, errorbar=None)
-    axis.set(yscale="log", xlabel="images in the batch")
+    """Seconds of an attack against the batch size, a line a width; bands from the fastest to the slowest source."""
+    figure, axis = plt.subplots(figsize=(6.0, 3.2))
+    rows = table.assign(width=table["width"].map("{:,} units".format))
+    lines(axis, rows, "batch", "seconds", by="width")
+    axis.set(xlabel="images in the batch", ylabel="seconds", ylim=(0, None), xticks=sorted(rows["batch"].unique()))
+    name_lines(axis)
     return finish(figure)
 
 
 def plot_batch(result: Reconstruction, columns: int = 16) -> Figure:
     """Every image that was found, as one sheet."""
-    images = result.images.clamp(0, 1)
-    count = -(-len(images) // columns)
-    figure, axes = plt.subplots(count, columns, figsize=(0.6 * columns, 0.6 * count), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image in zip(axes.flat, images, strict=False):
-        axis.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
-    figure.subplots_adjust(0, 0, 1, 1, 0.05, 0.05)
-    return figure
+    return gallery({" " * row: images for row, images in enumerate(result.images.split(columns))}, size=0.6)
 
 
 def sample_peeling(count: int = 300, seed: int = 0) -> pd.DataFrame:

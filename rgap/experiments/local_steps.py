@@ -16,7 +16,8 @@ from rgap import models
 from rgap.attack.local_steps import reconstruct_update
 from rgap.baselines import inverting_gradients
 from rgap.client import LocalTraining, mean_gradients
-from rgap.experiments.common import MARKERS, PALETTE, choice, finish, progress, seeded
+from rgap.experiments.common import choice, progress, seeded
+from rgap.experiments.drawing import finish, lines, name_lines
 from rgap.experiments.vision_transformers import cpu_timed, small_transformer
 from rgap.metrics import psnr_db
 from rgap.results import Reconstruction
@@ -220,12 +221,11 @@ def plot_iterations(series: Mapping[str, Sequence[float]]) -> Figure:
     Args:
         series: Case -> PSNR of every iterate, dB.
     """
-    figure, axis = plt.subplots(figsize=(6.0, 3.2))
-    colours = sns.color_palette(PALETTE, len(series))
-    for (name, values), marker, colour in zip(series.items(), MARKERS, colours, strict=False):
-        axis.plot(range(len(values)), values, marker=marker, ms=4, color=colour, label=name)
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    rows = [(name, step, value) for name, values in series.items() for step, value in enumerate(values)]
+    lines(axis, pd.DataFrame(rows, columns=["case", "iteration", "psnr"]), "iteration", "psnr", by="case", band=False)
     axis.set(xlabel="iteration", ylabel="PSNR, dB")
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    name_lines(axis, in_margin=True)
     return finish(figure)
 
 
@@ -236,13 +236,13 @@ def plot_basin(runs: pd.DataFrame, names: Sequence[str]) -> Figure:
         runs: From `attack_updates`.
         names: Networks to show.
     """
-    figure, axes = plt.subplots(1, len(names), figsize=(2.9 * len(names) + 0.8, 2.9), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(names), figsize=(4.0 * len(names), 2.6), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         cells = runs[runs["network"] == name].groupby(["steps", "learning_rate"])
         quality = cells["psnr_db"].median().unstack()
         sure = cells["verdict"].agg(lambda v: (v == "exact").all()).unstack()
         text = quality.round(0).astype(int).astype(str) + sure.replace({True: " ✓", False: ""}).astype(str)
-        sns.heatmap(quality, annot=text, fmt="", vmin=0, vmax=150, cmap="cividis", cbar=axis is axes[0][-1], ax=axis,
-                    cbar_kws={"label": "PSNR, dB"})  # fmt: skip
+        sns.heatmap(quality, annot=text, fmt="", vmin=0, vmax=150, cmap="cividis", cbar=False, ax=axis, linewidths=1)
         axis.set(title=name, xlabel="learning rate", ylabel="local steps" if axis is axes[0][0] else "")
+        axis.tick_params(rotation=0)
     return finish(figure, None)

@@ -10,7 +10,6 @@ from itertools import product
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -19,7 +18,9 @@ from rgap import models
 from rgap.attack.reconstruct import reconstruct
 from rgap.baselines import Optimised, dlg, hybrid, inverting_gradients
 from rgap.client import client_gradients
-from rgap.experiments.common import MARKERS, PALETTE, finish, one_thread, run_each, seeded, timed
+from rgap.experiments.common import one_thread, seeded, timed
+from rgap.experiments.drawing import MARKERS, NETWORK_NAMES, colours, finish, name_lines
+from rgap.experiments.side_by_side import run_each
 from rgap.metrics import mse, psnr_db
 from rgap.network.chain import prepare
 from rgap.results import Reconstruction
@@ -235,30 +236,27 @@ def _sound(method: str, image: Tensor, label: Tensor, seed: int, steps: int):
     return row | {"verdict": result.verdict}, result.images
 
 
-def plot_quality_against_time(trajectories: pd.DataFrame, methods: Sequence[str]) -> Figure:
-    """PSNR against seconds since network and gradient were given, one panel a network.
+def plot_quality_against_time(trajectories: pd.DataFrame, names: Mapping[str, str], networks: Sequence[str]) -> Figure:
+    """Best PSNR so far against seconds since network and gradient were given, one panel a network.
 
     Args:
         trajectories: Columns `network`, `seed`, `image`, `method`, `restart`, `step`, `seconds`, `psnr_db`.
-        methods: The order of the legend.
+        names: Method -> as the figure names it; others are left out.
+        networks: Names of the panels' networks.
 
     Returns:
-        The figure; a line is an optimiser's trajectory on one image, a large marker its end, or the one point of a
-        method without steps.
+        The figure; a line is a method's way on one image, the marker its end.
     """
-    networks = list(dict.fromkeys(trajectories["network"]))
-    figure, axes = plt.subplots(1, len(networks), figsize=(3.6 * len(networks), 3.6), squeeze=False)
-    colours = sns.color_palette(PALETTE)
+    figure, axes = plt.subplots(1, len(networks), figsize=(4.0 * len(networks), 3.4), squeeze=False, sharey=True)
     for axis, network in zip(axes[0], networks, strict=True):
-        data = trajectories[trajectories["network"] == network]
-        for method, colour, marker in zip(methods, colours, MARKERS, strict=False):
-            for _, run in data[data["method"] == method].groupby(["seed", "image"]):
-                axis.plot(run["seconds"], run["psnr_db"], color=colour, lw=1, alpha=0.7, zorder=2)
-                last = run.iloc[-1]
-                axis.scatter(last["seconds"], last["psnr_db"], color=colour, marker=marker, s=46, zorder=3, lw=0)
-            axis.scatter([], [], color=colour, marker=marker, s=46, lw=0, label=method)
-        axis.set(xscale="log", xlabel="seconds", title=network)
-    axes[0, 0].set_ylabel("PSNR (dB)")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        for marker, (method, colour) in zip(MARKERS, colours(names).items(), strict=False):
+            shown = trajectories[(trajectories["network"] == network) & (trajectories["method"] == method)]
+            for number, (_, run) in enumerate(shown.groupby(["seed", "image"])):
+                style = {"marker": marker, "markevery": [-1], "ms": 7, "lw": 1.2, "color": colour}
+                label = names[method] if not number else None
+                axis.plot(run["seconds"], run["psnr_db"].cummax(), label=label, **style)
+        axis.set(xscale="log", xlabel="seconds", title=NETWORK_NAMES.get(network, network))
+    axes[0, 0].set(ylabel="best PSNR so far, dB", ylim=(0, None))
+    for axis in axes[0]:
+        name_lines(axis)
     return finish(figure, grid="both")

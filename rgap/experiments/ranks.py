@@ -14,7 +14,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from rgap.equations.proofs import rank_bounds
-from rgap.experiments.common import MARKERS, PALETTE, attack_each, finish, mark, progress, seeded
+from rgap.experiments.common import attack_each, seeded
+from rgap.experiments.drawing import NAME_POINTS, PALETTE, finish, lines, mark, name_lines, step_labels
+from rgap.progress import progress
 from rgap.ranks.analysis import rank_analysis
 from rgap.ranks.ranking import layer_shape
 
@@ -123,29 +125,51 @@ def random_convolution(rng: np.random.Generator, max_unknowns: int) -> tuple[nn.
             return module.double(), (channels, *image)
 
 
-def plot_ra_along_depth(layers: pd.DataFrame) -> Figure:
-    """Counting index of each counted step, from the image to the output, one panel a batch size.
+def by_width(runs: pd.DataFrame) -> pd.DataFrame:
+    """What `predicted_and_measured` says of each width: prediction, number of attacks, PSNR and verdicts."""
+    table = runs.groupby("width").agg(
+        deficit=("deficit", "first"), ra_index=("ra_index", "first"), attacks=("psnr_db", "size"),
+        psnr_min=("psnr_db", "min"), psnr_max=("psnr_db", "max"),
+        verdict=("verdict", lambda verdicts: ", ".join(sorted(set(verdicts)))),
+    )  # fmt: skip
+    table[["psnr_min", "psnr_max"]] = table[["psnr_min", "psnr_max"]].round(0) + 0.0  # no -0
+    return table.reset_index()
+
+
+def count_and_rank(steps: pd.DataFrame) -> pd.DataFrame:
+    """Of each step the surplus of equations by counting, beside ranks by measurement and by law.
 
     Args:
-        layers: Columns `network`, `batch`, `step` (0 at the image) and `ra_index`.
+        steps: From `RankAnalysis.to_frame(counted=True)`.
+    """
+    layer = steps["name"].map(step_labels(dict(zip(steps["name"], steps["kind"], strict=True))))
+    surplus = steps["weight_rows"] + steps["gradient_rows"] - steps["unknowns"]
+    condition = [float(f"{value:.2g}") for value in steps["condition"]]
+    columns = ["layer", "unknowns", "surplus", "ra_index", "rank_weights", "rank_gradients", "rank", "law_rank",
+               "deficit", "virtual_constraints", "condition"]  # fmt: skip
+    return steps.assign(layer=layer, surplus=surplus, condition=condition)[columns]
+
+
+def plot_ra_along_depth(steps: pd.DataFrame) -> Figure:
+    """Counting index of each step of one network, from the image to the output, a line for each batch size.
+
+    Args:
+        steps: Columns `name`, `kind`, `batch` and `ra_index`, of one network.
 
     Returns:
         The figure; above zero, counting predicts that a step cannot be recovered.
     """
-    batches = sorted(layers["batch"].unique())
-    figure, axes = plt.subplots(1, len(batches), figsize=(4.2 * len(batches), 3.4), sharey=True, squeeze=False)
-    style = {"markers": MARKERS[: layers["network"].nunique()], "dashes": False, "palette": PALETTE}
-    style |= {"markersize": 6, "markeredgewidth": 0.3}
-    for axis, batch in zip(axes[0], batches, strict=True):
-        shown = layers[layers["batch"] == batch]
-        sns.lineplot(shown, x="step", y="ra_index", hue="network", style="network", ax=axis, **style)
-        axis.set_yscale("symlog", linthresh=100)
-        axis.axhline(0, color="0.3", lw=1)
-        axis.set(title=f"{batch} image{'s' if batch > 1 else ''}", xlabel="step from the image on")
-        axis.set_ylabel("counting index RA")
-        axis.get_legend().remove()
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    kinds = dict(zip(steps["name"], steps["kind"], strict=True))
+    images = steps["batch"].astype(str) + steps["batch"].map(lambda batch: " image" + "s" * (batch > 1))
+    layer = pd.Categorical(steps["name"].map(step_labels(kinds)), step_labels(kinds).values(), ordered=True)
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    lines(axis, steps.assign(layer=layer, images=images), "layer", "ra_index", by="images", band=False)
+    axis.set_yscale("symlog", linthresh=100)
+    axis.axhspan(0, axis.get_ylim()[1], color="0.93", zorder=0)
+    axis.text(0.02, 0.95, "more unknowns than equations", transform=axis.transAxes, va="top", color="0.4")
+    axis.axhline(0, color="0.3", lw=1)
+    axis.set(xlabel="layer, from the image on", ylabel="counting index RA")
+    name_lines(axis)
     return finish(figure)
 
 
@@ -161,43 +185,39 @@ def plot_laws(sample: pd.DataFrame) -> Figure:
     data = sample.dropna(subset="law").astype({"law": float})
     largest = data[["law", "counted"]].to_numpy().max()
     systems = list(dict.fromkeys(data["system"]))
-    figure, axes = plt.subplots(1, len(systems), figsize=(3.0 * len(systems), 3.1), sharex=True, sharey=True)
-    for axis, system, color in zip(axes, systems, sns.color_palette(PALETTE), strict=False):
+    figure, axes = plt.subplots(1, len(systems), figsize=(2.9 * len(systems), 3.4), sharex=True, sharey=True)
+    for axis, system in zip(axes, systems, strict=True):
         shown = data[data["system"] == system]
         axis.plot([0, largest], [0, largest], color="0.6", lw=1, zorder=0)
-        axis.scatter(shown["counted"], shown["measured"], s=14, color="0.75", marker="x", lw=0.8, label="by counting")
-        axis.scatter(shown["law"], shown["measured"], s=14, alpha=0.6, color=color, linewidth=0, label="by law")
-        axis.set(title=f"rank {system}, {len(shown)} layers", xlabel="predicted", ylabel="measured", aspect="equal")
-        axis.legend(frameon=False, fontsize=8, loc="upper left")
+        axis.scatter(shown["counted"], shown["measured"], s=16, color="0.6", marker="x", lw=0.9, label="by counting")
+        axis.scatter(shown["law"], shown["measured"], s=16, color=sns.color_palette(PALETTE)[0], lw=0, label="by law")
+        axis.set(title=f"rank {system}, {len(shown)} layers", xlabel="predicted rank")
+    axes[0].set_ylabel("measured rank")
+    axes[0].legend(frameon=False, fontsize=NAME_POINTS, loc="upper left")
     return finish(figure, grid=None)
 
 
-def plot_deficits(runs: pd.DataFrame, limit: float, counted: float) -> Figure:
-    """Quality of the attack against the predicted deficit of the deficient layer.
+def plot_width_family(runs: pd.DataFrame, limit: float) -> Figure:
+    """Quality of the attack against a layer's width, with the least width that ranks and that counting ask for.
 
     Args:
-        runs: Columns `width`, `deficit` (predicted) and `psnr_db`, one row an attack.
+        runs: Columns `width`, `deficit`, `ra_index` (both predicted) and `psnr_db`, one row an attack.
         limit: PSNR from which an attack counts as a success, dB.
-        counted: Deficit from which on the counting index is positive, too.
 
     Returns:
-        The figure, with the threshold of the ranks and that of counting.
+        The figure, one point an attack.
     """
-    figure, axis = plt.subplots(figsize=(6.4, 3.6))
-    data = runs.assign(channels=runs["width"].astype(str))
-    style = {"palette": "viridis", "s": 42, "linewidth": 0, "legend": False}
-    sns.scatterplot(data, x="deficit", y="psnr_db", hue="width", ax=axis, **style)
-    axis.set_xscale("symlog", linthresh=10, linscale=0.6)
+    figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    axis.scatter(runs["width"], runs["psnr_db"], s=30, color=sns.color_palette(PALETTE)[0], zorder=3)
     axis.axhline(limit, color="0.4", ls=":", lw=1)
-    least = runs.loc[runs["deficit"] > 0, "deficit"].min()
-    for place, text in ((least**0.5, "full rank | short of rank"), (0.93 * counted, "counting: RA > 0")):
-        mark(axis, place, text, height=1.02, line="--")
-    for deficit, group in data[data["deficit"] > 0].groupby("deficit"):
-        place = (deficit, group["psnr_db"].max() + 4)
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axis.annotate(group["channels"].iloc[0], place, fontsize=8, ha="center", bbox=box)
-    full = sorted(runs.loc[runs["deficit"] == 0, "width"].unique())
-    axis.annotate(f"{full[0]} to {full[-1]}", (0, runs["psnr_db"].max() + 4), fontsize=8, ha="center")
-    axis.set(xlabel="predicted deficit of the second layer (labels: its channels)", ylabel="PSNR (dB)")
-    axis.set(xlim=(-3, 2 * runs["deficit"].max()), ylim=(None, runs["psnr_db"].max() + 14))
+    axis.annotate(f"success: {limit:g} dB", (1, limit), (-2, 4), ("axes fraction", "data"), "offset points", ha="right")
+    for column, text, line in (
+        ("ra_index", "counting:\nenough from here", "--"),
+        ("deficit", "rank:\nenough from here", "-"),
+    ):
+        short = runs[column] > 0
+        if short.any() and not short.all():
+            edge = (runs.loc[short, "width"].max() + runs.loc[~short, "width"].min()) / 2
+            mark(axis, edge, text, line=line, ha="right" if column == "ra_index" else "left")
+    axis.set(xlabel="channels of the second layer", ylabel="PSNR, dB")
     return finish(figure)

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import scipy.sparse as sp
-import seaborn as sns
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from rgap.client import loss_value
-from rgap.experiments.common import MARKERS, PALETTE, attack_each, finish, progress
+from rgap.experiments.common import attack_each, progress
 from rgap.network.chain import prepare
 from rgap.network.layer import Chain, Layer
 
@@ -181,27 +178,3 @@ def recovered_or_short(runs: pd.DataFrame, limit_db: float) -> float:
     """
     explained = (runs["verdict"] == "rank-deficient") & (runs["missing"] > 0)
     return (explained | (runs["psnr_db"] >= limit_db)).mean()
-
-
-def plot_least_widths(widths: pd.DataFrame, published: int) -> Figure:
-    """Smallest width at which the image is recovered, for every seed, beside the prediction by counting.
-
-    Args:
-        widths: Columns `seed`, `width` and `bound`.
-        published: Width from which the gradient alone is enough, drawn as a line.
-
-    Returns:
-        The figure.
-    """
-    figure, axis = plt.subplots(figsize=(5.4, 3.4))
-    first, second, third = sns.color_palette(PALETTE, 3)
-    place = range(len(widths))
-    axis.vlines(place, 0, widths["width"], color="0.8", lw=1, zorder=0)
-    axis.scatter(place, widths["bound"], s=70, color=second, marker=MARKERS[1], label="by counting active units")
-    axis.scatter(place, widths["width"], s=34, color=first, marker=MARKERS[0], label="smallest recovered")
-    axis.axhline(published, color=third, ls="--", lw=1.2, label="published, gradient alone")
-    axis.set(xlabel="seed of the weights", ylabel="filters of the first layer", ylim=(0, None))
-    axis.set_xticks(list(place), widths["seed"].astype(str))
-    axis.margins(x=0.1)
-    axis.legend(frameon=False, fontsize=8, loc="center right")
-    return finish(figure, grid=None)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
 from rgap.client.training import training
-from rgap.experiments.common import MARKERS, PALETTE, finish
+from rgap.experiments.drawing import MARKERS, colours, finish, key_of_points, lines, name_lines, points, step_labels
 from rgap.metrics import psnr_db
 from rgap.network.chain import prepare
 from rgap.network.layer import Chain
@@ -31,11 +30,12 @@ def layer_errors(chain: Chain, image: Tensor, result: Reconstruction) -> pd.Data
         result: What the attack returned for its gradient.
 
     Returns:
-        `result.to_frame()` with `error`, ‖x̂ − x‖ / ‖x‖, as another column.
+        `result.to_frame()` with `layer`, its name in figures, and `error`, ‖x̂ − x‖ / ‖x‖, as further columns.
     """
     truth = chain.layer_inputs(image)
     found = result.candidates[0].layer_inputs
     frame = result.to_frame()
+    frame["layer"] = frame["name"].map(layer_names(chain))
     frame["error"] = [((found[name] - truth[name]).norm() / truth[name].norm()).item() for name in frame["name"]]
     return frame
 
@@ -91,6 +91,26 @@ def trained_attacks(
     return pd.DataFrame(rows)
 
 
+def layer_names(chain: Chain) -> dict[str, str]:
+    """A chain's layers as a reader calls them: conv1, conv2, …, fc."""
+    modules = {layer.name: chain.model.get_submodule(layer.name) for layer in chain.layers}
+    return step_labels({n: "linear" if isinstance(m, nn.Linear) else "convolution" for n, m in modules.items()})
+
+
+def by_epoch(attacks: pd.DataFrame) -> pd.DataFrame:
+    """What training changes: medians over the images of `trained_attacks`, and the share that is ambiguous.
+
+    Returns:
+        epoch, loss, gradient_norm, condition, twins, closer_psnr_db and ambiguous; numbers to two digits.
+    """
+    columns = ["loss", "gradient_norm", "condition", "twins", "psnr_best_db"]
+    median = attacks.groupby("epoch")[columns].median().rename(columns={"psnr_best_db": "closer_psnr_db"})
+    for column in median.columns.drop("twins"):
+        median[column] = [float(f"{value:.2g}") for value in median[column]]
+    ambiguous = (attacks["verdict"] == "ambiguous").groupby(attacks["epoch"]).mean()
+    return median.assign(ambiguous=ambiguous).reset_index()
+
+
 def plot_error_growth(errors: pd.DataFrame, order: Sequence[str]) -> Figure:
     """Relative error of each layer's recovered input, from the head down to the image.
 
@@ -103,45 +123,30 @@ def plot_error_growth(errors: pd.DataFrame, order: Sequence[str]) -> Figure:
     """
     layers = pd.Categorical(errors["layer"], order, ordered=True)
     data = errors.assign(layer=layers, error=errors["error"].clip(lower=1e-16))  # 0 has no place on the axis
-    figure, axis = plt.subplots(figsize=(6.4, 3.4))
-    sns.lineplot(
-        data, x="layer", y="error", hue="dtype", style="dtype", markers=MARKERS[: data["dtype"].nunique()],
-        dashes=False, estimator="median", errorbar=("pi", 100), palette=PALETTE, ax=axis,
-    )  # fmt: skip
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    lines(axis, data.assign(gradients=data["dtype"] + "\ngradients"), "layer", "error", by="gradients")
     axis.set(yscale="log", ylim=(data["error"].min() / 3, data["error"].max() * 3))
     axis.set(xlabel="layer whose input is recovered, from the head to the image", ylabel="relative error ‖x̂ − x‖ / ‖x‖")
-    axis.legend(title="gradients", frameon=False)
+    name_lines(axis)
     return finish(figure)
 
 
 def plot_training(runs: pd.DataFrame) -> Figure:
-    """Quality, size of the gradient, condition and verdicts of the attack against epochs of training.
+    """Quality of the attack on each image against epochs of training, filled where it is certified.
 
     Args:
         runs: From `trained_attacks`.
 
     Returns:
-        The figure; lines are medians over the images, bands reach from the smallest to the largest.
+        The figure, a line for each image.
     """
-    panels = [
-        ("psnr_best_db", "PSNR of the closer candidate / dB", "linear"),
-        ("gradient_norm", "size of the gradient ‖G‖", "log"),
-        ("condition", "worst condition number of a layer", "linear"),
-    ]
-    figure, axes = plt.subplots(1, 4, figsize=(14.0, 3.2))
-    colours = sns.color_palette(PALETTE)
-    for axis, (column, label, scale), marker, colour in zip(axes, panels, MARKERS, colours, strict=False):
-        sns.lineplot(
-            runs, x="epoch", y=column, estimator="median", errorbar=("pi", 100), marker=marker, color=colour, ax=axis
-        )
-        axis.set(yscale=scale, ylabel=label)
-    share = runs.groupby("epoch")["verdict"].value_counts(normalize=True).unstack(fill_value=0.0)
-    verdicts = [v for v in ("exact", "ambiguous", "inconsistent", "rank-deficient") if v in share]
-    for verdict, marker, colour in zip(verdicts, MARKERS, colours, strict=False):
-        axes[3].plot(share.index, share[verdict], marker=marker, color=colour, label=verdict)
-    axes[3].set(ylabel="share of the attacks", ylim=(-0.05, 1.05))
-    axes[3].legend(title="verdict", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    for axis in axes:
-        axis.set_xlabel("epochs of training")
-        axis.set_xticks(sorted(runs["epoch"].unique()))
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    for (image, rows), marker in zip(runs.groupby("image"), MARKERS, strict=False):
+        colour = colours(runs["image"])[image]
+        axis.plot(rows["epoch"], rows["psnr_best_db"], color=colour, lw=1.5, label=f"image {image}")
+        points(axis, rows, "epoch", "psnr_best_db", colour, marker)
+    axis.set(xlabel="epochs of training", ylabel="PSNR, dB", ylim=(0, None))
+    axis.set_xticks(sorted(runs["epoch"].unique()))
+    name_lines(axis)
+    key_of_points(axis, loc="lower left")
     return finish(figure)

@@ -18,10 +18,14 @@ from torch import Tensor, nn
 from rgap.attack.reconstruct import reconstruct
 from rgap.baselines import dlg
 from rgap.client import client_gradients
-from rgap.experiments.common import MARKERS, PALETTE, client_steps, finish, progress
+from rgap.experiments.common import client_steps, progress
+from rgap.experiments.drawing import MARKERS, NAME_POINTS, PALETTE, finish, lines, name_lines
 from rgap.head.logistic import MU_AT_MINIMUM, margins
 from rgap.metrics import psnr_db
 from rgap.results import Reconstruction
+
+MAX_SHOWN_PIXEL = 1.02
+"""Largest value of an image that a gallery shows; beyond it the image has left the pixel range."""
 
 PAIR_COLUMNS = ["seed", "image", "mu", "twin_mu", "twin_in_range", "candidates", "truth_error", "gradient_difference"]
 
@@ -164,6 +168,40 @@ def dlg_on_twins(
     return pd.DataFrame(rows), torch.cat(found)
 
 
+def vivid_pair(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The image with the largest margin and its twin, (2, C, H, W), and the label that the network gives them, (2,)."""
+    zeros = torch.zeros(len(images), dtype=torch.long)
+    labels = torch.tensor(true_margins(model, images, zeros)["mu"].to_numpy() < 0).long()
+    truth = true_margins(model, images, labels)
+    i = int(truth["mu"].argmax())
+    twin = truth["twin_mu"][i] / truth["mu"][i] * images[i]
+    return torch.stack([images[i], twin]), labels[[i, i]]
+
+
+def pair_summary(table: pd.DataFrame) -> pd.DataFrame:
+    """What `twin_pairs` found, counted for each kind of weights."""
+    return table.groupby("weights").agg(
+        pairs=("mu", "size"),
+        two_candidates=("candidates", lambda n: (n == 2).sum()),
+        truth_among_them=("truth_error", lambda error: (error < 1e-6).sum()),
+        one_gradient=("gradient_difference", lambda difference: (difference < 1e-8).sum()),
+        twin_in_range=("twin_in_range", "sum"),
+        ambiguous=("verdict", lambda verdict: (verdict == "ambiguous").sum()),
+    )
+
+
+def shown_in_range(images: Tensor) -> list[Tensor | str]:
+    """The images (N, C, H, W) for a gallery; a text in place of those that leave the pixel range."""
+    text = "outside the\npixel range"
+    return [text if image.max() > MAX_SHOWN_PIXEL else image for image in images]
+
+
+def by_brightness(result: Reconstruction) -> list[Tensor | str]:
+    """The darker and the brighter of a result's candidates, as `shown_in_range` gives them."""
+    pair = sorted((result.candidates[0].images, result.candidates[-1].images), key=lambda image: image.abs().sum())
+    return shown_in_range(torch.cat(pair))
+
+
 def _other_root(mu: float) -> float:
     if mu <= 0:
         return math.nan
@@ -186,21 +224,25 @@ def plot_branches(curve: pd.DataFrame, pairs: Sequence[tuple[float, float]]) -> 
     Returns:
         The figure.
     """
-    colours = sns.color_palette(PALETTE)
-    figure, axis = plt.subplots(figsize=(6.4, 3.4))
-    labels = {"falling": "first branch", "rising": "second branch"}
-    for (branch, part), colour, style in zip(curve.groupby("branch", sort=False), colours, ("-", "--"), strict=False):
-        axis.plot(part["mu"], part["c"], style, color=colour, lw=1.8, label=labels[branch])
+    first, second, third = sns.color_palette(PALETTE, 3)
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    for (_, part), colour, style in zip(curve.groupby("branch", sort=False), (first, second), ("-", "--"), strict=True):
+        axis.plot(part["mu"], part["c"], style, color=colour, lw=1.8)
     lowest = curve.loc[curve["c"].idxmin()]
-    axis.plot(lowest["mu"], lowest["c"], "D", color="black", ms=5, label=f"minimum, μ = {lowest['mu']:.4f}")
-    for i, (first, second) in enumerate(pairs):
-        c = curve["c"].iloc[(curve["mu"] - first).abs().argmin()]
-        marker = MARKERS[i % len(MARKERS)]
-        label = "one image and its twin" if i == 0 else None
-        axis.plot([first, second], [c, c], ":", marker=marker, color=colours[2], ms=6, lw=1.2, label=label, zorder=3)
+    axis.plot(lowest["mu"], lowest["c"], "D", color="black", ms=5)
+    for (low, high), marker in zip(pairs, MARKERS, strict=False):
+        c = curve["c"].iloc[(curve["mu"] - low).abs().argmin()]
+        axis.plot([low, high], [c, c], ":", marker=marker, color=third, ms=6, lw=1.2, zorder=3)
     axis.axhline(0, color="0.6", lw=0.8)
-    axis.set(xlabel="margin μ = y f(x)", ylabel="c = −μ / (1 + e^μ)")
-    axis.legend(frameon=False, fontsize=9)
+    beside = {"textcoords": "offset points", "fontsize": NAME_POINTS}
+    axis.annotate("first branch", (-0.6, 0.39), (8, 0), color=first, **beside)
+    axis.annotate("second branch", (6, -0.015), (0, -14), color=second, ha="center", **beside)
+    axis.annotate(f"minimum, μ = {lowest['mu']:.3f}", (lowest["mu"], lowest["c"]), (8, -6), **beside)
+    if pairs:
+        axis.annotate(
+            "an image and its twin", (sum(pairs[0]) / 2, 0.02), color=third, ha="center", fontsize=NAME_POINTS
+        )
+    axis.set(xlabel="margin μ = y f(x)", ylabel=r"c = −μ / (1 + e$^μ$)", ylim=(-0.35, 0.75))
     return finish(figure, grid=None)
 
 
@@ -208,23 +250,15 @@ def plot_census(census: pd.DataFrame) -> Figure:
     """Share of images whose twin lies inside the pixel range, against the size of the weights.
 
     Args:
-        census: Columns `network`, `factor` and `share`; a row without a factor becomes a horizontal line of its own,
-            named by `weights`.
+        census: Columns `network`, `factor` and `share`.
 
     Returns:
         The figure.
     """
-    figure, axis = plt.subplots(figsize=(6.4, 3.4))
-    curves = census.dropna(subset="factor")
-    names = list(dict.fromkeys(census["network"]))
-    colours = dict(zip(names, sns.color_palette(PALETTE, len(names)), strict=True))
-    sns.lineplot(
-        curves, x="factor", y="share", hue="network", style="network", dashes=False, palette=colours,
-        markers=dict(zip(names, MARKERS, strict=False)), ax=axis,
-    )  # fmt: skip
-    for row in census[census["factor"].isna()].itertuples():
-        axis.axhline(row.share, color=colours[row.network], ls=":", lw=1.5, label=f"{row.network}, {row.weights}")
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    lines(axis, census, "factor", "share", by="network", band=False)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set(xlabel="every weight times", ylabel="correctly classified images\nwith a twin in the pixel range")
-    axis.legend(frameon=False, fontsize=9)
+    axis.set(xlabel="factor on every weight", ylabel="correctly classified images\nwith a twin in the pixel range")
+    axis.set_ylim(-0.03, 1.03)
+    name_lines(axis)
     return finish(figure)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from torch import Tensor
 
-from rgap.experiments.common import MARKERS, PALETTE, finish, mark
+from rgap.experiments.drawing import colours, finish, key_of_points, lines, mark, name_lines, points
 from rgap.network.layer import Chain
 from rgap.results import Reconstruction
 
@@ -35,6 +35,27 @@ def wrong_signs(chain: Chain, image: Tensor, result: Reconstruction) -> pd.DataF
     return pd.DataFrame(rows, columns=["layer", "step", "wrong"])
 
 
+def compared(
+    plain: pd.DataFrame, solved: pd.DataFrame, results: Sequence[Reconstruction]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Attacks without and with virtual constraints beside each other.
+
+    Args:
+        plain: From `attack_each`, without.
+        solved: From `attack_each`, with.
+        results: What the latter returned.
+
+    Returns:
+        Deficit, virtual constraints, PSNR and verdicts of each image; and the iterations and seconds.
+    """
+    second = [next(layer for layer in result.layers if layer.deficit) for result in results]
+    table = pd.DataFrame([{"deficit": s.deficit, "virtual_constraints": s.virtual_constraints} for s in second])
+    for name, runs in {"plain_": plain, "": solved}.items():
+        table[f"{name}psnr_db"], table[f"{name}verdict"] = runs["psnr_db"].round(0), runs["verdict"]
+    times = pd.DataFrame({"iterations": [s.iterations for s in second]})
+    return table, times.assign(seconds=solved["seconds"], plain_seconds=plain["seconds"])
+
+
 def plot_wrong_signs(history: pd.DataFrame) -> Figure:
     """Signs of a deficient layer's input still wrong after each step, one line for each image.
 
@@ -44,14 +65,14 @@ def plot_wrong_signs(history: pd.DataFrame) -> Figure:
     Returns:
         The figure.
     """
-    figure, axis = plt.subplots(figsize=(5.2, 3.2))
-    data = history.assign(image=history["image"].astype(str))
-    style = {"markers": MARKERS[: data["image"].nunique()], "dashes": False, "palette": PALETTE}
-    sns.lineplot(data, x="step", y="wrong", hue="image", style="image", ax=axis, **style)
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    names = "image " + history["image"].astype(str)
+    lines(axis, history.assign(image=names), "step", "wrong", by="image", band=False)
     axis.set_yscale("symlog", linthresh=1)
-    axis.set(xlabel="step", ylabel="wrong signs", xticks=sorted(data["step"].unique()))
-    axis.set_ylim(-0.3, 2 * max(1, data["wrong"].max()))
-    axis.legend(title="image", frameon=False)
+    axis.set(xlabel="step of the inference", ylabel="wrong signs", xticks=sorted(history["step"].unique()))
+    axis.set_ylim(-0.3, 2 * max(1, history["wrong"].max()))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    name_lines(axis, in_margin=True)
     return finish(figure)
 
 
@@ -63,25 +84,23 @@ def plot_phase_transition(runs: pd.DataFrame, thresholds: Mapping[str, int]) -> 
         thresholds: Label -> largest deficit that its equations can close.
 
     Returns:
-        The figure; filled markers are certified results.
+        The figure; lines are medians over the seeds, filled markers certified results.
     """
-    figure, axis = plt.subplots(figsize=(7.2, 4.2))
-    colours = dict(zip((False, True), sns.color_palette(PALETTE)[1::-1], strict=True))
-    for virtual, name in ((False, "plain R-GAP"), (True, "with virtual constraints")):
+    figure, axis = plt.subplots(figsize=(7.2, 3.8))
+    names = {True: "with virtual\nconstraints", False: "plain R-GAP"}
+    for (virtual, name), marker in zip(names.items(), "so", strict=True):
         data = runs[runs["virtual"] == virtual]
-        median = data.groupby("width")["psnr_db"].median()
-        axis.plot(median.index, median, color=colours[virtual], lw=1.5, label=name, zorder=2)
-        for certified, face in ((True, colours[virtual]), (False, "white")):
-            points = data[(data["verdict"] == "exact") == certified]
-            style = {"marker": "os"[virtual], "facecolor": face, "edgecolor": colours[virtual], "s": 42, "zorder": 3}
-            axis.scatter(points["width"], points["psnr_db"], **style)
+        median = data.groupby("width")["psnr_db"].median().sort_index(ascending=False)
+        colour = colours(names)[virtual]
+        axis.plot(median.index, median, color=colour, lw=1.5, label=name, zorder=2)
+        points(axis, data, "width", "psnr_db", colour, marker)
     deficits = runs.groupby("width")["deficit"].max().sort_index()
     for label, limit in {"no deficit": 0, **thresholds}.items():
         if (deficits > limit).any() and (deficits <= limit).any():
             edge = (deficits[deficits > limit].index.max() + deficits[deficits <= limit].index.min()) / 2
             mark(axis, edge, f"{label}\n(deficit ≤ {limit})")
-    axis.set(xlabel="channels of the second layer", ylabel="PSNR (dB)")
+    axis.set(xlabel="channels of the second layer", ylabel="PSNR, dB")
     axis.invert_xaxis()
-    axis.scatter([], [], marker="o", facecolor="white", edgecolor="0.3", label="not certified")
-    axis.legend(loc="center", bbox_to_anchor=(0.5, 0.5), framealpha=1, edgecolor="white")
+    name_lines(axis)
+    key_of_points(axis, loc="center")
     return finish(figure)

@@ -10,23 +10,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from rgap import client
 from rgap.attack.reconstruct import reconstruct
-from rgap.experiments.common import (
-    MARKERS,
-    MIN_CERTIFIED_PSNR_DB,
-    PALETTE,
-    choice,
-    finish,
-    mark,
-    progress,
-    seeded,
-)
+from rgap.experiments.common import MIN_CERTIFIED_PSNR_DB, choice, progress, seeded
+from rgap.experiments.drawing import MARKERS, against_diagonal, colours, finish, key_of_points, mark, name_lines, points
 from rgap.metrics import psnr_db
 from rgap.results import Reconstruction
 from rgap.tokens import recognise
@@ -136,6 +127,19 @@ def attack_widths(widths: Sequence[int], images: Tensor, labels: Tensor, seed: i
             tokens = (images.shape[-1] // 4) ** 2
             tables.append(pd.DataFrame({"width": width, "tokens": tokens, "dtype": dtype}, table.index).join(table))
     return pd.concat(tables, ignore_index=True)
+
+
+def _noisy(share: float) -> Callable:
+    """Noise of a share of the first tensor's root mean square."""
+    return lambda g, seed: client.gaussian_noise(g, share * g[0].square().mean().sqrt().item(), seed)
+
+
+DEFENCES: dict[str, Callable] = {
+    "float16": lambda g, seed: client.quantise(g, "float16"),
+    **{f"noise, {share:.0e} rms".replace("e-0", "e-"): _noisy(share) for share in (1e-4, 1e-3, 1e-2)},
+    "half pruned": lambda g, seed: client.prune(g, 0.5),
+}
+"""Name -> function of the gradients and a seed."""
 
 
 def attack_defended(
@@ -288,14 +292,17 @@ def plot_widths(runs: pd.DataFrame) -> Figure:
     Args:
         runs: From `attack_widths`.
     """
-    figure, axis = plt.subplots(figsize=(6.4, 3.2))
-    runs = runs.assign(verdict=runs["verdict"].where(runs["verdict"] == "exact", "not certified"))
-    options = {"hue": "dtype", "style": "verdict", "style_order": ["exact", "not certified"], "markers": MARKERS[:2]}
-    sns.scatterplot(runs, x="width", y="psnr_db", palette=PALETTE, ax=axis, s=30, **options)
+    figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    for (dtype, colour), marker in zip(colours(runs["dtype"]).items(), MARKERS, strict=False):
+        rows = runs[runs["dtype"] == dtype].sort_values("width")
+        median = rows.groupby("width")["psnr_db"].median()
+        axis.plot(median.index, median, color=colour, lw=1, label=f"{dtype} gradients")
+        points(axis, rows, "width", "psnr_db", colour, marker)
     tokens = int(runs["tokens"].iloc[0])
     mark(axis, tokens + 0.5, f"{tokens} patches")
     axis.set(xlabel="width of the tokens", ylabel="PSNR, dB", ylim=(0, None))
-    sns.move_legend(axis, "center left", bbox_to_anchor=(1.0, 0.5), frameon=False, title=None)
+    name_lines(axis)
+    key_of_points(axis, loc="center right")
     return finish(figure)
 
 
@@ -305,12 +312,9 @@ def plot_predicted(runs: pd.DataFrame) -> Figure:
     Args:
         runs: Columns psnr_db, predicted_psnr_db and dtype.
     """
-    figure, axis = plt.subplots(figsize=(4.2, 3.4))
-    sns.scatterplot(runs, x="predicted_psnr_db", y="psnr_db", hue="dtype", palette=PALETTE, ax=axis, s=30)
-    ends = [runs[["psnr_db", "predicted_psnr_db"]].min().min(), runs[["psnr_db", "predicted_psnr_db"]].max().max()]
-    axis.plot(ends, ends, color="0.4", lw=1, ls=":")
+    figure, axis = plt.subplots(figsize=(5.4, 3.4))
+    against_diagonal(axis, runs.sort_values("dtype"), "predicted_psnr_db", "psnr_db", "dtype")
     axis.set(xlabel="predicted PSNR, dB", ylabel="PSNR, dB")
-    axis.legend(frameon=False)
     return finish(figure, "both")
 
 

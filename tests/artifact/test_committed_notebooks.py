@@ -56,6 +56,9 @@ class TestNotebook:
     def test_its_claims_are_those_of_claims_yml_and_the_last_run_measured_them(self, path):
         assert claim_ids(path) == {i for i, claim in artifact.read_claims().items() if claim["notebook"] == path.stem}
 
+    def test_no_progress_bar_stands_in_it(self, path):
+        assert "application/vnd.jupyter.widget" not in path.read_text()
+
 
 def test_claims_outputs_and_paper_parameters_belong_to_notebooks():
     names = {path.stem for path in NOTEBOOKS}
@@ -67,6 +70,3 @@ def test_claims_outputs_and_paper_parameters_belong_to_notebooks():
     assert set(artifact.run_alone()) <= names
     for notebook, outputs in artifact.expected_outputs().items():
         assert all(name.startswith(notebook[:3]) for name in outputs)
-
-    def test_no_progress_bar_stands_in_it(self, path):
-        assert "application/vnd.jupyter.widget" not in path.read_text()

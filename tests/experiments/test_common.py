@@ -1,13 +1,9 @@
-"""Attacks on images and on batches, runs side by side, galleries."""
+"""Attacks on images and on batches."""
 
-import builtins
-
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-import tqdm.notebook
-from cases import batch, fcn, rand, rendered, small_cnn
+from cases import batch, fcn, rand, small_cnn
 
 import rgap
 from rgap.experiments import common
@@ -99,69 +95,6 @@ def test_a_result_without_images_has_an_outcome():
     )
     outcome = common.batch_outcome(result, images, labels)
     assert outcome["found"] == outcome["certified"] == 0 and pd.isna(outcome["psnr_db"])
-
-
-def double(x):
-    return 2 * x
-
-
-def test_a_notebook_that_a_program_runs_keeps_no_progress_bar(monkeypatch):
-    monkeypatch.setattr(common, "tqdm", tqdm.notebook.tqdm)
-    bar = common.progress([1, 2], "runs")
-    assert bar.disable and list(bar) == [1, 2]
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_calls_come_back_in_their_order(jobs, monkeypatch):
-    monkeypatch.delenv("RGAP_SCHEDULER", raising=False)
-    assert common.run_each(abs, [(-3,), (2,), (-1,)], jobs=jobs) == [3, 2, 1]
-
-
-@pytest.mark.parametrize("by", ["argument", "environment"])
-def test_a_scheduler_without_dask_says_what_to_install(monkeypatch, by):
-    original = builtins.__import__
-
-    def without(name, *args, **options):
-        if name.startswith(("distributed", "dask")):
-            raise ModuleNotFoundError(f"No module named {name!r}")
-        return original(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.delenv("RGAP_SCHEDULER", raising=False)
-    if by == "environment":
-        monkeypatch.setenv("RGAP_SCHEDULER", "tcp://127.0.0.1:1")
-    with pytest.raises(ModuleNotFoundError, match=r"tcp://127.0.0.1:1 was named, and Dask is not installed.*\[dask\]"):
-        common.run_each(double, [(1,)], scheduler="tcp://127.0.0.1:1" if by == "argument" else None)
-
-
-def test_a_gallery_has_a_labelled_row_for_each_entry_and_titles_above():
-    rows = {"truth": rand(3, 3, 4, 4), "found": 3 * rand(2, 3, 4, 4) - 1}
-    axes = np.array(rendered(common.gallery(rows, ["a", "b", "c"], size=1.0))).reshape(2, 3)
-    assert [row[0].get_ylabel() for row in axes] == ["truth", "found"]
-    assert [axis.get_title() for axis in axes[0]] == ["a", "b", "c"]
-    assert [[len(axis.images) for axis in row] for row in axes] == [[1, 1, 1], [1, 1, 0]]
-    shown = axes[1, 0].images[0].get_array()
-    assert shown.shape == (4, 4, 3) and shown.min() == 0 and shown.max() == 1
-    np.testing.assert_array_equal(axes[0, 1].images[0].get_array(), rows["truth"][1].permute(1, 2, 0))
-    assert all(len(axis.get_xticks()) == len(axis.get_yticks()) == 0 for axis in axes.flat)
-
-
-def test_a_gallery_of_one_channel_is_grey_and_keeps_its_scale():
-    image = torch.full((1, 1, 4, 4), 0.25, requires_grad=True)
-    (axis,) = rendered(common.gallery({"": image}))
-    assert axis.images[0].get_array().shape == (4, 4) and axis.images[0].get_clim() == (0, 1)
-    assert axis.images[0].get_cmap().name == "gray" and axis.get_title() == ""
-
-
-@pytest.mark.parametrize("rows", [{}, {"two channels": rand(1, 2, 4, 4)}, {"no channels": rand(4, 4)}])
-def test_what_is_no_image_is_refused(rows):
-    with pytest.raises((ValueError, TypeError, RuntimeError)):
-        common.gallery(rows)
-
-
-def test_a_row_may_hold_images_of_several_shapes():
-    axes = rendered(common.gallery({"both": [rand(3, 4, 4), rand(1, 6, 6)]}))
-    assert [axis.images[0].get_array().shape for axis in axes] == [(4, 4, 3), (6, 6)]
 
 
 def test_an_image_is_stretched_to_the_range_of_pixels():

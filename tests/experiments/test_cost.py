@@ -24,10 +24,10 @@ def test_the_deficit_of_cnn6_grows_with_the_image():
     assert table["layer"].tolist()[2:] == ["2", "2"] and table["rank"].tolist()[3] == 12996
 
 
-def test_cost_has_a_panel_a_network_and_names_the_exponents():
+def test_cost_has_a_panel_a_network_and_names_the_exponent():
     rows = [("n", "side", v, m, k * v) for v in (1, 2) for m, k in (("a", 1.0), ("b", 5.0))]
     table = pd.DataFrame(rows, columns=["network", "against", "value", "method", "seconds"])
     slopes = pd.DataFrame({"network": "n", "against": "side", "method": ["a", "b"], "exponent": [1.0, 1.0]})
-    (axis,) = rendered(cost.plot_cost(table, slopes))
+    (axis,) = rendered(cost.plot_cost(table, slopes, {"b": "ours", "a": "theirs"}))
     assert axis.get_xscale() == axis.get_yscale() == "log" and "pixels" in axis.get_xlabel()
-    assert [t.get_text() for t in axis.get_legend().get_texts()] == ["a (exponent 1.0)", "b (exponent 1.0)"]
+    assert {t.get_text() for t in axis.texts} == {"ours", "theirs"} and "ours ∝ side" in axis.get_title()

@@ -1,6 +1,5 @@
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 from cases import rand, rendered, small_cnn
 
@@ -36,16 +35,16 @@ def test_predictions_stand_beside_what_was_measured():
     assert (runs["ra_index"] < 0).all() and (runs["psnr_db"] > 60).all()
 
 
-def test_the_counting_index_has_a_panel_a_batch_and_a_line_a_network():
+def test_the_counting_index_has_a_line_a_batch_and_names_the_layers():
     steps = pd.DataFrame(
-        [(name, batch, step, batch * 1000 - 2000 * step) for name in "ab" for batch in (1, 16) for step in range(3)],
-        columns=["network", "batch", "step", "ra_index"],
-    )
-    figure = experiment.plot_ra_along_depth(steps)
-    one, sixteen = rendered(figure)
-    assert (one.get_title(), sixteen.get_title()) == ("1 image", "16 images") and one.get_yscale() == "symlog"
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
-    np.testing.assert_allclose(sixteen.lines[0].get_ydata(), [16000, 14000, 12000])
+        [(name, kind, batch, batch * 1000 - 2000 * step) for batch in (1, 16)
+         for step, (name, kind) in enumerate([("0", "convolution"), ("2", "convolution"), ("5", "linear")])],
+        columns=["name", "kind", "batch", "ra_index"],
+    )  # fmt: skip
+    (axis,) = rendered(experiment.plot_ra_along_depth(steps))
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["conv1", "conv2", "fc"]
+    assert {"1 image", "16 images"} <= {text.get_text() for text in axis.texts} and axis.get_yscale() == "symlog"
+    np.testing.assert_allclose(axis.lines[1].get_ydata(), [16000, 14000, 12000])
 
 
 def test_laws_are_drawn_where_there_are_any():
@@ -57,10 +56,24 @@ def test_laws_are_drawn_where_there_are_any():
     assert [c.get_offsets().tolist() for c in second.collections] == [[[9, 6]], [[6, 6]]]
 
 
-def test_the_width_family_has_both_thresholds_and_names_the_widths():
-    runs = pd.DataFrame({"width": [24, 22, 20, 18], "deficit": [0, 82, 280, 486], "psnr_db": [100, 10, 13, 10]})
-    (axis,) = rendered(experiment.plot_deficits(runs, limit=60, counted=486))
-    places = [line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == "--"]
-    assert places == [pytest.approx(82**0.5), pytest.approx(0.93 * 486)]
-    assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] == [60]
-    assert {"22", "20", "18", "24 to 24"} <= {text.get_text() for text in axis.texts}
+def test_the_width_family_has_both_thresholds():
+    runs = pd.DataFrame({"width": [24, 22, 20, 16], "deficit": [0, 82, 280, 700], "ra_index": [-9, -5, -1, 48],
+                         "psnr_db": [100, 10, 13, 10]})  # fmt: skip
+    (axis,) = rendered(experiment.plot_width_family(runs, limit=60))
+    limit, *edges = axis.lines
+    assert limit.get_ydata()[0] == 60 and [line.get_xdata()[0] for line in edges] == [18, 23]
+    assert [text.get_text().split(":")[0] for text in axis.texts] == ["success", "counting", "rank"]
+
+
+def test_a_width_has_its_prediction_and_the_range_of_its_attacks():
+    runs = pd.DataFrame({"width": [8, 8], "deficit": [0, 0], "ra_index": [-5, -5], "psnr_db": [90.4, -0.2],
+                         "verdict": ["exact", "exact"]})  # fmt: skip
+    (row,) = experiment.by_width(runs).to_dict("records")
+    assert row == {"width": 8, "deficit": 0, "ra_index": -5, "attacks": 2, "psnr_min": 0.0, "psnr_max": 90.0,
+                   "verdict": "exact"}  # fmt: skip
+    assert str(row["psnr_min"]) == "0.0"
+
+
+def test_the_surplus_by_counting_stands_beside_the_ranks():
+    table = experiment.count_and_rank(rgap.rank_analysis(small_cnn(), (3, 8, 8)).to_frame(counted=True))
+    assert table["layer"].tolist() == ["conv1", "conv2", "fc"] and (table["rank"] <= table["unknowns"]).all()

@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 import torch
-from cases import rand, rendered, sequential
+from cases import rand, sequential
 from torch import nn
 
 import rgap
@@ -48,13 +48,6 @@ def test_the_search_walks_from_the_bound_to_the_threshold(monkeypatch, least):
     found = experiment.least_width(lambda width: width, rand(1, 3, 32, 32), LABEL, "mse")
     assert found["bound"] == 42 and found["width"] == least and found["psnr_db"] == 100 and found["below_db"] == 9
     assert len(set(tried)) == len(tried)
-
-
-def test_widths_are_drawn_with_their_bound_and_the_published_line():
-    widths = pd.DataFrame({"seed": [0, 3], "width": [13, 20], "bound": [14, 19]})
-    (axis,) = rendered(experiment.plot_least_widths(widths, published=77))
-    assert [t.get_text() for t in axis.get_xticklabels()] == ["0", "3"] and axis.get_ylim()[1] > 77
-    assert len(axis.get_legend().texts) == 3
 
 
 def test_missing_ranks_are_those_of_the_solver():

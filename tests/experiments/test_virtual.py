@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -57,22 +58,23 @@ def runs(widths=(24, 22, 20, 18), deficits=(0, 82, 280, 486)):
 
 def test_the_phase_transition_shows_medians_certificates_and_thresholds():
     (axis,) = rendered(experiment.plot_phase_transition(runs(), {"supplied": 396, "never": 9999}))
-    assert axis.get_xlabel() == "channels of the second layer" and axis.get_ylabel() == "PSNR (dB)"
+    assert axis.get_xlabel() == "channels of the second layer" and axis.get_ylabel() == "PSNR, dB"
     assert axis.xaxis_inverted()
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert labels == ["plain R-GAP", "with virtual constraints", "not certified"]
-    plain, virtual, *edges = axis.lines
-    np.testing.assert_allclose(plain.get_ydata(), [11.5, 11.5, 11.5, 101.5])
-    np.testing.assert_allclose(virtual.get_ydata(), [11.5, 101.5, 101.5, 101.5])
+    assert labels == ["certified as exact", "not certified"]
+    virtual, plain, *edges = axis.lines
+    np.testing.assert_allclose(plain.get_ydata(), [101.5, 11.5, 11.5, 11.5])
+    np.testing.assert_allclose(virtual.get_ydata(), [101.5, 101.5, 101.5, 11.5])
     assert [edge.get_xdata()[0] for edge in edges] == [23, 19]
-    assert [text.get_text() for text in axis.texts] == ["no deficit\n(deficit ≤ 0)", "supplied\n(deficit ≤ 396)"]
+    named = ["no deficit\n(deficit ≤ 0)", "supplied\n(deficit ≤ 396)", "with virtual\nconstraints", "plain R-GAP"]
+    assert [text.get_text() for text in axis.texts] == named
     filled = [len(c.get_offsets()) for c in axis.collections if to_hex(c.get_facecolor()[0]) != "#ffffff"]
-    assert filled == [2, 6]
+    assert filled[:2] == [6, 2]
 
 
 def test_where_everything_is_determined_no_threshold_is_drawn():
     (axis,) = rendered(experiment.plot_phase_transition(runs((30, 26), (0, 0)), {"supplied": 396}))
-    assert len(axis.lines) == 2 and not axis.texts
+    assert len(axis.lines) == 2 and len(axis.texts) == 2
 
 
 def test_wrong_signs_have_a_line_for_each_image():
@@ -80,8 +82,12 @@ def test_wrong_signs_have_a_line_for_each_image():
         {"image": [0, 0, 0, 7, 7], "step": [1, 2, 3, 1, 2], "wrong": [400, 20, 0, 300, 0], "layer": "2"}
     )
     (axis,) = rendered(experiment.plot_wrong_signs(history))
-    assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_yscale()) == ("step", "wrong signs", "symlog")
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["0", "7"]
+    assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_yscale()) == (
+        "step of the inference",
+        "wrong signs",
+        "symlog",
+    )
+    assert [text.get_text() for text in axis.texts] == ["image 0", "image 7"]
     assert axis.get_xticks().tolist() == [1, 2, 3] and axis.get_ylim()[0] == pytest.approx(-0.3)
     np.testing.assert_array_equal(axis.lines[0].get_ydata(), [400, 20, 0])
 
@@ -90,4 +96,16 @@ def test_more_images_than_markers():
     history = pd.DataFrame(
         [(i, step, 10 // step) for i in range(9) for step in (1, 2)], columns=["image", "step", "wrong"]
     )
-    assert len(rendered(experiment.plot_wrong_signs(history))[0].get_legend().get_texts()) == 9
+    assert len(rendered(experiment.plot_wrong_signs(history))[0].texts) == 9
+
+
+def test_attacks_with_and_without_virtual_constraints_stand_beside_each_other():
+    layer = SimpleNamespace(deficit=280, virtual_constraints=960, iterations=4)
+    results = [SimpleNamespace(layers=[SimpleNamespace(deficit=0), layer])]
+    plain, solved = (
+        pd.DataFrame({"psnr_db": [q], "verdict": [v], "seconds": [s]})
+        for q, v, s in ((-1.2, "rank-deficient", 1.0), (99.6, "exact", 4.0))
+    )
+    table, times = experiment.compared(plain, solved, results)
+    assert table.iloc[0].tolist() == [280, 960, -1.0, "rank-deficient", 100.0, "exact"]
+    assert times.iloc[0].tolist() == [4, 4.0, 1.0]
