@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TextIO
 
-from tqdm.auto import tqdm
+from tqdm import tqdm  # tqdm.auto would show a widget in a notebook, whatever file it is given
 
 PROGRESS_FILE = "RGAP_PROGRESS"
 """Environment variable with the file that a notebook's progress bars write to; its last text tells how far it is."""

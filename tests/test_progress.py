@@ -29,3 +29,7 @@ def test_a_bar_goes_to_the_file_that_is_asked_for_and_nowhere_else(tmp_path, mon
     written = (tmp_path / "bars").read_text()
     assert "attacks 3 of 3" in written and "training 2 of 2" in written
     assert sys.stderr.getvalue() == ""
+
+
+def test_a_notebooks_bar_is_text_for_the_file_and_no_widget_among_its_outputs():
+    assert type(progress(range(2), "attacks")).__module__ == "tqdm.std"

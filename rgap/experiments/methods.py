@@ -258,5 +258,5 @@ def plot_quality_against_time(trajectories: pd.DataFrame, names: Mapping[str, st
         axis.set(xscale="log", xlabel="seconds", title=NETWORK_NAMES.get(network, network))
     axes[0, 0].set(ylabel="best PSNR so far, dB", ylim=(0, None))
     for axis in axes[0]:
-        name_lines(axis)
+        name_lines(axis, in_margin=True)
     return finish(figure, grid="both")
