@@ -72,6 +72,13 @@ def test_a_function_that_needs_the_extra_says_so(monkeypatch):
         from_extra("seaborn")
 
 
+def test_the_wheel_holds_every_file_that_is_no_module():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["rgap"]
+    held = {path for pattern in patterns for path in (ROOT / "rgap").glob(pattern)}
+    others = {path for path in (ROOT / "rgap").rglob("*") if path.is_file() and path.suffix not in {".py", ".pyc"}}
+    assert others == held
+
+
 def test_every_dependency_is_pinned_with_hashes():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
