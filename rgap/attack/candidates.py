@@ -21,9 +21,6 @@ from rgap.network.layer import Chain
 from rgap.results import Candidate
 from rgap.shared_gradient import FLOAT64_FLOOR
 
-MAX_OPEN_SIZE = 100.0
-"""Size of the pixels below an open layer, in widths of their range, above which nothing of an image is in them."""
-
 MAX_PATTERN_FLIPS = 30
 """Units of an image that may lie on another piece than was decided when it goes forward again; noise flips more."""
 
@@ -33,8 +30,6 @@ def weigh(attack: Attack, descent: Descent) -> Weighed:
     if descent.start.batch_size > 1:
         return weigh_batch(attack, descent)
     received, labels, image = attack.received, descent.start.labels, attack.images(descent)
-    if descent.open_layers and not (image - attack.pixels.middle).abs().max() <= MAX_OPEN_SIZE * attack.pixels.width:
-        image = torch.full_like(image, attack.pixels.middle)  # what is amplified from an open layer is no picture
     match = Misfit(math.inf, received.arithmetic)
     if torch.isfinite(image).all():
         match = _match(attack, descent, image)

@@ -12,6 +12,9 @@ from rgap.attack.brightness import about_brightness, factor_of, with_brightness
 from rgap.attack.problem import Weighed
 from rgap.results import VERDICTS, Candidate, PixelRange, Reconstruction, certified_psnr_db, noise_limit, with_accuracy
 
+MAX_OPEN_SIZE = 100.0
+"""Size of the pixels below an open layer, in widths of their range, above which nothing of an image is in them."""
+
 TWIN_RESIDUAL_RATIO = 1.01
 """Ratio of residuals up to which candidates that miss the gradient are twins: neither is less inconsistent."""
 
@@ -40,10 +43,17 @@ def judge(
     doubts = [] if consistent or best.open_layers else [one.doubt for one in weighed if one.doubt][:1]
     limit = TWIN_RESIDUAL_RATIO * best.gradient_residual
     alike = [c for c in candidates if c is best or c.gradient_residual <= limit < math.inf]
-    kept = tuple(_on_device(c, device) for c in consistent or alike)
+    kept = tuple(_on_device(_shown(c, pixels), device) for c in consistent or alike)
     notes = (*notes, *_deficits(best), *doubts, *why, *about_brightness([best]))
     judged = Reconstruction(kept[0].images, kept[0].labels, verdict, kept, best.layers, notes)
     return with_accuracy(replace(judged, gradient_scale=factor_of([best])), pixels)
+
+
+def _shown(candidate: Candidate, pixels: PixelRange) -> Candidate:
+    """The candidate; what is amplified from an open layer is no picture, and a uniform image stands for it."""
+    if not candidate.open_layers or (candidate.images - pixels.middle).abs().max() <= MAX_OPEN_SIZE * pixels.width:
+        return candidate
+    return replace(candidate, images=torch.full_like(candidate.images, pixels.middle))
 
 
 def _twins_together(weighed: Sequence[Weighed]) -> list[Candidate]:

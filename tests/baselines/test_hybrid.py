@@ -46,3 +46,17 @@ def test_the_hybrid_helps_under_noise_and_says_that_it_cannot_tell():
 def test_a_negative_weight_of_the_total_variation_is_refused():
     with pytest.raises(ValueError, match="tv_weight is"):
         hybrid(small_cnn(), rgap.client_gradients(small_cnn(), IMAGE, LABEL), (3, 8, 8), tv_weight=-1.0)
+
+
+@pytest.mark.slow
+def test_a_hypothesis_whose_image_was_amplified_does_not_come_first():
+    """CNN6-d, the second photograph: the other root of the loss has a smaller residual and a huge image."""
+    images, labels = rgap.data.load_images("embedded", index=[1], image_shape=(3, 32, 32), classes=2)
+    model = rgap.models.cnn6_d()
+    gradients = rgap.client_gradients(model, images, labels)
+    plain = rgap.reconstruct(
+        model, gradients, (3, 32, 32), virtual_constraints=False, effort="full", gradient_scale=1.0
+    )
+    assert plain.verdict == "rank-deficient"
+    assert plain.candidates[0].images.std() > 0.1
+    assert psnr_db(hybrid(model, gradients, (3, 32, 32), steps=100).images, images).item() > 60
