@@ -106,12 +106,12 @@ def test_leaves_three_pictures_and_a_table_and_prints_a_handful_of_lines(tmp_pat
     assert printed[0].split()[1] == "exact"
     assert float(printed[2].split()[1]) > 80
     folder = tmp_path / f"{model}_seed0_logistic_embedded_6"
-    origin, found, rescaled = (
-        read(folder / f"{n}.png") for n in ("origin", "reconstruction", "reconstruction_rescaled")
+    original, found, rescaled = (
+        read(folder / f"{n}.png") for n in ("original", "reconstruction", "reconstruction_rescaled")
     )
     shape = rgap.models.IMAGE_SHAPES[model]
-    assert origin.shape == (shape[1:] if shape[0] == 1 else (*shape[1:], 3))
-    assert abs(origin - found).max() < 1.5 / 255
+    assert original.shape == (shape[1:] if shape[0] == 1 else (*shape[1:], 3))
+    assert abs(original - found).max() < 1.5 / 255
     assert (rescaled.min(), rescaled.max()) == (0, 1)
     assert len(pd.read_csv(folder / "layers.csv")) == {"cnn6": 7, "fcn3": 3}[model]
 
@@ -133,7 +133,7 @@ def test_images_of_a_batch_are_compared_each_with_its_own(tmp_path, capsys, monk
     monkeypatch.setattr(rgap, "reconstruct", lambda *_, **__: found)
     assert reconstruct(tmp_path, "--index", "5", "--batch", "2") == 0
     assert "PSNR     60.0, 60.0 dB" in capsys.readouterr().out
-    for name in ("origin", "reconstruction", "reconstruction_rescaled"):
+    for name in ("original", "reconstruction", "reconstruction_rescaled"):
         written = {path.name for path in (tmp_path / "cnn6_seed0_logistic_embedded_5_batch2").glob(f"{name}_?.png")}
         assert written == {f"{name}_5.png", f"{name}_6.png"}
 
@@ -182,8 +182,8 @@ def test_notes_are_printed_and_every_candidate_is_kept(tmp_path, capsys, monkeyp
     printed = capsys.readouterr().out
     assert "note     a twin\nnote     another\n" in printed and "others   inf dB, the other candidates" in printed
     folder = tmp_path / "cnn6_seed0_logistic_embedded_5"
-    origin, other = read(folder / "original.png"), read(folder / "candidate_1.png")
-    assert (origin == other).all() and read(folder / "comparison.png").shape == (34, 4 * 34, 3)
+    original, other = read(folder / "original.png"), read(folder / "candidate_1.png")
+    assert (original == other).all() and read(folder / "comparison.png").shape == (34, 4 * 34, 3)
 
 
 def test_runs_of_other_cases_go_to_other_folders(tmp_path):
