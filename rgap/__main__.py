@@ -8,7 +8,6 @@ from pathlib import Path
 
 # Nothing here imports torch: `rgap notebook` starts once for every notebook, and torch takes seconds to import.
 from rgap import artifact
-from rgap.extras import HOW
 
 MODELS = ("cnn6", "cnn6_d", "cnn6_batch", "fcn3", "lenet")
 LOSSES = ("logistic", "cross_entropy", "mse")
@@ -114,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rgap {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"rgap {options.command}: {error.name} is not installed; {HOW}", file=sys.stderr)
+        print(f"rgap {options.command}: {error.name} is not installed; {artifact.HOW}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"rgap {options.command}: interrupted", file=sys.stderr)

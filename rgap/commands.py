@@ -21,8 +21,8 @@ from rgap.artifact.outputs import save_csv
 from rgap.client import check_loss
 from rgap.client.files import load_gradients, load_weights, save_weights
 from rgap.client.training import training
-from rgap.display import rescale, to_pixels
 from rgap.ranks.audit import audit as audited
+from rgap.results.display import rescale, to_pixels
 
 AUDIT_STATUS = {"stops": 0, "leaks": 1, "unknown": 3}
 """Outcome -> exit status; 2 is for wrong arguments."""

@@ -4,7 +4,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from rgap.arguments import check_tensor
-from rgap.extras import from_extra
+from rgap.artifact import from_extra
 
 
 def mse(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from cases import rand, small_cnn
 from PIL import Image
 
 import rgap
-from rgap import display
+from rgap.results import display
 
 SHAPE = (3, 8, 8)
 IMAGES, LABELS = rand(4, *SHAPE), torch.tensor([0, 1, 1, 0])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rgap.extras import from_extra
+from rgap.artifact import from_extra
 
 ROOT = Path(__file__).parents[1]
 EXTRA = (

@@ -10,8 +10,8 @@ from torch import nn
 
 import rgap
 from rgap import baselines, client
-from rgap.gradient_names import gradients_by_name
 from rgap.shared_gradient import receive
+from rgap.shared_gradient.names import gradients_by_name
 
 SHAPE = (1, 5, 5)
 

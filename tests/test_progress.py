@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from rgap.progress import PROGRESS_FILE, progress
+from rgap.artifact.progress import PROGRESS_FILE, progress
 
 
 def stream(terminal):

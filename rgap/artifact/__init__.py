@@ -1,6 +1,7 @@
 """What a run leaves behind: figures, tables and checked claims; the strict notebook runner and the report."""
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from rgap.artifact.outputs import ROOT, figures_dir, profile, save_figure, save_table, write_atomically
@@ -37,6 +38,17 @@ __all__ = [
     "usual_seconds",
     "write_atomically",
 ]
+
+
+HOW = "the extra `artifact` brings it: pip install '.[artifact]' in a checkout of this repository"
+
+
+def from_extra(module: str) -> ModuleType:
+    """Imports a module of the extra `artifact`, without which the core works; else an error that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error.name or module} is not installed; {HOW}", name=error.name) from error
 
 
 def __getattr__(name: str):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rgap.progress import PROGRESS_FILE
+from rgap.artifact.progress import PROGRESS_FILE
 
 POLL_SECONDS = 0.2
 INTERRUPT_SECONDS = 10.0  # that interrupted commands have to clean up before they are ended

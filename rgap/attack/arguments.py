@@ -15,9 +15,9 @@ from rgap.arguments import (
     check_pixel_range,
 )
 from rgap.client import check_label, check_loss, check_smoothing, outputs_fit
-from rgap.forward import select_output
 from rgap.network.activations import IDENTITY
 from rgap.network.chain import Chain, prepare
+from rgap.network.forward import select_output
 from rgap.network.layer import Layer
 from rgap.residual import ResidualNetwork, prepare_residual
 from rgap.results import GradientMismatchError, UnsupportedLayerError

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rgap.progress import progress
+from rgap.artifact.progress import progress
 
 LBFGS_LOSS_SCALE = 1e6
 """L-BFGS minimises this multiple of the objective: torch's drops curvature pairs below an absolute bound."""

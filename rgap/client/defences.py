@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from rgap.arguments import MAX_SQUARED_NUMBER, check_choice, check_count, check_number, check_seed
+from rgap.artifact import from_extra
 from rgap.client.gradients import named_tensors
-from rgap.extras import from_extra
 from rgap.results import GradientMismatchError
-from rgap.shared_gradient import INT8_LEVELS
+from rgap.shared_gradient.rounding import INT8_LEVELS
 
 Gradients = TypeVar("Gradients", Sequence[Tensor], Mapping[str, Tensor])
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgap.arguments import check_count, check_model, check_number, check_targets, check_tensor
-from rgap.forward import outputs_of, select_output
 from rgap.isolation import for_autograd, isolated
 from rgap.models import trained_names
+from rgap.network.forward import outputs_of, select_output
 from rgap.results import GradientMismatchError
 
 LOSSES = ("logistic", "cross_entropy", "mse")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rgap.arguments import check_choice, check_count, check_labels, check_model, check_number, check_seed, check_tensor
+from rgap.artifact.progress import progress
 from rgap.client.gradients import check_loss, loss_value
-from rgap.progress import progress
 
 OPTIMISERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from rgap import client
 from rgap.attack.reconstruct import reconstruct
 from rgap.data import load_images
-from rgap.display import to_png
 from rgap.experiments.audit import (
     DEFENCES,
     Gradients,
@@ -30,6 +29,7 @@ from rgap.experiments.common import timed
 from rgap.metrics import psnr_db
 from rgap.network.layer import Chain
 from rgap.results import Reconstruction
+from rgap.results.display import to_png
 
 PICTURE_PIXELS = 256
 """Height of a picture in the panel, pixels."""

@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from rgap.artifact.progress import progress
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
 from rgap.experiments.common import (
@@ -26,7 +27,6 @@ from rgap.experiments.drawing import finish, lines, mark
 from rgap.metrics import psnr_db
 from rgap.models import LEAKY_SLOPE
 from rgap.network.layer import Chain
-from rgap.progress import progress
 from rgap.results import Reconstruction
 
 

@@ -12,15 +12,15 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from rgap.artifact.progress import progress as progress  # for the other experiments
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
-from rgap.display import rescale as rescale  # for notebooks
 from rgap.experiments.drawing import gallery as gallery  # for notebooks
 from rgap.metrics import match, mse, psnr_db, ssim
 from rgap.network.chain import prepare
 from rgap.network.layer import Chain
-from rgap.progress import progress as progress  # for the other experiments
 from rgap.results import Reconstruction
+from rgap.results.display import rescale as rescale  # for notebooks
 
 SAME_IMAGE_COSINE = 1 - 1e-6
 """Cosine between the directions of two images from which on they count as the same image."""

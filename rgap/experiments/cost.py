@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from rgap import models
+from rgap.artifact.progress import progress
 from rgap.attack.reconstruct import reconstruct
 from rgap.baselines import dlg
 from rgap.client import client_gradients
@@ -20,7 +21,6 @@ from rgap.experiments.common import one_thread, seeded, timed
 from rgap.experiments.drawing import NETWORK_NAMES, finish, lines, name_lines
 from rgap.metrics import psnr_db
 from rgap.network.chain import prepare
-from rgap.progress import progress
 from rgap.ranks.analysis import rank_analysis
 
 MAX_REPEATED_SECONDS = 2.0

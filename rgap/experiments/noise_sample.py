@@ -9,12 +9,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from rgap.artifact.progress import progress
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
 from rgap.experiments.common import seeded
 from rgap.experiments.noise import defend, outcome, reference
 from rgap.network.chain import prepare
-from rgap.progress import progress
 from rgap.results import Reconstruction
 
 FALSE_CERTIFICATE_RATIO = 10.0

@@ -11,10 +11,10 @@ from torch import nn
 
 from rgap import equations, models
 from rgap.artifact.outputs import write_atomically
+from rgap.artifact.progress import progress
 from rgap.equations.proofs import PROOF_TABLE, LayerShape, elimination_work, rank_bounds
 from rgap.experiments.ranks import random_convolution
 from rgap.network.tracing import trace
-from rgap.progress import progress
 from rgap.ranks.ranking import layer_shape
 from rgap.ranks.steps import counted_steps
 

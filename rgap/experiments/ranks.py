@@ -13,10 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from rgap.artifact.progress import progress
 from rgap.equations.proofs import rank_bounds
 from rgap.experiments.common import attack_each, seeded
 from rgap.experiments.drawing import NAME_POINTS, PALETTE, finish, lines, mark, name_lines, step_labels
-from rgap.progress import progress
 from rgap.ranks.analysis import rank_analysis
 from rgap.ranks.ranking import layer_shape
 

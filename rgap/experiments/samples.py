@@ -10,7 +10,7 @@ from importlib import import_module
 import pandas as pd
 
 from rgap import experiments
-from rgap.progress import progress
+from rgap.artifact.progress import progress
 
 SAMPLE_COLUMNS = ("case", "verdict", "psnr_db", "ok", "why")
 """Columns that the table of every sample must have."""

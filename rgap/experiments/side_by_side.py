@@ -9,7 +9,7 @@ from typing import Any
 
 import joblib
 
-from rgap.progress import progress
+from rgap.artifact.progress import progress
 
 
 def run_each(

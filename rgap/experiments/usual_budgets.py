@@ -8,12 +8,12 @@ from itertools import product
 import pandas as pd
 
 from rgap import data, models
+from rgap.artifact.progress import progress
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
 from rgap.experiments.common import one_thread
 from rgap.experiments.methods import OPTIMISERS
 from rgap.metrics import psnr_db
-from rgap.progress import progress
 
 USUAL_STEPS = {"DLG": 6000, "Inverting Gradients": 4800}
 """DLG: 300 steps of L-BFGS with up to 20 evaluations each; Inverting Gradients: 4,800 steps of Adam."""

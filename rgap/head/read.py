@@ -22,7 +22,7 @@ from rgap.head.squared import read_real_target, read_squared
 from rgap.network.activations import IDENTITY
 from rgap.network.layer import Layer
 from rgap.results import GradientMismatchError
-from rgap.shared_gradient import MAX_SQUARABLE, SharedGradient
+from rgap.shared_gradient.received import MAX_SQUARABLE, SharedGradient
 
 REAL_TARGET_RATIO = 30.0
 """Times the relative noise of the last layer's gradient by which all labels are missed where the target is none."""

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from rgap.arguments import check_image_shape, check_model
-from rgap.forward import select_output
 from rgap.isolation import isolated
 from rgap.models import trained_names
 from rgap.network.folding import Folder, parameter_copy
+from rgap.network.forward import select_output
 from rgap.network.layer import Chain, Layer
 from rgap.network.operations import is_log_softmax
 from rgap.network.tracing import Step, trace

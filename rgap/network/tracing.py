@@ -25,7 +25,7 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from rgap.arguments import check_image_shape
-from rgap.forward import first_tensor, unwrap
+from rgap.network.forward import first_tensor, unwrap
 from rgap.network.operations import (
     CASTS,
     LINEAR_FUNCTIONS,

@@ -53,9 +53,8 @@ def test_a_failure_stops_nothing_and_everything_that_it_printed_is_shown(tmp_pat
 def test_a_terminal_sees_what_runs_how_far_it_is_and_how_long_is_left(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(schedule.sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "70")
-    script = (
-        "import os, time\nfrom rgap.progress import progress\n[time.sleep(0.7) for _ in progress(range(3), 'attacks')]"
-    )
+    bar = "[time.sleep(0.7) for _ in progress(range(3), 'attacks')]"
+    script = f"import time\nfrom rgap.artifact.progress import progress\n{bar}"
     run_jobs([job("bar", script, 30)], 1, tmp_path)
     printed = capsys.readouterr().out
     assert "\r0 of 1 done, about 0:" in printed and "bar 0:01 (attacks 1 of 3)" in printed

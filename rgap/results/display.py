@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -106,3 +107,11 @@ def ranks_page(analysis) -> str:
     """A `RankAnalysis` as HTML: the verdict and the counted layers."""
     columns = ["name", "kind", "unknowns", "weight_rows", "gradient_rows", "ra_index", "deficit", "virtual_constraints"]
     return page(ranks_line(analysis).strip("<>"), (), (), analysis.to_frame(counted=True)[columns])
+
+
+def reports_frame(reports, kind) -> pd.DataFrame:
+    """A table of dataclass records, one row each, with every field of `kind` as a column even without rows."""
+    import pandas as pd  # as slow to import as half of this package
+
+    names = [f.name for f in fields(kind)]
+    return pd.DataFrame([[getattr(report, name) for name in names] for report in reports], columns=names)
