@@ -1,4 +1,7 @@
-"""What W of full rank leaves of its longer side: null space, left null space and W⁺ by dense factors, made once."""
+"""What W of full rank leaves of its longer side: null space, left null space and W⁺, made once.
+
+By block Cholesky factors of WᵀW (or W Wᵀ, whichever is smaller), which a convolution's few pixel rows keep narrow.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import linalg
 from torch import Tensor
 
+from rgap.equations.block_cholesky import BlockCholesky, block_cholesky
 from rgap.equations.limits import DEFAULT_LIMITS
 from rgap.equations.weights import weight_matrix
-from rgap.linalg import largest_eigenvalue
+from rgap.linalg import gram_matrix, largest_eigenvalue
 from rgap.network.layer import Layer
 
 MIN_PIVOT_RATIO = 1e-6
-"""Smallest over largest pivot of a dense Gram matrix's Cholesky factor at which W still counts as of full rank."""
+"""Smallest over largest pivot of a Gram matrix's Cholesky factor at which W still counts as of full rank."""
 
 INVERSE_ITERATIONS = 4
 """Block inverse iterations for W's weak directions; the weakest, which matter most, are exact after two."""
@@ -25,14 +28,14 @@ INVERSE_ITERATIONS = 4
 
 @dataclass(frozen=True)
 class RangeComplement:
-    """W of full rank by a dense Cholesky factor: W⁺, and what is left of the range of its longer side.
+    """W of full rank by a Cholesky factor: W⁺, and what is left of the range of its longer side.
 
     With A = W where W has more rows than columns, A = Wᵀ else, `basis` is the left null space of W (`basis`ᵀ (z − b)
     = 0 whatever the input), or the null space of W.
     """
 
     layer: Layer  # without groups
-    factor: NDArray  # Cholesky factor of AᵀA, lower, as LAPACK has it
+    factor: BlockCholesky  # of AᵀA
     basis: Tensor  # orthonormal, of the complement of the range of A, (rows of A, rows − columns of A)
 
     @property
@@ -42,26 +45,27 @@ class RangeComplement:
 
     def solve(self, right: Tensor) -> Tensor:
         """(AᵀA)⁻¹ of columns, (columns of A, k)."""
-        return torch.from_numpy(linalg.cho_solve((self.factor, True), right.numpy(), check_finite=False))
+        return torch.from_numpy(self.factor.solve(right.numpy()))
+
+    def lift(self, z: Tensor) -> Tensor:
+        """W⁺ z of every image, not refined: (B, O, H′, W′) -> (B, C, H, W)."""
+        inner = z if self.is_wide else self.layer.adjoint(z)
+        solved = self.solve(inner.flatten(1).T).T.reshape(inner.shape)
+        return self.layer.adjoint(solved) if self.is_wide else solved
 
     def minimum_norm(self, z: Tensor) -> Tensor:
-        """W⁺ z of every image for a layer with no more outputs than inputs: (B, O, H′, W′) -> (B, C, H, W)."""
-        x = z.new_zeros(len(z), *self.layer.input_shape)
-        for _ in range(2):  # the second pass refines
-            rest = (z - self.layer.apply(x)).flatten(1).T
-            x = x + self.layer.adjoint(self.solve(rest).T.reshape(z.shape))
-        return x
+        """W⁺ z of every image, refined once: (B, O, H′, W′) -> (B, C, H, W)."""
+        x = self.lift(z)
+        return x + self.lift(z - self.layer.apply(x))
 
     def pseudo_inverse(self) -> NDArray:
         """W⁺ as a dense matrix, (C·H·W, O·H′·W′)."""
-        inverse = np.tril(linalg.lapack.dpotri(self.factor, lower=1)[0])
-        inverse += np.tril(inverse, -1).T
-        W = weight_matrix(self.layer)
-        return W.T @ inverse if self.is_wide else (W @ inverse).T
+        W = weight_matrix(self.layer).toarray()
+        return self.factor.solve(W).T if self.is_wide else self.factor.solve(W.T)
 
 
 def complement(layer: Layer, max_side: int = DEFAULT_LIMITS.max_pinv_side) -> RangeComplement | None:
-    """The dense factor of a layer without groups, made once; None where W is too large or not of full rank."""
+    """The factor of a layer without groups, made once; None where W is too large or not of full rank."""
     if min(layer.unknowns, math.prod(layer.output_shape)) > max_side:
         return None
     return layer.cached("complement", lambda: _complement(layer))
@@ -69,18 +73,27 @@ def complement(layer: Layer, max_side: int = DEFAULT_LIMITS.max_pinv_side) -> Ra
 
 def _complement(layer: Layer) -> RangeComplement | None:
     W = weight_matrix(layer)
-    A = W.T.tocsr() if W.shape[0] <= W.shape[1] else W
-    factor, failed = linalg.lapack.dpotrf((A.T @ A).toarray().T, lower=1)  # symmetric: columns first at no cost
-    pivots = np.abs(np.diag(factor))
-    if failed or pivots.min() < MIN_PIVOT_RATIO * pivots.max():
+    wide = W.shape[0] <= W.shape[1]
+    channels = (layer.output_shape if wide else layer.input_shape)[0]
+    order = np.arange(min(W.shape)).reshape(channels, -1).T.ravel()  # channels of a pixel side by side
+    factor = block_cholesky(W @ W.T if wide else W.T @ W, order)
+    if factor is None or factor.pivots.min() < MIN_PIVOT_RATIO * factor.pivots.max():
         return None
-    found = RangeComplement(layer, factor, torch.zeros(A.shape[0], 0, dtype=torch.float64))
-    generator = torch.Generator().manual_seed(0)
-    rest = torch.randn(A.shape[0], A.shape[0] - A.shape[1], generator=generator, dtype=torch.float64)
+    found = RangeComplement(layer, factor, torch.zeros(max(W.shape), 0, dtype=torch.float64))
+    generator, shape = torch.Generator().manual_seed(0), layer.input_shape if wide else layer.output_shape
+    rest = torch.randn(abs(W.shape[0] - W.shape[1]), *shape, generator=generator, dtype=torch.float64)
     for _ in range(2):  # random vectors, projected; and once more when orthonormal, since the rest may be small
-        seen = found.solve(torch.from_numpy(A.T @ rest.numpy()))
-        rest = torch.linalg.qr(rest - torch.from_numpy(A @ seen.numpy()))[0]
-    return replace(found, basis=rest.contiguous())
+        seen = found.lift(layer.apply(rest)) if wide else layer.apply(found.lift(rest))
+        rest = _orthonormal((rest - seen).flatten(1)).reshape(rest.shape)
+    return replace(found, basis=rest.flatten(1).T.contiguous())
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Independent rows made orthonormal by the Cholesky factor of their Gram matrix."""
+    if not len(rows):
+        return rows
+    factor, failed = torch.linalg.cholesky_ex(gram_matrix(rows.T))
+    return torch.linalg.qr(rows.T)[0].T if failed else torch.linalg.solve_triangular(factor, rows, upper=False)
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ def weak_subspace(layer: Layer, ratio: float, max_side: int = DEFAULT_LIMITS.max
 
 def _weak(factor: RangeComplement, ratio: float) -> WeakSubspace:
     """Block inverse iteration on W Wᵀ; the block is doubled as long as all of it is weak."""
-    layer, rows = factor.layer, len(factor.factor)
+    layer, rows = factor.layer, len(factor.factor.order)
     generator, size = torch.Generator().manual_seed(0), max(8, rows // 20)
 
     def gram(v: Tensor) -> Tensor:  # WᵀW v, (n, 1)

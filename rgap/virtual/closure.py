@@ -168,36 +168,36 @@ def _channels(problem: DeficientLayer, most: int = 4000) -> NDArray:
 
 def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, beliefs: list):
     """Steps until the belief is as narrow as the noise, or stalls; the prior takes part in the first steps."""
-    previous, N = problem.previous, problem.N
+    previous, N, rough = problem.previous, problem.N, problem.N.astype(np.float32)
     rms, noise = np.sqrt(np.mean(problem.x**2)), max(problem.noise, 1e-7)  # a lower one collapses the belief too soon
-    t, y = np.zeros(N.shape[1]), np.zeros(previous.null.shape[1])
+    m, t, y = problem.x, np.zeros(N.shape[1]), np.zeros(previous.null.shape[1])
     open_ = t.size - problem.known.size
     at_first = np.concatenate([np.full(open_, rms), np.minimum(PRIOR_WIDENING * problem.known, rms)])
-    v = (N * at_first) ** 2 @ np.ones(t.size)
+    v = (rough**2 @ at_first.astype(np.float32) ** 2).astype(float)
     scales = np.concatenate([np.full(t.size, rms), np.full(y.size, 3 * rms)])
-    image, spread, best, waited = np.full(len(previous.pinv), 0.5), rms, np.inf, 0
-    if prior is None:
-        first = fit(problem.activation, problem.x, v)
-        image = previous.lift(first.alpha + first.beta * problem.x, y)
+    image, spread, best, waited = np.full(previous.layer.unknowns, 0.5), rms, np.inf, 0
+    if prior is None and channels.size:
+        first = fit(problem.activation, m, v)
+        image = previous.lift(first.alpha + first.beta * m, y)
     for step in range(MAX_STEPS):
         if prior is not None and not hopeless and (step >= 10 or (step >= 4 and spread < 0.02 * rms)):
             prior = None
-        m = problem.x + N @ t
         fitted = fit(problem.activation, m, v)
         rows = assemble(problem, fitted, m, image, channels, prior, noise)
-        theta, v, chi2, eps = update(rows, fitted, N, scales)
+        theta, v, chi2, eps = update(rows, fitted, rough, scales)
         move, t, y = np.linalg.norm(theta[: t.size] - t), theta[: t.size], theta[t.size :]
         v = v * max(1.0, chi2)
-        spread = float(np.sqrt(v.mean()))
-        image = previous.lift(fitted.alpha + fitted.beta * (problem.x + N @ t) + eps, y)
-        beliefs.append(problem.x + N @ t)
+        spread, m = float(np.sqrt(v.mean())), problem.x + N @ t
+        beliefs.append(m)
+        if channels.size:
+            image = previous.lift(fitted.alpha + fitted.beta * m + eps, y)
         sharp, still = spread < 20 * noise * rms, move < 0.1 * spread * np.sqrt(len(m))
         waited = 0 if spread < 0.9 * best else waited + 1
         best = min(best, spread)
         done = prior is None and chi2 < 100 and (sharp or still)
         if done or (hopeless and step >= 4 and still) or waited > 8:
             break
-    return t, image
+    return t, image if channels.size else previous.lift(fitted.alpha + fitted.beta * m, y)
 
 
 def _certify(problem: DeficientLayer, t: NDArray, image: NDArray, channels: NDArray, beliefs: list) -> VirtualSolution:
@@ -244,16 +244,19 @@ def _solve_pieces(problem: DeficientLayer, m: NDArray, image: NDArray, channels:
 def _solve_piece(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
     """Solves the linear system on the piece of σ on which m lies, for (t, y), columns scaled."""
     fitted, N = fit(problem.activation, m, np.full(len(m), 1e-60)), problem.N
-    rows = assemble(problem, fitted, m, image, channels, None, problem.noise)
-    weight = rows.floor.min() / rows.floor
-    A, b = rows.A * weight[:, None], rows.b * weight
+    rows = assemble(problem, fitted, m, image, channels, None, problem.noise, certain=True)
+    known = np.flatnonzero(np.isfinite(rows.known))  # the deficient layer's own values of ill-conditioned directions
+    floor = np.concatenate([rows.floor, rows.known[known]])
+    weight = floor.min() / floor
+    A = np.vstack([rows.A, np.eye(rows.A.shape[1])[known]]) * weight[:, None]
+    b = np.concatenate([rows.b, np.zeros(known.size)]) * weight
     norms = np.linalg.norm(A, axis=0) + 1e-300
     scaled = A / norms
     values, Q = np.linalg.eigh(scaled.T @ scaled)
     kept = np.maximum(values, 1e-14 * values[-1])
     theta = (Q @ ((Q.T @ (scaled.T @ b)) / kept)) / norms
     rest = b - A @ theta
-    residual = float(problem.noise * np.sqrt(np.mean((rest / rows.floor.min()) ** 2)))
+    residual = float(problem.noise * np.sqrt(np.mean((rest / floor.min()) ** 2)))
     std = np.linalg.norm(rest) / np.sqrt(max(len(rest) - len(theta), 1))
     error = std * (Q @ (np.random.default_rng(0).standard_normal(len(theta)) / np.sqrt(kept))) / norms
     x, draw = problem.x + N @ theta[: N.shape[1]], N @ error[: N.shape[1]]

@@ -7,6 +7,7 @@ noise of known covariance.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,31 @@ class DeficientLayer:
         layer = self.previous.layer
         return self.activation.homogeneous and layer.bias is None and layer.shift is None
 
+    @cached_property
+    def range_rows(self) -> RangeRows:
+        """What the range of the layer before says of t, kept from step to step."""
+        return RangeRows(self.previous.left, self.N)
+
+
+@dataclass
+class RangeRows:
+    """leftᵀ diag(β) N for one β after the other: between beliefs the slope of few entries changes."""
+
+    left: NDArray
+    N: NDArray
+    beta: NDArray | None = None
+    rows: NDArray | None = None
+
+    def at(self, beta: NDArray) -> NDArray:
+        """The rows, (q, d); what has moved is added to those of the β before."""
+        moved = np.arange(0) if self.beta is None else np.flatnonzero(beta != self.beta)
+        if self.beta is None or 4 * len(moved) > 3 * len(beta):
+            self.rows = self.left.T @ (beta[:, None] * self.N)
+        elif len(moved):
+            self.rows = self.rows + self.left[moved].T @ ((beta - self.beta)[moved, None] * self.N[moved])
+        self.beta = beta
+        return self.rows
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -63,52 +89,62 @@ class Rows:
     A: NDArray
     b: NDArray
     floor: NDArray  # standard deviation from the data
-    eps: NDArray  # response of the rows to ε
+    known: NDArray  # standard deviation of what the deficient layer knows of its unknowns, all 0, (unknowns,)
+    eps: NDArray  # response of the rows to ε, (n, rows); of the range alone where all is certain
     eta: list[tuple[slice, slice, NDArray]]  # for each output channel: rows, entries, response of the rows to η
 
 
 def assemble(
-    problem: DeficientLayer, fitted: Fit, m: NDArray, image: NDArray, channels: NDArray, prior, noise: float
+    problem: DeficientLayer,
+    fitted: Fit,
+    m: NDArray,
+    image: NDArray,
+    channels: NDArray,
+    prior,
+    noise: float,
+    certain: bool = False,
 ) -> Rows:
-    """The rows of one step: range of W, gradient of the layer before in unit rows, prior, and what the layer knows.
+    """The rows of one step: range of W, gradient of the layer before in rows of about unit norm, and a prior.
 
     `fitted` are the fits to σ⁻¹ and σ′ under the present belief with means m (n,), `image` (n_x,) is the present input
     of the layer before, `channels` are the output channels whose gradient is used, and `prior` gives the rows of
-    `smooth_image_rows` or is None. Raises LinAlgError if the belief is so far off that the equations overflow.
+    `smooth_image_rows` or is None; where all is `certain` no response to ε is made. Raises LinAlgError if the belief is
+    so far off that the equations overflow.
     """
-    previous, N = problem.previous, problem.N
+    previous, N, d = problem.previous, problem.N, problem.N.shape[1]
     q = previous.left.shape[1]
     z = fitted.alpha + fitted.beta * problem.x - previous.bias
     scale = np.sqrt(np.mean((fitted.alpha + fitted.beta * m) ** 2))
-    eps, null, b = [previous.left.T], [np.zeros((q, previous.null.shape[1]))], [np.zeros(q)]
-    floor, eta = [np.full(q, noise * scale)], []
+    eps, parts, right = [previous.left], [problem.range_rows.at(fitted.beta)], [-(z @ previous.left)]
+    null, floor, eta = [np.zeros((q, previous.null.shape[1]))], [np.full(q, noise * scale)], []
     if channels.size:
         dz = (fitted.pi.reshape(problem.dx.shape) * problem.dx)[channels]
-        X = np.hstack([previous.pinv, previous.null]) if previous.null.size else previous.pinv
-        K = previous.gradient_rows(dz, X)
-        size = np.linalg.norm(K, axis=1)
+        lifted = previous.invert(np.column_stack([fitted.beta[:, None] * N, z]))
+        K = previous.gradient_rows(dz, np.hstack([lifted, previous.sketch]))
+        size = np.linalg.norm(K[:, d + 1 :], axis=1)
         nonzero = size > MIN_ROW_NORM_RATIO * size.max()
         weight = np.where(nonzero, 1 / np.where(nonzero, size, 1.0), 0.0)
         K *= weight[:, None]
         g = problem.G[channels].ravel() * weight
-        eps, null, b = [*eps, K[:, : len(m)]], [*null, K[:, len(m) :]], [*b, g]
+        parts, right = [*parts, K[:, :d]], [*right, g - K[:, d]]
+        null.append(K[:, K.shape[1] - previous.null.shape[1] :])
         floor.append(noise * np.maximum(scale, np.abs(g)))
-        eta = _responses(problem, image, channels, weight, q)
+        eta = _responses(problem, image, channels, weight, q) if fitted.rho.any() or fitted.var_eta.any() else []
+        eps += [(previous.gradient_rows(dz, previous.pinv) * weight[:, None]).T] if not certain else []
     if prior is not None:
         F, target, FP = prior
-        eps, null, b = [*eps, FP], [*null, F @ previous.null], [*b, target]
-        floor.append(np.ones(len(target)))
-    E, count, d = np.vstack(eps), problem.known.size, N.shape[1]
-    A, right = np.hstack([E @ (fitted.beta[:, None] * N), np.vstack(null)]), np.concatenate(b) - E @ z
-    if not (np.isfinite(A).all() and np.isfinite(right).all()):
+        eps, parts, null = [*eps, FP.T], [*parts, FP @ (fitted.beta[:, None] * N)], [*null, F @ previous.null]
+        right, floor = [*right, target - FP @ z], [*floor, np.ones(len(target))]
+    A, b = np.hstack([np.vstack(parts), np.vstack(null)]), np.concatenate(right)
+    if not (np.isfinite(A).all() and np.isfinite(b).all()):
         raise np.linalg.LinAlgError("the equations of this belief overflow")
     for rows, entries, R in eta:
         A[rows, :d] += R @ (fitted.rho[entries, None] * N[entries])
-        right[rows] -= R @ (fitted.rho * (problem.x - m))[entries]
-    if count:  # the deficient layer's own values of its ill-conditioned directions
-        A, right = np.vstack([A, np.eye(count, A.shape[1], d - count)]), np.concatenate([right, np.zeros(count)])
-        E, floor = np.vstack([E, np.zeros((count, len(m)))]), [*floor, problem.known]
-    return Rows(A, right, np.concatenate(floor), E, eta)
+        b[rows] -= R @ (fitted.rho * (problem.x - m))[entries]
+    known = np.full(A.shape[1], np.inf)
+    known[d - problem.known.size : d] = problem.known
+    response = eps[0] if certain or len(eps) == 1 else np.hstack(eps)
+    return Rows(A, b, np.concatenate(floor), known, response, eta)
 
 
 def _responses(problem: DeficientLayer, image: NDArray, channels: NDArray, weight: NDArray, first: int) -> list:
@@ -124,15 +160,15 @@ def _responses(problem: DeficientLayer, image: NDArray, channels: NDArray, weigh
 
 def _covariance(rows: Rows, fitted: Fit) -> NDArray:
     """Noise covariance of the rows: from the fits' residuals and from the data."""
-    uncertain = fitted.var_eps > 1e-6 * rows.floor.min() ** 2
-    root = rows.eps[:, uncertain] * np.sqrt(fitted.var_eps[uncertain])
-    S = root @ root.T
+    uncertain = np.flatnonzero(fitted.var_eps > 1e-6 * rows.floor.min() ** 2)
+    root = rows.eps[uncertain] * np.sqrt(fitted.var_eps[uncertain])[:, None]
+    S = root.T @ root
     for at, entries, R in rows.eta:
         on = np.flatnonzero(fitted.var_eta[entries] > 1e-12)
         if on.size:
             R, places = R[:, on], entries.start + on
             S[at, at] += (R * fitted.var_eta[places]) @ R.T
-            cross = (rows.eps[:, places] * fitted.cov[places]) @ R.T
+            cross = (rows.eps[places] * fitted.cov[places, None]).T @ R.T
             S[:, at] += cross
             S[at] += cross.T
     diagonal = np.diag_indices_from(S)
@@ -143,27 +179,33 @@ def _covariance(rows: Rows, fitted: Fit) -> NDArray:
 def update(rows: Rows, fitted: Fit, N: NDArray, scales: NDArray) -> tuple[NDArray, NDArray, float, NDArray]:
     """One step of generalised least squares, with the prior standard deviations `scales` of (t, y).
 
-    Gives (t, y), the variances of x (n,), χ² per surplus row, and the best-fitting ε (n,). Raises LinAlgError if the
-    belief is so far off that the equations overflow.
+    Gives (t, y), the variances of x (n,), χ² per surplus row, and the best-fitting ε (n,), 0 where there are rows of
+    the range alone. N (n, d) may be float32, for the variances. Raises LinAlgError if the belief is so far off that the
+    equations overflow.
     """
     lower = linalg.cholesky(_covariance(rows, fitted), lower=True, overwrite_a=True, check_finite=False)
     whitened = linalg.solve_triangular(lower, np.column_stack([rows.A, rows.b]), lower=True, check_finite=False)
-    A, b = whitened[:, :-1], whitened[:, -1]
+    A, b, precision = whitened[:, :-1], whitened[:, -1], rows.known**-2
     information, moment = A.T @ A, A.T @ b
     if not (np.isfinite(information).all() and np.isfinite(moment).all() and scales.all()):
         raise np.linalg.LinAlgError("the equations of this belief overflow")
-    information[np.diag_indices_from(information)] += scales**-2
+    information[np.diag_indices_from(information)] += scales**-2 + precision
     factor = linalg.cholesky(information, lower=True, check_finite=False)
     theta = linalg.cho_solve((factor, True), moment)
     rest = b - A @ theta
-    chi2 = float(rest @ rest) / max(len(b) - len(theta), 1)
-    root = linalg.solve_triangular(factor, np.eye(len(theta), N.shape[1]), lower=True, check_finite=False)
+    surplus = len(b) + np.count_nonzero(precision) - len(theta)
+    chi2 = float(rest @ rest + precision @ theta**2) / max(surplus, 1)
+    root = linalg.solve_triangular(factor, np.eye(len(theta), N.shape[1]), lower=True, check_finite=False).astype(
+        N.dtype
+    )
     variance = np.einsum("ij,ij->i", N @ (root.T @ root), N)
-    dual = linalg.solve_triangular(lower, rest, lower=True, trans=1, check_finite=False)
-    eps = fitted.var_eps * (rows.eps.T @ dual)
-    for at, entries, R in rows.eta:
-        eps[entries] += fitted.cov[entries] * (R.T @ dual[at])
-    return theta, np.maximum(variance, 0), chi2, eps
+    eps = np.zeros(len(N))
+    if rows.eta:
+        dual = linalg.solve_triangular(lower, rest, lower=True, trans=1, check_finite=False)
+        eps = fitted.var_eps * (rows.eps @ dual)
+        for at, entries, R in rows.eta:
+            eps[entries] += fitted.cov[entries] * (R.T @ dual[at])
+    return theta, np.maximum(variance, 0).astype(float), chi2, eps
 
 
 def independent_gradients(problem: DeficientLayer, m: NDArray, channels: NDArray) -> int:

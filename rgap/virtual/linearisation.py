@@ -68,7 +68,7 @@ def slope(activation: Activation, x: NDArray) -> NDArray:
 def _leaky_relu(a: float, m: NDArray, v: NDArray) -> Fit:
     """From the moments of max(x, 0) and of the step 1[x > 0], in which both functions are linear, and in x."""
     sd = np.sqrt(v) + 1e-300
-    u = np.clip(m / sd, -35, 35)
+    u = np.clip(m / sd, -40, 40)  # beyond, exactly on one piece
     phi, cdf, tail = np.exp(-u * u / 2) / np.sqrt(2 * np.pi), ndtr(u), ndtr(-u)
     mean, square = m * cdf + sd * phi, (m * m + v) * cdf + m * sd * phi  # of max(x, 0) and of its square
     c, step = 1 / a - 1, 1 - a

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,11 +16,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import linalg
 
-from rgap.equations.complement import complement
+from rgap.equations.complement import RangeComplement, complement
 from rgap.equations.gradient import blocks, gradient_matrix
 from rgap.equations.limits import DEFAULT_LIMITS, SolverLimits
-from rgap.equations.weights import weight_matrix
 from rgap.network.layer import Layer
+
+SKETCH_COLUMNS = 64
+"""Random columns by which the norms of gradient rows are estimated, to a tenth."""
 
 
 @dataclass(frozen=True)
@@ -27,28 +30,47 @@ class PreviousLayer:
     """Factors of a layer's W of full rank; arrays over x′ have their rows in `order`.
 
     Attributes:
-        layer: The layer, without groups.
-        pinv: W⁺, (n_x, n_z).
+        factor: W⁺ of the layer, without groups.
         left: Orthonormal basis of the left null space of W, (n_z, q).
         null: Orthonormal basis of the null space of W, (n_x, r).
         order: Entries of x′ by channel and block of M, so that K acts on contiguous rows.
     """
 
-    layer: Layer
-    pinv: NDArray
+    factor: RangeComplement
     left: NDArray
     null: NDArray
     order: NDArray
+
+    @property
+    def layer(self) -> Layer:
+        """The layer."""
+        return self.factor.layer
 
     @property
     def bias(self) -> NDArray:
         """The bias of every entry of z′, (n_z,)."""
         return (self.layer.pre_bias() + torch.zeros(self.layer.output_shape).double()).flatten().numpy()
 
+    @cached_property
+    def pinv(self) -> NDArray:
+        """W⁺, (n_x, n_z); only beliefs on gradient rows need it whole."""
+        return np.ascontiguousarray(self.factor.pseudo_inverse()[self.order])
+
+    @cached_property
+    def sketch(self) -> NDArray:
+        """[W⁺ Ω, null] for random columns Ω: the norm of a row times this is about that of the row times [W⁺, null]."""
+        columns = np.random.default_rng(0).standard_normal((len(self.left), SKETCH_COLUMNS)) / SKETCH_COLUMNS**0.5
+        return np.hstack([self.invert(columns), self.null])
+
+    def invert(self, columns: NDArray) -> NDArray:
+        """W⁺ of columns, (n_z, k) -> (n_x, k)."""
+        images = torch.from_numpy(np.ascontiguousarray(columns.T)).reshape(-1, *self.layer.output_shape)
+        return self.factor.lift(images).flatten(1).numpy().T[self.order]
+
     def lift(self, z: NDArray, y: NDArray) -> NDArray:
         """x′ = W⁺ (z′ − b) + null y in natural order, (n_x,)."""
-        x = np.empty(len(self.pinv))
-        x[self.order] = self.pinv @ (z - self.bias) + self.null @ y
+        x = np.empty(self.layer.unknowns)
+        x[self.order] = self.invert((z - self.bias)[:, None])[:, 0] + self.null @ y
         return x
 
     def gradient_rows(self, dz: NDArray, X: NDArray) -> NDArray:
@@ -88,15 +110,13 @@ def previous_factors(layer: Layer, limits: SolverLimits = DEFAULT_LIMITS) -> Pre
 
 
 def _factor(layer: Layer) -> PreviousLayer | None:
-    found, W = complement(layer), weight_matrix(layer)
+    found = complement(layer)
     if found is None:
         return None
-    inverse = np.tril(linalg.lapack.dpotri(found.factor, lower=1)[0])
-    inverse += np.tril(inverse, -1).T
-    order, basis, wide = _order(layer), found.basis.numpy(), W.shape[0] <= W.shape[1]
-    pinv = W.T @ inverse if wide else (W @ inverse).T
-    left, null = (np.zeros((W.shape[0], 0)), basis) if wide else (basis, np.zeros((W.shape[1], 0)))
-    return PreviousLayer(layer, np.ascontiguousarray(pinv[order]), left, null[order], order)
+    order, basis = _order(layer), found.basis.numpy()
+    rows, columns = math.prod(layer.output_shape), layer.unknowns
+    left, null = (np.zeros((rows, 0)), basis) if rows <= columns else (basis, np.zeros((columns, 0)))
+    return PreviousLayer(found, left, null[order], order)
 
 
 def _order(layer: Layer) -> NDArray:
