@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from rgap.artifact.progress import progress as progress  # for the other experiments
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
-from rgap.experiments.drawing import gallery as gallery  # for notebooks
 from rgap.metrics import match, mse, psnr_db, ssim
 from rgap.network.chain import prepare
 from rgap.network.layer import Chain

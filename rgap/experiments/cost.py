@@ -146,7 +146,7 @@ def plot_cost(table: pd.DataFrame, exponents: pd.DataFrame, names: Mapping[str, 
     """
     table = table[table["method"].isin(list(names))]
     panels = list(table.groupby(["network", "against"], sort=False))
-    figure, axes = plt.subplots(1, len(panels), figsize=(2.9 * len(panels), 3.3), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.3 * len(panels), 3.2), squeeze=False, sharey=True)
     for axis, ((network, against), data) in zip(axes[0], panels, strict=True):
         fitted = exponents[(exponents["network"] == network) & (exponents["against"] == against)]
         slopes = fitted.set_index("method")["exponent"]
@@ -154,7 +154,7 @@ def plot_cost(table: pd.DataFrame, exponents: pd.DataFrame, names: Mapping[str, 
         title = f"{NETWORK_NAMES.get(network, network)}\n{next(iter(names.values()))} ∝ {against}"
         axis.set(xscale="log", yscale="log")
         axis.set_title(f"{title}$^{{{slopes[next(iter(names))]:.1f}}}$", fontsize=10)
-        axis.set_xlabel("side of the image, pixels" if against == "side" else "width of the first layer, units")
+        axis.set_xlabel("side of the image, pixels" if against == "side" else "units of the first layer")
         axis.set_xticks(sorted(data["value"].unique()), [str(v) for v in sorted(data["value"].unique())])
         axis.set_xticks([], minor=True)
     axes[0, 0].set_ylabel("seconds")

@@ -114,7 +114,7 @@ def plot_stages(runs: pd.DataFrame, methods: Sequence[str] = STAGES) -> Figure:
     style = {"hue_order": methods, "markers": list(MARKERS[: len(methods)]), "palette": PALETTE, "linestyle": "none"}
     for axis, kind in zip(axes[0], kinds, strict=True):
         data = named[named["weights"] == kind]
-        sns.pointplot(data, x="case", y="psnr_db", hue="method", dodge=0.5, estimator="median", errorbar=None, ax=axis,
+        sns.pointplot(data, x="case", y="psnr_db", hue="method", dodge=0.62, estimator="median", errorbar=None, ax=axis,
                       **style)  # fmt: skip
         axis.set(title=kind, xlabel="", ylabel="PSNR, dB")
         handles, labels = axis.get_legend_handles_labels()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -12,6 +13,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Affine2D
 from torch import Tensor
 
 PALETTE = "colorblind"
@@ -23,6 +25,9 @@ NAME_POINTS = 9
 
 ROW_LABEL_INCHES, TITLE_INCHES, LINE_INCHES = 0.7, 0.7, 0.18
 """Room that a gallery leaves beside its pictures, for its title and note, and for a line of text above pictures."""
+
+LABEL_WIDTH = 12
+"""Characters of a line beside the pictures of a gallery."""
 
 NETWORK_NAMES = {"cnn6": "CNN6", "cnn6_d": "CNN6-d", "fcn3": "FCN3", "lenet": "LeNet"}
 """As in `rgap.models` -> as a figure writes it."""
@@ -71,26 +76,26 @@ def lines(axis: Axes, data: pd.DataFrame, x: str, y: str, by: str | None = None,
 def name_lines(axis: Axes, in_margin: bool = False) -> None:
     """Writes each line's label beside its last point, in the line's colour, apart from each other; no legend is needed.
 
-    To be called when scales and limits are set.
-
     Args:
         axis: With lines that have labels.
         in_margin: Whether the labels stand at the right edge, at the height of the last point.
     """
-    axis.figure.draw_without_rendering()  # places the axes, so that points have their pixels
     named = [line for line in axis.lines if not str(line.get_label()).startswith("_") and len(line.get_xdata())]
     points = [np.asarray(line.get_xydata(), dtype=float) for line in named]
-    ends = [xy[np.isfinite(xy).all(1)][-1] for xy in points]
-    ends = [(axis.get_xlim()[1], end[1]) for end in ends] if in_margin else ends
-    heights = np.array([axis.transData.transform(end)[1] for end in ends])
-    per_point = axis.figure.dpi / 72
-    for line, end, height, place in zip(
-        named, ends, heights, _apart(heights, 1.25 * NAME_POINTS * per_point), strict=True
-    ):
-        style = {"color": line.get_color(), "fontsize": NAME_POINTS, "va": "center", "annotation_clip": False}
-        style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
-        shift = (8, (place - height) / per_point)
-        axis.annotate(line.get_label(), end, xytext=shift, textcoords="offset points", **style)
+    ends = np.array([xy[np.isfinite(xy).all(1)][-1] for xy in points])
+    sizes = np.array([1.25 * NAME_POINTS * (1 + str(line.get_label()).count("\n")) for line in named])
+
+    def place(renderer, number: int) -> Affine2D:
+        """Where a label starts: found when the figure is drawn, since titles and limits move what lies between."""
+        scale, pixels = renderer.points_to_pixels(1.0), axis.transData.transform(ends)
+        x = axis.bbox.x1 if in_margin else pixels[number, 0]
+        return Affine2D().scale(scale).translate(x, _apart(pixels[:, 1], scale * sizes)[number])
+
+    style = {"fontsize": NAME_POINTS, "va": "center", "annotation_clip": False}
+    style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+    for number, (line, end) in enumerate(zip(named, ends, strict=True)):
+        at = {"xytext": (8, 0), "textcoords": partial(place, number=number)}
+        axis.annotate(line.get_label(), end, **at, color=line.get_color(), **style)
 
 
 def points(axis: Axes, data: pd.DataFrame, x: str, y: str, colour: Any, marker: str = "o") -> None:
@@ -120,12 +125,12 @@ def against_diagonal(axis: Axes, data: pd.DataFrame, x: str, y: str, by: str, fa
     axis.legend(frameon=False, fontsize=NAME_POINTS, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _apart(places: np.ndarray, gap: float) -> np.ndarray:
-    """The places moved as little as need be to stand at least a gap apart, in the same order."""
+def _apart(places: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The centres of texts of those heights, moved as little as need be for none to overlap, in the same order."""
     order, moved = np.argsort(places, kind="stable"), places.astype(float)
+    lower, upper = order[:-1], order[1:]
     for _ in range(200):
-        lower, upper = order[:-1], order[1:]
-        lack = np.clip(gap - (moved[upper] - moved[lower]), 0, None) / 2
+        lack = np.clip((sizes[lower] + sizes[upper]) / 2 - (moved[upper] - moved[lower]), 0, None) / 2
         if not lack.any():
             break
         np.subtract.at(moved, lower, lack)
@@ -172,7 +177,7 @@ def gallery(
             _show(axis, image)
         for axis, text in zip(row, above[label], strict=False):
             axis.set_title(text, fontsize=NAME_POINTS, pad=3)
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=NAME_POINTS)
+        row[0].set_ylabel(textwrap.fill(label, LABEL_WIDTH), rotation=0, ha="right", va="center", fontsize=NAME_POINTS)
     return figure
 
 
@@ -183,7 +188,7 @@ def _show(axis: Axes, image: Tensor | str) -> None:
         axis.set_facecolor("0.95")
         return
     pixels = image.detach().clamp(0, 1).permute(1, 2, 0)
-    axis.imshow(pixels.squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.imshow(pixels.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
 def finish(figure: Figure, grid: str | None = "y") -> Figure:

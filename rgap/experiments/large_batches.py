@@ -124,7 +124,7 @@ def share_table(
 def plot_shares(table: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
     """Share recovered against the batch size, a line a width, a panel a source, published numbers beside it."""
     names = list(dict.fromkeys(table["images"]))
-    figure, axes = plt.subplots(1, len(names), figsize=(4.0 * len(names), 3.4), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(names), figsize=(3.7 * len(names), 3.4), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         rows = table[table["images"] == name]
         lines(axis, rows.assign(width=rows["width"].map("{:,} units".format)), "batch", "share", by="width", band=False)
@@ -137,7 +137,7 @@ def plot_shares(table: pd.DataFrame, published: pd.DataFrame | None = None) -> F
         axis.set(xscale="log", xticks=(ticks := sorted({x for line in axis.lines for x in line.get_xdata()})))
         axis.set_xticks([], minor=True)
         axis.set_xticklabels([f"{tick:g}" for tick in ticks])
-        name_lines(axis)
+        name_lines(axis, in_margin=True)
     return finish(figure)
 
 

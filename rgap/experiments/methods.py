@@ -247,13 +247,14 @@ def plot_quality_against_time(trajectories: pd.DataFrame, names: Mapping[str, st
     Returns:
         The figure; a line is a method's way on one image, the marker its end.
     """
-    figure, axes = plt.subplots(1, len(networks), figsize=(4.0 * len(networks), 3.4), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(networks), figsize=(3.5 * len(networks), 3.4), squeeze=False, sharey=True)
     for axis, network in zip(axes[0], networks, strict=True):
         for marker, (method, colour) in zip(MARKERS, colours(names).items(), strict=False):
             shown = trajectories[(trajectories["network"] == network) & (trajectories["method"] == method)]
-            for number, (_, run) in enumerate(shown.groupby(["seed", "image"])):
+            ways = sorted((run for _, run in shown.groupby(["seed", "image"])), key=lambda run: run["psnr_db"].max())
+            for number, run in enumerate(ways):
                 style = {"marker": marker, "markevery": [-1], "ms": 7, "lw": 1.2, "color": colour}
-                label = names[method] if not number else None
+                label = names[method] if number == len(ways) // 2 else None  # the name stands beside a median end
                 axis.plot(run["seconds"], run["psnr_db"].cummax(), label=label, **style)
         axis.set(xscale="log", xlabel="seconds", title=NETWORK_NAMES.get(network, network))
     axes[0, 0].set(ylabel="best PSNR so far, dB", ylim=(0, None))

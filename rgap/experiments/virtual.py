@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 from torch import Tensor
 
-from rgap.experiments.drawing import colours, finish, key_of_points, lines, mark, name_lines, points
+from rgap.experiments.drawing import NAME_POINTS, colours, finish, key_of_points, lines, mark, name_lines, points
 from rgap.network.layer import Chain
 from rgap.results import Reconstruction
 
@@ -24,15 +24,16 @@ def wrong_signs(chain: Chain, image: Tensor, result: Reconstruction) -> pd.DataF
         result: What the attack returned for its gradient.
 
     Returns:
-        Columns `layer`, `step` (from 1) and `wrong`.
+        Columns `layer`, `step` (from 1), `wrong`, and `largest`: the largest entry whose sign is wrong, in units of the
+        input's root mean square, zero without any.
     """
-    truth = chain.layer_inputs(image)
-    rows = [
-        {"layer": name, "step": step, "wrong": int(((x > 0) != (truth[name].flatten() > 0)).sum())}
-        for name, estimates in result.candidates[0].beliefs.items()
-        for step, x in enumerate(estimates, 1)
-    ]
-    return pd.DataFrame(rows, columns=["layer", "step", "wrong"])
+    truth, rows = {name: x.flatten() for name, x in chain.layer_inputs(image).items()}, []
+    for name, estimates in result.candidates[0].beliefs.items():
+        sizes = truth[name].abs() / truth[name].square().mean().sqrt()
+        for step, x in enumerate(estimates, 1):
+            wrong = (x > 0) != (truth[name] > 0)
+            rows.append((name, step, int(wrong.sum()), (sizes * wrong).max().item()))
+    return pd.DataFrame(rows, columns=["layer", "step", "wrong", "largest"])
 
 
 def compared(
@@ -60,10 +61,10 @@ def plot_wrong_signs(history: pd.DataFrame) -> Figure:
     """Signs of a deficient layer's input still wrong after each step, one line for each image.
 
     Args:
-        history: Columns `image`, `step` and `wrong`.
+        history: Columns `image`, `step`, `wrong` and `largest`, as from `wrong_signs`.
 
     Returns:
-        The figure.
+        The figure; where signs are wrong at the end, it says how small their entries are.
     """
     figure, axis = plt.subplots(figsize=(6.4, 3.2))
     names = "image " + history["image"].astype(str)
@@ -72,6 +73,12 @@ def plot_wrong_signs(history: pd.DataFrame) -> Figure:
     axis.set(xlabel="step of the inference", ylabel="wrong signs", xticks=sorted(history["step"].unique()))
     axis.set_ylim(-0.3, 2 * max(1, history["wrong"].max()))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    for last in history.groupby("image").tail(1).query("wrong > 0").itertuples():
+        text, style = (
+            f"entry of at most\n{last.largest:.0e} rms",
+            {"textcoords": "offset points", "fontsize": NAME_POINTS},
+        )
+        axis.annotate(text, (last.step, last.wrong), (0, 10), ha="center", **style)
     name_lines(axis, in_margin=True)
     return finish(figure)
 

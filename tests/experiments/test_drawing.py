@@ -32,12 +32,13 @@ def test_a_line_is_the_median_and_its_band_reaches_to_the_extremes():
 @pytest.mark.parametrize("in_margin", [False, True])
 def test_names_of_lines_that_end_together_stand_apart(in_margin):
     figure, axis = plt.subplots(figsize=(4, 3))
-    for number in range(4):
-        axis.plot([0, 1], [0, 1 + 1e-3 * number], label=f"line {number}")
+    names = ["line 0", "line 1", "of three\nlines\nof text", "line 3"]
+    for number, name in enumerate(names):
+        axis.plot([0, 1], [0, 1 + 1e-3 * number], label=name)
     drawing.name_lines(axis, in_margin)
-    figure.canvas.draw()
+    drawing.titled(drawing.finish(figure), "A title that makes the axes lower " * 3).canvas.draw()
     boxes = sorted((text.get_window_extent() for text in axis.texts), key=lambda box: box.y0)
-    assert [text.get_text() for text in axis.texts] == [f"line {n}" for n in range(4)]
+    assert [text.get_text() for text in axis.texts] == names
     assert all(below.y1 <= above.y0 + 1 for below, above in pairwise(boxes))
     assert [text.get_color() for text in axis.texts] == [line.get_color() for line in axis.lines]
 

@@ -25,11 +25,13 @@ def test_wrong_signs_fall_to_none_where_virtual_constraints_close_the_layer():
     assert table.verdict.tolist() == ["exact"]
     chain = rgap.prepare(DEFICIENT["make_model"](0), (3, 12, 12))
     history = experiment.wrong_signs(chain, DEFICIENT["images"], result)
-    assert list(history.columns) == ["layer", "step", "wrong"] and set(history.layer) == {"2"}
+    assert list(history.columns) == ["layer", "step", "wrong", "largest"] and set(history.layer) == {"2"}
     assert history.step.tolist() == list(range(1, len(history) + 1))
     assert history.wrong.iloc[-1] == 0 <= history.wrong.iloc[0]
     truth, beliefs = chain.layer_inputs(DEFICIENT["images"])["2"].flatten(), result.candidates[0].beliefs["2"]
-    assert history.wrong.tolist() == [int(((x > 0) != (truth > 0)).sum()) for x in beliefs]
+    wrong = [(x > 0) != (truth > 0) for x in beliefs]
+    assert history.wrong.tolist() == [int(w.sum()) for w in wrong] and history.largest.iloc[-1] == 0
+    assert history.largest[0] == pytest.approx((truth[wrong[0]].abs().max() / truth.square().mean().sqrt()).item())
     assert_close(beliefs[-1], truth, rtol=0, atol=1e-3)
 
 
@@ -38,7 +40,7 @@ def test_without_virtual_constraints_there_is_no_history():
     assert table.verdict.tolist() == ["rank-deficient"] and math.isfinite(table.psnr_db[0])
     chain = rgap.prepare(DEFICIENT["make_model"](0), (3, 12, 12))
     history = experiment.wrong_signs(chain, DEFICIENT["images"], result)
-    assert history.empty and list(history.columns) == ["layer", "step", "wrong"]
+    assert history.empty and list(history.columns) == ["layer", "step", "wrong", "largest"]
 
 
 def runs(widths=(24, 22, 20, 18), deficits=(0, 82, 280, 486)):
@@ -78,24 +80,22 @@ def test_where_everything_is_determined_no_threshold_is_drawn():
 
 
 def test_wrong_signs_have_a_line_for_each_image():
-    history = pd.DataFrame(
-        {"image": [0, 0, 0, 7, 7], "step": [1, 2, 3, 1, 2], "wrong": [400, 20, 0, 300, 0], "layer": "2"}
-    )
+    history = pd.DataFrame({"image": [0, 0, 0, 7, 7], "step": [1, 2, 3, 1, 2], "wrong": [400, 20, 0, 300, 1]})
+    history = history.assign(layer="2", largest=3e-7)
     (axis,) = rendered(experiment.plot_wrong_signs(history))
     assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_yscale()) == (
         "step of the inference",
         "wrong signs",
         "symlog",
     )
-    assert [text.get_text() for text in axis.texts] == ["image 0", "image 7"]
+    assert [text.get_text() for text in axis.texts] == ["entry of at most\n3e-07 rms", "image 0", "image 7"]
     assert axis.get_xticks().tolist() == [1, 2, 3] and axis.get_ylim()[0] == pytest.approx(-0.3)
     np.testing.assert_array_equal(axis.lines[0].get_ydata(), [400, 20, 0])
 
 
 def test_more_images_than_markers():
-    history = pd.DataFrame(
-        [(i, step, 10 // step) for i in range(9) for step in (1, 2)], columns=["image", "step", "wrong"]
-    )
+    rows = [(i, step, 2 - step, 0.0) for i in range(9) for step in (1, 2)]
+    history = pd.DataFrame(rows, columns=["image", "step", "wrong", "largest"])
     assert len(rendered(experiment.plot_wrong_signs(history))[0].texts) == 9
 
 
