@@ -13,7 +13,8 @@ CODECHECK_VERSION = "https://codecheck.org.uk/spec/config/2.0/"
 
 HEAD = """---
 # Written by `python -m rgap report --readme` from notebooks/claims.yml. `make figures` writes the files of the manifest
-# into build/figures/ and compares them with these. Codechecker, report and certificate are the checker's to add.
+# into build/figures/ and compares them with these. Codechecker, summary, report and certificate are the checker's to
+# add, ORCIDs the authors'.
 """
 
 
@@ -21,7 +22,7 @@ def codecheck() -> str:
     """codecheck.yml: the paper, and every figure and table with the notebook that writes it and what it supports."""
     citation = yaml.safe_load((outputs.ROOT / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
     authors = [{"name": f"{author['given-names']} {author['family-names']}"} for author in citation["authors"]]
-    paper = {"title": citation["title"], "authors": authors, "reference": citation["url"]}
+    paper = {"title": citation["title"], "authors": authors, "reference": f"https://doi.org/{citation['doi']}"}
     titles = notebook_titles()
     manifest = [
         {"file": f"figures/{name}", "comment": f"notebooks/{notebook}.ipynb: {titles[notebook]}"}

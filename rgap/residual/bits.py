@@ -151,10 +151,50 @@ def correct_bits(walk: Walk, reader: str, x: Tensor, doubt: Tensor, kept: Tensor
     changes = doubt & (wanted != bits) & ((1 - slope) * above.abs() > SAFE_BIT_RATIO * error)
     if changes.any():
         walk.slopes[act] = bits.where(~changes, wanted)
-        source = graph.nodes[act].sources[0]
-        walk.deltas[source] = walk.pulled(act, source)
-        if graph.nodes[source].kind == "addition":
-            for branch in graph.nodes[source].sources:
-                if branch in walk.deltas and graph.consumers[branch] == (source,):
-                    walk.deltas[branch] = walk.deltas[source]
+        _pull_through(walk, act)
     return int(changes.sum())
+
+
+def correct_maxima(walk: Walk, reader: str, x: Tensor, values: Tensor, margin: Tensor) -> int:
+    """Moves maxima to the second largest entry of their windows by division, where the two differ by rounding.
+
+    For a layer (its input x), the activation right behind it (its output `values`) and the pooling behind that. The
+    client's arithmetic may have taken the other of two entries closer than `margin`: its own gradient then has the
+    window's δ there.
+    """
+    graph, act = walk.graph, activation_above(walk.graph, reader)
+    pool = next((name for name in graph.consumers[act] if graph.nodes[name].kind == "max pooling"), None)
+    if pool is None or len(graph.consumers[act]) > 1 or pool not in walk.deltas:
+        return 0
+    first, layer = walk.slopes[pool], graph.nodes[reader].layer
+    others = values.flatten(1).scatter(1, first.flatten(1), -torch.inf).reshape(values.shape)
+    second = graph.nodes[pool].slope(others)
+
+    def at(tensor: Tensor, places: Tensor) -> Tensor:
+        return tensor.flatten(1).gather(1, places.flatten(1)).reshape(places.shape)
+
+    close = (at(values, first) - at(values, second) < margin) & (at(values, second) > 0)
+    doubt = torch.zeros_like(values, dtype=torch.int).flatten(1)
+    for places in (first, second):
+        doubt.scatter_add_(1, places.flatten(1), close.flatten(1).int())
+    missed = walk.gradient(reader) - layer.weight_gradient(x, walk.deltas[reader])
+    solved = solve_changes(layer, missed, x, doubt.reshape(values.shape) > 0) if close.any() else None
+    if solved is None:
+        return 0
+    (change, error), delta = (at(part, second) for part in solved), walk.deltas[pool]
+    moved = close & (change * delta > delta.square() / 2) & (delta.abs() > SAFE_BIT_RATIO * error)
+    if moved.any():
+        walk.slopes[pool] = torch.where(moved, second, first)
+        walk.deltas[act] = walk.pulled(pool, act)
+        _pull_through(walk, act)
+    return int(moved.sum())
+
+
+def _pull_through(walk: Walk, act: str) -> None:
+    """δ below an activation anew, through an addition to the branches that enter nothing else."""
+    graph, source = walk.graph, walk.graph.nodes[act].sources[0]
+    walk.deltas[source] = walk.pulled(act, source)
+    if graph.nodes[source].kind == "addition":
+        for branch in graph.nodes[source].sources:
+            if branch in walk.deltas and graph.consumers[branch] == (source,):
+                walk.deltas[branch] = walk.deltas[source]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rgap.linalg import rms
-from rgap.residual.bits import Known, activation_above, correct_bits, decide
+from rgap.residual.bits import Known, activation_above, correct_bits, correct_maxima, decide
 from rgap.residual.cut import Cut, ResidualNetwork, delta_at_top, enter
 from rgap.residual.invert import Below, Inverted, below, draw_error, invert
 from rgap.residual.walk import Walk
@@ -60,7 +60,8 @@ class WalkedImage:
     def lower_residual(self) -> float:
         """Largest relative residual of the gradients of the cut and of all layers below it, given δz at the cut.
 
-        A unit within rounding of zero may have been on the other side in the client's arithmetic: division decides.
+        A unit within rounding of zero, or of a window's maximum, may have been on the other side in the client's
+        arithmetic: division decides.
         """
         walk, graph = self.walk, self.walk.graph
         names = graph.below([walk.top])
@@ -77,8 +78,9 @@ class WalkedImage:
                 act, x = activation_above(graph, reader), values[name]
                 if act in check.deltas:
                     source = graph.nodes[act].sources[0]
-                    error = rms(moved[source]) + walk.precision * rms(values[source])
-                    correct_bits(check, reader, x, values[source].abs() < MAX_ROUNDING_ERRORS * error)
+                    margin = MAX_ROUNDING_ERRORS * (rms(moved[source]) + walk.precision * rms(values[source]))
+                    correct_maxima(check, reader, x, values[act], margin)
+                    correct_bits(check, reader, x, values[source].abs() < margin)
                 G, layer = walk.gradient(reader), graph.nodes[reader].layer
                 mine = layer.weight_gradient(x, check.deltas[reader])
                 worst = max(worst, ((mine - G).norm() / G.norm().clamp(min=1e-300)).item())

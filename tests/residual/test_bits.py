@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from rgap import models
-from rgap.residual.bits import activation_above, correct_bits, decide
+from rgap.network.graph import prepare_graph
+from rgap.residual.bits import activation_above, correct_bits, correct_maxima, decide
+from rgap.residual.walk import Walk
 from tests.residual.test_walk import walk_from_the_last_block
 
 
@@ -41,3 +43,29 @@ def test_a_wrong_bit_far_below_the_doubt_is_found_by_its_filter():
     assert decide(walk, source, values[source]) == 1
     assert torch.equal(walk.slopes[act], right)
     assert decide(walk, source, values[source]) == 0
+
+
+def test_a_maximum_that_rounding_moved_is_found_by_division():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 64, 10)
+    )
+    graph = prepare_graph(model.double(), (3, 16, 16))
+    conv, act, pool, *_, head = (name for name in graph.nodes if name != graph.image)
+    values = graph.forward({graph.image: torch.rand(3, 16, 16).double()}, graph.below([head]))
+    slopes, delta = graph.slopes(values), torch.randn(8, 8, 8).double()
+    first, flat = slopes[pool], values[act].flatten(1)
+    second = graph.nodes[pool].slope(flat.scatter(1, first.flatten(1), -torch.inf).reshape(values[act].shape))
+    runner_up = flat.gather(1, second.flatten(1)).reshape(first.shape)
+    gaps = torch.where(runner_up > 0, values[pool] - runner_up, torch.inf)
+    margin = gaps.flatten().sort().values[5]
+    moved = gaps < margin  # five windows
+    theirs = graph.pull({**slopes, pool: torch.where(moved, second, first)}, {pool: delta}, [act, pool])
+    ours = graph.pull(slopes, {pool: delta}, [act, pool])
+    x, layer = values[graph.image], graph.nodes[conv].layer
+    gradients = {layer.weight_name: layer.weight_gradient(x, theirs[conv])}
+    walk = Walk(graph, gradients, pool, 1e-12, 1e-8, deltas=ours, slopes=slopes)
+    assert correct_maxima(walk, conv, x, values[act], gaps.min() / 2) == 0
+    assert correct_maxima(walk, conv, x, values[act], margin) == 5
+    assert torch.equal(walk.slopes[pool], torch.where(moved, second, first))
+    torch.testing.assert_close(walk.deltas[conv], theirs[conv])
