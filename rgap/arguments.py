@@ -18,23 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-MAX_IMAGE_ENTRIES = 10**8
-"""Most entries of one image; a larger one is refused before memory is asked for."""
-
-MAX_SQUARED_NUMBER = 1e150
-"""Largest number whose square is finite."""
-
-MAX_TEXT_LENGTH = 80
-"""Characters of a refused value that a message shows."""
-
-MAX_ENTRIES_SHOWN = 8
-"""Entries of a refused tensor that a message shows."""
-
-SEED_RANGE = (-(2**63), 2**64)
-"""Seeds that torch's generators take, the second excluded."""
-
-VALUE_FORMATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Floating-point formats with arithmetic of their own; float8 has none."""
+MAX_IMAGE_ENTRIES = 10**8  # most entries of one image; a larger one is refused before memory is asked for
+MAX_SQUARED_NUMBER = 1e150  # largest number whose square is finite
+MAX_TEXT_LENGTH = 80  # characters of a refused value that a message shows
+MAX_ENTRIES_SHOWN = 8  # entries of a refused tensor that a message shows
+SEED_RANGE = (-(2**63), 2**64)  # seeds that torch's generators take, the second excluded
+VALUE_FORMATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # those with arithmetic
 
 
 def shown(value: object) -> str:

@@ -15,44 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BOUND_ERROR_FACTOR = 30.0
-"""Multiple of the largest excess beyond a bound up to which values inside may count as lying on the bound."""
-
-MIN_OUT_OF_BOUNDS = 10
-"""Number of values beyond a bound from which on their excess measures the error of x."""
-
-MIN_BOUND_DISTANCE = 1e-300
-"""Smallest distance from a bound at 0 at which an inverse is evaluated: its logarithm is finite there."""
-
-LARGEST_BELOW_ONE = 1 - 2.0**-53
-"""The largest float64 below 1."""
+BOUND_ERROR_FACTOR = 30.0  # times the largest excess beyond a bound up to which values inside may lie on the bound
+MIN_OUT_OF_BOUNDS = 10  # number of values beyond a bound from which on their excess measures the error of x
+MIN_BOUND_DISTANCE = 1e-300  # distance from a bound at 0 from which an inverse is evaluated: its logarithm is finite
+LARGEST_BELOW_ONE = 1 - 2.0**-53  # the largest float64 below 1
 
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise map that is one-to-one between its bounds.
+    """An elementwise map that is one-to-one between its bounds."""
 
-    Attributes:
-        name: For reports.
-        forward: z -> σ(z), any shape.
-        inverse: x -> σ⁻¹(x), any shape; finite for every x, also at and beyond the bounds.
-        derivative: z -> σ′(z), any shape.
-        homogeneous: Whether σ(a z) = a σ(z) for every a > 0. Bias-free networks of such maps have twin data.
-        negative_slope: a of a LeakyReLU (1 for the identity), a tensor where channels differ, None for other maps.
-        bounds: Infimum and supremum of σ; a value there does not determine z.
-        clips: Whether σ equals a bound on a whole half-line, with σ′ = 0; otherwise it only approaches its bounds.
-        parts: Of a composition, in the order in which they are applied.
-    """
-
-    name: str
-    forward: Callable[[Tensor], Tensor]
-    inverse: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
-    homogeneous: bool = False
+    name: str  # for reports
+    forward: Callable[[Tensor], Tensor]  # z -> σ(z), any shape
+    inverse: Callable[[Tensor], Tensor]  # x -> σ⁻¹(x), any shape; finite for every x, also at and beyond the bounds
+    derivative: Callable[[Tensor], Tensor]  # z -> σ′(z), any shape
+    homogeneous: bool = False  # whether σ(a z) = a σ(z) for every a > 0. Bias-free networks of such maps have twin data
+    # a of a LeakyReLU (1 for the identity), a tensor where channels differ, None for other maps
     negative_slope: float | Tensor | None = None
-    bounds: tuple[float, float] = (-math.inf, math.inf)
+    bounds: tuple[float, float] = (-math.inf, math.inf)  # infimum and supremum of σ; a value there does not determine z
+    # whether σ equals a bound on a whole half-line, with σ′ = 0; otherwise it only approaches its bounds
     clips: bool = False
-    parts: tuple[Activation, ...] = ()
+    parts: tuple[Activation, ...] = ()  # of a composition, in the order in which they are applied
 
     @property
     def one_to_one(self) -> bool:

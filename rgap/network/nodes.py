@@ -22,38 +22,25 @@ from rgap.results import UnsupportedLayerError
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One tensor of the network and the operation that makes it; every tensor is (C, H, W), a vector (n, 1, 1).
+    """One tensor of the network and the operation that makes it; every tensor is (C, H, W), a vector (n, 1, 1)."""
 
-    Attributes:
-        name: Its name in the traced graph, the last of those that were folded into it.
-        kind: "image", "layer" (W x + b), "affine" (entry by entry), "activation", "addition", "reshape", "max pooling"
-            or "opaque".
-        sources: Names of the nodes that it reads.
-        shape: (C, H, W) of its output.
-        path: Path of the module, or the name of the traced function.
-        layer: Of a layer: the convolution with batch norm and padding folded in, without activation.
-        total: Of a layer: name of the parameter whose gradient is Σ_p δz, a bias's or a batch norm's, times a factor;
-            None where there is none.
-        total_factor: That factor of each channel, (O,), None for 1.
-        activation: Of an activation.
-        scale, shift: Of an affine node, shaped as its output.
-        pool: Of max pooling: kernel, stride, padding, dilation and ceil mode.
-        reason: Why an opaque node cannot be passed.
-    """
-
-    name: str
+    name: str  # its name in the traced graph, the last of those that were folded into it
+    # "image", "layer" (W x + b), "affine" (entry by entry), "activation", "addition", "reshape", "max pooling" or
+    # "opaque"
     kind: str
-    sources: tuple[str, ...]
-    shape: tuple[int, int, int]
-    path: str
-    layer: Layer | None = None
+    sources: tuple[str, ...]  # names of the nodes that it reads
+    shape: tuple[int, int, int]  # (C, H, W) of its output
+    path: str  # path of the module, or the name of the traced function
+    layer: Layer | None = None  # of a layer: the convolution with batch norm and padding folded in, without activation
+    # of a layer: name of the parameter whose gradient is Σ_p δz, a bias's or a batch norm's, times a factor; None where
+    # there is none
     total: str | None = None
-    total_factor: Tensor | None = None
-    activation: Activation | None = None
-    scale: Tensor | None = None
+    total_factor: Tensor | None = None  # that factor of each channel, (O,), None for 1
+    activation: Activation | None = None  # of an activation
+    scale: Tensor | None = None  # of an affine node, shaped as its output
     shift: Tensor | None = None
-    pool: tuple = ()
-    reason: str = ""
+    pool: tuple = ()  # of max pooling: kernel, stride, padding, dilation and ceil mode
+    reason: str = ""  # why an opaque node cannot be passed
 
     @property
     def has_weight(self) -> bool:
@@ -115,18 +102,12 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A network as a graph.
+    """A network as a graph."""
 
-    Attributes:
-        model: The module it was made from.
-        image_shape: (C, H, W).
-        nodes: Name -> node, in the order of execution, float64.
-        parameters: Parameter name -> float64 copy, in the order of `model.named_parameters()`.
-    """
-
-    model: nn.Module
-    image_shape: tuple[int, int, int]
-    nodes: dict[str, Node]
+    model: nn.Module  # the module it was made from
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    nodes: dict[str, Node]  # name -> node, in the order of execution, float64
+    # parameter name -> float64 copy, in the order of `model.named_parameters()`
     parameters: dict[str, Tensor] = field(repr=False)
 
     @cached_property

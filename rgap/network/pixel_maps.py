@@ -15,8 +15,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-EQUALITY_RTOL = 1e-10
-"""Relative difference below which two computations of the same quantity count as equal."""
+EQUALITY_RTOL = 1e-10  # relative difference below which two computations of the same quantity count as equal
 
 
 @dataclass(frozen=True, eq=False)

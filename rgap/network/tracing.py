@@ -55,41 +55,26 @@ OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 @dataclass(frozen=True)
 class Step:
-    """One operation of the traced network.
+    """One operation of the traced network."""
 
-    Attributes:
-        path: Path of the module in the model, or the name of the traced function.
-        kind: "input", "linear", "activation", "affine" (entry by entry), "pixels" (a linear map of pixels, the same for
-            every channel), "reshape", "order" (entries change places), "constant" (does not depend on the image) or
-            "unsupported".
-        module: The module, None for a function.
-        sources: Names of the steps whose outputs it reads.
-        name: Its name, each of its own.
-        input_shape: Shape of its first input without the batch dimension.
-        output_shape: Shape of its output, of several the first, without the batch dimension.
-        reason: Why it cannot be inverted; empty where it can.
-        operation: The function or the name of the method that a function step calls; None for a module.
-        call: A function step as a function of one tensor, its other arguments as traced; None for a module, and where
-            it reads several tensors that depend on the image.
-        arguments, options: Positional arguments of a function step after the first, and its keyword arguments.
-        value: Value of a constant.
-        used: Whether the network's first output rests on it.
-    """
-
-    path: str
+    path: str  # path of the module in the model, or the name of the traced function
+    # "input", "linear", "activation", "affine" (entry by entry), "pixels" (a linear map of pixels, the same for every
+    # channel), "reshape", "order" (entries change places), "constant" (does not depend on the image) or "unsupported"
     kind: str
-    module: nn.Module | None
-    sources: tuple[str, ...]
-    name: str
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    reason: str = ""
-    operation: Any = None
+    module: nn.Module | None  # the module, None for a function
+    sources: tuple[str, ...]  # names of the steps whose outputs it reads
+    name: str  # its name, each of its own
+    input_shape: tuple[int, ...]  # shape of its first input without the batch dimension
+    output_shape: tuple[int, ...]  # shape of its output, of several the first, without the batch dimension
+    reason: str = ""  # why it cannot be inverted; empty where it can
+    operation: Any = None  # the function or the name of the method that a function step calls; None for a module
+    # a function step as a function of one tensor, its other arguments as traced; None for a module, and where it reads
+    # several tensors that depend on the image
     call: Callable[[Tensor], Any] | None = None
-    arguments: tuple = ()
+    arguments: tuple = ()  # positional arguments of a function step after the first, and its keyword arguments
     options: Mapping[str, Any] = field(default_factory=dict)
-    value: Any = None
-    used: bool = True
+    value: Any = None  # value of a constant
+    used: bool = True  # whether the network's first output rests on it
 
     @property
     def title(self) -> str:

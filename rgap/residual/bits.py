@@ -24,29 +24,14 @@ from rgap.shared_gradient import FLOAT64_FLOOR
 if TYPE_CHECKING:
     from rgap.residual.walk import Walk
 
-MAX_BIT_ROUNDS = 20
-"""Times that the bits of one layer are corrected."""
-
-ZERO_ERRORS = 6.0
-"""Standard deviations up to which a ReLU's output counts as zero until division decides."""
-
-ZERO_MARGIN = 1.5
-"""The same in units of the largest negative output, which is an error."""
-
-MAX_ZERO_GAP = 8.0
-"""Times the larger of both limits within which the widest gap (by ratio) between outputs and zeros is looked for."""
-
-DOUBT_RATIO = 10.0
-"""Times that limit up to which an output is in doubt, so that division may change its bit."""
-
-SAFE_BIT_RATIO = 6.0
-"""Size of a bit's effect, in units of the division's typical error, from which the division decides it."""
-
-LEADING_SHARE = 0.5
-"""Residual of a filter's equations, over the largest, from which its bits are corrected before any others."""
-
-MIN_KEPT = 0.01
-"""Smallest share of an error in δz from which it is extrapolated."""
+MAX_BIT_ROUNDS = 20  # times that the bits of one layer are corrected
+ZERO_ERRORS = 6.0  # standard deviations up to which a ReLU's output counts as zero until division decides
+ZERO_MARGIN = 1.5  # the same in units of the largest negative output, which is an error
+MAX_ZERO_GAP = 8.0  # times the larger of both limits within which the widest gap (by ratio) above zero is looked for
+DOUBT_RATIO = 10.0  # times that limit up to which an output is in doubt, so that division may change its bit
+SAFE_BIT_RATIO = 6.0  # size of a bit's effect, over the division's typical error, from which the division decides it
+LEADING_SHARE = 0.5  # residual of a filter's equations, over the largest, from which its bits are corrected first
+MIN_KEPT = 0.01  # smallest share of an error in δz from which it is extrapolated
 
 
 @dataclass(frozen=True)

@@ -19,69 +19,35 @@ from rgap.residual.factors import Factors
 from rgap.residual.shifts import ShiftSpace
 from rgap.shared_gradient import entry_noise
 
-SKETCH_SURPLUS = 32
-"""Singular values computed beyond those that a split has: they show the noise."""
-
-MIN_RANK_GAP = 10.0
-"""The last singular value of a split over the first that is noise."""
-
-RANK_FLOOR = 1e-13
-"""Singular value, relative to the largest, that float64 arithmetic alone leaves."""
-
-MIN_GAP_OVER_MISSED = 30.0
-"""Eigenvalue gap over what the largest eigenvalue lacks: below it several solutions fit alike."""
-
-GAP_FLOOR = 1e-10
-"""Smallest eigenvalue gap that float64 arithmetic resolves."""
-
-RESIDUAL_FACTOR = 6.0
-"""Residual, over that of the noise expected, up to which the layer's own equations hold."""
-
-RESIDUAL_FLOOR = 1e-14
-"""Residual of float64 arithmetic."""
-
-EXACT_ERROR = 1e-12
-"""Predicted relative error up to which a solution is certified whatever the noise."""
-
-MAX_AMPLIFICATION = 100.0
-"""Predicted relative error over the gradient's own, up to which a solution is certified."""
-
-MAX_CERTIFIED_ERROR = 1e-2
-"""Predicted relative error above which nothing is certified: noise of such size leaves the linear regime."""
-
-MAX_SPLITS = 3
-"""Splits whose eigenvectors are computed before a layer is given up."""
+SKETCH_SURPLUS = 32  # singular values computed beyond those that a split has: they show the noise
+MIN_RANK_GAP = 10.0  # the last singular value of a split over the first that is noise
+RANK_FLOOR = 1e-13  # singular value, relative to the largest, that float64 arithmetic alone leaves
+MIN_GAP_OVER_MISSED = 30.0  # eigenvalue gap over what the largest eigenvalue lacks; below it several solutions fit
+GAP_FLOOR = 1e-10  # smallest eigenvalue gap that float64 arithmetic resolves
+RESIDUAL_FACTOR = 6.0  # residual, over that of the noise expected, up to which the layer's own equations hold
+RESIDUAL_FLOOR = 1e-14  # residual of float64 arithmetic
+EXACT_ERROR = 1e-12  # predicted relative error up to which a solution is certified whatever the noise
+MAX_AMPLIFICATION = 100.0  # predicted relative error over the gradient's own, up to which a solution is certified
+MAX_CERTIFIED_ERROR = 1e-2  # predicted relative error above which nothing is certified: the regime is not linear
+MAX_SPLITS = 3  # splits whose eigenvectors are computed before a layer is given up
 
 
 @dataclass(frozen=True)
 class BlindSolution:
-    """Input and output gradient of a convolution from its own gradient.
+    """Input and output gradient of a convolution from its own gradient."""
 
-    Attributes:
-        x: Input, (C, H, W), float64; None where no split of the taps has full rank.
-        dz: Gradient of the loss by the convolution's output, (O, H′, W′); None with x.
-        taps: Taps (vertical, horizontal) that the split used puts on the side of δz; None with x.
-        sigma_above_cut: Last singular value of the split's rank, relative to the largest.
-        sigma_below_cut: The next one; None where the matrix has no more.
-        gap: 1 less the second eigenvalue: how far any other matrix of shifts is from the row space.
-        residual: ‖G − δz [shifts of x]‖ / ‖G‖, over all taps.
-        scalar_residual: ‖Σ_p δz − given‖ / ‖given‖; None where no sum was given, and x and δz stand up to a scalar.
-        predicted_error: Predicted relative error of x, from the noise of the gradient's entries.
-        certified: Whether x and δz are the only ones that fit, fit, and are precise.
-        reason: Why not, in words; empty where certified.
-    """
-
-    x: Tensor | None
-    dz: Tensor | None
-    taps: tuple[int, int] | None
-    sigma_above_cut: float
-    sigma_below_cut: float | None
-    gap: float
-    residual: float
+    x: Tensor | None  # input, (C, H, W), float64; None where no split of the taps has full rank
+    dz: Tensor | None  # gradient of the loss by the convolution's output, (O, H′, W′); None with x
+    taps: tuple[int, int] | None  # taps (vertical, horizontal) that the split used puts on the side of δz; None with x
+    sigma_above_cut: float  # last singular value of the split's rank, relative to the largest
+    sigma_below_cut: float | None  # the next one; None where the matrix has no more
+    gap: float  # 1 less the second eigenvalue: how far any other matrix of shifts is from the row space
+    residual: float  # ‖G − δz [shifts of x]‖ / ‖G‖, over all taps
+    # ‖Σ_p δz − given‖ / ‖given‖; None where no sum was given, and x and δz stand up to a scalar
     scalar_residual: float | None
-    predicted_error: float
-    certified: bool
-    reason: str
+    predicted_error: float  # predicted relative error of x, from the noise of the gradient's entries
+    certified: bool  # whether x and δz are the only ones that fit, fit, and are precise
+    reason: str  # why not, in words; empty where certified
 
 
 def solve_blind(

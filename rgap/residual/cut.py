@@ -15,36 +15,24 @@ from rgap.residual.blind import BlindSolution, solve_blind
 from rgap.residual.stacked import solve_changes
 from rgap.results import UnsupportedLayerError
 
-MAX_QUICK_POSITIONS = 100
-"""Positions of a map up to which a blind layer takes a few seconds; larger ones are tried last."""
+MAX_QUICK_POSITIONS = 100  # positions of a map up to which a blind layer takes seconds; larger ones are tried last
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A blind layer.
+    """A blind layer."""
 
-    Attributes:
-        layer: Name of its node.
-        last: The last layer of its branch; another one in a bottleneck, whose δz follows from its input and gradient.
-        top: The node whose gradient that gives: the last layer itself, or the addition that is all that reads it.
-    """
-
-    layer: str
-    last: str
-    top: str
+    layer: str  # name of its node
+    last: str  # the last layer of its branch; another one in a bottleneck, whose δz follows from its input and gradient
+    top: str  # the node whose gradient that gives: the last layer itself, or the addition that is all that reads it
 
 
 @dataclass(frozen=True, eq=False)
 class ResidualNetwork:
-    """A network with branches or pooling that can be entered through blind layers.
+    """A network with branches or pooling that can be entered through blind layers."""
 
-    Attributes:
-        graph: Its graph.
-        cuts: The layers that are blind by shape and below which nothing is opaque, in the order of trial.
-    """
-
-    graph: Graph
-    cuts: tuple[Cut, ...]
+    graph: Graph  # its graph
+    cuts: tuple[Cut, ...]  # the layers that are blind by shape and below which nothing is opaque, in the order of trial
 
     @property
     def model(self) -> nn.Module:

@@ -18,44 +18,24 @@ from rgap.residual.walk import Walk
 from rgap.results import LayerReport
 from rgap.shared_gradient import SharedGradient
 
-ERROR_SAFETY = 4.0
-"""Times the error predicted from independent noise: errors of the tensors walked through are correlated."""
-
-CONVERGED_KNOWN = 15.0
-"""Known numbers a pixel value with which the inversion of what lies below a walk converged in trials."""
-
-STALLED_KNOWN = 7.0
-"""The same with which it stalled."""
-
-MAX_ROUNDING_ERRORS = 30.0
-"""Errors of a pre-activation within which its sign may differ from the client's."""
-
-MAX_INVERSIONS = 4
-"""Times that what lies below a walk is inverted, each time with other bits."""
-
-MAX_TRIED_ENDS = 3
-"""Blind layers that are tried from either end: a gradient that all of these refuse is foreign."""
+ERROR_SAFETY = 4.0  # times the error predicted from independent noise: errors of tensors walked through correlate
+CONVERGED_KNOWN = 15.0  # known numbers a pixel value with which the inversion below a walk converged in trials
+STALLED_KNOWN = 7.0  # the same with which it stalled
+MAX_ROUNDING_ERRORS = 30.0  # errors of a pre-activation within which its sign may differ from the client's
+MAX_INVERSIONS = 4  # times that what lies below a walk is inverted, each time with other bits
+MAX_TRIED_ENDS = 3  # blind layers that are tried from either end: a gradient that all of these refuse is foreign
 
 
 @dataclass(frozen=True)
 class WalkedImage:
-    """How far one cut has led.
+    """How far one cut has led."""
 
-    Attributes:
-        walk: The walk, None where the cut itself failed.
-        image: (C, H, W), None where nothing was found.
-        error: Predicted root-mean-square error of the image.
-        reports: Of the cut, of the walk's tensors, of the inversion.
-        notes: What was decided, and on what evidence.
-        open_layers: Tensors that nothing determined.
-    """
-
-    walk: Walk | None
-    image: Tensor | None
-    error: float
-    reports: tuple[LayerReport, ...]
-    notes: tuple[str, ...]
-    open_layers: tuple[str, ...] = ()
+    walk: Walk | None  # the walk, None where the cut itself failed
+    image: Tensor | None  # (C, H, W), None where nothing was found
+    error: float  # predicted root-mean-square error of the image
+    reports: tuple[LayerReport, ...]  # of the cut, of the walk's tensors, of the inversion
+    notes: tuple[str, ...]  # what was decided, and on what evidence
+    open_layers: tuple[str, ...] = ()  # tensors that nothing determined
 
     def lower_residual(self) -> float:
         """Largest relative residual of the gradients of the cut and of all layers below it, given δz at the cut.

@@ -10,20 +10,11 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
-CG_TOLERANCE = 1e-4
-"""Relative residual of the normal equations of a step in both factors."""
-
-CG_STEPS = 600
-"""Steps after which an ill-conditioned system is given up."""
-
-RELATIVE_RIDGE = 1e-13
-"""Of the preconditioner, relative to its trace: an input whose δz vanish has none of its own."""
-
-POLISHING_STEPS = 3
-"""Gauss–Newton steps at most."""
-
-POLISHING_GAIN = 0.1
-"""Share of the misfit that a step must leave at most for another one to follow."""
+CG_TOLERANCE = 1e-4  # relative residual of the normal equations of a step in both factors
+CG_STEPS = 600  # steps after which an ill-conditioned system is given up
+RELATIVE_RIDGE = 1e-13  # of the preconditioner, relative to its trace: an input whose δz vanish has none of its own
+POLISHING_STEPS = 3  # Gauss–Newton steps at most
+POLISHING_GAIN = 0.1  # share of the misfit that a step must leave at most for another one to follow
 
 
 class Factors:

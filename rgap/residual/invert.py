@@ -20,43 +20,21 @@ from rgap.network.layer import Layer
 from rgap.residual.bits import Known
 from rgap.residual.walk import Walk
 
-START_STD = 1e-3
-"""Standard deviation of the noise around the middle of the pixel range at which the iterations start, in its widths."""
-
-START_DAMPING = 1e-2
-"""First damping, relative to the mean eigenvalue of JᵀJ."""
+START_STD = 1e-3  # noise around the middle of the pixel range at which the iterations start, in its widths
+START_DAMPING = 1e-2  # first damping, relative to the mean eigenvalue of JᵀJ
 
 DAMPING_DOWN, DAMPING_UP = 0.2, 5.0
 
-MIN_GAIN_RATIO = 1e-3
-"""Gain over predicted gain from which a step is taken."""
-
-GOOD_GAIN_RATIO = 0.5
-"""Gain over predicted gain from which the damping is reduced."""
-
-EXTENDING_GAIN_RATIO = 0.9
-"""The same from which a longer step is tried."""
-
-SLOW_GAIN = 0.999
-"""Sum of squares relative to the last from which on nothing is gained any more."""
-
-SETTLED_CHANGE = 1e-5
-"""Relative size of the last step below which a refused one ends the iterations."""
-
-MAX_REFUSED = 8
-"""Steps refused in a row that end them."""
-
-MAX_STEPS = 60
-"""Steps taken or refused."""
-
-MAX_PRODUCTS = 30
-"""Conjugate gradient iterations in a step."""
-
-PRODUCTS_TOLERANCE = 1e-2
-"""Relative residual of the normal equations at which they end."""
-
-MAX_CONVERGED_MISFIT = 1e-3
-"""Relative misfit of what is known up to which the iterations count as converged; the gradient decides the rest."""
+MIN_GAIN_RATIO = 1e-3  # gain over predicted gain from which a step is taken
+GOOD_GAIN_RATIO = 0.5  # gain over predicted gain from which the damping is reduced
+EXTENDING_GAIN_RATIO = 0.9  # the same from which a longer step is tried
+SLOW_GAIN = 0.999  # sum of squares relative to the last from which on nothing is gained any more
+SETTLED_CHANGE = 1e-5  # relative size of the last step below which a refused one ends the iterations
+MAX_REFUSED = 8  # steps refused in a row that end them
+MAX_STEPS = 60  # steps taken or refused
+MAX_PRODUCTS = 30  # conjugate gradient iterations in a step
+PRODUCTS_TOLERANCE = 1e-2  # relative residual of the normal equations at which they end
+MAX_CONVERGED_MISFIT = 1e-3  # relative misfit up to which the iterations have converged; the gradient decides the rest
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from rgap.results import (
 from rgap.shared_gradient import receive_gradients
 from rgap.tokens.replay import Replay
 
-NOISE_RESIDUAL_FACTOR = 5.0
-"""Times its predicted error by which an image may leave the pixel range."""
+NOISE_RESIDUAL_FACTOR = 5.0  # times its predicted error by which an image may leave the pixel range
 
 
 def reconstruct_residual(

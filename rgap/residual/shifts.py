@@ -12,17 +12,10 @@ from scipy.linalg import eigvalsh_tridiagonal
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
-DENSE_UNKNOWNS = 600
-"""Unknowns up to which the operator is formed and decomposed."""
-
-LANCZOS_VECTORS = 60
-"""Vectors that Lanczos keeps."""
-
-LANCZOS_RESTARTS = 25
-"""Restarts after which other eigenvalues lie too close to 1."""
-
-VECTOR_TOLERANCE = 1e-10
-"""Residual of the first eigenvector."""
+DENSE_UNKNOWNS = 600  # unknowns up to which the operator is formed and decomposed
+LANCZOS_VECTORS = 60  # vectors that Lanczos keeps
+LANCZOS_RESTARTS = 25  # restarts after which other eigenvalues lie too close to 1
+VECTOR_TOLERANCE = 1e-10  # residual of the first eigenvector
 
 
 class Shifts(NamedTuple):

@@ -16,43 +16,27 @@ from rgap.equations.gradient import blocks, gradient_matrix, gradient_values
 from rgap.linalg import gram_matrix
 from rgap.network.layer import Layer
 
-MIN_GRAM_RATIO = 1e-12
-"""Ridge, relative to the largest entry of NᵀN, with which N(x) δz = vec(G) is solved: dead pixels are columns of 0."""
-
-MAX_CLOSED_ENTRIES = 20_000_000
-"""Entries of a basis of what is open up to which the layers' outputs may close it."""
-
-MIN_CLOSING_RATIO = 1e-3
-"""Smallest over largest singular value of the outputs' equations for what is open, from which they determine it."""
+MIN_GRAM_RATIO = 1e-12  # ridge over the largest entry of NᵀN in N(x) δz = vec(G): dead pixels are columns of 0
+MAX_CLOSED_ENTRIES = 20_000_000  # entries of a basis of what is open up to which the layers' outputs may close it
+MIN_CLOSING_RATIO = 1e-3  # smallest over largest singular value from which outputs determine what is open
 
 
 @dataclass(frozen=True)
 class StackedSolution:
-    """The input that several layers' gradient equations determine.
+    """The input that several layers' gradient equations determine."""
 
-    Attributes:
-        x: (C, H, W).
-        rank: Rank of the equations, of `unknowns`.
-        unknowns: C·H·W.
-        condition: Largest over smallest singular value kept.
-        above, below: Smallest singular value kept and largest dropped, relative to the largest; None without one.
-        residual: ‖K x − vec(G)‖ / ‖vec(G)‖.
-        surplus: Equations beyond the rank.
-        error: Standard deviation of the entries at each pixel, by the residual's noise, (H, W); 0 without surplus.
-        kept: For each layer and filter, the share of an error in its δz that the residual shows: x absorbs the rest.
-        null: Sets of pixels, with an orthonormal basis (pixels, lack) of what each channel has open there.
-    """
-
-    x: Tensor
-    rank: int
-    unknowns: int
-    condition: float
-    above: float
+    x: Tensor  # (C, H, W)
+    rank: int  # rank of the equations, of `unknowns`
+    unknowns: int  # C·H·W
+    condition: float  # largest over smallest singular value kept
+    above: float  # smallest singular value kept and largest dropped, relative to the largest; None without one
     below: float | None
-    residual: float
-    surplus: int
-    error: Tensor
+    residual: float  # ‖K x − vec(G)‖ / ‖vec(G)‖
+    surplus: int  # equations beyond the rank
+    error: Tensor  # standard deviation of the entries at each pixel, by the residual's noise, (H, W); 0 without surplus
+    # for each layer and filter, the share of an error in its δz that the residual shows: x absorbs the rest
     kept: list[Tensor]
+    # sets of pixels, with an orthonormal basis (pixels, lack) of what each channel has open there
     null: list[tuple[Tensor, Tensor]]
 
     @property

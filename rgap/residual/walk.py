@@ -23,56 +23,31 @@ from rgap.residual.bits import DOUBT_RATIO, MAX_BIT_ROUNDS, Known, activation_ab
 from rgap.residual.stacked import StackedSolution, close_by_outputs, solve_stacked
 from rgap.results import LayerReport
 
-MAX_TRUSTED_CONDITION = 300.0
-"""Condition of a tensor's equations above which it may be imprecise."""
-
-MAX_TRUSTED_ERROR = 1e-9
-"""Relative error of a tensor above which it is, then."""
-
-MAX_RESIDUAL_FACTOR = 1e3
-"""Residual of a layer's equations, in units of the gradient's precision, above which they contradict each other."""
-
-MIN_RESIDUAL_LIMIT = 1e-9
-"""The same limit where the precision is that of float64."""
+MAX_TRUSTED_CONDITION = 300.0  # condition of a tensor's equations above which it may be imprecise
+MAX_TRUSTED_ERROR = 1e-9  # relative error of a tensor above which it is, then
+MAX_RESIDUAL_FACTOR = 1e3  # residual of equations, over the gradient's precision, from which they are contradictory
+MIN_RESIDUAL_LIMIT = 1e-9  # the same limit where the precision is that of float64
 
 
 @dataclass
 class Walk:
-    """Where a walk has got to.
+    """Where a walk has got to."""
 
-    Attributes:
-        graph: The network.
-        gradients: Parameter name -> shared gradient, float64.
-        top: The node at which the walk began.
-        precision: Relative error of the gradients.
-        rcond: Relative cutoff of singular values.
-        absent: Names of gradients of which nothing is known.
-        values: Node name -> what is known of it.
-        deltas: Node name -> gradient of the loss by it.
-        slopes: Name of an activation -> σ′ at its input.
-        reports: One for each tensor that was solved for.
-        decided: Activations whose bits division has confirmed.
-        imprecise: Tensors whose equations amplified their errors.
-        frontier: The tensor at which it ended; "" where that is below the image.
-        why: Why it ended there.
-        contradicted: Whether its equations contradict each other there.
-    """
-
-    graph: Graph
-    gradients: Mapping[str, Tensor]
-    top: str
-    precision: float
-    rcond: float
-    absent: tuple[str, ...] = ()
-    values: dict[str, Known] = field(default_factory=dict)
-    deltas: dict[str, Tensor] = field(default_factory=dict)
-    slopes: dict[str, Tensor] = field(default_factory=dict)
-    reports: list[LayerReport] = field(default_factory=list)
-    decided: set[str] = field(default_factory=set)
-    imprecise: set[str] = field(default_factory=set)
-    frontier: str = ""
-    why: str = ""
-    contradicted: bool = False
+    graph: Graph  # the network
+    gradients: Mapping[str, Tensor]  # parameter name -> shared gradient, float64
+    top: str  # the node at which the walk began
+    precision: float  # relative error of the gradients
+    rcond: float  # relative cutoff of singular values
+    absent: tuple[str, ...] = ()  # names of gradients of which nothing is known
+    values: dict[str, Known] = field(default_factory=dict)  # node name -> what is known of it
+    deltas: dict[str, Tensor] = field(default_factory=dict)  # node name -> gradient of the loss by it
+    slopes: dict[str, Tensor] = field(default_factory=dict)  # name of an activation -> σ′ at its input
+    reports: list[LayerReport] = field(default_factory=list)  # one for each tensor that was solved for
+    decided: set[str] = field(default_factory=set)  # activations whose bits division has confirmed
+    imprecise: set[str] = field(default_factory=set)  # tensors whose equations amplified their errors
+    frontier: str = ""  # the tensor at which it ended; "" where that is below the image
+    why: str = ""  # why it ended there
+    contradicted: bool = False  # whether its equations contradict each other there
 
     @property
     def residual_limit(self) -> float:

@@ -15,14 +15,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     import pandas as pd
 
-PICTURE_PIXELS = 96
-"""Height of a picture in a notebook, pixels."""
-
-MAX_PICTURES = 16
-"""Pictures that a result shows."""
-
-MAX_TABLE_ROWS = 40
-"""Rows of a table that a result shows."""
+PICTURE_PIXELS = 96  # height of a picture in a notebook, pixels
+MAX_PICTURES = 16  # pictures that a result shows
+MAX_TABLE_ROWS = 40  # rows of a table that a result shows
 
 
 def rescale(image: Tensor) -> Tensor:

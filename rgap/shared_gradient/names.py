@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from rgap.models import trained_names
 from rgap.results import GradientMismatchError
 
-WRAPPERS = {"module", "_module", "_orig_mod"}
-"""Parts of names that DataParallel, Opacus and torch.compile put before or between the network's own."""
+WRAPPERS = {"module", "_module", "_orig_mod"}  # parts of names by DataParallel, Opacus and torch.compile
 
 
 def gradients_by_name(

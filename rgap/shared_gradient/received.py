@@ -19,51 +19,33 @@ from rgap.results import GradientMismatchError
 from rgap.shared_gradient.names import gradients_by_name
 from rgap.shared_gradient.rounding import entry_noise, formats, quantum, relative_std
 
-FLOAT64_FLOOR = 1e-13
-"""Smallest relative error that a chain of layers passes on, from float64 arithmetic."""
-
-MAX_TOLERANCE = 0.3
-"""Largest gradient residual that rounding explains; a gradient with a larger relative rounding has underflowed."""
-
-MAX_SQUARABLE = 1e100
-"""Largest entry of a gradient, and one over the smallest, with which the equations are set up."""
-
-ARITHMETIC_ROUNDINGS = 100.0
-"""Roundings of float32 by which a gradient may miss that of the true image, by the arithmetic of deep networks."""
+FLOAT64_FLOOR = 1e-13  # smallest relative error that a chain of layers passes on, from float64 arithmetic
+MAX_TOLERANCE = 0.3  # largest gradient residual that rounding explains; a gradient rounded by more has underflowed
+MAX_SQUARABLE = 1e100  # largest entry of a gradient, and one over the smallest, with which the equations are set up
+ARITHMETIC_ROUNDINGS = 100.0  # roundings of float32 by which the arithmetic of deep networks may miss the gradient
 
 
 @dataclass(frozen=True)
 class SharedGradient:
-    """The gradients as the attack uses them, and how precise they are.
+    """The gradients as the attack uses them, and how precise they are."""
 
-    Attributes:
-        gradients: Parameter name -> gradient, float64.
-        precision: Relative error of their entries: the rounding of their format, or the noise if larger.
-        rcond: Relative cutoff of singular values.
-        absent: Names of gradients of which nothing is known: not shared, as those of frozen parameters, or lost to
-            rounding. `gradients` has zeros there, which stand for no value.
-        rounding: Relative error of the head's δz from the client's own arithmetic, if larger.
-        notes: Sentences on what limits the precision.
-        noise_std: Parameter name -> standard deviation of the noise that the gradients declare for its entries.
-        white_noise: Standard deviation of further noise on every entry, as given.
-        has_zeros: Whether gradients of this network may have single zeros of their own, as behind ReLU.
-        unit: Power of two by which the gradients were multiplied, where squares of their entries would not be numbers;
-            that of white_noise and noise_std, too.
-        coarse: Whether the client computed in the format that the values show, not only rounded to it.
-        draws: Standard normal numbers by parameter name, where the network keeps them.
-    """
-
-    gradients: dict[str, Tensor]
-    precision: float
-    rcond: float
+    gradients: dict[str, Tensor]  # parameter name -> gradient, float64
+    precision: float  # relative error of their entries: the rounding of their format, or the noise if larger
+    rcond: float  # relative cutoff of singular values
+    # names of gradients of which nothing is known: not shared, as those of frozen parameters, or lost to rounding.
+    # `gradients` has zeros there, which stand for no value
     absent: tuple[str, ...] = ()
-    rounding: float = 0.0
-    notes: tuple[str, ...] = ()
+    rounding: float = 0.0  # relative error of the head's δz from the client's own arithmetic, if larger
+    notes: tuple[str, ...] = ()  # sentences on what limits the precision
+    # parameter name -> standard deviation of the noise that the gradients declare for its entries
     noise_std: Mapping[str, float] = field(default_factory=dict)
-    white_noise: float = 0.0
-    has_zeros: bool = True
-    coarse: bool = False
+    white_noise: float = 0.0  # standard deviation of further noise on every entry, as given
+    has_zeros: bool = True  # whether gradients of this network may have single zeros of their own, as behind ReLU
+    coarse: bool = False  # whether the client computed in the format that the values show, not only rounded to it
+    # power of two by which the gradients were multiplied, where squares of their entries would not be numbers; that of
+    # white_noise and noise_std, too
     unit: float = 1.0
+    # standard normal numbers by parameter name, where the network keeps them
     draws: Callable[[], dict[str, Tensor]] | None = field(default=None, repr=False)
 
     @property

@@ -16,23 +16,12 @@ from rgap.linalg import largest_entry, norm, rms
 
 FORMATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-UNDERFLOW_STD = 1e-30
-"""Rounding next to zero below which zeros are true zeros, not underflow: all formats but float16."""
-
-ARITHMETIC_ERROR = 0.6
-"""Error of the client's own arithmetic, in units of the rounding of a gradient's root mean square."""
-
-INT8_LEVELS = 127
-"""Steps of int8 on either side of zero."""
-
-MIN_GRID_ENTRIES = 10
-"""Entries strictly inside a grid that prove it: by chance only one in 500 lies so close to a grid point."""
-
-ENTRIES_AT_ONCE = 16_384
-"""Entries of a gradient that are tested together."""
-
-PRUNING_GAP = 10.0
-"""Smallest remaining magnitude, relative to the one expected among so many entries, above which zeros are pruned."""
+UNDERFLOW_STD = 1e-30  # rounding next to zero below which zeros are true zeros, not underflow: all formats but float16
+ARITHMETIC_ERROR = 0.6  # error of the client's own arithmetic, over the rounding of a gradient's root mean square
+INT8_LEVELS = 127  # steps of int8 on either side of zero
+MIN_GRID_ENTRIES = 10  # entries strictly inside a grid that prove it: by chance one in 500 lies as close to a point
+ENTRIES_AT_ONCE = 16_384  # entries of a gradient that are tested together
+PRUNING_GAP = 10.0  # smallest magnitude left, over the one expected of so many entries, above which zeros are pruned
 
 
 def entry_noise(

@@ -14,43 +14,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_UNKNOWNS = 256
-"""Most entries of C that are looked for: every step takes as many gradients."""
-
-EQUATIONS_PER_UNKNOWN = 16
-"""Entries of the gradient that are drawn for each unknown."""
-
-MAX_STEPS = 20
-"""Steps of Gauss–Newton; near the solution the digits double with each."""
-
-MAX_HALVINGS = 4
-"""Times a step is halved that would make the residual larger."""
-
-MIN_GAIN = 0.95
-"""Ratio of residuals, after and before a step, from which no further one is made."""
-
-DIFFERENCE_STEP = 1e-6
-"""Step of the difference quotients, in pixel units."""
-
-MIN_SIGMA_RATIO = 1e-5
-"""Smallest over largest singular value of the Jacobian; below it an entry of C has no effect but rounding."""
+MAX_UNKNOWNS = 256  # most entries of C that are looked for: every step takes as many gradients
+EQUATIONS_PER_UNKNOWN = 16  # entries of the gradient that are drawn for each unknown
+MAX_STEPS = 20  # steps of Gauss–Newton; near the solution the digits double with each
+MAX_HALVINGS = 4  # times a step is halved that would make the residual larger
+MIN_GAIN = 0.95  # ratio of residuals, after and before a step, from which no further one is made
+DIFFERENCE_STEP = 1e-6  # step of the difference quotients, in pixel units
+MIN_SIGMA_RATIO = 1e-5  # smallest over largest singular value of the Jacobian from which no entry of C is mere rounding
 
 
 @dataclass(frozen=True)
 class Closed:
-    """Patches with their open part determined.
+    """Patches with their open part determined."""
 
-    Attributes:
-        patches: (T, n).
-        error: Predicted root-mean-square error of their entries, by the residual of the worst tensor.
-        equations: Entries of the gradient that were used.
-        steps: Steps of Gauss–Newton.
-    """
-
-    patches: Tensor
-    error: float
-    equations: int
-    steps: int
+    patches: Tensor  # (T, n)
+    error: float  # predicted root-mean-square error of their entries, by the residual of the worst tensor
+    equations: int  # entries of the gradient that were used
+    steps: int  # steps of Gauss–Newton
 
 
 def close_by_gradient(

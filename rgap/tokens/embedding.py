@@ -19,17 +19,10 @@ from torch.overrides import TorchFunctionMode
 from rgap.models import trained_names
 from rgap.results import UnsupportedLayerError
 
-ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
-"""Names of the functions that add a position embedding."""
-
-ATTENTIONS = {"scaled_dot_product_attention", "multi_head_attention_forward", "softmax"}
-"""Names of the functions that mark a transformer."""
-
-MAX_ADDITIONS = 8
-"""Additions after the patch embedding among which the position embedding is looked for."""
-
-MAX_NORMALISATION = 10_000
-"""Entries of a tensor up to which it may belong to the input's normalisation, which is computed in float64."""
+ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}  # names of the functions that add a position embedding
+ATTENTIONS = {"scaled_dot_product_attention", "multi_head_attention_forward", "softmax"}  # functions of a transformer
+MAX_ADDITIONS = 8  # additions after the patch embedding among which the position embedding is looked for
+MAX_NORMALISATION = 10_000  # entries up to which a tensor may be the input's normalisation, computed in float64
 
 
 @dataclass(frozen=True)
@@ -37,30 +30,18 @@ class PatchEmbedding:
     """A patch embedding z_t = E p_t + b with a learned position embedding q_t added to every token.
 
     Every entry of a patch reads one pixel: entry = shift + scale · pixel, with what normalises the image in them.
-
-    Attributes:
-        model: The network.
-        name: Path of the layer that embeds the patches.
-        weight_name: Parameter name of E, (D, n) when flattened.
-        bias_name: Parameter name of b, None without bias.
-        position_name: Parameter name of the position embedding.
-        position_entries: (T, D), for every feature of every patch its place in the flattened position embedding.
-        image_shape: (C, H, W).
-        pixels: (T, n), for every entry of every patch its pixel's place in the flattened image.
-        shift: (T, n).
-        scale: (T, n); 0 where the entry reads padding.
     """
 
-    model: nn.Module
-    name: str
-    weight_name: str
-    bias_name: str | None
-    position_name: str
-    position_entries: Tensor
-    image_shape: tuple[int, ...]
-    pixels: Tensor
-    shift: Tensor
-    scale: Tensor
+    model: nn.Module  # the network
+    name: str  # path of the layer that embeds the patches
+    weight_name: str  # parameter name of E, (D, n) when flattened
+    bias_name: str | None  # parameter name of b, None without bias
+    position_name: str  # parameter name of the position embedding
+    position_entries: Tensor  # (T, D), for every feature of every patch its place in the flattened position embedding
+    image_shape: tuple[int, ...]  # (C, H, W)
+    pixels: Tensor  # (T, n), for every entry of every patch its pixel's place in the flattened image
+    shift: Tensor  # (T, n)
+    scale: Tensor  # (T, n); 0 where the entry reads padding
 
     def patches(self, image: Tensor) -> Tensor:
         """The patches (T, n) of an image (1, C, H, W)."""

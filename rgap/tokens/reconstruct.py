@@ -35,14 +35,9 @@ from rgap.tokens.solve import (
     solve_patches,
 )
 
-MAX_CERTIFIED_ERROR = 2e-3
-"""Predicted error, as a share of the pixel range, up to which an image is certified."""
-
-MAX_CLOSED_PRECISION = 1e-6
-"""Relative error of the gradients up to which a deficit is closed by the layers above."""
-
-NOISE_RESIDUAL_FACTOR = 5.0
-"""Times its predicted error by which an image may leave the pixel range."""
+MAX_CERTIFIED_ERROR = 2e-3  # predicted error, as a share of the pixel range, up to which an image is certified
+MAX_CLOSED_PRECISION = 1e-6  # relative error of the gradients up to which a deficit is closed by the layers above
+NOISE_RESIDUAL_FACTOR = 5.0  # times its predicted error by which an image may leave the pixel range
 
 
 def reconstruct_tokens(

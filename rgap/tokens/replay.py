@@ -20,20 +20,11 @@ MIN_RELATIVE_RMS = 1e-3
 The gradient of a key's bias is zero but for rounding: a shift of all its arguments leaves a softmax as it is.
 """
 
-EXCESS_SAFETY = 2.0
-"""Times the noise found by one draw of the predicted error, which may be larger than most."""
-
-MAX_LABEL_MISFIT = 0.05
-"""Misfit of the head's gradient above which the target of a squared error is no label."""
-
-MAX_FLOAT64_PARAMETERS = 20_000_000
-"""Parameters up to which an image's own gradient is computed in float64 whatever the precision of the shared one."""
-
-MAX_LABELS_TRIED = 16
-"""Most labels whose gradients are compared where the head's gradient alone does not decide the label."""
-
-LABEL_MISFIT_RATIO = 1.01
-"""Misfit of the head's gradient, relative to the smallest, up to which a label is tried."""
+EXCESS_SAFETY = 2.0  # times the noise found by one draw of the predicted error, which may be larger than most
+MAX_LABEL_MISFIT = 0.05  # misfit of the head's gradient above which the target of a squared error is no label
+MAX_FLOAT64_PARAMETERS = 20_000_000  # parameters up to which gradients are computed in float64 whatever the precision
+MAX_LABELS_TRIED = 16  # most labels whose gradients are compared where the head's gradient alone does not decide
+LABEL_MISFIT_RATIO = 1.01  # misfit of the head's gradient, relative to the smallest, up to which a label is tried
 
 
 @dataclass(frozen=True)

@@ -12,37 +12,21 @@ from rgap.linalg import svd
 from rgap.results import PixelRange
 from rgap.tokens.embedding import PatchEmbedding
 
-MIN_SURPLUS_EQUATIONS = 30
-"""Surplus equations from which the noise is measured by what they miss."""
-
-RCOND_ROUNDINGS = 2.0
-"""Roundings of the gradient below which, times √(T + D), a singular value of Δ counts as zero."""
-
-PIXEL_STD_SHARE = 0.25
-"""Standard deviation of a pixel, as a share of the pixel range, before anything is known of the image."""
-
-CHANNEL_CORRELATION = 0.9
-"""Correlation of the channels of one pixel in photographs."""
-
-CORRELATION_LENGTH_SHARE = 0.5
-"""Distance, as a share of the image's side, over which pixels' correlation falls to 1 / e."""
+MIN_SURPLUS_EQUATIONS = 30  # surplus equations from which the noise is measured by what they miss
+RCOND_ROUNDINGS = 2.0  # roundings of the gradient below which, times √(T + D), a singular value of Δ counts as zero
+PIXEL_STD_SHARE = 0.25  # standard deviation of a pixel before anything is known of it, as a share of the pixel range
+CHANNEL_CORRELATION = 0.9  # correlation of the channels of one pixel in photographs
+CORRELATION_LENGTH_SHARE = 0.5  # distance over which pixels' correlation falls to 1 / e, as a share of the image's side
 
 
 @dataclass(frozen=True)
 class PatchSystem:
-    """ΔᵀP = G, with the errors of both sides.
+    """ΔᵀP = G, with the errors of both sides."""
 
-    Attributes:
-        delta: Gradients of the tokens, (T, D).
-        G: Gradient of the patch embedding's weight, (D, n).
-        delta_std: Standard deviation of the error of every entry of `delta`.
-        G_std: The same for `G`.
-    """
-
-    delta: Tensor
-    G: Tensor
-    delta_std: Tensor
-    G_std: Tensor
+    delta: Tensor  # gradients of the tokens, (T, D)
+    G: Tensor  # gradient of the patch embedding's weight, (D, n)
+    delta_std: Tensor  # standard deviation of the error of every entry of `delta`
+    G_std: Tensor  # the same for `G`
 
     def equation_variance(self, patches: Tensor) -> Tensor:
         """Variance of the error of every equation, (D, n), with the errors of Δ as the patches magnify them."""
@@ -51,29 +35,17 @@ class PatchSystem:
 
 @dataclass(frozen=True)
 class PatchSolution:
-    """The patches and how well they are determined.
+    """The patches and how well they are determined."""
 
-    Attributes:
-        patches: (T, n).
-        rank: Singular values of Δ kept, at most min(T, D − 1) behind layer norms.
-        null: Orthonormal basis of the combinations of tokens that the equations leave open, (T, T − rank).
-        condition: Largest over smallest singular value kept.
-        above: Smallest singular value kept, relative to the largest.
-        below: Largest dropped, relative to the largest; None where none was.
-        residual: ‖ΔᵀP − G‖ / ‖G‖.
-        std: Predicted standard deviation of every entry of `patches`.
-        excess: Times the known noise that the surplus equations show; None where there are too few.
-    """
-
-    patches: Tensor
-    rank: int
-    null: Tensor
-    condition: float
-    above: float
-    below: float | None
-    residual: float
-    std: Tensor
-    excess: float | None
+    patches: Tensor  # (T, n)
+    rank: int  # singular values of Δ kept, at most min(T, D − 1) behind layer norms
+    null: Tensor  # orthonormal basis of the combinations of tokens that the equations leave open, (T, T − rank)
+    condition: float  # largest over smallest singular value kept
+    above: float  # smallest singular value kept, relative to the largest
+    below: float | None  # largest dropped, relative to the largest; None where none was
+    residual: float  # ‖ΔᵀP − G‖ / ‖G‖
+    std: Tensor  # predicted standard deviation of every entry of `patches`
+    excess: float | None  # times the known noise that the surplus equations show; None where there are too few
 
 
 def patch_system(embedding: PatchEmbedding, gradients: dict[str, Tensor], stds: dict[str, Tensor]) -> PatchSystem:
@@ -133,20 +105,13 @@ class PatchPrior:
     """What is known of patches beforehand: P = mean + scale ∘ Q with Q normal of mean 0 and variance 1.
 
     The means of patches are correlated from patch to patch, what is left of them within a patch alone.
-
-    Attributes:
-        mean: (T, n), the patches of a grey image.
-        scale: (T, n), the standard deviation of their entries.
-        tokens: Correlation of the patches' means, (T, T).
-        entries: Correlation of the entries of one patch, (n, n).
-        channels: Orthonormal indicators of the entries of each channel, (n, C).
     """
 
-    mean: Tensor
-    scale: Tensor
-    tokens: Tensor
-    entries: Tensor
-    channels: Tensor
+    mean: Tensor  # (T, n), the patches of a grey image
+    scale: Tensor  # (T, n), the standard deviation of their entries
+    tokens: Tensor  # correlation of the patches' means, (T, T)
+    entries: Tensor  # correlation of the entries of one patch, (n, n)
+    channels: Tensor  # orthonormal indicators of the entries of each channel, (n, C)
 
 
 def ridge_prior(embedding: PatchEmbedding, pixels: PixelRange) -> PatchPrior:
