@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.linalg
@@ -36,8 +37,11 @@ MIN_ON_ACCELERATOR = 256
 WEAK_SURPLUS = 16
 """Directions iterated beside those that are expected to be ill-conditioned."""
 
-INVERSE_ITERATIONS = 3
-"""Block inverse iterations for ill-conditioned directions."""
+INVERSE_ITERATIONS = 2
+"""Block inverse iterations for ill-conditioned directions, from those that the smallest pivots show."""
+
+DROPPED_STEPS = 4
+"""Lanczos steps for the largest singular value dropped: of rounding, only its size counts."""
 
 SKETCH_SIZE = 24
 """Columns of a random sketch at first."""
@@ -119,13 +123,29 @@ def gram_matrix(A: Tensor) -> Tensor:
     return upper + upper.triu(1).T
 
 
+def orthonormal(A: Tensor, times: int = 2) -> Tensor:
+    """Orthonormal columns with the span of A's, by Cholesky factors of Gram matrices; QR where A is ill-conditioned."""
+    for _ in range(times if A.shape[1] else 0):
+        factor, failed = torch.linalg.cholesky_ex(gram_matrix(A))
+        if failed:
+            return torch.linalg.qr(A)[0]
+        A = torch.linalg.solve_triangular(factor.T, A, upper=True, left=False)
+    return A
+
+
 def dense_operator(A: Tensor) -> Operator:
     """A matrix (m, k) as an operator."""
     return Operator(gram_matrix(A), lambda Y: A @ Y, lambda R: A.T @ R)
 
 
 def least_squares(
-    A: Operator, b: Tensor, rcond: float, damping: Tensor | None = None, *, gram_only: bool = False
+    A: Operator,
+    b: Tensor,
+    rcond: float,
+    damping: Tensor | None = None,
+    *,
+    gram_only: bool = False,
+    deficient: bool = False,
 ) -> LeastSquares:
     """Solves min ‖A y − b‖² + ‖damping ∘ y‖², with the null space of the whole system.
 
@@ -134,7 +154,7 @@ def least_squares(
 
     `gram_only` is for systems too large for A to be applied to many columns: AᵀA alone decides the rank, at a cutoff of
     `GRAM_RESOLUTION` at least; Cholesky factors, refined twice, serve below `CHOLESKY_MIN_RATIO`, too; no directions
-    are reported as ill-conditioned.
+    are reported as ill-conditioned. `deficient` tells that the rank cannot be full, which saves a trial.
     """
     if damping is None:
         damping = A.gram.new_zeros(len(A.gram))
@@ -144,7 +164,8 @@ def least_squares(
     device = accelerator.get()
     if device is not None and len(gram) >= MIN_ON_ACCELERATOR:
         return _by_cholesky_on(device, normal) or _by_decomposition(normal, device)
-    return _by_cholesky(normal) or _by_pivoted_cholesky(normal) or _by_decomposition(normal)
+    full = None if deficient else _by_cholesky(normal)
+    return full or _by_pivoted_cholesky(normal) or _by_decomposition(normal)
 
 
 @dataclass(frozen=True)
@@ -166,22 +187,31 @@ class _Normal:
             y = y + invert(rest)
         return y[:, 0]
 
-    def extremes(self, invert: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-        """σ_max and the smallest σ above zero relative to it, by Lanczos on the Gram matrix and on its inverse."""
-        largest = largest_eigenvalue(lambda v: self.gram @ v, len(self.gram))
-        inverse = largest_eigenvalue(invert, len(self.gram))
-        return largest**0.5, (largest * inverse) ** -0.5 if largest * inverse > 0 else 0.0
+    @cached_property
+    def largest(self) -> float:
+        """σ_max, by Lanczos on the Gram matrix."""
+        return largest_eigenvalue(lambda v: self.gram @ v, len(self.gram)) ** 0.5
+
+    def smallest(self, invert: Callable[[Tensor], Tensor]) -> float:
+        """The smallest σ above zero relative to σ_max, by Lanczos on the Gram matrix's inverse."""
+        inverse = largest_eigenvalue(invert, len(self.gram)) ** 0.5 * self.largest
+        return 1 / inverse if inverse > 0 else 0.0
 
     def largest_dropped(self, null: Tensor) -> float:
-        """The largest ‖A v‖ of a null space's basis vectors v, damping included."""
+        """About the largest σ of a null space, damping included, relative to σ_max."""
         if self.gram_only:
-            return (self.gram @ null).norm(dim=0).max().item() ** 0.5
-        return torch.cat([self.A.apply(null), self.damping[:, None] * null]).norm(dim=0).max().item()
+            return (self.gram @ null).norm(dim=0).max().item() ** 0.5 / self.largest
+
+        def multiply(v: Tensor) -> Tensor:
+            v = null @ v
+            return null.T @ (self.A.adjoint(self.A.apply(v)) + self.damping.square()[:, None] * v)
+
+        return max(largest_eigenvalue(multiply, null.shape[1], DROPPED_STEPS), 0.0) ** 0.5 / self.largest
 
 
 def _by_cholesky(normal: _Normal) -> LeastSquares | None:
     """By Cholesky factors of the normal equations; None where the rank is not full, or the condition not safe."""
-    factor, failed = scipy.linalg.lapack.dpotrf(normal.gram.numpy(), lower=1)
+    factor, failed = scipy.linalg.lapack.dpotrf(normal.gram.numpy().T, lower=1)
     if failed or not len(factor):
         return None
 
@@ -201,7 +231,7 @@ def _by_cholesky_on(device: torch.device, normal: _Normal) -> LeastSquares | Non
 
 def _of_full_rank(normal: _Normal, invert: Callable[[Tensor], Tensor]) -> LeastSquares | None:
     """The solution by factors of a Gram matrix, None where its condition is not safe."""
-    _, ratio = normal.extremes(invert)
+    ratio = normal.smallest(invert)
     if not ratio >= max(0.0 if normal.gram_only else CHOLESKY_MIN_RATIO, 2 * normal.rcond):
         return None
     none = normal.gram[:, :0]
@@ -215,7 +245,7 @@ def _by_pivoted_cholesky(normal: _Normal) -> LeastSquares | None:
     the singular values loses nothing, at a tenth of the cost of a singular decomposition.
     """
     gram, safe = normal.gram, 0.0 if normal.gram_only else CHOLESKY_MIN_RATIO
-    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(gram.numpy(), lower=0)
+    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(gram.numpy().T, lower=0)
     if rank in (0, len(gram)):
         return None
     order = torch.from_numpy(pivots.astype("int64") - 1)
@@ -224,45 +254,55 @@ def _by_pivoted_cholesky(normal: _Normal) -> LeastSquares | None:
     null = torch.zeros(len(order), len(left), dtype=gram.dtype)
     null[kept] = torch.linalg.solve_triangular(R[:, :rank], -R[:, rank:], upper=True)
     null[left] = torch.eye(len(left), dtype=gram.dtype)
-    null = torch.linalg.qr(null)[0]
+    null = orthonormal(null)
 
-    def invert(v: Tensor) -> Tensor:  # the pseudo-inverse of the Gram matrix
-        v, y = v - null @ (null.T @ v), torch.zeros_like(v)
-        y[kept] = torch.cholesky_solve(v[kept], R[:, :rank], upper=True)
+    def beside_null(y: Tensor) -> Tensor:
         return y - null @ (null.T @ y)
 
-    largest, ratio = normal.extremes(invert)
+    def invert_beside(v: Tensor) -> Tensor:  # of vectors without a part in the null space
+        y = torch.zeros_like(v)
+        y[kept] = torch.cholesky_solve(v[kept], R[:, :rank], upper=True)
+        return beside_null(y)
+
+    def invert(v: Tensor) -> Tensor:  # the pseudo-inverse of the Gram matrix
+        return invert_beside(beside_null(v))
+
+    def weakest(count: int) -> Tensor:  # roughly, by the smallest pivots
+        y, last = torch.zeros(len(gram), count, dtype=gram.dtype), torch.eye(rank, dtype=gram.dtype)[:, rank - count :]
+        y[kept] = torch.linalg.solve_triangular(R[:, :rank], last, upper=True)
+        return beside_null(y)
+
+    weak, sigmas = gram[:, :0], gram[0, :0]
+    guess = int((R.diagonal() < 2 * ILL_CONDITIONED_RATIO * R[0, 0]).sum())  # the factor nearly shows their number
+    ratio = normal.smallest(invert) if normal.gram_only or not guess else 0.0
+    if ratio < ILL_CONDITIONED_RATIO and not normal.gram_only:
+        U, values = _weak_directions(invert_beside, weakest, rank, ILL_CONDITIONED_RATIO * normal.largest, guess)
+        low, ratio = values <= ILL_CONDITIONED_RATIO * normal.largest, (values[-1] / normal.largest).item()
+        weak, sigmas = U[:, low], values[low]
     if not ratio >= max(safe, PIVOTED_GAP * normal.rcond):
         return None
-    dropped = normal.largest_dropped(null) / largest
+    dropped = normal.largest_dropped(null)
     if dropped > normal.rcond:
         return None
-    weak, sigmas, limit = gram[:, :0], gram[0, :0], ILL_CONDITIONED_RATIO * largest
-    if ratio < ILL_CONDITIONED_RATIO and not normal.gram_only:
-        guess = int((R.diagonal() < 2 * ILL_CONDITIONED_RATIO * R[0, 0]).sum())  # the factor nearly shows their number
-        weak, sigmas = _weak_directions(invert, len(gram), rank, limit, guess)
     return LeastSquares(normal.solve(invert), null, weak, sigmas, rank, ratio, dropped, invert)
 
 
 def _weak_directions(
-    invert: Callable[[Tensor], Tensor], size: int, rank: int, limit: float, guess: int
+    invert: Callable[[Tensor], Tensor], start: Callable[[int], Tensor], rank: int, limit: float, guess: int
 ) -> tuple[Tensor, Tensor]:
-    """Singular directions kept with σ up to a limit, and their σ, by block inverse iteration on the Gram matrix.
+    """Singular directions and their σ, all up to a limit and some above, by block inverse iteration on a Gram matrix.
 
-    The weakest, which matter most, come out exactly, those near the limit roughly. The block is doubled as long as all
-    of it is below the limit.
+    The weakest, which matter most, come out exactly, those near the limit roughly. The block that `start` makes is
+    doubled as long as all of it is below the limit.
     """
-    generator = torch.Generator().manual_seed(0)
     while True:
         guess = min(guess + WEAK_SURPLUS, rank)
-        U = torch.randn(size, guess, generator=generator, dtype=torch.float64)
+        U = orthonormal(start(guess))
         for _ in range(INVERSE_ITERATIONS):
             U, T = torch.linalg.qr(invert(U))
         turn, inverse, _ = torch.linalg.svd(T)
-        sigmas = inverse.rsqrt()
-        if sigmas[-1] > limit or guess == rank:
-            weak = sigmas <= limit
-            return (U @ turn[:, weak]).flip(1), sigmas[weak].flip(0)
+        if inverse[-1].rsqrt() > limit or guess == rank:
+            return (U @ turn).flip(1), inverse.rsqrt().flip(0)
         guess *= 2
 
 

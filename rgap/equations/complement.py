@@ -16,7 +16,7 @@ from torch import Tensor
 from rgap.equations.block_cholesky import BlockCholesky, block_cholesky
 from rgap.equations.limits import DEFAULT_LIMITS
 from rgap.equations.weights import weight_matrix
-from rgap.linalg import gram_matrix, largest_eigenvalue
+from rgap.linalg import largest_eigenvalue, orthonormal
 from rgap.network.layer import Layer
 
 MIN_PIVOT_RATIO = 1e-6
@@ -84,16 +84,8 @@ def _complement(layer: Layer) -> RangeComplement | None:
     rest = torch.randn(abs(W.shape[0] - W.shape[1]), *shape, generator=generator, dtype=torch.float64)
     for _ in range(2):  # random vectors, projected; and once more when orthonormal, since the rest may be small
         seen = found.lift(layer.apply(rest)) if wide else layer.apply(found.lift(rest))
-        rest = _orthonormal((rest - seen).flatten(1)).reshape(rest.shape)
+        rest = orthonormal((rest - seen).flatten(1).T, times=1).T.reshape(rest.shape)
     return replace(found, basis=rest.flatten(1).T.contiguous())
-
-
-def _orthonormal(rows: Tensor) -> Tensor:
-    """Independent rows made orthonormal by the Cholesky factor of their Gram matrix."""
-    if not len(rows):
-        return rows
-    factor, failed = torch.linalg.cholesky_ex(gram_matrix(rows.T))
-    return torch.linalg.qr(rows.T)[0].T if failed else torch.linalg.solve_triangular(factor, rows, upper=False)
 
 
 @dataclass(frozen=True)

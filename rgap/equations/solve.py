@@ -248,7 +248,9 @@ def _gradients_before_weights(problem: _Problem) -> LayerSolution:
 
 def _reduced(problem: _Problem, system: ReducedSystem) -> LayerSolution:
     """Solves for what one kind of equations leaves open."""
-    found = least_squares(system.A, system.b, problem.rcond, system.damping, gram_only=problem.is_batch)
+    law = None if problem.is_batch or problem.known is not None else layer_laws(problem.layer).both
+    options = {"gram_only": problem.is_batch, "deficient": law is not None and law < problem.unknowns}
+    found = least_squares(system.A, system.b, problem.rcond, system.damping, **options)
     y = found.y[:, None]
     x = (system.x0 + system.spread(y)[:, :, 0]).reshape(-1, *problem.layer.input_shape)
     report = problem.report(

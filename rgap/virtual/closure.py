@@ -13,7 +13,7 @@ falls the step becomes the linear system on one piece of σ, which is solved at 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ MAX_STEPS = 40
 
 PRIOR_WIDENING = 30.0
 """Standard deviation of the first belief on weak directions, in units of the layer's own for them."""
+
+SETTLED_SHARE = 0.01
+"""Standard deviation, in units of a belief's noise, from which the layer's own values need no belief."""
 
 MAX_HOPELESS_UNKNOWNS = 300
 """Unknowns up to which a system that is short of equations is approached within a second."""
@@ -167,9 +170,17 @@ def _channels(problem: DeficientLayer, most: int = 4000) -> NDArray:
 
 
 def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, beliefs: list):
-    """Steps until the belief is as narrow as the noise, or stalls; the prior takes part in the first steps."""
-    previous, N, rough = problem.previous, problem.N, problem.N.astype(np.float32)
+    """Steps until the belief is as narrow as the noise, or stalls; the prior takes part in the first steps.
+
+    Ill-conditioned directions that the layer itself knows better than that take no part.
+    """
     rms, noise = np.sqrt(np.mean(problem.x**2)), max(problem.noise, 1e-7)  # a lower one collapses the belief too soon
+    whole = problem.N.shape[1]
+    if problem.known.max(initial=0.0) < SETTLED_SHARE * noise * rms:
+        problem = replace(
+            problem, N=np.ascontiguousarray(problem.N[:, : whole - problem.known.size]), known=problem.known[:0]
+        )
+    previous, N, rough = problem.previous, problem.N, problem.N.astype(np.float32)
     m, t, y = problem.x, np.zeros(N.shape[1]), np.zeros(previous.null.shape[1])
     open_ = t.size - problem.known.size
     at_first = np.concatenate([np.full(open_, rms), np.minimum(PRIOR_WIDENING * problem.known, rms)])
@@ -197,6 +208,7 @@ def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, 
         done = prior is None and chi2 < 100 and (sharp or still)
         if done or (hopeless and step >= 4 and still) or waited > 8:
             break
+    t = np.pad(t, (0, whole - t.size))
     return t, image if channels.size else previous.lift(fitted.alpha + fitted.beta * m, y)
 
 
