@@ -69,19 +69,11 @@ BAR_STYLES = {
 def audited_and_attacked(
     networks: Mapping[str, nn.Module], image: Tensor, label: Tensor, loss: str = "logistic", **options
 ) -> pd.DataFrame:
-    """Audits every network from its shapes alone, then attacks it.
+    """Audits every network (name -> network) from its shapes alone, then attacks a gradient of one image (1, C, H, W).
 
-    Args:
-        networks: Name -> network; all take the image's shape.
-        image: (1, C, H, W) in [0, 1].
-        label: (1,).
-        loss: The client's loss.
-        **options: For `rgap.reconstruct`.
-
-    Returns:
-        A row for each network: network, outcome, missing (equations that the open step lacks beyond all that the step
-        before it can add, 0 where none is open), verdict, psnr_db and agrees: "leaks" goes with "exact" and
-        "ambiguous", "stops" with "rank-deficient".
+    Returns a row for each network: network, outcome, missing (equations that the open step lacks beyond all that the
+    step before it can add, 0 where none is open), verdict, psnr_db and agrees: "leaks" goes with "exact" and
+    "ambiguous", "stops" with "rank-deficient". Options are `reconstruct`'s.
     """
     rows = []
     for name, model in networks.items():
@@ -100,18 +92,10 @@ def audited_and_attacked(
 def attacks_under_defence(
     chain: Chain, gradients: Gradients, image: Tensor, defence: str, strengths: Sequence[float | str], **options
 ) -> tuple[pd.DataFrame, Tensor]:
-    """Attacks one gradient under a defence of several strengths.
+    """Attacks one gradient under a defence in `DEFENCES` of several strengths; the image is for the PSNR alone.
 
-    Args:
-        chain: The prepared network.
-        gradients: As the client computed them.
-        image: The truth, (1, C, H, W), for the PSNR alone.
-        defence: A name in `DEFENCES`.
-        strengths: As the defence takes them.
-        **options: For `rgap.reconstruct`.
-
-    Returns:
-        A row for each strength (strength, verdict, psnr_db), and the images that were found, (N, C, H, W).
+    Returns a row for each strength (strength, verdict, psnr_db), and the images that were found, (N, C, H, W). Options
+    are `reconstruct`'s.
     """
     rows, found = [], []
     for strength in strengths:
@@ -125,29 +109,16 @@ def attacks_under_defence(
 
 
 def defended(gradients: Gradients, defence: str, strength: float | str) -> Gradients:
-    """The gradient as it is shared under a defence.
+    """The gradient as it is shared under a defence, a name in `DEFENCES`; its first strength there changes nothing.
 
-    Args:
-        gradients: One tensor for each parameter, or a mapping from name.
-        defence: A name in `DEFENCES`.
-        strength: As the defence takes it; the first of its strengths there leaves the gradient as it is.
-
-    Raises:
-        ValueError: If the defence is unknown or the strength out of range.
+    Raises ValueError if the defence is unknown or the strength out of range.
     """
     none = strengths_of(defence)[0]
     return gradients if strength == none else DEFENCES[defence][0](gradients, strength)
 
 
 def strengths_of(defence: str) -> tuple[float | str, ...]:
-    """Strengths to choose from, the first of which leaves the gradient as it is.
-
-    Args:
-        defence: A name in `DEFENCES`.
-
-    Raises:
-        ValueError: If the defence is unknown.
-    """
+    """Strengths of a defence in `DEFENCES`, the first of which changes nothing; ValueError for another name."""
     if defence not in DEFENCES:
         raise ValueError(f"defence is {defence!r}; it must be one of {', '.join(DEFENCES)}")
     return DEFENCES[defence][1]
@@ -159,25 +130,16 @@ def factor_of(defence: str) -> float | None:
 
 
 def noise_of(defence: str, strength: float | str) -> float | None:
-    """The standard deviation of the noise that an attacker who knows the defence expects on every entry; None without.
-
-    Args:
-        defence: A name in `DEFENCES`.
-        strength: As for `defended`.
-    """
+    """Standard deviation of the noise that an attacker who knows the defence expects on every entry; or None."""
     return float(strength) if defence == "gaussian_noise" and strength else None
 
 
 def plot_audit(networks: Mapping[str, pd.DataFrame]) -> Figure:
     """Independent equations of every step as a share of its unknowns, from the image (top) to the output.
 
-    Args:
-        networks: Title of a panel -> columns `name`, `kind`, `unknowns`, `deficit`, `supply` and `status`, as in
-            `rgap.ranks.exposure.StepExposure`.
-
-    Returns:
-        The figure: what a step's own equations determine, what the step before can add, and what stays open; the
-        numbers and the status stand beside each bar.
+    A panel for each entry, title -> columns `name`, `kind`, `unknowns`, `deficit`, `supply` and `status`, as in
+    `rgap.ranks.exposure.StepExposure`: what a step's own equations determine, what the step before can add, and what
+    stays open; the numbers and the status stand beside each bar.
     """
     counts = [len(steps) for steps in networks.values()]
     figure, axes = plt.subplots(len(networks), 1, figsize=(8.4, sum(0.7 + 0.27 * count for count in counts)),

@@ -39,12 +39,7 @@ def controls(model: nn.Module | Chain, image_shape: tuple[int, int, int], **opti
     """The panel for a person at the notebook, or a line of text where a program runs it.
 
     Where a program runs the notebook (make sets RGAP_PROFILE) nobody moves a slider, and the state that a notebook
-    stores of its controls is large and changes from run to run.
-
-    Args:
-        model: A network that `rgap.reconstruct` attacks, or its `Chain`.
-        image_shape: (C, H, W) of one image.
-        **options: For `AttackPanel`.
+    stores of its controls is large and changes from run to run. Arguments are `AttackPanel`'s.
     """
     if os.environ.get("RGAP_PROFILE"):
         return "Open this notebook by `make lab` and run it there: controls appear in this place."

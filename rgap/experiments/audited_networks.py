@@ -73,25 +73,17 @@ def sample_audit(count: int = 200, seed: int = 0) -> pd.DataFrame:
     lacks rank; where it says that it stops, and the attack is sure of the right images; or where it is so of a batch
     beyond the bound of `largest_batch`.
 
-    Args:
-        count: Networks.
-        seed: Of the first network; the next ones have the next numbers.
-
-    Returns:
-        case, batch, bound (of a batch), outcome, missing_share, jacobian_lacks, verdict, psnr_db, ok, why.
+    The first network has the number `seed`, the next ones the next. Columns: case, batch, bound (of a batch), outcome,
+    missing_share, jacobian_lacks, verdict, psnr_db, ok, why.
     """
     return pd.DataFrame([_audit_one(number) for number in progress(range(seed, seed + count), "networks")])
 
 
 def sample_zoo(count: int = ZOO_MODELS, seed: int = 0) -> pd.DataFrame:
-    """Analyses torchvision's classification networks, each in a process of its own.
+    """Analyses torchvision's classification networks, each in a process of its own: `count` names in chunk `seed`.
 
-    Args:
-        count: Networks in a chunk of their sorted names.
-        seed: Number of the chunk, 0 for the first.
-
-    Returns:
-        case, verdict (the outcome), psnr_db (none), seconds (CPU), gigabytes (peak), ok, why (the sentence or error).
+    Columns: case, verdict (the outcome), psnr_db (none), seconds (CPU), gigabytes (peak), ok, why (the sentence or
+    error).
     """
     import torchvision  # seconds to import, and nothing else here needs it
 

@@ -30,14 +30,9 @@ MAX_SAMPLE_LIMIT = 6
 
 
 def batch_limits(networks: Mapping[str, nn.Module], image_shape: tuple[int, int, int]) -> pd.DataFrame:
-    """Predicts how many images behind one gradient come back, for several networks.
+    """Predicts for several networks, name -> network, how many images (C, H, W) behind one gradient come back.
 
-    Args:
-        networks: Name -> network.
-        image_shape: (C, H, W).
-
-    Returns:
-        network, largest_batch, without_virtual_constraints, layer (the one that limits) and reason.
+    Returns network, largest_batch, without_virtual_constraints, layer (the one that limits) and reason.
     """
     rows = []
     for name, network in networks.items():
@@ -51,13 +46,8 @@ def batch_limits(networks: Mapping[str, nn.Module], image_shape: tuple[int, int,
 def sample_conv_batches(count: int = 100, seed: int = 0) -> pd.DataFrame:
     """Random small convolutional networks and batches, within the predicted limit and, every second one, beyond it.
 
-    Args:
-        count: How many.
-        seed: Of all draws.
-
-    Returns:
-        case, limit (the predicted largest batch), batch, beyond, verdict, psnr_db (the smallest over the images), ok
-        and why: a false certificate is not ok, nor an image that is certified beyond the limit.
+    Columns: case, limit (the predicted largest batch), batch, beyond, verdict, psnr_db (the smallest over the images),
+    ok and why: a false certificate is not ok, nor an image that is certified beyond the limit.
     """
     generator = torch.Generator().manual_seed(seed)
     numbers = progress(range(count), "batches through convolutions")
@@ -126,16 +116,10 @@ def _random_network(generator: torch.Generator, pick: Callable) -> tuple[nn.Modu
 
 
 def plot_against_batch(runs: pd.DataFrame, value: str, label: str, limits: Mapping[str, int]) -> Figure:
-    """One number of every attack against the batch size, a line for each precision.
+    """One number of every attack against the batch size, a line for each precision; bands are the extremes over seeds.
 
-    Args:
-        runs: Columns `batch`, `dtype` and `value`.
-        value: Name of the column.
-        label: Of the axis, with its unit.
-        limits: Name of a limit -> largest batch, drawn as a dotted line just beyond.
-
-    Returns:
-        The figure; lines are medians over seeds, bands reach from the smallest to the largest.
+    Runs have the columns `batch`, `dtype` and `value`; limits are name -> largest batch, each a dotted line just
+    beyond.
     """
     figure, axis = plt.subplots(figsize=(6.4, 3.4))
     lines(axis, runs, "batch", value, by="dtype")

@@ -39,15 +39,8 @@ def combination(
 ) -> Reconstruction:
     """Plain R-GAP on a batch's gradient, treated as that of a single image (Zhu & Blaschko 2021).
 
-    Args:
-        model: The network, or a `Chain`.
-        gradients: As for `rgap.reconstruct`.
-        image_shape: (C, H, W) of one image; may be left out with a `Chain`.
-        loss: As for `rgap.reconstruct`.
-        **options: For `rgap.reconstruct`.
-
-    Returns:
-        A `Reconstruction` with one image, a linear combination of the batch's; the verdict is usually "inconsistent".
+    Arguments are those of `rgap.reconstruct`. Its one image is a linear combination of the batch's; the verdict is
+    usually "inconsistent".
     """
     return reconstruct(
         model, gradients, image_shape, loss, batch_size=1, virtual_constraints=False, **options, gradient_scale=1.0
@@ -61,18 +54,11 @@ def width_table(
     widths: Sequence[int],
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One batch against networks with more and more units in the first hidden layer.
+    """One batch (B, C, H, W) against networks with more and more units in the first hidden layer.
 
-    Args:
-        make_model: Seed and hidden widths -> network; the second hidden layer keeps 100 units.
-        images: The batch, (B, C, H, W).
-        labels: (B,).
-        widths: Units of the first hidden layer.
-        seed: Of weights and starts.
-
-    Returns:
-        width, found, false, certified, cosine, mse, psnr_db, label_share, parameters, megabytes (of the float64 arrays
-        that the attack works on at once: weights, gradients and the factors of the first gradient), seconds.
+    `make_model` takes a seed and hidden widths, of which the second stays 100. Returns width, found, false, certified,
+    cosine, mse, psnr_db, label_share, parameters, megabytes (of the float64 arrays that the attack works on at once:
+    weights, gradients and the factors of the first gradient), seconds.
     """
     rows = []
     for width in progress(widths, "widths"):
@@ -90,15 +76,8 @@ def sample_batches(count: int, seed: int = 0) -> pd.DataFrame:
     """Random fully connected networks and batches, within the limits of the method and beyond them.
 
     Widths, depth, slopes, biases, classes, precision and batch size are drawn; some batches have equal images, an image
-    of zeros, or a batch size that is given wrongly.
-
-    Args:
-        count: How many.
-        seed: Of all draws.
-
-    Returns:
-        case, verdict, psnr_db (the smallest over the images), ok and why: a false certificate, or a returned image that
-        is not in the batch, is not ok.
+    of zeros, or a batch size that is given wrongly. Columns: case, verdict, psnr_db (the smallest over the images), ok
+    and why: a false certificate, or a returned image that is not in the batch, is not ok.
     """
     generator = torch.Generator().manual_seed(seed)
     return pd.DataFrame([_attack_random_batch(generator) for _ in progress(range(count), "batches")])
@@ -153,14 +132,9 @@ def _checked(result: Reconstruction, images: Tensor) -> dict:
 
 
 def plot_seconds(runs: pd.DataFrame, limit: int) -> Figure:
-    """Seconds of an attack against the batch size.
+    """Seconds of an attack against the batch size: medians over seeds, and bands from the smallest to the largest.
 
-    Args:
-        runs: Columns `batch`, `seed` and `seconds`.
-        limit: Outputs of the second layer: the largest batch that its gradient can separate.
-
-    Returns:
-        The figure; the line is the median over seeds, the band reaches from the smallest to the largest.
+    The limit is the second layer's number of outputs: the largest batch that its gradient can separate.
     """
     figure, axis = plt.subplots(figsize=(6.4, 3.2))
     lines(axis, runs, "batch", "seconds")

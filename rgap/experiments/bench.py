@@ -71,23 +71,14 @@ NOTEBOOK_CASES = {("cnn6", 32): "cnn6", ("fcn3", 1000): "fcn3", ("expanding", 64
 
 
 def bench(names: Sequence[str] = (), rounds: int = 5) -> pd.DataFrame:
-    """CPU seconds of the cases, all in one process with one thread.
+    """CPU seconds of cases, keys of `CASES` (by default all but `LARGE_CASES`), in one process with one thread.
 
     Every round runs each case once, so that what else the machine does meanwhile falls on all alike. Attacks get
-    float64 gradients of embedded images.
-
-    Args:
-        names: Keys of `CASES`; by default all but `LARGE_CASES`.
-        rounds: Runs of each case.
-
-    Returns:
-        A row for each case and method (forward and backward of the network in float64; the first attack, with the
-        network's preparation; an attack on a prepared network; a rank audit): runs, median_s and least_s (CPU seconds),
-        ratio (of the medians, to forward and backward; NaN for audits), peak_mib (most memory above what the process
-        held before the call; NaN where the system does not tell), verdict, psnr_db (least over the images), torch.
-
-    Raises:
-        ValueError: If a name is unknown, or there is no round.
+    float64 gradients of embedded images. Returns a row for each case and method (forward and backward of the network in
+    float64; the first attack, with the network's preparation; an attack on a prepared network; a rank audit): runs,
+    median_s and least_s (CPU seconds), ratio (of the medians, to forward and backward; NaN for audits), peak_mib (most
+    memory above what the process held before the call; NaN where the system does not tell), verdict, psnr_db (least
+    over the images), torch. Raises ValueError if a name is unknown, or there is no round.
     """
     if unknown := [name for name in names if name not in CASES]:
         raise ValueError(f"no case {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, CASES))}")
@@ -180,18 +171,10 @@ def _resident(key: str) -> float:
 
 
 def compared(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """The cases of a table that an earlier one has, too.
+    """The cases of a table that an earlier one has, too: case, method, least_s, before_s and speedup (before over now).
 
-    Args:
-        table: As from `bench`.
-        path: CSV of another run, or figures/04_cost_times.csv, whose seconds are wall time and the least of few runs.
-
-    Returns:
-        case, method, least_s, before_s and speedup (before over now).
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is neither.
+    The path is the CSV of another run, or figures/04_cost_times.csv, whose seconds are wall time and the least of few
+    runs; another file raises ValueError.
     """
     earlier = pd.read_csv(path)
     if {"network", "value", "method", "seconds"} <= set(earlier):

@@ -38,13 +38,8 @@ def sample_blind(count: int = 100, seed: int = 0) -> pd.DataFrame:
     is certified, if no split of the taps has the rank by law, values or gradient were damaged, or the predicted error
     is the reason.
 
-    Args:
-        count: Convolutions.
-        seed: Of the first; the next ones have the next numbers.
-
-    Returns:
-        case, values, damage, dtype, filters, channels, blind (by law), gap, predicted_error, error, verdict
-        ("certified" or "not certified"), psnr_db (−20 lg of the error), ok, why.
+    Columns: case, values, damage, dtype, filters, channels, blind (by law), gap, predicted_error, error, verdict
+    ("certified" or "not certified"), psnr_db (−20 lg of the error), ok, why.
     """
     return pd.DataFrame([_solve_one(number) for number in progress(range(seed, seed + count), "convolutions")])
 

@@ -167,13 +167,7 @@ def sample_calibration(count: int = 200, seed: int = 0) -> pd.DataFrame:
 
     A row is ok unless the verdict is "exact" although the image is off by more than `MAX_ERROR_RATIO` times its
     predicted error and by more than `SAFE_DB` allows. Where the verdict is "ambiguous", the best candidate counts.
-
-    Args:
-        count: Attacks.
-        seed: Of all of them; with another seed they are other ones.
-
-    Returns:
-        A row an attack: case, client, dtype, verdict, psnr_db, rmse, predicted, certified_psnr_db, ok, why.
+    Columns: case, client, dtype, verdict, psnr_db, rmse, predicted, certified_psnr_db, ok, why.
     """
     return pd.DataFrame([_attacked(seed, number) for number in progress(range(count), "calibration")])
 
@@ -276,14 +270,10 @@ def _kinds(case: Case) -> str:
 
 
 def calibration_table(attacks: pd.DataFrame) -> pd.DataFrame:
-    """How large the true error of certified images was, by predicted error.
+    """How large the true error of certified images was, by predicted error, both in widths of the pixel range.
 
-    Args:
-        attacks: Columns `verdict`, `predicted` and `rmse`, in widths of the pixel range.
-
-    Returns:
-        A row a bin of predicted errors that is not empty: above, up_to, certified (images), and of true over predicted
-        error the median, the quantile_95, and within_3, the share at most 3.
+    Returns a row for each bin of predicted errors that is not empty: above, up_to, certified (images), and of true over
+    predicted error the median, the quantile_95, and within_3, the share at most 3.
     """
     certified = attacks[attacks["verdict"] == "exact"]
     ratio = certified["rmse"] / certified["predicted"]
@@ -300,13 +290,10 @@ def calibration_table(attacks: pd.DataFrame) -> pd.DataFrame:
 
 
 def client_table(attacks: pd.DataFrame) -> pd.DataFrame:
-    """What came of the attacks on each kind of client.
+    """What came of `sample_calibration`'s attacks on each kind of client.
 
-    Args:
-        attacks: Rows of `sample_calibration`.
-
-    Returns:
-        client, attacks, exact, false (certificates), recovered (at 60 dB or more), and certified, the share of those.
+    Columns: client, attacks, exact, false (certificates), recovered (at 60 dB or more), and certified, the share of
+    those.
     """
     recovered = attacks["psnr_db"] >= RECOVERED_DB
     marks = attacks.assign(exact=attacks["verdict"] == "exact", false=~attacks["ok"], recovered=recovered)
@@ -316,13 +303,9 @@ def client_table(attacks: pd.DataFrame) -> pd.DataFrame:
 
 
 def false_rate(attacks: pd.DataFrame) -> dict[str, float]:
-    """Certificates, false ones among them, and the upper end of the 95 % confidence interval of their rate.
+    """Attacks, certified and false ones, and at_most, the upper end of the 95 % interval of the false ones' rate.
 
-    Args:
-        attacks: Columns `verdict` and `ok`.
-
-    Returns:
-        attacks, certified, false, at_most (one-sided, Clopper and Pearson 1934).
+    One-sided (Clopper and Pearson 1934), from the columns `verdict` and `ok`.
     """
     certified = attacks[attacks["verdict"] == "exact"]
     false = int((~certified["ok"].astype(bool)).sum())
@@ -333,14 +316,10 @@ def false_rate(attacks: pd.DataFrame) -> dict[str, float]:
 
 
 def write_verified(runs: Sequence[Path | str], folder: Path = VERIFIED) -> dict[str, float]:
-    """Joins the rows of long runs of `python -m rgap verify calibration` into the tables that notebook 07 shows.
+    """Joins the CSVs of long runs of `python -m rgap verify calibration` into the tables that notebook 07 shows.
 
-    Args:
-        runs: The files that they wrote, with different seeds.
-        folder: Where to write calibration_bins.csv, calibration_clients.csv and calibration_rate.csv.
-
-    Returns:
-        As `false_rate`.
+    The runs have different seeds. Writes calibration_bins.csv, calibration_clients.csv and calibration_rate.csv into
+    the folder, and returns the `false_rate`.
     """
     attacks = pd.concat([pd.read_csv(run) for run in runs], ignore_index=True)
     if attacks["case"].duplicated().any():

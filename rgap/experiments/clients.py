@@ -78,15 +78,9 @@ ALL_CLIENTS = FACTOR_CLIENTS | {
 def sample_clients(count: int = 520, seed: int = 0) -> pd.DataFrame:
     """Attacks gradients of clients of every kind; the attack is told nothing.
 
-    A row is ok by the measure of `rgap.experiments.calibration`.
-
-    Args:
-        count: Attacks.
-        seed: Of all of them; with another seed they are other ones.
-
-    Returns:
-        A row an attack: case, client, verdict, psnr_db, rmse, predicted, gradient_scale, identifiable (whether the last
-        layer determines the factor: the brightness is not called open), ok, why.
+    Columns: case, client, verdict, psnr_db, rmse, predicted, gradient_scale, identifiable (whether the last layer
+    determines the factor: the brightness is not called open), ok (by the measure of `rgap.experiments.calibration`),
+    why.
     """
     return pd.DataFrame([_attacked(seed, number) for number in progress(range(count), "clients")])
 
@@ -122,9 +116,6 @@ def clients_by_kind(rows: pd.DataFrame) -> pd.DataFrame:
 
     "recovered" counts images above `RECOVERED_DB` dB of identifiable brightness, of clients whose gradient is that of
     the image but for a factor or smoothing; "certified" is the share of these with the verdict "exact".
-
-    Args:
-        rows: From `sample_clients`.
     """
     honest = [*FACTOR_CLIENTS, "smoothed labels"]
     found = rows["client"].isin(honest) & rows["identifiable"] & (rows["psnr_db"] > RECOVERED_DB)

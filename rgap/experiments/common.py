@@ -51,17 +51,8 @@ def client_steps(
 ) -> Iterator[ClientStep]:
     """The gradient of every image alone, for every seed of the weights and every dtype.
 
-    Args:
-        make_model: Seed -> network.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,).
-        seeds: Seeds of the weights.
-        dtypes: Names of torch dtypes in which the client computes.
-        loss: Name of the client's loss.
-        title: Of the progress bar.
-
-    Yields:
-        Seed, dtype, the image's index, the prepared network, image (1, C, H, W), label (1,) and gradients.
+    `make_model` takes a seed; images are (N, C, H, W) in [0, 1], labels (N,), dtypes names of torch dtypes in which the
+    client computes, and the title is the progress bar's.
     """
     for seed, dtype in progress(list(product(seeds, dtypes)), title):
         model = make_model(seed).to(getattr(torch, dtype))
@@ -79,20 +70,11 @@ def attack_each(
     loss: str = "logistic",
     **options,
 ) -> tuple[pd.DataFrame, list[Reconstruction]]:
-    """Attacks every image alone, for every seed of the weights and every dtype of the gradients.
+    """Attacks every image (N, C, H, W) alone, for every seed of the weights and every dtype of the gradients.
 
-    Args:
-        make_model: Seed -> network.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,), given to the client, never to the attack.
-        seeds: Seeds of the weights.
-        dtypes: Names of torch dtypes in which the client computes.
-        loss: Name of the client's loss.
-        **options: For `rgap.reconstruct`; what a deficient layer leaves determined is solved for.
-
-    Returns:
-        A table with a row for each attack (seed, dtype, image, verdict, label_found, mse, psnr_db, ssim,
-        gradient_residual, seconds of an attack on a prepared chain) and the results in the same order.
+    Labels (N,) are given to the client, never to the attack. Options are `reconstruct`'s; what a deficient layer leaves
+    determined is solved for. Returns a table with a row for each attack (seed, dtype, image, verdict, label_found, mse,
+    psnr_db, ssim, gradient_residual, seconds of an attack on a prepared chain) and the results in the same order.
     """
     rows, results = [], []
     for step in client_steps(make_model, images, labels, seeds, dtypes, loss):
@@ -117,20 +99,11 @@ def attack_batches(
     dtype: str = "float32",
     loss: str = "logistic",
 ) -> tuple[pd.DataFrame, list[Reconstruction]]:
-    """Attacks batches of several sizes, each drawn from the images by its seed.
+    """Attacks batches of several sizes, each drawn from the images (N, C, H, W) by its seed.
 
-    Args:
-        make_model: Seed -> network with two or more fully connected layers at its end.
-        images: (N, C, H, W) in [0, 1], N at least the largest batch size.
-        labels: (N,), given to the client, never to the attack.
-        batch_sizes: Images behind one gradient.
-        seeds: Seeds of the weights, of the draw and of the attack's starts.
-        dtype: Name of the torch dtype in which the client computes.
-        loss: Name of the client's loss.
-
-    Returns:
-        A row for each batch (batch, seed, verdict, the columns of `batch_outcome`, seconds) and the results in the
-        same order.
+    The seeds are those of the weights, of the draw and of the attack's starts; the network must end in two or more
+    fully connected layers. Returns a row for each batch (batch, seed, verdict, the columns of `batch_outcome`, seconds)
+    and the results in the same order.
     """
     rows, results = [], []
     for batch, seed in progress(list(product(batch_sizes, seeds)), "batches"):
@@ -148,18 +121,11 @@ def attack_batches(
 
 
 def batch_outcome(result: Reconstruction, images: Tensor, labels: Tensor) -> dict:
-    """How far a batch's result is from the truth.
+    """How far a batch's result is from the true images (B, C, H, W) and labels (B,).
 
-    Args:
-        result: What the attack returned.
-        images: The true images, (B, C, H, W).
-        labels: The true labels, (B,).
-
-    Returns:
-        found (images returned), false (returned images whose direction is that of no image of the batch), certified
-        (images with the verdict "exact"), cosine (smallest cosine to the direction of the matched true image), mse
-        (largest over certified images; NaN without any), psnr_db (smallest over all) and label_share (share of correct
-        labels).
+    Returns found (images returned), false (returned images whose direction is that of no image of the batch), certified
+    (images with the verdict "exact"), cosine (smallest cosine to the direction of the matched true image), mse (largest
+    over certified images; NaN without any), psnr_db (smallest over all) and label_share (share of correct labels).
     """
     order = match(directions(result.images), directions(images))
     truth = images[order]

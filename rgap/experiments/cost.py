@@ -71,14 +71,9 @@ def deficits(sides: Sequence[int]) -> pd.DataFrame:
 def costs(sides: Sequence[int], expanding_sides: Sequence[int], widths: Sequence[int]) -> pd.DataFrame:
     """Seconds of one attack, one pass and one step of DLG, each with one thread.
 
-    Args:
-        sides: Sides of square images through CNN6.
-        expanding_sides: The same through the network of `expanding_for`.
-        widths: Widths of the first hidden layer of FCN3.
-
-    Returns:
-        Columns network, against ("side" or "width"), value, method, seconds (the fastest of several runs; the only
-        run where it takes more than two seconds), psnr_db (of the closed form, NaN elsewhere).
+    Images have the sides given, through CNN6 and through the network of `expanding_for`; widths are those of FCN3's
+    first hidden layer. Columns: network, against ("side" or "width"), value, method, seconds (the fastest of several
+    runs; the only run where it takes more than two seconds), psnr_db (of the closed form, NaN elsewhere).
     """
     cases = [("cnn6", "side", side, partial(cnn6_for, side), (3, side, side)) for side in sides]
     cases += [("expanding", "side", side, partial(expanding_for, side), (3, side, side)) for side in expanding_sides]
@@ -118,14 +113,7 @@ def _fastest(call: Callable[[], object], times: int) -> float:
 
 
 def exponents(table: pd.DataFrame) -> pd.DataFrame:
-    """Slopes of log seconds against log value, for each network and method.
-
-    Args:
-        table: As from `costs`, with at least two values of each.
-
-    Returns:
-        Columns network, against, method, exponent.
-    """
+    """Slopes of log seconds against log value, for each network and method of `costs`, of two values or more."""
     rows = [
         (*key, np.polyfit(np.log(group["value"]), np.log(group["seconds"]), 1)[0])
         for key, group in table.groupby(["network", "against", "method"], sort=False)
@@ -134,15 +122,9 @@ def exponents(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_cost(table: pd.DataFrame, exponents: pd.DataFrame, names: Mapping[str, str]) -> Figure:
-    """Seconds against the size of images or networks, log-log, with the first method's fitted exponent.
+    """Seconds against the size of images or networks, with the first method's fitted exponent; a panel a network.
 
-    Args:
-        table: Columns `network`, `against`, `value`, `method`, `seconds`.
-        exponents: Columns `network`, `against`, `method`, `exponent`.
-        names: Method -> as the figure names it; others are left out.
-
-    Returns:
-        The figure, one panel for each network.
+    Names are method -> as the figure names it; other methods are left out.
     """
     table = table[table["method"].isin(list(names))]
     panels = list(table.groupby(["network", "against"], sort=False))

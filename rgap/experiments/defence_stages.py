@@ -29,15 +29,7 @@ def attack_kinds(
     kinds: Mapping[str, tuple[Callable[[int], nn.Module], Mapping[str, Sequence]]], images: Tensor, labels: Tensor,
     seeds: Sequence[int], steps: int,
 ) -> tuple[pd.DataFrame, dict[tuple, Tensor]]:  # fmt: skip
-    """`attack_stages` of several kinds of weights, each with strengths of its own.
-
-    Args:
-        kinds: Name -> the networks, and their defences' strengths.
-        images: As for `attack_stages`, like all that follow.
-        labels: Of the images.
-        seeds: Of the weights.
-        steps: Of gradient matching and Inverting Gradients.
-    """
+    """`attack_stages` of several kinds of weights: name -> the networks, and their defences' strengths."""
     tables, guesses = [], {}
     for name, (make, strengths) in kinds.items():
         rows, found = attack_stages({name: make}, images, labels, seeds, strengths, steps)
@@ -56,19 +48,12 @@ def attack_stages(
 ) -> tuple[pd.DataFrame, dict[tuple, Tensor]]:
     """Attacks each defended gradient by every one of `STAGES`; none is told the defence.
 
-    Inverting Gradients and plain R-GAP are told the label, to their advantage.
+    Inverting Gradients and plain R-GAP are told the label, to their advantage. Networks are name of a kind of weights
+    -> seed -> network, labels 0 or 1, strengths defence -> those that `defend` takes, without "dp-sgd", whose clipping
+    hides the brightness; steps bound the evaluations of gradient matching and of Inverting Gradients.
 
-    Args:
-        networks: Name of a kind of weights -> seed -> network.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,), 0 or 1.
-        seeds: Of the weights.
-        strengths: Defence -> its strengths, as `defend` takes them; not "dp-sgd", whose clipping hides the brightness.
-        steps: Most evaluations of gradient matching and of Inverting Gradients.
-
-    Returns:
-        A row an attack (weights, defence, strength, seed, image, method, psnr_db, ssim), and (weights, defence,
-        strength, method) -> the images of the first seed.
+    Returns a row for each attack (weights, defence, strength, seed, image, method, psnr_db, ssim), and (weights,
+    defence, strength, method) -> the images of the first seed.
     """
     rows, found = [], {}
     for weights, make_model in networks.items():
@@ -98,15 +83,7 @@ def _stages(chain: Chain, gradients: Sequence[Tensor], label: Tensor, steps: int
 
 
 def plot_stages(runs: pd.DataFrame, methods: Sequence[str] = STAGES) -> Figure:
-    """PSNR of every method behind every defence, one panel for each kind of weights.
-
-    Args:
-        runs: Columns `weights`, `defence`, `strength`, `method` and `psnr_db`.
-        methods: The order of the legend.
-
-    Returns:
-        The figure; markers are medians.
-    """
+    """Median PSNR of every method behind every defence, one panel for each kind of weights."""
     named = runs.assign(case=runs["defence"] + "\n" + runs["strength"].astype(str))
     kinds = {kind: data["case"].nunique() for kind, data in named.groupby("weights", sort=False)}
     figure, axes = plt.subplots(1, len(kinds), figsize=(1.6 + 1.0 * sum(kinds.values()), 3.4), sharey=True,

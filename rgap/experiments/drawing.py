@@ -42,8 +42,7 @@ def colours(names: Iterable[Any]) -> dict[Any, tuple[float, float, float]]:
 def step_labels(kinds: Mapping[str, str]) -> dict[str, str]:
     """Layers as a reader calls them: conv1, conv2, … from the image on, and fc, or fc1, fc2, … where there are several.
 
-    Args:
-        kinds: Name of a layer -> "convolution", "linear", or another kind, which keeps the layer's name.
+    Kinds are name of a layer -> "convolution", "linear", or another kind, which keeps the layer's name.
     """
     short, labels = {"convolution": "conv", "linear": "fc"}, {}
     for kind, word in short.items():
@@ -56,13 +55,7 @@ def step_labels(kinds: Mapping[str, str]) -> dict[str, str]:
 def lines(axis: Axes, data: pd.DataFrame, x: str, y: str, by: str | None = None, band: bool = True) -> None:
     """A line through the medians of y at each x for each value of a column, and a band from smallest to largest.
 
-    Args:
-        axis: To draw on.
-        data: The columns named below.
-        x: Column of the horizontal axis.
-        y: Column of the vertical one.
-        by: Column whose values have a line each; they name the lines. None draws one line without a name.
-        band: Whether the band is drawn.
+    The values of the column `by` name the lines; without it there is one line without a name.
     """
     groups = [("_", data)] if by is None else [(name, data[data[by] == name]) for name in dict.fromkeys(data[by])]
     for number, ((name, rows), colour) in enumerate(zip(groups, colours(n for n, _ in groups).values(), strict=True)):
@@ -76,9 +69,7 @@ def lines(axis: Axes, data: pd.DataFrame, x: str, y: str, by: str | None = None,
 def name_lines(axis: Axes, in_margin: bool = False) -> None:
     """Writes each line's label beside its last point, in the line's colour, apart from each other; no legend is needed.
 
-    Args:
-        axis: With lines that have labels.
-        in_margin: Whether the labels stand at the right edge, at the height of the last point.
+    With `in_margin` the labels stand at the right edge, at the height of the last point.
     """
     named = [line for line in axis.lines if not str(line.get_label()).startswith("_") and len(line.get_xdata())]
     points = [np.asarray(line.get_xydata(), dtype=float) for line in named]
@@ -151,17 +142,11 @@ def gallery(
     size: float = 1.25,
     captions: Mapping[str, Sequence[str]] | None = None,
 ) -> Figure:
-    """Images in a grid, one row for each entry.
+    """Images in a grid, one row for each entry: label -> images (N, C, H, W), or a list of images (C, H, W).
 
-    Args:
-        rows: Row label -> images (N, C, H, W), or a list of images (C, H, W), with values in [0, 1]; others are
-            clipped. A text stands in its cell in place of an image.
-        titles: A line above each column, (N,).
-        size: Side of one picture, inches.
-        captions: Row label -> a line above each image of that row, in place of the columns' titles.
-
-    Returns:
-        The figure.
+    Values are in [0, 1]; others are clipped. A text stands in its cell in place of an image. Titles (N,) stand above
+    the columns, captions (row label -> a line for each image) above the images of a row in their place; size is the
+    side of one picture, inches.
     """
     count = max(len(images) for images in rows.values())
     above = dict.fromkeys(rows, ()) | {next(iter(rows)): titles or ()} | dict(captions or {})
@@ -201,12 +186,9 @@ def finish(figure: Figure, grid: str | None = "y") -> Figure:
 
 
 def titled(figure: Figure, finding: str, note: str = "") -> Figure:
-    """Writes above a figure what it shows, and below it what that rests on.
+    """Writes above a figure what it shows, a sentence, and below it what that rests on.
 
-    Args:
-        figure: From one of the functions that draw.
-        finding: A sentence.
-        note: Sample sizes, budgets, and what lines, bands and markers mean.
+    The note has sample sizes, budgets, and what lines, bands and markers mean.
     """
     width = figure.get_figwidth()
     upper, lower = (textwrap.fill(text, round(width * density)) for text, density in ((finding, 10.5), (note, 14.5)))

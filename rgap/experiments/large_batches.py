@@ -99,15 +99,9 @@ def share_table(
 ) -> pd.DataFrame:
     """How much of a batch comes back from networks with one hidden layer.
 
-    Args:
-        sources: Name -> images (N, C, H, W) and labels (N,), at least as many as the largest batch.
-        widths: Units of the hidden layer.
-        batches: Images behind one gradient.
-        initialisations: From `INITIALISATIONS`.
-        seed: Of weights and draws.
-
-    Returns:
-        images, width, initialisation, batch, predicted (`predicted_share`), and the columns of `attack_batch`.
+    Sources are name -> images (N, C, H, W) and labels (N,), at least as many as the largest batch; the seed is that of
+    weights and draws. Columns: images, width, initialisation, batch, predicted (`predicted_share`), and those of
+    `attack_batch`.
     """
     rows, cases = [], list(product(sources, initialisations, widths, batches))
     for name, initialisation, width, batch in progress(cases, "batches"):
@@ -168,16 +162,9 @@ def sample_peeling(count: int = 300, seed: int = 0) -> pd.DataFrame:
     """Random batches beyond the classes, of tables and of small images, through ReLU and LeakyReLU networks.
 
     Widths, depth, initialisation, precision and batch size are drawn; some gradients carry noise, some batches equal
-    rows, a row of zeros, or a batch size that is given wrongly or not at all.
-
-    Args:
-        count: How many.
-        seed: Of all draws.
-
-    Returns:
-        case, verdict, psnr_db (the smallest over certified images), found, certified, optimistic (images that are worse
-        than certified by more than an order of magnitude), ok and why: a certified image that is not in the batch is
-        not ok.
+    rows, a row of zeros, or a batch size that is given wrongly or not at all. Columns: case, verdict, psnr_db (the
+    smallest over certified images), found, certified, optimistic (images that are worse than certified by more than an
+    order of magnitude), ok and why: a certified image that is not in the batch is not ok.
     """
     generator = torch.Generator().manual_seed(seed)
     return pd.DataFrame([_peel_random_batch(generator) for _ in progress(range(count), "batches")])

@@ -35,21 +35,10 @@ WITHIN_DB = 0.5
 
 
 def attack_by(method: str, model: nn.Module, gradients: Sequence[Tensor], image_shape, label: Tensor, steps, seed):
-    """One attack from network and gradient alone.
+    """One attack from network and gradient alone, by a name in `METHODS`, of an image of that shape (C, H, W).
 
-    Optimisers are told the label, to their advantage; the closed form and the hybrid find it.
-
-    Args:
-        method: A name in `METHODS`.
-        model: The network, or a `Chain`.
-        gradients: What the client shared.
-        image_shape: (C, H, W).
-        label: (1,).
-        steps: Method -> steps, of the optimisers and the hybrid.
-        seed: Of their starts.
-
-    Returns:
-        A `Reconstruction`.
+    Optimisers are told the label (1,), to their advantage; the closed form and the hybrid find it. Steps are method ->
+    steps, of the optimisers and the hybrid; the seed is that of their starts.
     """
     if method in CLOSED_FORMS:
         return reconstruct(
@@ -74,18 +63,13 @@ def compare_methods(
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[tuple[str, str], Tensor]]:
     """Every method on every image, network and seed, each with one thread and from the same gradient.
 
-    Args:
-        images: Name of a network in `rgap.models` -> images (N, C, H, W) and labels (N,).
-        seeds: Of the networks and of the optimisers' starts.
-        steps: Method -> steps, of the optimisers and the hybrid.
-        methods: Names in `METHODS`.
-        jobs: Processes on this machine; with more than one, runs share it while they are timed.
+    Images are name of a network in `rgap.models` -> images (N, C, H, W) and labels (N,); steps as for `attack_by`; with
+    more than one job, runs share the machine while they are timed.
 
-    Returns:
-        One row a run: network, seed, image, method, mse, psnr_db, verdict, seconds (from network and gradient to the
-        image), seconds_prepared (the same on a prepared chain; of the closed form only) and seconds_to_best (until the
-        PSNR is within 0.5 dB of the best of the trajectory). The trajectories: network, seed, image, method, restart,
-        step, seconds, psnr_db. And (network, method) -> the images of the first seed.
+    Returns one row a run: network, seed, image, method, mse, psnr_db, verdict, seconds (from network and gradient to
+    the image), seconds_prepared (the same on a prepared chain; of the closed form only) and seconds_to_best (until the
+    PSNR is within 0.5 dB of the best of the trajectory). The trajectories: network, seed, image, method, restart, step,
+    seconds, psnr_db. And (network, method) -> the images of the first seed.
     """
     keys, calls = [], []
     for (network, (pictures, labels)), seed in product(images.items(), seeds):
@@ -138,11 +122,8 @@ def _quality(found: Tensor, image: Tensor) -> dict[str, float]:
 def quality_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation of MSE and PSNR, the counterpart of the paper's Table 1.
 
-    Args:
-        runs: As from `compare_methods`.
-
-    Returns:
-        One row for each network and method: runs, mse, mse_std, psnr_db, psnr_db_std; numbers rounded to what repeats.
+    One row for each network and method of `compare_methods`: runs, mse, mse_std, psnr_db, psnr_db_std; numbers rounded
+    to what repeats.
     """
     groups = runs.groupby(["network", "method"], sort=False)
     table = groups.agg(runs=("mse", "size"), mse=("mse", "mean"), mse_std=("mse", "std"),
@@ -155,12 +136,8 @@ def quality_table(runs: pd.DataFrame) -> pd.DataFrame:
 def time_table(runs: pd.DataFrame, dtype: str = "float32") -> pd.DataFrame:
     """Medians of the seconds, and the machine that they were measured on.
 
-    Args:
-        runs: As from `compare_methods`.
-        dtype: Of the networks and of DLG and Inverting Gradients.
-
-    Returns:
-        One row for each network and method: seconds, seconds_prepared, seconds_to_best, cores, threads, torch, dtype.
+    One row for each network and method of `compare_methods`: seconds, seconds_prepared, seconds_to_best, cores,
+    threads, torch, and dtype, of the networks and of the optimisers.
     """
     names = ["seconds", "seconds_prepared", "seconds_to_best"]
     table = runs.groupby(["network", "method"], sort=False)[names].median().reset_index()
@@ -209,14 +186,8 @@ def soundness(
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """Each optimiser on the network on which it is known to work, a new seed for every image; the label is inferred.
 
-    Args:
-        images: (N, 3, 32, 32).
-        labels: (N,), of ten classes.
-        steps: Method -> steps; the methods that are tried.
-        jobs: Processes on this machine.
-
-    Returns:
-        One row a run (method, image, psnr_db, label_found, verdict), and method -> the images found.
+    Images are (N, 3, 32, 32) with labels (N,) of ten classes; steps, method -> steps, says which methods are tried.
+    Returns one row a run (method, image, psnr_db, label_found, verdict), and method -> the images found.
     """
     keys = [(method, i) for method in steps for i in range(len(images))]
     calls = [(method, images[i : i + 1], labels[i : i + 1], i, steps[method]) for method, i in keys]
@@ -239,13 +210,8 @@ def _sound(method: str, image: Tensor, label: Tensor, seed: int, steps: int):
 def plot_quality_against_time(trajectories: pd.DataFrame, names: Mapping[str, str], networks: Sequence[str]) -> Figure:
     """Best PSNR so far against seconds since network and gradient were given, one panel a network.
 
-    Args:
-        trajectories: Columns `network`, `seed`, `image`, `method`, `restart`, `step`, `seconds`, `psnr_db`.
-        names: Method -> as the figure names it; others are left out.
-        networks: Names of the panels' networks.
-
-    Returns:
-        The figure; a line is a method's way on one image, the marker its end.
+    A line is a method's way on one image, the marker its end. Names are method -> as the figure names it; other methods
+    are left out.
     """
     figure, axes = plt.subplots(1, len(networks), figsize=(3.5 * len(networks), 3.4), squeeze=False, sharey=True)
     for axis, network in zip(axes[0], networks, strict=True):

@@ -32,17 +32,10 @@ def root_mean_square(gradients: Sequence[Tensor]) -> float:
 
 
 def defend(gradients: Sequence[Tensor], defence: str, strength: float | str, seed: int = 0) -> Sequence[Tensor]:
-    """Applies a defence by name.
+    """Applies a defence by name; ValueError for another one.
 
-    Args:
-        gradients: What the client computed.
-        defence: "noise" (strength: standard deviation in units of the gradient's root mean square), "dp-sgd" (noise
-            multiplier, clipped to half of the norm), "prune" (share) or "quantise" (a format).
-        strength: Of the defence.
-        seed: Of its noise.
-
-    Raises:
-        ValueError: If there is no defence of that name.
+    Strengths: of "noise" the standard deviation in units of the gradient's root mean square, of "dp-sgd" the noise
+    multiplier, clipped to half of the norm, of "prune" a share, of "quantise" a format. The seed is that of its noise.
     """
     rms = root_mean_square(gradients)
     if defence == "noise":
@@ -71,20 +64,11 @@ def defended_attacks(
     dtype: str = "float32",
     **options,
 ) -> tuple[pd.DataFrame, list[Reconstruction]]:
-    """Attacks every image behind every defence; the attack is told neither defence nor strength.
+    """Attacks every image (N, C, H, W) behind every defence; the attack is told neither defence nor strength.
 
-    Args:
-        make_model: Seed -> network.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,).
-        seeds: Seeds of the weights.
-        strengths: Defence -> its strengths, as `defend` takes them.
-        dtype: In which the client computes.
-        **options: For `rgap.reconstruct`.
-
-    Returns:
-        A row an attack (defence, strength, seed, image, verdict, psnr_db, ssim, rmse, predicted, the predicted rmse,
-        and plain_db, the PSNR of `plain_attack`) and the results in the same order.
+    Strengths are defence -> those that `defend` takes, the dtype is the client's, and options are `reconstruct`'s.
+    Returns a row for each attack (defence, strength, seed, image, verdict, psnr_db, ssim, rmse, predicted, the
+    predicted rmse, and plain_db, the PSNR of `plain_attack`) and the results in the same order.
     """
     rows, results = [], []
     for step in client_steps(make_model, images, labels, seeds, [dtype], title="defences"):
@@ -126,14 +110,7 @@ def reference(chain: Chain, defence: str, image: Tensor, result: Reconstruction)
 def plain_attack(chain: Chain, gradients: Sequence[Tensor], label: int, loss: str = "logistic") -> Tensor:
     """The image of the recursion that takes every sign as it comes and knows of no noise, for comparison.
 
-    Args:
-        chain: The prepared network.
-        gradients: As shared.
-        label: Given, to make it easier.
-        loss: A name in `rgap.client.LOSSES`.
-
-    Returns:
-        The darkest of the images that the label allows, (1, C, H, W).
+    It is told the label, to make it easier, and returns the darkest of the images that the label allows, (1, C, H, W).
     """
     received = receive(chain, gradients)
     starts = starts_of(chain, read_head(loss, chain.layers[-1], received, label).hypotheses)
@@ -145,15 +122,9 @@ def plain_attack(chain: Chain, gradients: Sequence[Tensor], label: int, loss: st
 
 
 def predicted_and_true(chain: Chain, image: Tensor, result: Reconstruction) -> pd.DataFrame:
-    """Predicted and true root-mean-square error of every layer's input.
+    """Predicted and true root-mean-square error of every layer's input, for the true image (1, C, H, W).
 
-    Args:
-        chain: The prepared network.
-        image: The true image, (1, C, H, W).
-        result: What the attack returned for its gradient.
-
-    Returns:
-        Columns layer, predicted, rmse, and size, the root mean square of the true input.
+    Columns: layer, predicted, rmse, and size, the root mean square of the true input.
     """
     truth = chain.layer_inputs(image)
     rows = []
@@ -192,11 +163,7 @@ def mean_quality(runs: pd.DataFrame) -> pd.DataFrame:
 def plot_quality(runs: pd.DataFrame) -> Figure:
     """PSNR against the strength of each defence that has a numeric one, with and without deciding signs.
 
-    Args:
-        runs: Columns `defence`, `strength`, `psnr_db` and `plain_db`.
-
-    Returns:
-        The figure; lines are medians, bands reach from the smallest to the largest.
+    Runs are `defended_attacks`'; lines are medians, bands reach from the smallest to the largest.
     """
     names = {"noise": "noise, standard deviation /\nrms of the gradient", "dp-sgd": "DP-SGD, noise multiplier",
              "prune": "pruning, share of entries"}  # fmt: skip
@@ -213,14 +180,7 @@ def plot_quality(runs: pd.DataFrame) -> Figure:
 
 
 def plot_predicted(errors: pd.DataFrame) -> Figure:
-    """Predicted against measured error of every layer's input, on logarithmic axes.
-
-    Args:
-        errors: Columns `defence`, `rmse` and `predicted`, both above zero.
-
-    Returns:
-        The figure; the dashed lines are factors of 3.
-    """
+    """Predicted against measured error of every layer's input, both above zero; dashed lines are factors of 3."""
     figure, axis = plt.subplots(figsize=(5.6, 3.8))
     against_diagonal(axis, errors, "rmse", "predicted", "defence", (1, 3, 1 / 3))
     axis.set(xscale="log", yscale="log", xlabel="measured error of a layer's input, rms", ylabel="predicted error, rms")

@@ -27,14 +27,8 @@ NEGLIGIBLE_ERROR = 1e-4
 def sample_noisy_attacks(count: int = 500, seed: int = 0) -> pd.DataFrame:
     """Attacks on random small networks behind random defences: no NaN, no exception, no false certificate.
 
-    Where clipping hides the brightness, the image counts up to it, as in `reference`.
-
-    Args:
-        count: Attacks.
-        seed: Of networks, images, defences and strengths.
-
-    Returns:
-        A row an attack: case, verdict, psnr_db, rmse, predicted, ok, and why not.
+    Where clipping hides the brightness, the image counts up to it, as in `reference`. Columns: case, verdict, psnr_db,
+    rmse, predicted, ok, why.
     """
     rng, rows = np.random.default_rng(seed), []
     for number in progress(range(count), "defended"):

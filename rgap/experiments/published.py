@@ -71,10 +71,7 @@ def vit_s_16(classes: int = 1000) -> nn.Module:
 def r_conv_network(widths: Iterable[int], relu_from: int, classes: int = 100) -> nn.Sequential:
     """A network of R-CONV with its own weights: 5×5 convolutions with padding, the first two of stride 2.
 
-    Args:
-        widths: Filters of each convolution.
-        relu_from: Convolutions before this one are followed by LeakyReLU(0.2), the others by ReLU.
-        classes: Outputs.
+    Convolutions before number `relu_from` are followed by LeakyReLU(0.2), the others by ReLU.
     """
     modules: list[nn.Module] = []
     with seeded(R_CONV_SEED):
@@ -133,14 +130,9 @@ PUBLISHED = (
 def compare(results: Iterable[Published], images: Mapping[int, Tensor], count: int) -> pd.DataFrame:
     """Attacks the network of every published result, with other images than the source's.
 
-    Args:
-        results: As in `PUBLISHED`.
-        images: Side in pixels -> images (N, 3, side, side) in [0, 1], at least `count` of 32.
-        count: Images for each network of 32×32; one for others and for networks beyond a million parameters.
-
-    Returns:
-        attack, network, dtype, published_db, ours_db (smallest), gain_db, exact (share certified), images, differs,
-        source, seconds (median, of the processor).
+    Images are side in pixels -> images (N, 3, side, side) in [0, 1], of which `count` are taken for each network of
+    32×32, one for others and for networks beyond a million parameters. Returns attack, network, dtype, published_db,
+    ours_db (smallest), gain_db, exact (share certified), images, differs, source, seconds (median, of the processor).
     """
     rows = []
     for result in progress(list(results), "networks"):

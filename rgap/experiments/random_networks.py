@@ -47,15 +47,9 @@ def sample_chains(count: int, seed: int = 0, max_unknowns: int = MAX_UNKNOWNS) -
     """Attacks random chains from float64 gradients and judges every verdict by dense ranks.
 
     A row is ok where the image is recovered at 60 dB or more (as one of the candidates, if these are ambiguous), or
-    where the verdict is not "exact" and the dense [W; K] of a layer, at its true z and ∂ℓ/∂z, lacks rank.
-
-    Args:
-        count: Chains.
-        seed: Of the first chain; the next ones have the next numbers.
-        max_unknowns: Largest number of entries of a layer's input or output.
-
-    Returns:
-        case, kinds, unknowns (of the largest layer), verdict, psnr_db, ok, why.
+    where the verdict is not "exact" and the dense [W; K] of a layer, at its true z and ∂ℓ/∂z, lacks rank. The first
+    chain has the number `seed`, the next ones the next; `max_unknowns` bounds the entries of a layer's input or output.
+    Columns: case, kinds, unknowns (of the largest layer), verdict, psnr_db, ok, why.
     """
     rows = []
     with warnings.catch_warnings():
@@ -66,13 +60,9 @@ def sample_chains(count: int, seed: int = 0, max_unknowns: int = MAX_UNKNOWNS) -
 
 
 def kind_table(sample: pd.DataFrame) -> pd.DataFrame:
-    """How many of the chains with each kind of layer or activation were recovered, or lacked rank.
+    """How many of `sample_chains` with each kind of layer or activation were recovered, or lacked rank.
 
-    Args:
-        sample: From `sample_chains`.
-
-    Returns:
-        kind, chains, recovered, short_of_rank, wrong; sorted by name.
+    Columns: kind, chains, recovered, short_of_rank, wrong; sorted by name.
     """
     each = sample.assign(kind=sample["kinds"].str.split(", ")).explode("kind").drop_duplicates(["case", "kind"])
     each["recovered"] = each["psnr_db"] >= RECOVERED_DB
@@ -143,12 +133,8 @@ class _Draft:
 def random_chain(seed: int, max_unknowns: int = MAX_UNKNOWNS) -> tuple[nn.Sequential, tuple[int, ...], str, list[str]]:
     """A random network in eval mode, float64, of 1 to 5 layers with weights, on an image of 8 to 24 pixels a side.
 
-    Args:
-        seed: Decides everything.
-        max_unknowns: Largest number of entries of a layer's input or output.
-
-    Returns:
-        The network, the image shape, the loss, and the kinds of its layers, options and activations.
+    The seed decides everything; `max_unknowns` bounds the entries of a layer's input or output. Returns the network,
+    the image shape, the loss, and the kinds of its layers, options and activations.
     """
     rng = np.random.default_rng([seed, 7])
     axes = 1 if rng.random() < 0.2 else 2

@@ -27,9 +27,7 @@ TORCHVISION = ("alexnet", "mobilenet_v2", "resnet18", "resnet152", "vgg16")
 def layer_shapes(networks: Mapping[str, tuple[nn.Module, tuple]], batch_sizes: Sequence[int]) -> list[LayerShape]:
     """Every shape of a layer with weights, once, the least work first; shapes without laws are left out.
 
-    Args:
-        networks: Name -> the network and the image shape that it takes.
-        batch_sizes: Images behind one gradient.
+    Networks are name -> the network and the image shape that it takes.
     """
     found: set = set()
     for model, image_shape in networks.values():
@@ -66,12 +64,7 @@ def write_proofs(most_work: float = MAX_PROOF_WORK) -> Path:
 def sample_rank_proofs(count: int = 500, seed: int = 0) -> pd.DataFrame:
     """Random convolutions: the laws that the rank modulo a prime reaches are proved; one below it would be wrong.
 
-    Args:
-        count: Layers.
-        seed: Of their shapes, weights and δz.
-
-    Returns:
-        case (the shape), verdict ("proved", "open", or "refuted": a bound above a law), psnr_db (NaN), ok, why.
+    Columns: case (the shape), verdict ("proved", "open", or "refuted": a bound above a law), psnr_db (NaN), ok, why.
     """
     rng, rows = np.random.default_rng(seed), []
     for number in progress(range(count), "rank laws"):

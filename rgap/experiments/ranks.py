@@ -24,17 +24,12 @@ from rgap.ranks.ranking import layer_shape
 def rank_table(
     networks: Mapping[str, tuple[nn.Module, tuple[int, ...]]], batch_sizes: Sequence[int]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rank analysis of several networks, from shapes alone.
+    """Rank analysis of several networks, name -> network and image shape, from shapes alone, for several batch sizes.
 
-    Args:
-        networks: Name -> the network and the image shape that it takes.
-        batch_sizes: Images behind one gradient.
-
-    Returns:
-        A row for each network and batch size: counted steps, max_ra_index, by_count (steps with RA > 0), by_rank (steps
-        that lack rank), unknown (steps without a known rank), proved (steps whose laws are proved for their shapes),
-        deficit (the sum over the steps), copa_index. And the counted steps themselves, columns as in `LayerRank`, with
-        network, batch and step (0 at the image).
+    Returns a row for each network and batch size: counted steps, max_ra_index, by_count (steps with RA > 0), by_rank
+    (steps that lack rank), unknown (steps without a known rank), proved (steps whose laws are proved for their shapes),
+    deficit (the sum over the steps), copa_index. And the counted steps themselves, columns as in `LayerRank`, with
+    network, batch and step (0 at the image).
     """
     rows, steps = [], []
     for (name, (model, shape)), batch in product(networks.items(), batch_sizes):
@@ -58,15 +53,9 @@ def predicted_and_measured(
 ) -> pd.DataFrame:
     """Attacks a family of networks, with what the rank analysis predicts for each beside it.
 
-    Args:
-        family: Width, or another number that distinguishes the networks -> seed of the weights -> network.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,).
-        seeds: Seeds of the weights.
-        **options: For `rgap.reconstruct`.
-
-    Returns:
-        The rows of `attack_each`, with width, deficit (by law, the sum over the steps) and ra_index (the network's).
+    The family is width, or another number that distinguishes the networks -> seed of the weights -> network. Returns
+    the rows of `attack_each`, whose options it takes, with width, deficit (by law, the sum over the steps) and ra_index
+    (the network's).
     """
     tables = []
     for width, make_model in family.items():
@@ -80,14 +69,9 @@ def predicted_and_measured(
 def rank_law_sample(count: int, seed: int = 0, max_unknowns: int = 600) -> pd.DataFrame:
     """The rank laws beside measured ranks, on random convolutions in one and two dimensions.
 
-    Args:
-        count: Layers.
-        seed: Of their shapes and weights.
-        max_unknowns: Layers with more unknowns are drawn again.
-
-    Returns:
-        Three rows a layer, for W, K and [W; K]: layer, system, law (missing where there is none), counted (smaller of
-        equations and unknowns), measured, bound (below the generic rank, rigorously: the rank modulo a prime).
+    Layers with more than `max_unknowns` are drawn again. Returns three rows a layer, for W, K and [W; K]: layer,
+    system, law (missing where there is none), counted (smaller of equations and unknowns), measured, bound (below the
+    generic rank, rigorously: the rank modulo a prime).
     """
     rng, rows = np.random.default_rng(seed), []
     with seeded(seed):
@@ -137,11 +121,7 @@ def by_width(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def count_and_rank(steps: pd.DataFrame) -> pd.DataFrame:
-    """Of each step the surplus of equations by counting, beside ranks by measurement and by law.
-
-    Args:
-        steps: From `RankAnalysis.to_frame(counted=True)`.
-    """
+    """Of each step of `to_frame(counted=True)` the surplus of equations by counting, and ranks beside it."""
     layer = steps["name"].map(step_labels(dict(zip(steps["name"], steps["kind"], strict=True))))
     surplus = steps["weight_rows"] + steps["gradient_rows"] - steps["unknowns"]
     condition = [float(f"{value:.2g}") for value in steps["condition"]]
@@ -153,11 +133,7 @@ def count_and_rank(steps: pd.DataFrame) -> pd.DataFrame:
 def plot_ra_along_depth(steps: pd.DataFrame) -> Figure:
     """Counting index of each step of one network, from the image to the output, a line for each batch size.
 
-    Args:
-        steps: Columns `name`, `kind`, `batch` and `ra_index`, of one network.
-
-    Returns:
-        The figure; above zero, counting predicts that a step cannot be recovered.
+    Above zero, counting predicts that a step cannot be recovered.
     """
     kinds = dict(zip(steps["name"], steps["kind"], strict=True))
     images = steps["batch"].astype(str) + steps["batch"].map(lambda batch: " image" + "s" * (batch > 1))
@@ -174,13 +150,9 @@ def plot_ra_along_depth(steps: pd.DataFrame) -> Figure:
 
 
 def plot_laws(sample: pd.DataFrame) -> Figure:
-    """Rank by law against measured rank, one panel a system, one point a layer.
+    """Rank by law against measured rank, one panel a system, one point a layer; rows without a law are left out.
 
-    Args:
-        sample: Columns `system`, `law`, `counted` and `measured`; rows without a law are left out.
-
-    Returns:
-        The figure; on the line both are equal. Grey crosses stand where counting rows and columns puts the rank.
+    On the line both are equal. Grey crosses stand where counting rows and columns puts the rank.
     """
     data = sample.dropna(subset="law").astype({"law": float})
     largest = data[["law", "counted"]].to_numpy().max()
@@ -200,12 +172,7 @@ def plot_laws(sample: pd.DataFrame) -> Figure:
 def plot_width_family(runs: pd.DataFrame, limit: float) -> Figure:
     """Quality of the attack against a layer's width, with the least width that ranks and that counting ask for.
 
-    Args:
-        runs: Columns `width`, `deficit`, `ra_index` (both predicted) and `psnr_db`, one row an attack.
-        limit: PSNR from which an attack counts as a success, dB.
-
-    Returns:
-        The figure, one point an attack.
+    Runs are from `predicted_and_measured`, a point each; from `limit` dB on an attack counts as a success.
     """
     figure, axis = plt.subplots(figsize=(6.4, 3.4))
     axis.scatter(runs["width"], runs["psnr_db"], s=30, color=sns.color_palette(PALETTE)[0], zorder=3)

@@ -27,15 +27,8 @@ def attacked_and_ranked(
 ) -> pd.DataFrame:
     """Attacks on float64 gradients of the cross-entropy, without virtual constraints; the rank that failures lack.
 
-    Args:
-        make_model: Seed -> network.
-        images: (N, C, H, W).
-        labels: (N,).
-        seeds: Of the weights.
-
-    Returns:
-        The rows of `attack_each`, with missing: rank that the layers lack at the truth, 0 (not computed) where the
-        attack certified its result.
+    Returns the rows of `attack_each`, with missing: rank that the layers lack at the truth, 0 (not computed) where the
+    attack certified its result.
     """
     runs, _ = attack_each(make_model, images, labels, seeds, ["float64"], "cross_entropy", virtual_constraints=False)
     missing = []
@@ -52,16 +45,7 @@ def missing_ranks(chain: Chain, image: Tensor, label: Tensor, loss: str = "logis
     """Rank that each layer's [W; K] lacks for one image, by dense linear algebra at the true z and ∂ℓ/∂z of autograd.
 
     Rows of W count where σ determines z. W and K are each scaled to norm 1; singular values below `RANK_RCOND` of the
-    largest are zero.
-
-    Args:
-        chain: The prepared network.
-        image: (1, C, H, W).
-        label: (1,).
-        loss: Its name.
-
-    Returns:
-        Layer name -> unknowns less rank, of the layers where that is not 0; the head is left out.
+    largest are zero. Returns layer name -> unknowns less rank, of the layers where that is not 0; the head is left out.
     """
     x, zs = image.to(torch.float64), []
     for layer in chain.layers:
@@ -96,22 +80,12 @@ def _dense_rank(layer: Layer, dz: Tensor, z: Tensor) -> int:
 def least_width(
     make_model: Callable[[int], nn.Module], image: Tensor, label: Tensor, loss: str, dtype: str = "float64"
 ) -> dict:
-    """The smallest width of a first layer with ReLU at which the image is recovered.
+    """The smallest width of a first layer with ReLU at which the image is recovered; `make_model` takes the width.
 
     The search starts where active units and the gradient's 74 equations a filter (75 weights, one of them redundant by
     the filter's identity ⟨G[o], W[o]⟩ = ⟨δz[o], z[o] − b[o]⟩) first outnumber the pixels. It goes down while the image
-    is recovered, or up until it is.
-
-    Args:
-        make_model: Width -> network.
-        image: (1, C, H, W).
-        label: (1,).
-        loss: Its name.
-        dtype: Of the gradients.
-
-    Returns:
-        bound (the start), width, active (units of the first layer there), psnr_db and verdict there, and below_db and
-        below_verdict for one filter fewer.
+    is recovered, or up until it is. Returns bound (the start), width, active (units of the first layer there), psnr_db
+    and verdict there, and below_db and below_verdict for one filter fewer.
     """
 
     def attack(width: int) -> dict:
@@ -149,18 +123,7 @@ def active_units(model: nn.Sequential, image: Tensor) -> int:
 def least_widths(
     make_model: Callable[[int, int], nn.Module], images: Tensor, labels: Tensor, seeds: Sequence[int], loss: str
 ) -> pd.DataFrame:
-    """`least_width` for several seeds, each with the next of the images.
-
-    Args:
-        make_model: Seed and width -> network.
-        images: (N, C, H, W).
-        labels: (N,).
-        seeds: Of the weights.
-        loss: Its name.
-
-    Returns:
-        seed and the columns of `least_width`.
-    """
+    """`least_width` for several seeds, each with the next of the images; `make_model` takes seed and width."""
     rows = []
     for number, seed in enumerate(progress(seeds, "widths")):
         i = number % len(images)
@@ -170,11 +133,6 @@ def least_widths(
 
 
 def recovered_or_short(runs: pd.DataFrame, limit_db: float) -> float:
-    """Share of attacks that reached the limit, or ended as rank-deficient where rank is missing at the truth.
-
-    Args:
-        runs: Columns psnr_db, verdict and missing, the rank that is missing at the truth.
-        limit_db: PSNR to reach, dB.
-    """
+    """Share of `attacked_and_ranked` that reached the limit, or ended as rank-deficient where rank is missing."""
     explained = (runs["verdict"] == "rank-deficient") & (runs["missing"] > 0)
     return (explained | (runs["psnr_db"] >= limit_db)).mean()

@@ -22,15 +22,9 @@ from rgap.results import Reconstruction
 
 
 def layer_errors(chain: Chain, image: Tensor, result: Reconstruction) -> pd.DataFrame:
-    """The layer reports of a result with the true error of each layer's recovered input.
+    """The layer reports of a result with the true error of each layer's recovered input, for the true image.
 
-    Args:
-        chain: The prepared network.
-        image: The true image, (1, C, H, W).
-        result: What the attack returned for its gradient.
-
-    Returns:
-        `result.to_frame()` with `layer`, its name in figures, and `error`, ‖x̂ − x‖ / ‖x‖, as further columns.
+    Returns `result.to_frame()` with `layer`, its name in figures, and `error`, ‖x̂ − x‖ / ‖x‖, as further columns.
     """
     truth = chain.layer_inputs(image)
     found = result.candidates[0].layer_inputs
@@ -53,24 +47,13 @@ def trained_attacks(
     dtype: str = "float32",
     **options,
 ) -> pd.DataFrame:
-    """Trains a network, and attacks every victim after each epoch.
+    """Trains a network on images (N, C, H, W), and attacks every victim (M, C, H, W), each alone, after each epoch.
 
-    Args:
-        model: Where training starts.
-        images: What it is trained on, (N, C, H, W) in [0, 1].
-        labels: (N,).
-        victims: What is attacked, each alone, (M, C, H, W).
-        victim_labels: (M,), given to the client, never to the attack.
-        loss: A name in `rgap.client.LOSSES`.
-        epochs: Passes over the images.
-        seed: Of their order.
-        dtype: Name of the torch dtype in which the client computes the gradient.
-        **options: For `rgap.client.training.training`.
-
-    Returns:
-        A row for each epoch (0 is before training) and victim: epoch, loss (mean over the images), image,
-        gradient_norm (over all parameters), condition (largest of a layer's system), verdict, label_found, twins
-        (consistent candidates inside the pixel range), psnr_db, psnr_best_db (of the candidate closest to the truth).
+    The dtype is the one in which the client computes the victims' gradients; options are for
+    `rgap.client.training.training`. Returns a row for each epoch (0 is before training) and victim: epoch, loss (mean
+    over the images), image, gradient_norm (over all parameters), condition (largest of a layer's system), verdict,
+    label_found, twins (consistent candidates inside the pixel range), psnr_db, psnr_best_db (of the candidate closest
+    to the truth).
     """
     rows = []
     # In float64, because in float32 two kinds of processors end at networks that have little in common.
@@ -100,8 +83,7 @@ def layer_names(chain: Chain) -> dict[str, str]:
 def by_epoch(attacks: pd.DataFrame) -> pd.DataFrame:
     """What training changes: medians over the images of `trained_attacks`, and the share that is ambiguous.
 
-    Returns:
-        epoch, loss, gradient_norm, condition, twins, closer_psnr_db and ambiguous; numbers to two digits.
+    Columns: epoch, loss, gradient_norm, condition, twins, closer_psnr_db and ambiguous; numbers to two digits.
     """
     columns = ["loss", "gradient_norm", "condition", "twins", "psnr_best_db"]
     median = attacks.groupby("epoch")[columns].median().rename(columns={"psnr_best_db": "closer_psnr_db"})
@@ -112,14 +94,10 @@ def by_epoch(attacks: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_error_growth(errors: pd.DataFrame, order: Sequence[str]) -> Figure:
-    """Relative error of each layer's recovered input, from the head down to the image.
+    """Relative error of each layer's recovered input, in the order of the attack, from the head down to the image.
 
-    Args:
-        errors: Columns `layer`, `dtype` and `error` (‖x̂ − x‖ / ‖x‖), several rows for each pair.
-        order: Layer labels in the order of the attack.
-
-    Returns:
-        The figure; lines are medians, bands reach from the smallest to the largest.
+    Errors have the columns `layer`, `dtype` and `error`; lines are medians, bands reach from the smallest to the
+    largest.
     """
     layers = pd.Categorical(errors["layer"], order, ordered=True)
     data = errors.assign(layer=layers, error=errors["error"].clip(lower=1e-16))  # 0 has no place on the axis
@@ -132,14 +110,7 @@ def plot_error_growth(errors: pd.DataFrame, order: Sequence[str]) -> Figure:
 
 
 def plot_training(runs: pd.DataFrame) -> Figure:
-    """Quality of the attack on each image against epochs of training, filled where it is certified.
-
-    Args:
-        runs: From `trained_attacks`.
-
-    Returns:
-        The figure, a line for each image.
-    """
+    """Quality of `trained_attacks` against epochs, a line for each image, filled where it is certified."""
     figure, axis = plt.subplots(figsize=(6.4, 3.2))
     for (image, rows), marker in zip(runs.groupby("image"), MARKERS, strict=False):
         colour = colours(runs["image"])[image]

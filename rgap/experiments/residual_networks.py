@@ -34,13 +34,8 @@ def vgg(
 ) -> nn.Sequential:
     """A VGG for images of 32×32, with biases and Kaiming weights, in eval mode; the defaults are VGG-16's.
 
-    Args:
-        seed: Of the weights.
-        widths: Channels of each stage.
-        convolutions: Convolutions of each stage.
-        classes: Outputs.
-        pool: Whether max pooling follows every stage but the last; else the first convolution of each further stage has
-            stride 2. The last map is averaged in any case.
+    Each stage has its width and its number of convolutions. Max pooling follows every stage but the last; without
+    `pool` the first convolution of each further stage has stride 2. The last map is averaged in any case.
     """
     modules, channels = [], 3
     with seeded(seed):
@@ -58,13 +53,8 @@ def vgg(
 def solve_shapes(shapes: Iterable[tuple[int, int, int]], seed: int = 0) -> pd.DataFrame:
     """Solves padded 3×3 convolutions of random inputs and δz, with ReLU's zeros, from their own gradients.
 
-    Args:
-        shapes: (filters, channels, side of the map) of each.
-        seed: Of the values.
-
-    Returns:
-        filters, channels, map, dtype, taps (on the side of δz), gap, error (relative, of x), predicted_error,
-        certified, seconds (of the processor).
+    Shapes are (filters, channels, side of the map). Columns: filters, channels, map, dtype, taps (on the side of δz),
+    gap, error (relative, of x), predicted_error, certified, seconds (of the processor).
     """
     rows, generator = [], torch.Generator().manual_seed(seed)
     for filters, channels, side in shapes:
@@ -102,20 +92,11 @@ def attack_images(
     loss: str = "cross_entropy",
     **options,
 ) -> tuple[pd.DataFrame, list[Reconstruction]]:
-    """Attacks the gradient of every image alone.
+    """Attacks the gradient of every image (N, C, H, W) alone, as the client computes it in that dtype.
 
-    Args:
-        model: A network.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,), given to the client, never to the attack.
-        dtype: Name of the torch dtype in which the client computes.
-        defend: Changes the gradients before they are shared.
-        loss: A name in `rgap.client.LOSSES`.
-        **options: For `rgap.reconstruct`.
-
-    Returns:
-        A row for each image (image, verdict, psnr_db, predicted_psnr_db, entered (the blind layer), seconds of the
-        processor) and the results in the same order; "refused" where the network is, with the reason as entered.
+    `defend` changes the gradients before they are shared; options are `reconstruct`'s. Returns a row for each image
+    (image, verdict, psnr_db, predicted_psnr_db, entered (the blind layer), seconds of the processor) and the results in
+    the same order; "refused" where the network is, with the reason as entered.
     """
     model, rows, results = model.to(getattr(torch, dtype)).eval(), [], []
     for index, (image, label) in enumerate(
@@ -154,11 +135,7 @@ def attack_networks(
 
 
 def attack_noisy(model: nn.Module, images: Tensor, labels: Tensor, levels: Iterable[float]) -> pd.DataFrame:
-    """Attacks gradients with declared white noise of several shares of their root mean square, float64.
-
-    Returns:
-        noise (the share), and the rows of `attack_images`.
-    """
+    """`attack_images` with declared white noise of several shares of the gradients' root mean square, float64."""
     tables = []
     for level in levels:
 
@@ -193,12 +170,8 @@ def optimise(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> tu
 def sample_residual(count: int = 200, seed: int = 0) -> pd.DataFrame:
     """Random small residual and pooling networks, with noise, pruning, wrong weights, tampered entries, two images.
 
-    Args:
-        count: How many.
-        seed: Of the first; the next ones have the next numbers.
-
-    Returns:
-        case, trouble, verdict, psnr_db, ok and why: a false certificate is not ok.
+    The first has the number `seed`, the next ones the next. Columns: case, trouble, verdict, psnr_db, ok and why: a
+    false certificate is not ok.
     """
     numbers = progress(range(seed, seed + count), "networks")
     with warnings.catch_warnings():

@@ -15,22 +15,11 @@ from rgap.artifact.progress import progress
 def run_each(
     function: Callable, arguments: Iterable[tuple], jobs: int = 1, scheduler: str | None = None, title: str = "runs"
 ) -> list[Any]:
-    """Calls a function with each tuple of arguments, in this process, in several, or on a Dask cluster.
+    """Calls a function of a module with each tuple of arguments, and returns what each call returned, in their order.
 
-    Args:
-        function: A function of a module, so that other processes can import it.
-        arguments: One tuple for each call.
-        jobs: Processes on this machine; 1 stays in this one, as timings need it.
-        scheduler: Address of a Dask scheduler that runs the calls instead, as `tcp://host:8786`; by default
-            RGAP_SCHEDULER, which the Makefile sets from SCHEDULER=.
-        title: Of the progress bar.
-
-    Returns:
-        What each call returned, in the order of the arguments.
-
-    Raises:
-        ModuleNotFoundError: If a scheduler is named and Dask is not installed.
-        OSError: If no scheduler answers there.
+    The calls run in this process, as timings need it; with `jobs` above 1 in as many; or on the Dask cluster whose
+    scheduler's address, such as `tcp://host:8786`, is given, or is in RGAP_SCHEDULER, which the Makefile sets from
+    SCHEDULER=. Raises ModuleNotFoundError if a scheduler is named and Dask is not installed, OSError if none answers.
     """
     calls = [joblib.delayed(function)(*each) for each in arguments]
     address = scheduler or os.environ.get("RGAP_SCHEDULER")

@@ -38,17 +38,10 @@ NARROW_SHARE = 0.25
 
 
 def small_network(number: int, size: int = 32, classes: int = 10) -> tuple[nn.Sequential, str]:
-    """The network of that number, float64: 2 to 4 convolutions, a linear layer, an activation at the end or none.
+    """The network of that number, which decides everything, for images (3, size, size), float64.
 
-    Kernels are 3 to 5, strides 1 and 2, channels 2 to 16; three quarters have an activation at the end.
-
-    Args:
-        number: Decides everything.
-        size: Side of its images, (3, size, size).
-        classes: Its outputs.
-
-    Returns:
-        The network and its description, such as "3→16 4/2, 16→12 3/1 Tanh, Sigmoid".
+    It has 2 to 4 convolutions, kernels 3 to 5, strides 1 and 2, channels 2 to 16, and a linear layer; three quarters
+    have an activation at the end. Returns also a description, such as "3→16 4/2, 16→12 3/1 Tanh, Sigmoid".
     """
     rng, name = np.random.default_rng([number, 20]), list(MIDDLE)[number % 3]
     end = [None, *MIDDLE][(number // 3) % 4]
@@ -69,21 +62,12 @@ def small_network(number: int, size: int = 32, classes: int = 10) -> tuple[nn.Se
 def attack_small_networks(
     images: Tensor, labels: Tensor, count: int, loss: str = "cross_entropy", *, first: int = 0
 ) -> pd.DataFrame:
-    """Attacks one network after the other from float64 gradients, each with the next of the images.
+    """Attacks one network after the other from float64 gradients, each with the next of the images (N, 3, H, H).
 
-    Virtual constraints, which may close what a layer lacks, and take up to minutes, are left out.
-
-    Args:
-        images: (N, 3, H, H).
-        labels: (N,).
-        count: Networks.
-        loss: Its name.
-        first: Number of the first network.
-
-    Returns:
-        number, network, last (the activation at the end), verdict, psnr_db, deficit (unknowns that the layers lack, by
-        law or number), seconds (of the processor, with the network's preparation) and told, whether the network is
-        recovered at 60 dB and certified, or its verdict is that a layer is short of rank.
+    Virtual constraints, which may close what a layer lacks, and take up to minutes, are left out. Returns number,
+    network, last (the activation at the end), verdict, psnr_db, deficit (unknowns that the layers lack, by law or
+    number), seconds (of the processor, with the network's preparation) and told, whether the network is recovered at 60
+    dB and certified, or its verdict is that a layer is short of rank.
     """
     rows = []
     for number in progress(range(first, first + count), "networks"):
@@ -105,13 +89,8 @@ def attack_small_networks(
 def sample_small(count: int = 100, seed: int = 0) -> pd.DataFrame:
     """Small networks beyond those of the notebook, attacked with random images under two losses in turn.
 
-    Args:
-        count: How many.
-        seed: Decides the first network; a chunk of another seed has others.
-
-    Returns:
-        case, trouble (the loss), verdict, psnr_db, seconds, ok and why: a network neither recovered nor told short of
-        rank, a decision above `MAX_SECONDS`, or one of the hopeless above `MAX_HOPELESS_SECONDS` is not ok.
+    Columns: case, trouble (the loss), verdict, psnr_db, seconds, ok and why: a network neither recovered nor told short
+    of rank, a decision above `MAX_SECONDS`, or one of the hopeless above `MAX_HOPELESS_SECONDS` is not ok.
     """
     first, rows = FIRST_SAMPLED + seed * count, []
     images = torch.rand(4, 3, SAMPLED_SIDE, SAMPLED_SIDE, generator=torch.Generator().manual_seed(seed))

@@ -33,13 +33,7 @@ PAIR_COLUMNS = ["seed", "image", "mu", "twin_mu", "twin_in_range", "candidates",
 def margin_curve(start: float = -1.0, stop: float = 8.0, points: int = 181) -> pd.DataFrame:
     """c(μ) = −μ / (1 + e^μ), all that the last layer's gradient contains about the margin μ.
 
-    Args:
-        start: Smallest μ.
-        stop: Largest μ.
-        points: How many.
-
-    Returns:
-        Columns mu, c and branch: "falling" up to the minimum of c, "rising" from there on.
+    Columns: mu, c and branch, "falling" up to the minimum of c, "rising" from there on.
     """
     mu = np.union1d(np.linspace(start, stop, points), [MU_AT_MINIMUM])
     parts = {"falling": mu[mu <= MU_AT_MINIMUM], "rising": mu[mu >= MU_AT_MINIMUM]}
@@ -61,14 +55,9 @@ def enlarged(model: nn.Module, factor: float) -> nn.Module:
 def true_margins(model: nn.Module, images: Tensor, labels: Tensor) -> pd.DataFrame:
     """The margin of each image and of its twin, for a bias-free network with homogeneous activations and one output.
 
-    Args:
-        model: The network.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,), 0 or 1.
-
-    Returns:
-        A row an image: mu = y f(x) in float64; twin_mu, the other root of c, NaN where there is none (misclassified
-        images); twin_in_range, whether the twin, (twin_mu / mu) x, is an image with pixels in [0, 1] as well.
+    Returns a row for each image: mu = y f(x) in float64; twin_mu, the other root of c, NaN where there is none
+    (misclassified images); twin_in_range, whether the twin, (twin_mu / mu) x, is an image with pixels in [0, 1] as
+    well.
     """
     with torch.no_grad():
         outputs = copy.deepcopy(model).double()(images.double())[:, 0]
@@ -81,14 +70,9 @@ def true_margins(model: nn.Module, images: Tensor, labels: Tensor) -> pd.DataFra
 def twin_census(networks: Mapping[str, Iterable[nn.Module]], images: Tensor, labels: Tensor) -> pd.DataFrame:
     """How many images of the data have a twin at all, and how many have one inside the pixel range.
 
-    Args:
-        networks: Name of a kind of weights -> its networks.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,), 0 or 1.
-
-    Returns:
-        A row for each name: samples (images times networks), correct (correctly classified: these have a twin),
-        ambiguous (the twin lies inside the pixel range), share (ambiguous of correct) and median_mu of the correct.
+    Networks are name of a kind of weights -> its networks. Returns a row for each name: samples (images times
+    networks), correct (correctly classified: these have a twin), ambiguous (the twin lies inside the pixel range),
+    share (ambiguous of correct) and median_mu of the correct.
     """
     rows = []
     for name, models in progress(networks.items(), "twins"):
@@ -103,20 +87,12 @@ def twin_census(networks: Mapping[str, Iterable[nn.Module]], images: Tensor, lab
 def twin_pairs(
     make_model: Callable[[int], nn.Module], images: Tensor, labels: Tensor, seeds: Sequence[int], max_attacks: int
 ) -> tuple[pd.DataFrame, list[Reconstruction]]:
-    """Attacks correctly classified samples by their float64 gradients and compares the candidates with the truth.
+    """Attacks up to `max_attacks` correctly classified samples, float64; compares the candidates with the truth.
 
-    Args:
-        make_model: Seed -> network, bias-free and with homogeneous activations.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,), 0 or 1.
-        seeds: Seeds of the weights.
-        max_attacks: Samples after that many attacks are left out.
-
-    Returns:
-        A row for each attack and the results in the same order: seed, image; mu, twin_mu, twin_in_range of
-        `true_margins`; candidates, how many were returned; truth_error, ‖x̂ − x‖ / ‖x‖ of the closest one;
-        gradient_difference, the largest relative difference in any tensor between the candidates' gradients and the
-        shared one; verdict; psnr_db of the image that was chosen.
+    Networks are bias-free and have homogeneous activations. Returns a row for each attack and the results in the same
+    order: seed, image; mu, twin_mu, twin_in_range of `true_margins`; candidates, how many were returned; truth_error,
+    ‖x̂ − x‖ / ‖x‖ of the closest one; gradient_difference, the largest relative difference in any tensor between the
+    candidates' gradients and the shared one; verdict; psnr_db of the image that was chosen.
     """
     rows, results, truth = [], [], pd.DataFrame()
     for step in client_steps(make_model, images.double(), labels, seeds, ["float64"]):
@@ -139,18 +115,11 @@ def twin_pairs(
 def dlg_on_twins(
     networks: Mapping[str, nn.Module], images: Tensor, labels: Tensor, max_images: int, steps: int
 ) -> tuple[pd.DataFrame, Tensor]:
-    """Where Deep Leakage from Gradients ends, from random pixels, on the images with the largest margins.
+    """Where Deep Leakage from Gradients ends, from random pixels, on the `max_images` with the largest margins.
 
-    Args:
-        networks: Name of a kind of weights -> network, bias-free and with homogeneous activations.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,), 0 or 1; DLG is told them.
-        max_images: Correctly classified images attacked on each network.
-        steps: Evaluations in each run.
-
-    Returns:
-        A row for each run and what it found, (rows, C, H, W): weights, image, mu, twin_mu; from_image and from_twin,
-        ‖x̂ − x‖ / ‖x‖ for either; gradient_residual.
+    Networks as for `twin_pairs`, one for each name; DLG is told the labels and has `steps` evaluations a run. Returns a
+    row for each run and what it found, (rows, C, H, W): weights, image, mu, twin_mu; from_image and from_twin, ‖x̂ − x‖
+    / ‖x‖ for either; gradient_residual.
     """
     rows, found = [], []
     for name, model in networks.items():
@@ -215,15 +184,7 @@ def _difference(candidates: list[list[Tensor]], shared: list[Tensor]) -> float:
 
 
 def plot_branches(curve: pd.DataFrame, pairs: Sequence[tuple[float, float]]) -> Figure:
-    """c(μ) with its two branches, and pairs of margins that share one value of c.
-
-    Args:
-        curve: Columns `mu`, `c` and `branch`, from `margin_curve`.
-        pairs: (μ₁, μ₂) of samples and their twins.
-
-    Returns:
-        The figure.
-    """
+    """c(μ) of `margin_curve`, and pairs (μ₁, μ₂) of samples and their twins that share one value of c."""
     first, second, third = sns.color_palette(PALETTE, 3)
     figure, axis = plt.subplots(figsize=(6.4, 3.2))
     for (_, part), colour, style in zip(curve.groupby("branch", sort=False), (first, second), ("-", "--"), strict=True):
@@ -247,14 +208,7 @@ def plot_branches(curve: pd.DataFrame, pairs: Sequence[tuple[float, float]]) -> 
 
 
 def plot_census(census: pd.DataFrame) -> Figure:
-    """Share of images whose twin lies inside the pixel range, against the size of the weights.
-
-    Args:
-        census: Columns `network`, `factor` and `share`.
-
-    Returns:
-        The figure.
-    """
+    """Share of images whose twin lies inside the pixel range, against the size of the weights."""
     figure, axis = plt.subplots(figsize=(6.4, 3.2))
     lines(axis, census, "factor", "share", by="network", band=False)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))

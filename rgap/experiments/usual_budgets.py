@@ -27,15 +27,9 @@ NETWORKS = ("cnn6", "cnn6_d", "fcn3")
 def sample_opponents(count: int = 24, seed: int = 0) -> pd.DataFrame:
     """Optimisers at their usual budgets and the closed form on the same gradients, float32, labels told to the former.
 
-    Case n is image n // 6 through one network by one optimiser, so that chunks run side by side.
-
-    Args:
-        count: Cases.
-        seed: Number of the first case.
-
-    Returns:
-        case, network, method, image, steps, restarts, psnr_db (the optimiser's), ours_db, ours_verdict, seconds,
-        verdict, ok (the closed form's image is the better one), why.
+    Case n is image n // 6 through one network by one optimiser, so that chunks run side by side; the first is `seed`.
+    Columns: case, network, method, image, steps, restarts, psnr_db (the optimiser's), ours_db, ours_verdict, seconds,
+    verdict, ok (the closed form's image is the better one), why.
     """
     rows = []
     kinds = list(product(NETWORKS, OPTIMISERS))

@@ -18,14 +18,8 @@ from rgap.results import Reconstruction
 def wrong_signs(chain: Chain, image: Tensor, result: Reconstruction) -> pd.DataFrame:
     """How many signs of a deficient layer's input were wrong after each step of the virtual constraints.
 
-    Args:
-        chain: The prepared network.
-        image: The true image, (1, C, H, W).
-        result: What the attack returned for its gradient.
-
-    Returns:
-        Columns `layer`, `step` (from 1), `wrong`, and `largest`: the largest entry whose sign is wrong, in units of the
-        input's root mean square, zero without any.
+    Columns: layer, step (from 1), wrong, and largest: the largest entry whose sign is wrong, in units of the input's
+    root mean square, zero without any. The image is the true one, (1, C, H, W).
     """
     truth, rows = {name: x.flatten() for name, x in chain.layer_inputs(image).items()}, []
     for name, estimates in result.candidates[0].beliefs.items():
@@ -39,15 +33,9 @@ def wrong_signs(chain: Chain, image: Tensor, result: Reconstruction) -> pd.DataF
 def compared(
     plain: pd.DataFrame, solved: pd.DataFrame, results: Sequence[Reconstruction]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Attacks without and with virtual constraints beside each other.
+    """Attacks of `attack_each` without and with virtual constraints beside each other, and what the latter returned.
 
-    Args:
-        plain: From `attack_each`, without.
-        solved: From `attack_each`, with.
-        results: What the latter returned.
-
-    Returns:
-        Deficit, virtual constraints, PSNR and verdicts of each image; and the iterations and seconds.
+    Returns deficit, virtual constraints, PSNR and verdicts of each image; and the iterations and seconds.
     """
     second = [next(layer for layer in result.layers if layer.deficit) for result in results]
     table = pd.DataFrame([{"deficit": s.deficit, "virtual_constraints": s.virtual_constraints} for s in second])
@@ -58,13 +46,9 @@ def compared(
 
 
 def plot_wrong_signs(history: pd.DataFrame) -> Figure:
-    """Signs of a deficient layer's input still wrong after each step, one line for each image.
+    """Signs of a deficient layer's input still wrong after each step of `wrong_signs`, one line for each image.
 
-    Args:
-        history: Columns `image`, `step`, `wrong` and `largest`, as from `wrong_signs`.
-
-    Returns:
-        The figure; where signs are wrong at the end, it says how small their entries are.
+    Where signs are wrong at the end, the figure says how small their entries are.
     """
     figure, axis = plt.subplots(figsize=(6.4, 3.2))
     names = "image " + history["image"].astype(str)
@@ -86,12 +70,8 @@ def plot_wrong_signs(history: pd.DataFrame) -> Figure:
 def plot_phase_transition(runs: pd.DataFrame, thresholds: Mapping[str, int]) -> Figure:
     """PSNR against the width of a layer, for the plain method and with virtual constraints.
 
-    Args:
-        runs: Columns `width`, `deficit`, `psnr_db`, `verdict` and `virtual` (whether constraints were solved).
-        thresholds: Label -> largest deficit that its equations can close.
-
-    Returns:
-        The figure; lines are medians over the seeds, filled markers certified results.
+    Thresholds are label -> largest deficit that its equations can close. Lines are medians over the seeds, filled
+    markers certified results.
     """
     figure, axis = plt.subplots(figsize=(7.2, 3.8))
     names = {True: "with virtual\nconstraints", False: "plain R-GAP"}

@@ -40,16 +40,9 @@ def vit_b_16(seed: int = 0) -> nn.Module:
 def small_transformer(
     width: int, depth: int = 4, seed: int = 0, *, size: int = 32, patch: int = 4, classes: int = 10, head: bool = True
 ) -> nn.Module:
-    """A small transformer of torchvision's class with random weights, in eval mode.
+    """A small transformer of torchvision's class with random weights, in eval mode; width is that of the tokens.
 
-    Args:
-        width: Of the tokens.
-        depth: Blocks.
-        seed: Of the weights.
-        size: Side of the images.
-        patch: Side of a patch.
-        classes: Outputs.
-        head: Whether the head is drawn; torchvision leaves it at zero.
+    Images have the side `size`, patches `patch`; torchvision leaves the head at zero, and so it stays without `head`.
     """
     from torchvision.models import VisionTransformer
 
@@ -68,19 +61,11 @@ def with_head(model: nn.Module) -> nn.Module:
 def attack_images(
     model: nn.Module, images: Tensor, labels: Tensor, dtype: str = "float32", defend: Callable | None = None, **options
 ) -> tuple[pd.DataFrame, list[Reconstruction]]:
-    """Attacks the gradient of every image alone.
+    """Attacks the gradient of every image (N, C, H, W) alone, as the client computes it in that dtype.
 
-    Args:
-        model: A transformer.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,), given to the client, never to the attack.
-        dtype: Name of the torch dtype in which the client computes.
-        defend: Changes the gradients before they are shared.
-        **options: For `rgap.reconstruct`.
-
-    Returns:
-        A row for each image (image, verdict, label_found, psnr_db, predicted_psnr_db, gradient_residual, condition,
-        deficit, gradient_seconds and attack_seconds of the processor) and the results in the same order.
+    `defend` changes the gradients before they are shared; options are `reconstruct`'s. Returns a row for each image
+    (image, verdict, label_found, psnr_db, predicted_psnr_db, gradient_residual, condition, deficit, gradient_seconds
+    and attack_seconds of the processor) and the results in the same order.
     """
     model, shape, rows, results = model.to(getattr(torch, dtype)), tuple(images.shape[1:]), [], []
     for index, (image, label) in enumerate(zip(images.split(1), labels.split(1), strict=True)):
@@ -109,15 +94,7 @@ def attack_images(
 def attack_widths(widths: Sequence[int], images: Tensor, labels: Tensor, seed: int = 0, **options) -> pd.DataFrame:
     """Attacks small transformers of several widths, of four blocks, or six from width 128 on, in both precisions.
 
-    Args:
-        widths: Of the tokens.
-        images: (N, 3, H, H).
-        labels: (N,).
-        seed: Of the weights.
-        **options: For `rgap.reconstruct`.
-
-    Returns:
-        The rows of `attack_images` with width, tokens and dtype before them.
+    Returns the rows of `attack_images`, whose options it takes, with width, tokens and dtype before them.
     """
     tables = []
     for width in progress(widths, "widths"):
@@ -145,18 +122,10 @@ DEFENCES: dict[str, Callable] = {
 def attack_defended(
     model: nn.Module, images: Tensor, labels: Tensor, defences: Mapping[str, Callable], seed: int = 0
 ) -> tuple[pd.DataFrame, dict[str, list[Tensor]]]:
-    """Attacks defended gradients, and shows what each estimate makes of them.
+    """Attacks gradients under defences (name -> function of gradients and seed), by each estimate.
 
-    Args:
-        model: A transformer.
-        images: (N, C, H, W).
-        labels: (N,).
-        defences: Name -> function of the gradients and a seed.
-        seed: Of the first image's defence.
-
-    Returns:
-        A row for each defence: the share of certified images, and the mean PSNR of plain least squares, of ridge
-        regression and of the smoothest image; and of every defence the first image by least squares and by the attack.
+    Returns a row for each defence: the share of certified images, and the mean PSNR of plain least squares, of ridge
+    regression and of the smoothest image; and of every defence the first image by least squares and by the attack.
     """
     rows, pictures = [], {}
     for name, defence in progress(defences.items(), "defences"):
@@ -195,18 +164,9 @@ def attack_updates(
     momenta: Sequence[float] = (0.0, 0.9),
     learning_rate: float = 0.01,
 ) -> pd.DataFrame:
-    """Attacks updates of several local steps of SGD on one image each.
+    """Attacks updates of several local steps of SGD on one image each; the client starts from the model, in its dtype.
 
-    Args:
-        model: A transformer; the client starts from it, in its dtype.
-        images: (N, C, H, W).
-        labels: (N,).
-        steps: Numbers of local steps.
-        momenta: Of the client's optimiser.
-        learning_rate: Of the client's optimiser.
-
-    Returns:
-        A row for each update: steps, momentum, image, verdict, psnr_db.
+    Returns a row for each update: steps, momentum, image, verdict, psnr_db.
     """
     rows, some = [], next(model.parameters())
     cases = [(k, m, i) for k in steps for m in momenta for i in range(len(images)) if k > 1 or m == 0]
@@ -241,12 +201,7 @@ def peak_memory_gb() -> float:
 def sample_transformers(count: int = 100, seed: int = 0) -> pd.DataFrame:
     """Random small transformers, with noise, pruning, half precision, wrong weights, two images or several local steps.
 
-    Args:
-        count: How many.
-        seed: Of all draws.
-
-    Returns:
-        case, trouble, verdict, psnr_db, ok and why: a false certificate is not ok.
+    Columns: case, trouble, verdict, psnr_db, ok and why: a false certificate is not ok.
     """
     generator = torch.Generator().manual_seed(seed)
     numbers = progress(range(count), "transformers")
@@ -287,11 +242,7 @@ def _attack_random_transformer(generator: torch.Generator, number: int) -> dict:
 
 
 def plot_widths(runs: pd.DataFrame) -> Figure:
-    """PSNR of every attack against the width, a colour for each precision; certified ones are filled.
-
-    Args:
-        runs: From `attack_widths`.
-    """
+    """PSNR of `attack_widths` against the width, a colour for each precision; certified ones are filled."""
     figure, axis = plt.subplots(figsize=(6.4, 3.4))
     for (dtype, colour), marker in zip(colours(runs["dtype"]).items(), MARKERS, strict=False):
         rows = runs[runs["dtype"] == dtype].sort_values("width")
@@ -307,11 +258,7 @@ def plot_widths(runs: pd.DataFrame) -> Figure:
 
 
 def plot_predicted(runs: pd.DataFrame) -> Figure:
-    """Predicted against true PSNR of every attack, with the diagonal.
-
-    Args:
-        runs: Columns psnr_db, predicted_psnr_db and dtype.
-    """
+    """Predicted against true PSNR of every attack, a colour for each precision, with the diagonal."""
     figure, axis = plt.subplots(figsize=(5.4, 3.4))
     against_diagonal(axis, runs.sort_values("dtype"), "predicted_psnr_db", "psnr_db", "dtype")
     axis.set(xlabel="predicted PSNR, dB", ylabel="PSNR, dB")

@@ -112,18 +112,12 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 def sample_walks(
     count: int = 6, seed: int = 0, names: Sequence[str] = tuple(NETWORKS)[:6], source: str = "embedded"
 ) -> pd.DataFrame:
-    """Attacks one image through one network after the other, in float32 and float64 by turns.
+    """Attacks one image through one of `NETWORKS` after the other, in float32 and float64 by turns.
 
-    A row is ok unless its image is certified as exact and is not what the certificate says.
-
-    Args:
-        count: Attacks.
-        seed: Of the first network, and of the draw of its image; it rises when all names have had their turn.
-        names: Keys of `NETWORKS`; the default takes the ResNet-18 whose head is no obstacle, and one whose is.
-        source: Where the images come from, for `rgap.data.load_images`.
-
-    Returns:
-        case, network, dtype, verdict, psnr_db, ok, why, seconds, memory_gb (of the process at its largest).
+    A row is ok unless its image is certified as exact and is not what the certificate says. The seed, of the first
+    network and of the draw of its image, rises when all names have had their turn; the default names are the ResNet-18
+    whose head is no obstacle, and one whose is. Columns: case, network, dtype, verdict, psnr_db, ok, why, seconds,
+    memory_gb (of the process at its largest).
     """
     rows = []
     for number in progress(range(count), "attacks"):
@@ -166,9 +160,8 @@ def count_walks(rows: pd.DataFrame) -> pd.DataFrame:
 def walk_features(model: nn.Module, image: Tensor, label: Tensor, dtype: str = "float64") -> pd.DataFrame:
     """What the walk gives of a network's inner tensors, without inverting what lies below it.
 
-    Returns:
-        layers (those that read the tensor), channels, side (of the map), rank (share of the unknowns that the equations
-        determine), relative_error (against the truth; NaN where the tensor is open), condition, seconds.
+    Columns: layers (those that read the tensor), channels, side (of the map), rank (share of the unknowns that the
+    equations determine), relative_error (against the truth; NaN where the tensor is open), condition, seconds.
     """
     model, image = model.to(getattr(torch, dtype)).eval(), image.to(getattr(torch, dtype))
     network = prepare_residual(model, tuple(image.shape[1:]))
