@@ -3,6 +3,7 @@
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Layer, prepare
 from rgap.network.graph import Graph, Node, prepare_graph
-from rgap.network.tracing import Step, trace
+from rgap.network.steps import Step
+from rgap.network.tracing import trace
 
 __all__ = ["Activation", "Chain", "Graph", "Layer", "Node", "Step", "prepare", "prepare_graph", "trace"]

@@ -16,7 +16,8 @@ from rgap.network.folding import Folder, parameter_copy
 from rgap.network.forward import select_output
 from rgap.network.layer import Chain, Layer
 from rgap.network.operations import is_log_softmax
-from rgap.network.tracing import Step, trace
+from rgap.network.steps import Step
+from rgap.network.tracing import trace
 from rgap.results import UnsupportedLayerError
 
 __all__ = ["Chain", "Layer", "prepare"]

@@ -21,7 +21,7 @@ from rgap.network.layer import Layer
 from rgap.network.operations import as_module, from_module
 from rgap.network.parametrised import current_weight, weight_terms
 from rgap.network.pixel_maps import PixelMap, image_shape_of, pixel_map
-from rgap.network.tracing import Step, entry_order
+from rgap.network.steps import Step, entry_order
 from rgap.results import UnsupportedLayerError
 
 

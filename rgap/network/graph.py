@@ -17,7 +17,8 @@ from rgap.network.folding import Folder, parameter_copy, scale_and_shift
 from rgap.network.nodes import Graph, Node
 from rgap.network.operations import SUMS, as_module, from_module, pooling
 from rgap.network.pixel_maps import image_shape_of
-from rgap.network.tracing import Step, trace
+from rgap.network.steps import Step
+from rgap.network.tracing import trace
 from rgap.results import UnsupportedLayerError
 
 __all__ = ["Graph", "Node", "prepare_graph"]

@@ -11,11 +11,10 @@ import copy
 import inspect
 import itertools
 import linecache
-import math
 import traceback
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +25,13 @@ from torch.overrides import TorchFunctionMode
 
 from rgap.arguments import check_image_shape
 from rgap.network.forward import first_tensor, unwrap
-from rgap.network.operations import (
-    CASTS,
-    LINEAR_FUNCTIONS,
-    ORDERS,
-    RESHAPES,
-    SHAPED_AS,
-    functional_layer,
-    kind_of_function,
-    kind_of_module,
-)
+from rgap.network.operations import LINEAR_FUNCTIONS, SHAPED_AS, functional_layer, kind_of_module
+from rgap.network.steps import RANDOM, Step, label_of, step_kind
 from rgap.results import UnsupportedLayerError
 
 METADATA = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "type"}
 METADATA |= {"is_complex", "__len__", "element_size", "storage_offset", "get_device", "is_same_size", "data_ptr"}
 """Names of functions that tell about a tensor, but not its values."""
-
-RANDOM = {"rand", "randn", "rand_like", "randn_like", "randint", "randperm", "bernoulli", "normal", "multinomial"}
-RANDOM |= {"bernoulli_", "normal_", "uniform_", "poisson", "rrelu", "alpha_dropout", "feature_dropout"}
-"""Names of functions that draw random numbers."""
 
 OPERATORS = {"__rsub__": "sub", "__rdiv__": "truediv", "__rtruediv__": "truediv", "__getitem__": "getitem"}
 OPERATORS |= {"__setitem__": "setitem", "__matmul__": "matmul", "__rpow__": "pow"}
@@ -53,46 +40,13 @@ OPERATORS |= {"__setitem__": "setitem", "__matmul__": "matmul", "__rpow__": "pow
 OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
-@dataclass(frozen=True)
-class Step:
-    """One operation of the traced network."""
-
-    path: str  # path of the module in the model, or the name of the traced function
-    # "input", "linear", "activation", "affine" (entry by entry), "pixels" (a linear map of pixels, the same for every
-    # channel), "reshape", "order" (entries change places), "constant" (does not depend on the image) or "unsupported"
-    kind: str
-    module: nn.Module | None  # the module, None for a function
-    sources: tuple[str, ...]  # names of the steps whose outputs it reads
-    name: str  # its name, each of its own
-    input_shape: tuple[int, ...]  # shape of its first input without the batch dimension
-    output_shape: tuple[int, ...]  # shape of its output, of several the first, without the batch dimension
-    reason: str = ""  # why it cannot be inverted; empty where it can
-    operation: Any = None  # the function or the name of the method that a function step calls; None for a module
-    # a function step as a function of one tensor, its other arguments as traced; None for a module, and where it reads
-    # several tensors that depend on the image
-    call: Callable[[Tensor], Any] | None = None
-    arguments: tuple = ()  # positional arguments of a function step after the first, and its keyword arguments
-    options: Mapping[str, Any] = field(default_factory=dict)
-    value: Any = None  # value of a constant
-    used: bool = True  # whether the network's first output rests on it
-
-    @property
-    def title(self) -> str:
-        """Path and type, for messages."""
-        return repr(self.path) if self.module is None else f"{self.path!r} ({type(self.module).__name__})"
-
-
 def trace(model: nn.Module, image_shape: tuple[int, ...]) -> list[Step]:
     """Lists every operation of a network with its shapes, from one run on zeros, in the order of execution.
 
-    Args:
-        model: Any module that gives a tensor, or a tuple, mapping or record of which the first tensor is taken.
-        image_shape: Shape of one image without the batch dimension, e.g. (C, H, W), (C, L) or (n,).
-
-    Raises:
-        UnsupportedLayerError: If `forward` needs more than the image, decides on values of the image, or hides what it
-            computes; the message has the line.
-        ValueError: If the image shape does not fit; the message has the layer at which it fails, and the line.
+    The model gives a tensor, or a tuple, mapping or record of which the first tensor is taken; the shape is that of one
+    image without the batch dimension, e.g. (C, H, W), (C, L) or (n,). Raises an UnsupportedLayerError if `forward`
+    needs more than the image, decides on values of the image, or hides what it computes, and a ValueError if the shape
+    does not fit; the message has the layer or the line.
     """
     shape = check_image_shape(image_shape)
     model = unwrap(model)
@@ -113,14 +67,13 @@ def trace(model: nn.Module, image_shape: tuple[int, ...]) -> list[Step]:
     except Exception as error:
         place = f" at {recorder.place}" if recorder.place else ""
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"image_shape {shape} does not fit the network{place}: {reason}{_users_line(error)}"
-        ) from error
-    if output is None or id(output) not in recorder.names:
-        what = (
-            "gives no tensor" if output is None else "hides what it computes: its output comes from no operation seen"
-        )
-        raise UnsupportedLayerError(f"{type(model).__name__} {what}")
+        line = _users_line(error)
+        raise ValueError(f"image_shape {shape} does not fit the network{place}: {reason}{line}") from error
+    if output is None:
+        raise UnsupportedLayerError(f"{type(model).__name__} gives no tensor")
+    if id(output) not in recorder.names:
+        hides = "hides what it computes: its output comes from no operation seen"
+        raise UnsupportedLayerError(f"{type(model).__name__} {hides}")
     return recorder.finished(recorder.names[id(output)])
 
 
@@ -139,12 +92,8 @@ def _users_line(error: BaseException) -> str:
 class _Recorder(TorchFunctionMode):
     """Records the calls of a copy of the network, which shares its parameters and owns its buffers.
 
-    Modules of torch are single steps, and in eval mode; others keep theirs, which their functions may read.
-
-    Attributes:
-        root: The copy.
-        names: id of a tensor -> name of the step that made it.
-        place: What is being run, for messages.
+    Modules of torch are single steps, and in eval mode; others keep theirs, which their functions may read. `names` has
+    the name of the step that made a tensor by its id, `place` what is being run, for messages.
     """
 
     def __init__(self, root: nn.Module):
@@ -157,13 +106,11 @@ class _Recorder(TorchFunctionMode):
         self.originals = dict(zip(map(id, self.root.modules()), root.named_modules(), strict=True))
         self.attributes = {id(t): name for name, t in (*self.root.named_parameters(), *self.root.named_buffers())}
         for module in [*self.root.modules()]:
-            module._modules.update(
-                {name: unwrap(child) for name, child in module._modules.items() if child is not None}
-            )
+            unwrapped = {name: unwrap(child) for name, child in module._modules.items() if child is not None}
+            module._modules.update(unwrapped)
         for module in self.root.modules():
-            if type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(
-                module, nn.Sequential
-            ):
+            of_torch = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+            if of_torch and not isinstance(module, nn.Sequential):
                 module.eval()
                 module.register_forward_pre_hook(self._enter)
                 module.register_forward_hook(self._leave, with_kwargs=True)
@@ -200,7 +147,7 @@ class _Recorder(TorchFunctionMode):
         operation = _operation(func)
         tensors = _tensors((args, kwargs))
         reads = any(self.names.get(id(t), "") not in {"", *self.constants} for t in tensors)
-        self.place = f"operation {_label(operation)!r}"
+        self.place = f"operation {label_of(operation)!r}"
         result = func(*args, **kwargs)
         self.place = ""
         made = args[0] if operation == "setitem" else result
@@ -227,7 +174,7 @@ class _Recorder(TorchFunctionMode):
             self._constant(path.replace(".", "_"), sources, result)
 
     def _record(self, operation: Any, func: Callable, args, kwargs, tensors: list[Tensor], result: Any) -> None:
-        label = _label(operation)
+        label = label_of(operation)
         module = functional_layer(operation, args, kwargs) if operation in LINEAR_FUNCTIONS else None
         told = module is not None or operation in SHAPED_AS  # by the others' shapes and formats alone, or parameters
         sources = self._sources(tensors[:1] if told else tensors)
@@ -251,17 +198,15 @@ class _Recorder(TorchFunctionMode):
         step = Step(name, "linear", module, sources, name, *shapes)
         if module is None:
             step = replace(step, operation=operation, call=call, arguments=arguments, options=options)
-            kind, reason = _kind(step, result)
+            kind, reason = step_kind(step, result)
             step = replace(step, kind=kind, reason=reason)
         self._add(step, result)
 
     def _constant(self, label: str, sources: tuple[str, ...], value: Any) -> None:
         name = self._name(label)
         self.constants.add(name)
-        self._add(
-            Step(label.removeprefix("@"), "constant", None, sources, name, (), _shape(_tensors(value)), value=value),
-            value,
-        )
+        path, shape = label.removeprefix("@"), _shape(_tensors(value))
+        self._add(Step(path, "constant", None, sources, name, (), shape, value=value), value)
 
     def _add(self, step: Step, made: Any) -> None:
         self.steps.append(step)
@@ -293,10 +238,6 @@ def _operation(func: Callable) -> Any:
     return OPERATORS.get(func.__name__, func.__name__) if is_method else func
 
 
-def _label(operation: Any) -> str:
-    return operation if isinstance(operation, str) else operation.__name__
-
-
 def _tensors(arguments: Any) -> list[Tensor]:
     """Every tensor in nested arguments, in order."""
     found: list[Tensor] = []
@@ -312,34 +253,3 @@ def _mapped(arguments: Any, change: Callable[[Tensor], Any]) -> Any:
 def _shape(tensors: list[Tensor]) -> tuple[int, ...]:
     """Shape of the first without the batch dimension."""
     return tuple(tensors[0].shape[1:]) if tensors else ()
-
-
-def _kind(step: Step, result: Any) -> tuple[str, str]:
-    """The kind of a recorded function, and the reason where it is not supported."""
-    label = _label(step.operation)
-    if label in RANDOM:
-        return "unsupported", f"{label} draws random numbers"
-    if not isinstance(result, Tensor):
-        return "unsupported", f"the operation {label!r} gives several tensors"
-    if step.operation in CASTS and result.dtype not in (torch.float32, torch.float64):
-        return "unsupported", f"it rounds to {str(result.dtype).removeprefix('torch.')}"
-    same = math.prod(step.input_shape) == math.prod(step.output_shape)
-    if step.operation in RESHAPES and same:
-        return "reshape", ""
-    if step.call is not None and same and (step.operation in ORDERS):
-        order = entry_order(step)
-        if order is not None:
-            return ("reshape" if order.equal(torch.arange(len(order))) else "order"), ""
-    return kind_of_function(step.operation, step.call, step.arguments, step.options)
-
-
-def entry_order(step: Step) -> Tensor | None:
-    """The entry of a step's input at each place of its output, flattened; None where it is no change of places."""
-    entries = torch.arange(math.prod(step.input_shape), dtype=torch.float64)
-    run = step.call or step.module
-    try:
-        moved = run(entries.reshape(1, *step.input_shape))
-    except (IndexError, RuntimeError):  # a tensor of windows, heads or tokens, whose first dimension is no batch
-        return None
-    order = moved.flatten().long()
-    return order if moved.shape == (1, *step.output_shape) and order.sort().values.equal(entries.long()) else None

@@ -17,7 +17,8 @@ from rgap.isolation import isolated
 from rgap.models import trained_names
 from rgap.network.graph import prepare_graph
 from rgap.network.layer import Chain
-from rgap.network.tracing import Step, trace
+from rgap.network.steps import Step
+from rgap.network.tracing import trace
 from rgap.ranks.exposure import judge
 from rgap.ranks.largest_batch import separable_images
 from rgap.ranks.numbers import MAX_UNKNOWNS

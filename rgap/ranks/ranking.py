@@ -13,7 +13,7 @@ from rgap.equations.proofs import LayerShape, is_proved
 from rgap.equations.rank_laws import RankLaws
 from rgap.network.folding import linear_layer
 from rgap.network.operations import MEANS
-from rgap.network.tracing import Step
+from rgap.network.steps import Step
 from rgap.ranks.exposure import FROZEN, UNREAD
 from rgap.ranks.numbers import dense_work, numerical_ranks, pooling_rank, too_large
 from rgap.ranks.steps import SHARED, CountedStep, is_layer, kind_of, pooling_of

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from rgap.network.tracing import Step, trace
+from rgap.network.steps import Step
+from rgap.network.tracing import trace
 from rgap.ranks.steps import is_layer
 from rgap.results import UnsupportedLayerError
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from rgap.network.operations import DROPOUTS, MEANS, RESHAPES, SUMS, as_module, from_module, pooling
-from rgap.network.tracing import Step
+from rgap.network.steps import Step
 
 SHARED = "its weight is used"
 MIXING = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU)

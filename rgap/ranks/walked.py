@@ -14,7 +14,7 @@ from rgap.equations.gradient import blocks
 from rgap.equations.tap_splits import tap_splits
 from rgap.network.chain import chain_of_steps
 from rgap.network.graph import Graph, Node
-from rgap.network.tracing import Step
+from rgap.network.steps import Step
 from rgap.residual.cut import Cut, enter_graph, geometry
 from rgap.residual.descent import CONVERGED_KNOWN
 from rgap.results import UnsupportedLayerError

@@ -65,21 +65,12 @@ def solve_blind(
 
     For one image: behind a batch the matrices have a multiple of the rank, which is found and refused.
 
-    Args:
-        G: Gradient of the weight, (O, C, kh, kw); a group of a grouped convolution stands by itself.
-        image: Size (H, W) of the input.
-        padding: Zeros on every side, or (left, right, top, bottom) as `F.pad` takes them.
-        stride: One number, or (vertical, horizontal).
-        dilation: The same.
-        sum_dz: Σ_p δz, (O,): the gradient of the bias, or that of the batch norm's behind it times γ / √(var + ε).
-        noise_std: Standard deviation of the error of G's entries; None reads it from their rounding.
-        sum_noise_std: The same of `sum_dz`.
-
-    Returns:
-        The solution, certified or not, with the reason.
-
-    Raises:
-        ValueError: If G or sum_dz has the wrong shape, or the kernel does not fit the padded image.
+    `G` is the gradient of the weight, (O, C, kh, kw), of one group where there are several, `image` the size (H, W)
+    of the input; padding is on every side or (left, right, top, bottom) as `F.pad` takes it, stride and dilation are
+    one number or (vertical, horizontal). `sum_dz` is Σ_p δz, (O,): the gradient of the bias, or that of the batch
+    norm's behind it times γ / √(var + ε). `noise_std` and `sum_noise_std` are the standard deviations of the errors of
+    both; None reads them from their rounding. Raises a ValueError if G or sum_dz has the wrong shape, or the kernel
+    does not fit the padded image.
     """
     stride, dilation = ((v, v) if isinstance(v, int) else tuple(v) for v in (stride, dilation))
     padding = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
@@ -176,7 +167,11 @@ class _Equations:
 
     def solve(self, found: _Found, sums: Tensor | None, sum_noise: Tensor | None, size: Tensor) -> BlindSolution:
         """Both factors from one of them, polished, scaled and judged."""
-        x, dz = self._both(found)
+        if found.split.of_input:
+            x = found.side.reshape(-1, *self.factors.image)
+            dz = self.factors.solve_dz(self.G, x)
+        else:
+            x, dz = self.factors.solve_x(self.G, found.side), found.side
         polished = self.factors.polish(self.G, x, dz)
         generator = torch.Generator().manual_seed(0)
         draw = self.noise * torch.randn(self.G.shape, generator=generator, dtype=torch.float64)
@@ -193,21 +188,8 @@ class _Equations:
         return BlindSolution(
             x / scalar if scalar else None,
             (dz * scalar * size).reshape(len(dz), *self.factors.outputs) if scalar else None,
-            found.split.taps,
-            *found.sigmas,
-            found.gap,
-            residual,
-            wrong,
-            error,
-            not reason,
-            reason,
-        )
-
-    def _both(self, found: _Found) -> tuple[Tensor, Tensor]:
-        if found.split.of_input:
-            x = found.side.reshape(-1, *self.factors.image)
-            return x, self.factors.solve_dz(self.G, x)
-        return self.factors.solve_x(self.G, found.side), found.side
+            found.split.taps, *found.sigmas, found.gap, residual, wrong, error, not reason, reason,
+        )  # fmt: skip
 
     def _doubt(self, residual: float, wrong: float | None, sums, sum_noise, error: float) -> str:
         """What speaks against the solution; empty if nothing does."""

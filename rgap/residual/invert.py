@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rgap.linalg import rms
 from rgap.network.graph import Graph
-from rgap.network.layer import Layer
 from rgap.residual.bits import Known
 from rgap.residual.walk import Walk
 
@@ -38,32 +37,6 @@ MAX_CONVERGED_MISFIT = 1e-3  # relative misfit up to which the iterations have c
 
 
 @dataclass(frozen=True)
-class Target:
-    """A tensor of which something is known."""
-
-    name: str
-    known: Known
-    weight: float
-
-    def residual(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What a candidate misses, and where it does: below a bound nothing is missed."""
-        missed, mask = value - self.known.value, self.known.mask
-        active = torch.ones_like(missed, dtype=torch.bool) if mask is None else mask | (missed > 0)
-        return self.weight * missed * active, active
-
-
-@dataclass(frozen=True)
-class LayerEquations:
-    """The gradient equations of a layer that reads `source`, δz and G divided by the norm of G."""
-
-    name: str
-    source: str
-    layer: Layer
-    dz: Tensor
-    G: Tensor
-
-
-@dataclass(frozen=True)
 class Linearised:
     """The residuals of a candidate, and their Jacobian by functions."""
 
@@ -82,39 +55,41 @@ class Below:
     """Everything that is known of the part of a network below a walk."""
 
     graph: Graph
-    single: Graph
-    names: list[str]
-    targets: list[Target]
-    equations: list[LayerEquations]
+    single: Graph  # the same in float32
+    names: list[str]  # of its nodes
+    targets: dict[str, Known]  # tensors of which something is known
+    source: str  # the tensor at which the walk ended
+    equations: dict[str, tuple[Tensor, Tensor]]  # layers that read it -> δz and G, divided by the norm of G
 
     def known_numbers(self) -> int:
         """Entries that are known, and independent gradient equations by the size of M, at most."""
-        entries = [t.known.value.numel() if t.known.mask is None else int(t.known.mask.sum()) for t in self.targets]
-        rows = [min(e.G.numel(), math.prod(e.layer.input_shape)) for e in self.equations]
-        return sum(entries) + sum(rows)
+        entries = sum(int(known.everywhere.sum()) for known in self.targets.values())
+        return entries + sum(min(G.numel(), self.graph.nodes[n].layer.unknowns) for n, (_, G) in self.equations.items())
 
     def linearise(self, image: Tensor) -> Linearised:
-        """Residuals in float64, the Jacobian in float32."""
+        """Residuals in float64, the Jacobian in float32; below a bound nothing is missed."""
         values = self.graph.forward({self.graph.image: image}, self.names)
         slopes = {
             n: s if s is None or not s.is_floating_point() else s.float() for n, s in self.graph.slopes(values).items()
         }
-        parts = [target.residual(values[target.name]) for target in self.targets]
-        residuals, active = [part[0] for part in parts], [part[1] for part in parts]
-        residuals += [eq.layer.weight_gradient(values[eq.source], eq.dz) - eq.G for eq in self.equations]
-        layers = [(self.single.nodes[eq.name].layer, eq.dz.float()) for eq in self.equations]
+        missed = {n: values[n] - known.value for n, known in self.targets.items()}
+        active = {n: known.everywhere | (missed[n] > 0) for n, known in self.targets.items()}
+        weights = {n: 1 / known.value.norm().item() for n, known in self.targets.items()}
+        residuals = [weights[n] * missed[n] * active[n] for n in self.targets]
+        for n, (dz, G) in self.equations.items():
+            residuals.append(self.graph.nodes[n].layer.weight_gradient(values[self.source], dz) - G)
+        layers = [(self.single.nodes[n].layer, dz.float()) for n, (dz, _) in self.equations.items()]
 
         def push(change: Tensor) -> list[Tensor]:
             moved = self.single.push(slopes, change.float(), self.names)
-            found = [t.weight * moved[t.name] * a for t, a in zip(self.targets, active, strict=True)]
-            pairs = zip(self.equations, layers, strict=True)
-            return found + [layer.weight_gradient(moved[eq.source], dz) for eq, (layer, dz) in pairs]
+            found = [weights[n] * moved[n] * active[n] for n in self.targets]
+            return found + [layer.weight_gradient(moved[self.source], dz) for layer, dz in layers]
 
         def pull(rest: list[Tensor]) -> Tensor:
-            seeds = {t.name: t.weight * r.float() * a for t, a, r in zip(self.targets, active, rest, strict=False)}
-            for eq, (layer, dz), r in zip(self.equations, layers, rest[len(self.targets) :], strict=True):
+            seeds = {n: weights[n] * r.float() * active[n] for n, r in zip(self.targets, rest, strict=False)}
+            for (layer, dz), r in zip(layers, rest[len(self.targets) :], strict=True):
                 part = replace(layer, weight=r.float(), cache={}).adjoint(dz)
-                seeds[eq.source] = seeds.get(eq.source, 0) + part
+                seeds[self.source] = seeds.get(self.source, 0) + part
             return self.single.pull(slopes, seeds, self.names)[self.graph.image]
 
         return Linearised(residuals, push, pull)
@@ -138,12 +113,9 @@ def below(walk: Walk) -> Below:
     if here is None or here.mask is not None:
         gather(walk.frontier)
     names = graph.below({walk.frontier, *found})
-    targets = [Target(n, k, 1 / k.value.norm().item()) for n, k in found.items()]
-    equations = []
-    for name in walk.readers(walk.frontier):
-        G, dz = walk.gradient(name), walk.deltas[name]
-        equations.append(LayerEquations(name, walk.frontier, graph.nodes[name].layer, dz / G.norm(), G / G.norm()))
-    return Below(graph, graph.to(torch.float32), names, targets, equations)
+    sides = {name: (walk.deltas[name], walk.gradient(name)) for name in walk.readers(walk.frontier)}
+    equations = {name: (dz / G.norm(), G / G.norm()) for name, (dz, G) in sides.items()}
+    return Below(graph, graph.to(torch.float32), names, found, walk.frontier, equations)
 
 
 @dataclass(frozen=True)

@@ -48,46 +48,23 @@ def reconstruct_residual(
     last full-rank layer is inverted as one nonlinear least squares. Nothing above the blind layer is needed: it only
     checks, where the loss is known.
 
-    Args:
-        network: From `prepare_residual`.
-        gradients: One tensor for each parameter, in the order of `model.parameters()`, or a mapping from name.
-        loss: A name in `rgap.client.LOSSES`; for the check of the whole gradient.
-        batch_size: 1; a blind layer is that of one image.
-        labels: The label if it is known, (1,).
-        pixel_range: Smallest and largest value of a pixel.
-        rcond: Singular values below rcond times the largest count as zero; by default matched to the precision.
-        noise_std: Standard deviation of noise known to be on every gradient entry.
-        seed: Seed of the noise that the inversion starts from.
-        device: Where the returned images and labels live, by default the CPU.
-        gradient_scale: Factor κ of the shared gradient κ ∇ℓ, which does not change the image; None to estimate it.
-        label_smoothing: ε of a client that smooths its labels; None for 0.
-
-    Returns:
-        A `Reconstruction`; its layers are the blind layer, each tensor of the walk, and the inversion.
-
-    Raises:
-        UnsupportedLayerError: For more than one image, or outputs that the loss does not take.
-        GradientMismatchError: If the gradients do not belong to the network or are not finite.
-        ValueError: If another argument is out of range.
+    Arguments and errors are those of `rgap.reconstruct`; `seed` is of the noise that the inversion starts from. The
+    result's layers are the blind layer, each tensor of the walk, and the inversion.
     """
     if batch_size != 1:
         raise UnsupportedLayerError(
             f"batch_size is {batch_size}: a convolution's own gradient gives its input for one image; for a batch it "
             "is a sum over the images; 1 is supported"
         )
-    graph = network.graph
-    options = {"model": network.model, "any_scale": True}
-    received = receive_gradients(graph.parameters, gradients, rcond, noise_std, **options)
-    pixels = PixelRange(*pixel_range)
-    asserted = None if gradient_scale is None else gradient_scale * received.unit
-    replay = Replay(network.model, received, loss, label_smoothing or 0.0, asserted)
+    model, pixels = network.model, PixelRange(*pixel_range)
+    received = receive_gradients(network.graph.parameters, gradients, rcond, noise_std, model=model, any_scale=True)
+    replay = Replay(model, received, loss, label_smoothing, gradient_scale)
     noise = torch.randn(network.image_shape, generator=torch.Generator().manual_seed(seed)).double()
     found = best_descent(network, received, pixels.middle + START_STD * pixels.width * noise)
     image = torch.zeros(1, *network.image_shape, dtype=torch.float64) if found.image is None else found.image[None]
     label, about_label = _label(replay, image, labels)
     decided = label.is_floating_point() or label.item() >= 0
-    scale, whole = replay.match(image, label) if decided else (received.unit, math.inf)
-    scale = scale / received.unit
+    scale, whole = replay.match(image, label) if decided else (1.0, math.inf)
     notes = [*received.notes, *found.notes, *about_label]
     part = math.inf if found.image is None else found.lower_residual()
     by_noise = min(NOISE_RESIDUAL_FACTOR * found.error, pixels.width / 2) if math.isfinite(found.error) else 0.0

@@ -82,38 +82,25 @@ def solve_stacked(layers: list[Layer], gradients: list[Tensor], dzs: list[Tensor
     std = (missed / surplus) ** 0.5 if surplus > 0 else 0.0
     least = kept.min().item() if len(kept) else 0.0
     return StackedSolution(
-        x.reshape(C, H, W),
-        C * rank,
-        C * H * W,
-        largest / least if least else float("inf"),
-        least / largest if largest else 0.0,
-        dropped.max().item() / largest if len(dropped) and largest else None,
-        (missed / size) ** 0.5 if size else 0.0,
-        surplus,
-        std * spread.sqrt().reshape(H, W),
-        list((1 - absorbed / rows.clamp(min=1)).split(filters)),
-        null,
-    )
+        x.reshape(C, H, W), C * rank, C * H * W,
+        condition=largest / least if least else float("inf"),
+        above=least / largest if largest else 0.0,
+        below=dropped.max().item() / largest if len(dropped) and largest else None,
+        residual=(missed / size) ** 0.5 if size else 0.0,
+        surplus=surplus, error=std * spread.sqrt().reshape(H, W),
+        kept=list((1 - absorbed / rows.clamp(min=1)).split(filters)), null=null,
+    )  # fmt: skip
 
 
 def close_by_outputs(
-    found: StackedSolution,
-    layers: list[Layer],
-    gradients: list[Tensor],
-    dzs: list[Tensor],
+    found: StackedSolution, layers: list[Layer], gradients: list[Tensor], dzs: list[Tensor],
     outputs: list[tuple[Layer, Tensor, Tensor]],
-) -> StackedSolution | None:
+) -> StackedSolution | None:  # fmt: skip
     """Determines what the gradient equations leave open by W x = z − b, where outputs of the layers are known.
 
-    Args:
-        found: A solution that lacks rank.
-        layers: The layers of `solve_stacked`.
-        gradients: Theirs.
-        dzs: Theirs.
-        outputs: Those of them whose output is known, that output less the bias (O, H′, W′), and where it is known.
-
-    Returns:
-        The whole solution; None where too much is open, or the outputs do not determine it.
+    `found` lacks rank; layers, gradients and dzs are those of `solve_stacked`. `outputs` has layers whose output is
+    known, that output less the bias (O, H′, W′), and where it is known. None where too much is open, or the outputs do
+    not determine it.
     """
     C, H, W = found.x.shape
     lack = found.unknowns - found.rank
@@ -173,17 +160,9 @@ def _parts(layers, gradients, dzs, pixels: int) -> list[tuple[Tensor, Tensor, Te
 def solve_changes(layer: Layer, missed: Tensor, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor] | None:
     """By how much δz changes at some places if that explains what the layer's gradient equations miss.
 
-    Solves N(x) change = missed for the places of each filter, a few unknowns each.
-
-    Args:
-        layer: The layer, without groups.
-        missed: vec(G) − K(δz) x, (O, C, kh, kw).
-        x: The layer's input, (C, H, W).
-        places: Mask of the entries of δz that may change, (O, H′, W′).
-
-    Returns:
-        The changes (O, H′, W′), 0 elsewhere, and their standard deviations by what remains; None where the layer has
-        groups or a map of pixels around its convolution, or a filter has more places than equations.
+    Solves N(x) change = missed, vec(G) − K(δz) x as (O, C, kh, kw), for the places (O, H′, W′) of each filter: a few
+    unknowns each. The changes (O, H′, W′) are 0 elsewhere and come with their standard deviations by what remains; None
+    where the layer has groups or a pixel map around its convolution, or a filter has more places than equations.
     """
     if layer.before is not None or layer.after is not None or layer.groups > 1:
         return None

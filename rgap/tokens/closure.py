@@ -36,16 +36,10 @@ class Closed:
 def close_by_gradient(
     gradients: Callable[[Tensor], Mapping[str, Tensor]], shared: Mapping[str, Tensor], patches: Tensor, null: Tensor
 ) -> Closed | None:
-    """Determines C of P = P₀ + N C from the whole gradient.
+    """Determines C of P = P₀ + N C, with P₀ (T, n) the patches and N (T, d) orthonormal, from the whole gradient.
 
-    Args:
-        gradients: Patches (T, n) -> the gradient that their image has, by parameter name.
-        shared: The shared gradients, those that are more than rounding.
-        patches: P₀.
-        null: N, (T, d), orthonormal.
-
-    Returns:
-        What was found, or None where there are too many unknowns, or some have no effect.
+    `gradients` gives the gradient of the image of patches (T, n) by parameter name, `shared` has those that are more
+    than rounding. None where there are too many unknowns, or some have no effect.
     """
     unknowns = null.shape[1] * patches.shape[1]
     if unknowns > MAX_UNKNOWNS:

@@ -63,16 +63,9 @@ class PatchEmbedding:
 def recognise(model: nn.Module, image_shape: tuple[int, int, int]) -> PatchEmbedding | None:
     """Finds a network's patch embedding and the learned position embedding that is added to its output.
 
-    Args:
-        model: Any module; one forward pass on an image of zeros runs as far as the addition.
-        image_shape: (C, H, W) of one image.
-
-    Returns:
-        The `PatchEmbedding`; None where the network is no transformer on patches.
-
-    Raises:
-        UnsupportedLayerError: If it is a transformer whose position gradients do not give the tokens' gradients; the
-            message names the parameter and the reason.
+    One forward pass on zeros runs as far as the addition. None where the network is no transformer on patches; an
+    UnsupportedLayerError, with the parameter and the reason, where it is one whose position gradients do not give the
+    tokens' gradients.
     """
     watch = _run(model, image_shape, torch.zeros(1, *image_shape))
     if watch.embedding is None or not (watch.attention or watch.position):

@@ -62,29 +62,9 @@ def reconstruct_tokens(
     must be the shared one. Updates of several local steps of SGD or momentum give the image by the same equations; no
     single gradient reproduces them, so that they are not certified.
 
-    Args:
-        embedding: The network, from `recognise`.
-        gradients: One tensor for each parameter, in the order of `model.parameters()`, or a mapping from name.
-        loss: A name in `rgap.client.LOSSES`.
-        batch_size: 1; the position embedding's gradient is a sum over the images of a batch.
-        labels: The label if it is known, (1,).
-        virtual_constraints: Whether the gradients of the layers above may close a deficit.
-        pixel_range: Smallest and largest value of a pixel; under noise, also what is known of them beforehand.
-        rcond: Singular values below rcond times the largest count as zero; by default matched to the precision.
-        noise_std: Standard deviation of noise known to be on every gradient entry.
-        device: Where the returned images and labels live, by default the CPU.
-        gradient_scale: Factor κ of the shared gradient κ ∇ℓ, which does not change the image; None to estimate it from
-            the image's own gradient.
-        label_smoothing: ε of a client that smooths its labels; None for 0.
-
-    Returns:
-        A `Reconstruction`. Where noise or a deficit keeps the image from being certified, its candidates are the
-        smoothest image and ridge regression, both matched to the noise; the notes name them in their order.
-
-    Raises:
-        UnsupportedLayerError: For more than one image, or a head of zeros.
-        GradientMismatchError: If the gradients do not belong to the network, are not finite, or zero.
-        ValueError: If another argument is out of range.
+    Arguments and errors are those of `rgap.reconstruct`; under noise the pixel range is also what is known of pixels
+    beforehand. Where noise or a deficit keeps the image from being certified, the candidates are the smoothest image
+    and ridge regression, both matched to the noise; the notes name them in their order.
     """
     check_loss(loss)
     if batch_size != 1:
@@ -92,31 +72,26 @@ def reconstruct_tokens(
             f"batch_size is {batch_size}: the gradient of the position embedding {embedding.position_name!r} is a sum "
             "over the images of a batch, of which no way to the single ones is known; 1 is supported"
         )
-    pixels = PixelRange(*pixel_range)
-    certified = MAX_CERTIFIED_ERROR * pixels.width
+    pixels, started = PixelRange(*pixel_range), time.perf_counter()
     received, shared = _receive(embedding, gradients, noise_std)
-    started = time.perf_counter()
     system = patch_system(embedding, shared.gradients, shared.entry_std)
     solution = solve_patches(system, shared.precision, rcond)
     report = _report(embedding, solution, time.perf_counter() - started)
-    asserted = None if gradient_scale is None else gradient_scale * received.unit
-    replay = Replay(embedding.model, received, loss, label_smoothing or 0.0, asserted)
+    replay = Replay(embedding.model, received, loss, label_smoothing, gradient_scale)
     label, about_label = replay.find_label(embedding.image(solution.patches), labels)
     notes = [*received.notes, *_about(embedding, solution, shared.gradients), *about_label]
-    patches = {"": (solution.patches, report.predicted_error)}
+    found = solution.patches
     if report.deficit and virtual_constraints and received.precision <= MAX_CLOSED_PRECISION:
-        report, closed = _close(embedding, replay, label, solution, report, pixels)
+        report, found = _close(embedding, replay, label, solution, report, pixels)
         if report.virtual_constraints:
-            patches = {"": (closed, report.predicted_error)}
             notes.append(f"the gradients of the layers above close the deficit in {report.iterations} steps")
     is_open = report.deficit and not report.virtual_constraints
     if solution.excess is None and not is_open:  # too few surplus equations show the noise: the image's gradient does
-        found = patches[""][0]
         drawn = found + solve_patches(_draw(system), shared.precision, rcond).patches - solution.patches
         excess = replay.excess(embedding.image(found), embedding.image(drawn), label, shared.entry_std)
         report = replace(report, predicted_error=excess * report.predicted_error)
-        patches = {"": (found, report.predicted_error)}
-    if report.predicted_error > certified or is_open:
+    patches = {"": (found, report.predicted_error)}
+    if report.predicted_error > MAX_CERTIFIED_ERROR * pixels.width or is_open:
         patches, size = {}, embedding.scale.square().mean().sqrt().item()
         for name, prior in (("the smoothest image", smooth_prior), ("ridge regression", ridge_prior)):
             found, std = regularised_patches(system, prior(embedding, pixels), solution.excess or 1.0)
@@ -138,11 +113,6 @@ def reconstruct_tokens(
     return with_accuracy(replace(result, gradient_scale=scale), pixels)
 
 
-def _used(embedding: PatchEmbedding) -> list[str]:
-    """Parameters whose gradients give the patches."""
-    return [n for n in (embedding.weight_name, embedding.position_name, embedding.bias_name) if n]
-
-
 def _receive(embedding: PatchEmbedding, gradients, noise_std: float | None) -> tuple[SharedGradient, SharedGradient]:
     """The gradients, checked, with the precision of those that give the patches; and these alone.
 
@@ -160,12 +130,12 @@ def _receive(embedding: PatchEmbedding, gradients, noise_std: float | None) -> t
             f"the gradient of {embedding.weight_name!r} or {embedding.position_name!r} is zero or not shared, and "
             f"that of {reached[-1]!r} is not; nothing can be recovered"
         )
-    used = {name: received.gradients[name] for name in _used(embedding)}
+    names = [n for n in (embedding.weight_name, embedding.position_name, embedding.bias_name) if n]
+    used = {name: received.gradients[name] for name in names}
     if received.noise_std:
-        used = UpdateGradients(used, {name: received.noise_std[name] for name in used})
-    own = {name: parameters[name] for name in used}
+        used = UpdateGradients(used, {name: received.noise_std[name] for name in names})
     std = None if noise_std is None else noise_std * received.unit
-    shared = receive_gradients(own, used, noise_std=std, has_zeros=False)
+    shared = receive_gradients({n: parameters[n] for n in names}, used, noise_std=std, has_zeros=False)
     return replace(received, precision=shared.precision), shared
 
 
@@ -173,18 +143,11 @@ def _report(embedding: PatchEmbedding, solution: PatchSolution, seconds: float) 
     tokens, n = solution.patches.shape
     error = solution.std / torch.where(embedding.scale == 0, torch.inf, embedding.scale)
     return LayerReport(
-        embedding.name,
-        unknowns=tokens * n,
-        rank_gradients=solution.rank * n,
-        rank=solution.rank * n,
-        deficit=(tokens - solution.rank) * n,
-        condition=solution.condition,
-        sigma_above_cut=solution.above,
-        sigma_below_cut=solution.below,
-        residual=solution.residual,
+        embedding.name, tokens * n, rank_gradients=solution.rank * n, rank=solution.rank * n,
+        deficit=(tokens - solution.rank) * n, condition=solution.condition, sigma_above_cut=solution.above,
+        sigma_below_cut=solution.below, residual=solution.residual, seconds=seconds,
         predicted_error=error.square().mean().sqrt().item(),
-        seconds=seconds,
-    )
+    )  # fmt: skip
 
 
 def _about(embedding: PatchEmbedding, solution: PatchSolution, shared: Mapping[str, Tensor]) -> list[str]:
@@ -203,19 +166,14 @@ def _about(embedding: PatchEmbedding, solution: PatchSolution, shared: Mapping[s
 
 
 def _close(
-    embedding: PatchEmbedding,
-    replay: Replay,
-    label: Tensor,
-    solution: PatchSolution,
-    report: LayerReport,
-    pixels: PixelRange,
+    embedding: PatchEmbedding, replay: Replay, label: Tensor, solution: PatchSolution, report: LayerReport, pixels
 ) -> tuple[LayerReport, Tensor]:
-    """The report and patches with the deficit closed by the layers above, or the report as it was."""
+    """The report and patches with the deficit closed by the layers above, or as they were."""
     more = {n: g for n, g in replay.shared.items() if g.norm() >= (1 - MIN_RELATIVE_RMS) * replay.sizes[n]}
 
     def gradients(P: Tensor) -> dict[str, Tensor]:
         mine = replay.gradients(embedding.image(P), label)
-        scale = replay.gradient_scale or replay.scale(mine)
+        scale = replay.asserted or replay.scale(mine)
         return {name: scale * g for name, g in mine.items()}
 
     closed = close_by_gradient(gradients, more, solution.patches, solution.null)
@@ -244,9 +202,7 @@ def _slack(pixels: PixelRange, error: float) -> float:
     return MAX_CERTIFIED_ERROR * pixels.width + NOISE_RESIDUAL_FACTOR * error
 
 
-def _candidate(
-    replay: Replay, image: Tensor, label: Tensor, report: LayerReport, pixels: PixelRange, device
-) -> Candidate:
+def _candidate(replay: Replay, image: Tensor, label: Tensor, report: LayerReport, pixels, device) -> Candidate:
     """Weighs an image by the gradient that it has."""
     inside = pixels.contains(image, _slack(pixels, report.predicted_error))
     scale, residual = replay.match(image, label)
@@ -254,8 +210,7 @@ def _candidate(
     image, label = image.to(device or "cpu"), label.to(device or "cpu")
     return Candidate(
         image, label, residual, inside, {report.name: image}, (report,), open_layers,
-        residual_allowed=replay.received.tolerance, predicted_error=report.predicted_error,
-        gradient_scale=scale / replay.received.unit,
+        residual_allowed=replay.received.tolerance, predicted_error=report.predicted_error, gradient_scale=scale,
     )  # fmt: skip
 
 
@@ -271,8 +226,8 @@ def _verdict(
         return "inconsistent", [noise_limit(best.predicted_error, pixels, certified)]
     if best.consistent:
         return "exact", []
-    why = f"the image's own gradient misses the shared one by {best.gradient_residual:.2g}"
-    why = f"{why}; {best.residual_allowed:.2g} is allowed at this precision"
+    missed, allowed = best.gradient_residual, best.residual_allowed
+    why = f"the image's own gradient misses the shared one by {missed:.2g}; {allowed:.2g} is allowed at this precision"
     if update:
         why = (
             f"{why}. An update of several steps is no single gradient: the image solves its equations, and nothing "

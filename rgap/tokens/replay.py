@@ -34,8 +34,13 @@ class Replay:
     model: nn.Module
     received: SharedGradient
     loss: str
-    label_smoothing: float = 0.0
-    gradient_scale: float | None = None
+    label_smoothing: float | None = None
+    gradient_scale: float | None = None  # κ of the shared gradient κ ∇ℓ; None to estimate it
+
+    @property
+    def asserted(self) -> float | None:
+        """The given factor in units of the gradients as received."""
+        return None if self.gradient_scale is None else self.gradient_scale * self.received.unit
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
@@ -60,28 +65,23 @@ class Replay:
     def gradients(self, image: Tensor, label: Tensor) -> dict[str, Tensor]:
         """The gradient that an image has."""
         with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
-            mine = gradients_of(
-                self.model, self.parameters, image, label, self.loss, label_smoothing=self.label_smoothing
-            )
+            smoothing = {"label_smoothing": self.label_smoothing or 0.0}
+            mine = gradients_of(self.model, self.parameters, image, label, self.loss, **smoothing)
         return {name: g.cpu() for name, g in mine.items()}
 
-    def residual(self, image: Tensor, label: Tensor) -> float:
-        """Largest over the tensors of ‖κ g′ − g‖ / ‖g‖, with the factor of `match`."""
-        return self.match(image, label)[1]
-
     def match(self, image: Tensor, label: Tensor) -> tuple[float, float]:
-        """The factor between an image's own gradient and the shared one, and the residual with it.
+        """κ and the largest over the tensors of ‖κ g′ − g‖ / ‖g‖, g′ an image's own gradient.
 
-        As given; or 1 where the residual is then within the tolerance, and that of least squares elsewhere.
+        κ is as given; else 1 where the residual is then within the tolerance, and that of least squares elsewhere.
         """
         mine = self.gradients(image, label)
-        scale = self.gradient_scale or 1.0
+        scale = self.asserted or 1.0
         residual = self._residual(mine, scale)
         if self.gradient_scale is None and residual > self.received.tolerance:
             found = self.scale(mine)
             if found > 0 and (scaled := self._residual(mine, found)) < residual:
                 scale, residual = found, scaled
-        return scale, residual
+        return scale / self.received.unit, residual
 
     def _residual(self, mine: dict[str, Tensor], scale: float) -> float:
         return max((scale * mine[n] - g).norm().item() / self.sizes[n] for n, g in self.shared.items())
@@ -95,11 +95,7 @@ class Replay:
     def excess(self, image: Tensor, perturbed: Tensor, label: Tensor, stds: Mapping[str, Tensor]) -> float:
         """Times its expected size by which an image's own gradient, scaled, misses the shared one; at least 1.
 
-        Args:
-            image: (1, C, H, W).
-            perturbed: The image with a draw of its predicted error.
-            label: (1,).
-            stds: Parameter name -> standard deviation of the shared gradient's entries.
+        `perturbed` is the image with a draw of its predicted error, `stds` the shared gradient's by parameter name.
         """
         mine, other = self.gradients(image, label), self.gradients(perturbed, label)
         scale, ratios = self.scale(mine), [1.0]
@@ -110,32 +106,20 @@ class Replay:
         return max(ratios)
 
     def find_label(self, image: Tensor, known: Tensor | Sequence | None) -> tuple[Tensor, list[str]]:
-        """The label (1,), and on what it was decided.
+        """The label (1,), as known or by the outputs of the recovered image (1, C, H, W), and on what it was decided.
 
-        Args:
-            image: The recovered image, (1, C, H, W); its outputs and a label give ∂ℓ/∂z.
-            known: The label where it was given.
-
-        Raises:
-            UnsupportedLayerError: If the loss does not take the network's outputs.
-            ValueError: If a label that was given is out of range, or the gradient decides nothing between many classes.
+        Raises an UnsupportedLayerError if the loss does not take the network's outputs, and a ValueError if a label
+        that was given is out of range, or the gradient decides nothing between many classes.
         """
-        buffers = {name: b.detach().clone() for name, b in self.model.named_buffers()}
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            z = torch.func.functional_call(self.model, buffers, image.to(next(self.model.parameters())))
-        if not isinstance(z, Tensor):
-            raise UnsupportedLayerError(f"the network gives a {type(z).__name__}; the {self.loss} loss takes a tensor")
-        z = z.double().cpu()
-        if z.ndim != 2 or not outputs_fit(self.loss, z.shape[1]):
-            raise UnsupportedLayerError(f"the network gives {tuple(z.shape)}; the {self.loss} loss does not take that")
-        classes = max(z.shape[1], 2)
+        z = self._outputs(image)
         if (given := check_label(known, self.loss, z.shape[1])) is not None:
             return (given[None] if isinstance(given, Tensor) else torch.tensor([given])), []
+        classes = max(z.shape[1], 2)
         every = torch.arange(classes)
         logits = z.expand(classes, -1).clone().requires_grad_()
-        smoothed = {"label_smoothing": self.label_smoothing}
         with torch.enable_grad():
-            dz = torch.autograd.grad(classes * loss_value(self.loss, logits, every, **smoothed), logits)[0]
+            value = loss_value(self.loss, logits, every, label_smoothing=self.label_smoothing or 0.0)
+            dz = torch.autograd.grad(classes * value, logits)[0]
         misfits = self._head_misfits(dz)
         missed = self.loss == "mse" and misfits.min() > max(MAX_LABEL_MISFIT, self.received.tolerance)
         if missed and (target := self._real_target(z)) is not None:
@@ -145,23 +129,33 @@ class Replay:
             return likely, [f"label {likely.item()} by the head's gradient, missed by {misfits.min():.2g}"]
         if len(likely) > MAX_LABELS_TRIED:
             raise ValueError(f"the head's gradient leaves {len(likely)} labels open; give labels=")
-        best = min(likely, key=lambda label: self.residual(image, label[None]))
+        best = min(likely, key=lambda label: self.match(image, label[None])[1])
         return best[None], [f"label {best.item()} by the whole gradient, the best of {len(likely)} that were tried"]
+
+    def _outputs(self, image: Tensor) -> Tensor:
+        """The network's outputs for an image, (1, classes), which the loss must take."""
+        buffers = {name: b.detach().clone() for name, b in self.model.named_buffers()}
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            z = torch.func.functional_call(self.model, buffers, image.to(next(self.model.parameters())))
+        if not isinstance(z, Tensor):
+            raise UnsupportedLayerError(f"the network gives a {type(z).__name__}; the {self.loss} loss takes a tensor")
+        if z.ndim != 2 or not outputs_fit(self.loss, z.shape[1]):
+            raise UnsupportedLayerError(f"the network gives {tuple(z.shape)}; the {self.loss} loss does not take that")
+        return z.double().cpu()
 
     def _real_target(self, z: Tensor) -> Tensor | None:
         """The real-valued target of a squared error, (1, C), by the gradient of the last bias; None without one."""
         G = next((g for g in reversed(list(self.received.gradients.values())) if g.shape == z.shape[1:]), None)
         if G is None or not G.any():
             return None
-        return z - z.shape[1] / 2 * G / (self.gradient_scale or self.received.unit)
+        return z - z.shape[1] / 2 * G / (self.asserted or self.received.unit)
 
     def _head_misfits(self, dz: Tensor) -> Tensor:
         """How far each label's ∂ℓ/∂z, a row of `dz`, is from the head's gradient, the bias's or a rank-one weight's."""
         for G in reversed(list(self.received.gradients.values())):
             if G.shape[:1] == dz.shape[1:] and G.ndim == 1 and G.any():
-                scales = (dz @ G / dz.square().sum(1).clamp(min=1e-300)).clamp(
-                    min=0
-                )  # the loss may be summed or clipped
+                scales = dz @ G / dz.square().sum(1).clamp(min=1e-300)
+                scales = scales.clamp(min=0)  # the loss may be summed or clipped
                 return (scales[:, None] * dz - G).norm(dim=1) / G.norm()
             if G.shape[:1] == dz.shape[1:] and G.ndim == 2 and G.any():
                 u = torch.linalg.svd(G, full_matrices=False)[0][:, 0]

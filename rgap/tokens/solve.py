@@ -63,11 +63,7 @@ def solve_patches(system: PatchSystem, precision: float, rcond: float | None = N
 
     Every path from a token to the loss passes a layer norm, whose adjoint is orthogonal to the ones: Δ has rank
     min(T, D − 1) at most, and the patches are determined where the width exceeds their number.
-
-    Args:
-        system: The equations.
-        precision: Relative error of the gradients' entries, for the default cutoff.
-        rcond: Singular values below rcond times the largest count as zero.
+    Singular values below rcond times the largest count as zero, by default matched to the precision of the gradients.
     """
     norms = system.delta.norm(dim=1, keepdim=True)
     scales = torch.where(norms > 0, norms, 1.0)
@@ -155,11 +151,7 @@ def regularised_patches(system: PatchSystem, prior: PatchPrior, excess: float = 
     Noise in Δ makes least squares shrink what it multiplies (errors in variables); each token's gradient is therefore
     shrunk beforehand by the share of it that is no noise (regression calibration). In the eigenvectors of the entries'
     correlation the columns then decouple: each is a ridge regression with the tokens' correlation.
-
-    Args:
-        system: The equations.
-        prior: What is known of the patches beforehand.
-        excess: Times the known noise that is to be reckoned with.
+    `excess` is the multiple of the known noise to be reckoned with.
     """
     delta_variance = excess**2 * system.delta_std.square().mean(1, keepdim=True)  # (T, 1)
     power = system.delta.square().mean(1, keepdim=True).clamp(min=1e-300)
