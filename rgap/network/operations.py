@@ -19,47 +19,18 @@ from rgap.network import activations
 from rgap.network.activations import IDENTITY, RELU, Activation, clipped, exponential, leaky_relu
 
 RESHAPES = {torch.flatten, "flatten", "view", "reshape", torch.reshape, "contiguous", torch.unsqueeze, "unsqueeze"}
-RESHAPES |= {torch.squeeze, "squeeze", "unflatten", torch.unflatten, "expand"}
-RESHAPES |= {"clone", torch.clone, "requires_grad_", "alias"}
+RESHAPES |= {torch.squeeze, "squeeze", "unflatten", torch.unflatten, "expand", "clone", torch.clone, "alias"}
 CASTS = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda"}
 SHAPED_AS = {"view_as", "reshape_as", "expand_as", *CASTS}
-RESHAPES |= SHAPED_AS
-ORDERS = {
-    "permute",
-    torch.permute,
-    "transpose",
-    torch.transpose,
-    "swapaxes",
-    "swapdims",
-    "movedim",
-    torch.movedim,
-    "T",
-    "mT",
-}
-ORDERS |= {
-    "flip",
-    torch.flip,
-    "roll",
-    torch.roll,
-    "rot90",
-    torch.rot90,
-    torch.cat,
-    torch.concat,
-    torch.stack,
-    "getitem",
-    "t",
-}
+RESHAPES |= {"requires_grad_", *SHAPED_AS}
+ORDERS = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "T", "mT", "t", "flip", "roll", "rot90", "getitem"}
+ORDERS |= {torch.permute, torch.transpose, torch.movedim, torch.flip, torch.roll, torch.rot90, torch.cat, torch.concat}
 ORDERS |= {F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, torch.channel_shuffle, "narrow", torch.narrow}
+ORDERS |= {torch.stack}
 LINEAR_FUNCTIONS = {F.linear, torch.conv1d, torch.conv2d}
-PIXEL_MODULES = (
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.padding._ConstantPadNd,
-    nn.modules.padding._ReflectionPadNd,
-    nn.modules.padding._ReplicationPadNd,
-    nn.modules.padding._CircularPadNd,
-    nn.Upsample,
-)
+PIXEL_MODULES = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.Upsample)
+PIXEL_MODULES += (nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd)
+PIXEL_MODULES += (nn.modules.padding._ReplicationPadNd, nn.modules.padding._CircularPadNd)
 MEANS = {"mean", torch.mean}
 PIXEL_FUNCTIONS = {F.pad, F.interpolate, *MEANS}
 POOLING = re.compile(r"(?:adaptive_?)?(avg|max)_?pool[123]d")
