@@ -158,11 +158,9 @@ def least_squares(
     """
     if damping is None:
         damping = A.gram.new_zeros(len(A.gram))
-    gram = A.gram.clone()
-    gram.diagonal().add_(damping.square())
-    normal = _Normal(A, b[:, None], damping, gram, max(rcond, GRAM_RESOLUTION) if gram_only else rcond, gram_only)
+    normal = _Normal(A, b[:, None], damping, max(rcond, GRAM_RESOLUTION) if gram_only else rcond, gram_only)
     device = accelerator.get()
-    if device is not None and len(gram) >= MIN_ON_ACCELERATOR:
+    if device is not None and len(A.gram) >= MIN_ON_ACCELERATOR:
         return _by_cholesky_on(device, normal) or _by_decomposition(normal, device)
     full = None if deficient else _by_cholesky(normal)
     return full or _by_pivoted_cholesky(normal) or _by_decomposition(normal)
@@ -175,9 +173,23 @@ class _Normal:
     A: Operator
     b: Tensor
     damping: Tensor
-    gram: Tensor  # AᵀA + diag(damping²)
     rcond: float
     gram_only: bool
+
+    @property
+    def unknowns(self) -> int:
+        """Columns of A."""
+        return len(self.damping)
+
+    def gram(self) -> Tensor:
+        """AᵀA + diag(damping²), for a factor to overwrite."""
+        gram = self.A.gram.clone()
+        gram.diagonal().add_(self.damping.square())
+        return gram
+
+    def multiply(self, v: Tensor) -> Tensor:
+        """The same times v, (k, p)."""
+        return torch.addcmul(self.A.gram @ v, self.damping.square()[:, None], v)
 
     def solve(self, invert: Callable[[Tensor], Tensor]) -> Tensor:
         """By the pseudo-inverse of the Gram matrix, refined with the residual of the matrix itself."""
@@ -190,17 +202,17 @@ class _Normal:
     @cached_property
     def largest(self) -> float:
         """σ_max, by Lanczos on the Gram matrix."""
-        return largest_eigenvalue(lambda v: self.gram @ v, len(self.gram)) ** 0.5
+        return largest_eigenvalue(self.multiply, self.unknowns) ** 0.5
 
     def smallest(self, invert: Callable[[Tensor], Tensor]) -> float:
         """The smallest σ above zero relative to σ_max, by Lanczos on the Gram matrix's inverse."""
-        inverse = largest_eigenvalue(invert, len(self.gram)) ** 0.5 * self.largest
+        inverse = largest_eigenvalue(invert, self.unknowns) ** 0.5 * self.largest
         return 1 / inverse if inverse > 0 else 0.0
 
     def largest_dropped(self, null: Tensor) -> float:
         """About the largest σ of a null space, damping included, relative to σ_max."""
         if self.gram_only:
-            return (self.gram @ null).norm(dim=0).max().item() ** 0.5 / self.largest
+            return self.multiply(null).norm(dim=0).max().item() ** 0.5 / self.largest
 
         def multiply(v: Tensor) -> Tensor:
             v = null @ v
@@ -211,7 +223,7 @@ class _Normal:
 
 def _by_cholesky(normal: _Normal) -> LeastSquares | None:
     """By Cholesky factors of the normal equations; None where the rank is not full, or the condition not safe."""
-    factor, failed = scipy.linalg.lapack.dpotrf(normal.gram.numpy().T, lower=1)
+    factor, failed = scipy.linalg.lapack.dpotrf(normal.gram().numpy().T, lower=1, overwrite_a=1)
     if failed or not len(factor):
         return None
 
@@ -223,7 +235,7 @@ def _by_cholesky(normal: _Normal) -> LeastSquares | None:
 
 def _by_cholesky_on(device: torch.device, normal: _Normal) -> LeastSquares | None:
     """The same with the factors on another device."""
-    factor, failed = torch.linalg.cholesky_ex(normal.gram.to(device))
+    factor, failed = torch.linalg.cholesky_ex(normal.gram().to(device))
     if failed:
         return None
     return _of_full_rank(normal, lambda v: torch.cholesky_solve(v.to(device), factor).to(v.device))
@@ -234,7 +246,7 @@ def _of_full_rank(normal: _Normal, invert: Callable[[Tensor], Tensor]) -> LeastS
     ratio = normal.smallest(invert)
     if not ratio >= max(0.0 if normal.gram_only else CHOLESKY_MIN_RATIO, 2 * normal.rcond):
         return None
-    none = normal.gram[:, :0]
+    none = normal.A.gram[:, :0]
     return LeastSquares(normal.solve(invert), None, none, none[0], len(none), ratio, None, invert)
 
 
@@ -244,15 +256,15 @@ def _by_pivoted_cholesky(normal: _Normal) -> LeastSquares | None:
     The systems of layers either determine a direction or do not see it at all (by the rank laws), so that squaring
     the singular values loses nothing, at a tenth of the cost of a singular decomposition.
     """
-    gram, safe = normal.gram, 0.0 if normal.gram_only else CHOLESKY_MIN_RATIO
-    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(gram.numpy().T, lower=0)
+    gram, safe = normal.A.gram, 0.0 if normal.gram_only else CHOLESKY_MIN_RATIO
+    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(normal.gram().numpy().T, lower=0, overwrite_a=1)
     if rank in (0, len(gram)):
         return None
     order = torch.from_numpy(pivots.astype("int64") - 1)
     kept, left = order[:rank], order[rank:]
-    R = torch.from_numpy(factor).T.tril().T[:rank]  # columns first, as LAPACK wants it: no copy at every solve
+    square = np.asfortranarray(factor[:rank, :rank])  # triangular: the lower half is never read
     null = torch.zeros(len(order), len(left), dtype=gram.dtype)
-    null[kept] = torch.linalg.solve_triangular(R[:, :rank], -R[:, rank:], upper=True)
+    null[kept] = torch.from_numpy(scipy.linalg.blas.dtrsm(-1.0, square, factor[:rank, rank:]))
     null[left] = torch.eye(len(left), dtype=gram.dtype)
     null = orthonormal(null)
 
@@ -261,19 +273,21 @@ def _by_pivoted_cholesky(normal: _Normal) -> LeastSquares | None:
 
     def invert_beside(v: Tensor) -> Tensor:  # of vectors without a part in the null space
         y = torch.zeros_like(v)
-        y[kept] = torch.cholesky_solve(v[kept], R[:, :rank], upper=True)
+        y[kept] = torch.from_numpy(scipy.linalg.lapack.dpotrs(square, v[kept].numpy(), lower=0)[0])
         return beside_null(y)
 
     def invert(v: Tensor) -> Tensor:  # the pseudo-inverse of the Gram matrix
         return invert_beside(beside_null(v))
 
     def weakest(count: int) -> Tensor:  # roughly, by the smallest pivots
-        y, last = torch.zeros(len(gram), count, dtype=gram.dtype), torch.eye(rank, dtype=gram.dtype)[:, rank - count :]
-        y[kept] = torch.linalg.solve_triangular(R[:, :rank], last, upper=True)
+        y, last = torch.zeros(len(gram), count, dtype=gram.dtype), np.eye(rank, count, count - rank)
+        y[kept] = torch.from_numpy(scipy.linalg.blas.dtrsm(1.0, square, last))
         return beside_null(y)
 
     weak, sigmas = gram[:, :0], gram[0, :0]
-    guess = int((R.diagonal() < 2 * ILL_CONDITIONED_RATIO * R[0, 0]).sum())  # the factor nearly shows their number
+    guess = int(
+        (np.diag(square) < 2 * ILL_CONDITIONED_RATIO * square[0, 0]).sum()
+    )  # the factor nearly shows their number
     ratio = normal.smallest(invert) if normal.gram_only or not guess else 0.0
     if ratio < ILL_CONDITIONED_RATIO and not normal.gram_only:
         U, values = _weak_directions(invert_beside, weakest, rank, ILL_CONDITIONED_RATIO * normal.largest, guess)
@@ -297,7 +311,7 @@ def _weak_directions(
     """
     while True:
         guess = min(guess + WEAK_SURPLUS, rank)
-        U = orthonormal(start(guess))
+        U = start(guess)
         for _ in range(INVERSE_ITERATIONS):
             U, T = torch.linalg.qr(invert(U))
         turn, inverse, _ = torch.linalg.svd(T)
@@ -309,7 +323,7 @@ def _weak_directions(
 def _by_decomposition(normal: _Normal, device: torch.device | str = "cpu") -> LeastSquares:
     """By every singular direction: from AᵀA, which holds σ down to 1e-8 of the largest, or from A below that."""
     if normal.rcond >= GRAM_RESOLUTION:
-        values, V = (t.cpu() for t in torch.linalg.eigh(normal.gram.to(device)))
+        values, V = (t.cpu() for t in torch.linalg.eigh(normal.gram().to(device)))
         S, V = values.clamp(min=0).sqrt().flip(0), V.flip(1)
     else:
         A = torch.cat([normal.A.matrix(), torch.diag(normal.damping)[normal.damping > 0]])

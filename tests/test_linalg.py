@@ -144,7 +144,7 @@ def test_more_singular_values_than_the_sketch_holds_enlarge_it():
 def test_ill_conditioned_directions_beside_a_null_space_are_those_of_the_decomposition():
     values = [*np.geomspace(1, 0.2, 150), *np.geomspace(0.06, 2e-3, 40), *[0.0] * 10]
     A, b = dense_operator(matrix(260, 200, values)), randn(260)
-    found, normal = least_squares(A, b, 1e-5), dense._Normal(A, b[:, None], A.gram.new_zeros(200), A.gram, 1e-5, False)
+    found, normal = least_squares(A, b, 1e-5), dense._Normal(A, b[:, None], A.gram.new_zeros(200), 1e-5, False)
     whole = dense._by_decomposition(normal)
     assert found.rank == whole.rank == 190 and found.ill_conditioned.shape == whole.ill_conditioned.shape == (200, 40)
     assert_close(found.y, whole.y, rtol=0, atol=1e-8 * whole.y.abs().max().item())

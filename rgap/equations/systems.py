@@ -93,6 +93,8 @@ class LayerSolution:
         nothing = self.x.new_zeros(len(self.x), self.x[0].numel() // len(self.solved), 0)
         found = [None if group is None else getattr(group[1], kind) for group in self.solved]
         bases = [nothing if y is None else group[0].spread(y) for group, y in zip(self.solved, found, strict=True)]
+        if len(bases) == 1:
+            return bases[0].flatten(0, 1)
         return torch.cat([torch.block_diag(*image) for image in zip(*bases, strict=True)])
 
 
@@ -200,9 +202,10 @@ def weight_gram(layer: Layer, V: Tensor) -> Tensor:
     outer = gram_matrix(layer.weight.reshape(-1, channels * taps)).reshape(channels, taps, channels, taps)
     first, second = torch.triu_indices(channels, channels)
     upper = (outer.transpose(1, 2)[first, second].flatten(1) @ inner).reshape(-1, count, count)
-    result = V.new_empty(channels, channels, count, count)
-    result[second, first], result[first, second] = upper.mT, upper
-    return result.transpose(1, 2).reshape(channels * count, channels * count)
+    result = V.new_empty(channels, count, channels, count)
+    by_channels = result.transpose(1, 2)
+    by_channels[second, first], by_channels[first, second] = upper.mT, upper
+    return result.reshape(channels * count, channels * count)
 
 
 def _read_by_taps(layer: Layer, V: Tensor) -> Tensor:

@@ -175,11 +175,9 @@ def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, 
     Ill-conditioned directions that the layer itself knows better than that take no part.
     """
     rms, noise = np.sqrt(np.mean(problem.x**2)), max(problem.noise, 1e-7)  # a lower one collapses the belief too soon
-    whole = problem.N.shape[1]
-    if problem.known.max(initial=0.0) < SETTLED_SHARE * noise * rms:
-        problem = replace(
-            problem, N=np.ascontiguousarray(problem.N[:, : whole - problem.known.size]), known=problem.known[:0]
-        )
+    whole = problem
+    if whole.known.size and whole.known.max() < SETTLED_SHARE * noise * rms:
+        problem = replace(whole, N=whole.N[:, : -whole.known.size], known=whole.known[:0])
     previous, N, rough = problem.previous, problem.N, problem.N.astype(np.float32)
     m, t, y = problem.x, np.zeros(N.shape[1]), np.zeros(previous.null.shape[1])
     open_ = t.size - problem.known.size
@@ -187,7 +185,7 @@ def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, 
     v = (rough**2 @ at_first.astype(np.float32) ** 2).astype(float)
     scales = np.concatenate([np.full(t.size, rms), np.full(y.size, 3 * rms)])
     image, spread, best, waited = np.full(previous.layer.unknowns, 0.5), rms, np.inf, 0
-    if prior is None and channels.size:
+    if prior is None:
         first = fit(problem.activation, m, v)
         image = previous.lift(first.alpha + first.beta * m, y)
     for step in range(MAX_STEPS):
@@ -200,7 +198,7 @@ def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, 
         v = v * max(1.0, chi2)
         spread, m = float(np.sqrt(v.mean())), problem.x + N @ t
         beliefs.append(m)
-        if channels.size:
+        if channels.size or not problem.activation.homogeneous:
             image = previous.lift(fitted.alpha + fitted.beta * m + eps, y)
         sharp, still = spread < 20 * noise * rms, move < 0.1 * spread * np.sqrt(len(m))
         waited = 0 if spread < 0.9 * best else waited + 1
@@ -208,8 +206,9 @@ def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, 
         done = prior is None and chi2 < 100 and (sharp or still)
         if done or (hopeless and step >= 4 and still) or waited > 8:
             break
-    t = np.pad(t, (0, whole - t.size))
-    return t, image if channels.size else previous.lift(fitted.alpha + fitted.beta * m, y)
+    if problem is not whole:
+        whole.range_rows.extend(problem.range_rows)
+    return np.pad(t, (0, whole.N.shape[1] - t.size)), image
 
 
 def _certify(problem: DeficientLayer, t: NDArray, image: NDArray, channels: NDArray, beliefs: list) -> VirtualSolution:

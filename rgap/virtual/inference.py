@@ -81,6 +81,11 @@ class RangeRows:
         self.beta = beta
         return self.rows
 
+    def extend(self, fewer: RangeRows) -> None:
+        """Starts from the rows that the first columns of N have."""
+        further = self.left.T @ (fewer.beta[:, None] * self.N[:, fewer.N.shape[1] :])
+        self.beta, self.rows = fewer.beta, np.hstack([fewer.rows, further])
+
 
 @dataclass(frozen=True)
 class Rows:
