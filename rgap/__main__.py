@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Nothing here imports torch: `rgap notebook` starts once for every notebook, and torch takes seconds to import.
@@ -12,7 +14,6 @@ from rgap import artifact
 MODELS = ("cnn6", "cnn6_d", "cnn6_batch", "fcn3", "lenet")
 LOSSES = ("logistic", "cross_entropy", "mse")
 BUILD = artifact.ROOT / "build"
-UNKNOWN_SECONDS = 60.0  # what a notebook takes of which notebooks/claims.yml does not say how long it takes
 
 AUDIT = """What a network gives away, by the ranks of its layers' linear equations; no data, no attack, seconds.
 
@@ -100,24 +101,16 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     try:
-        if options.command == "notebook":
-            return _notebook(options)
-        if options.command == "notebooks":
-            return _notebooks(options)
-        if options.command == "report":
-            return _report(options)
-        from rgap import commands
-
-        return getattr(commands, options.command)(options)
+        home = "rgap.artifact.commands" if options.command in ("notebook", "notebooks", "report") else "rgap.commands"
+        return getattr(importlib.import_module(home), options.command)(options)
     except (ValueError, FileNotFoundError) as error:
-        print(f"rgap {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        status, trouble = 2, " ".join(str(error).split())
     except ModuleNotFoundError as error:
-        print(f"rgap {options.command}: {error.name} is not installed; {artifact.HOW}", file=sys.stderr)
-        return 2
+        status, trouble = 2, f"{error.name} is not installed; {artifact.HOW}"
     except KeyboardInterrupt:
-        print(f"rgap {options.command}: interrupted", file=sys.stderr)
-        return 130
+        status, trouble = 130, "interrupted"
+    print(f"rgap {options.command}: {trouble}", file=sys.stderr)
+    return status
 
 
 def parser() -> argparse.ArgumentParser:
@@ -126,142 +119,88 @@ def parser() -> argparse.ArgumentParser:
     top = OneLineParser(prog="rgap", description=about)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    def command(name: str, description: str, epilog: str = "") -> Callable[..., argparse.Action]:
         texts = {"help": description.partition("\n")[0], "description": description, "epilog": epilog}
-        return commands.add_parser(name, **texts, formatter_class=argparse.RawDescriptionHelpFormatter)
+        made = commands.add_parser(name, **texts, formatter_class=argparse.RawDescriptionHelpFormatter)
+        return made.add_argument
 
-    reconstruct = command("reconstruct", RECONSTRUCT, RECONSTRUCT_END)
-    _add_case(reconstruct)
-    reconstruct.add_argument("--index", type=int, default=0, help="place of the image in the data")
-    about = "images, from the index on, that share the gradient; with --gradients 0 finds their number"
-    reconstruct.add_argument("--batch", type=int, default=1, help=about)
-    reconstruct.add_argument("--gradients", default="", help="a .safetensors or .pt file with a gradient to attack")
-    reconstruct.add_argument("--weights", default="", help="a .safetensors or .pt file with the model's weights")
-    reconstruct.add_argument("--output", type=Path, default=BUILD / "reconstruction", help="folder to write to")
-
-    train = command("train", TRAIN, TRAIN_END)
-    _add_case(train)
-    train.add_argument("--epochs", type=int, default=3, help="passes over the images")
-    train.add_argument("--output", type=Path, default=BUILD / "weights", help="folder to write to")
-
-    audit = command("audit", AUDIT, AUDIT_END)
-    _add_model(audit, (*MODELS, "resnet18"))
-    audit.add_argument("--batch", type=int, default=1, help="images behind one gradient")
-    audit.add_argument("--least-deficit", type=float, default=10.0, metavar="PERCENT",
-                       help="share of a step's equations that must be missing for status 0, by default 10")  # fmt: skip
-    audit.add_argument("--json", help="file for the JSON, or - for the JSON alone on standard output")
-
-    verify = command("verify", VERIFY, VERIFY_END)
-    verify.add_argument("only", nargs="*", metavar="SAMPLE", help="samples to run; all by default")
-    verify.add_argument("--count", type=int, help="cases of each sample; 200 unless the sample says otherwise")
-    verify.add_argument("--seed", type=int, default=0, help="seed of the cases")
-    verify.add_argument("--output", type=Path, default=BUILD / "verify.csv", help="file to write")
-
-    bench = command("bench", BENCH, BENCH_END)
-    bench.add_argument("cases", nargs="*", metavar="CASE", help="cases to run; by default all but the largest")
-    bench.add_argument("--rounds", type=int, default=5, help="runs of each case, in turn with the others")
-    bench.add_argument("--against", type=Path, default=artifact.ROOT / "figures" / "04_cost_times.csv",
-                       help="table to compare with: of another run, or figures/04_cost_times.csv")  # fmt: skip
-    bench.add_argument("--output", type=Path, default=BUILD / "bench.csv", help="file to write")
-
-    notebook = command("notebook", NOTEBOOK, NOTEBOOK_END)
-    notebook.add_argument("source", type=Path, metavar="SOURCE", help="the notebook")
-    notebook.add_argument("target", type=Path, metavar="TARGET", nargs="?", help="where the executed copy goes")
-    pairs = {"nargs": 2, "action": "append", "default": []}
-    notebook.add_argument("-p", "--parameter", **pairs, metavar=("NAME", "VALUE"), help="a parameter, written as YAML")
-    notebooks = command("notebooks", NOTEBOOKS, NOTEBOOKS_END)
-    notebooks.add_argument("action", choices=("run", "refresh", "test"), metavar="run|refresh|test")
-    notebooks.add_argument("sources", type=Path, nargs="+", metavar="SOURCE", help="the notebooks")
-    notebooks.add_argument("--into", type=Path, default=BUILD, help="folder of the executed copies and of what is said")
-    notebooks.add_argument("--jobs", type=int, help="how many run at a time; by default one a core")
-    for one in (notebook, notebooks):
-        one.add_argument("-f", "--file", type=Path, help="YAML file of parameters, one section per notebook")
-        offer = "a text for notebooks that have this parameter"
-        one.add_argument("-o", "--offer", **pairs, metavar=("NAME", "TEXT"), help=offer)
-
-    report = command("report", REPORT)
-    about = "compare with the committed figures, print the claims and what is wrong with the run"
-    report.add_argument("--claims", action="store_true", help=about)
-    about = "write the tables of claims in README.md and docs/claims.md from the committed run"
-    report.add_argument("--readme", action="store_true", help=about)
+    _add_attacks(command)
+    _add_samples(command)
+    _add_artifact(command)
     return top
 
 
-def _add_model(command: argparse.ArgumentParser, known: tuple[str, ...]) -> None:
-    command.add_argument("--model", default="cnn6", help=f"{', '.join(known)}, or module:function (default: cnn6)")
-    command.add_argument("--shape", help="shape of one image, e.g. 3,224,224; known for the models of this package")
+def _add_attacks(command: Callable) -> None:
+    add = command("reconstruct", RECONSTRUCT, RECONSTRUCT_END)
+    _add_case(add)
+    add("--index", type=int, default=0, help="place of the image in the data")
+    about = "images, from the index on, that share the gradient; with --gradients 0 finds their number"
+    add("--batch", type=int, default=1, help=about)
+    add("--gradients", default="", help="a .safetensors or .pt file with a gradient to attack")
+    add("--weights", default="", help="a .safetensors or .pt file with the model's weights")
+    add("--output", type=Path, default=BUILD / "reconstruction", help="folder to write to")
+
+    add = command("train", TRAIN, TRAIN_END)
+    _add_case(add)
+    add("--epochs", type=int, default=3, help="passes over the images")
+    add("--output", type=Path, default=BUILD / "weights", help="folder to write to")
+
+    add = command("audit", AUDIT, AUDIT_END)
+    _add_model(add, (*MODELS, "resnet18"))
+    add("--batch", type=int, default=1, help="images behind one gradient")
+    about = "share of a step's equations that must be missing for status 0, by default 10"
+    add("--least-deficit", type=float, default=10.0, metavar="PERCENT", help=about)
+    add("--json", help="file for the JSON, or - for the JSON alone on standard output")
 
 
-def _add_case(command: argparse.ArgumentParser) -> None:
+def _add_samples(command: Callable) -> None:
+    add = command("verify", VERIFY, VERIFY_END)
+    add("only", nargs="*", metavar="SAMPLE", help="samples to run; all by default")
+    add("--count", type=int, help="cases of each sample; 200 unless the sample says otherwise")
+    add("--seed", type=int, default=0, help="seed of the cases")
+    add("--output", type=Path, default=BUILD / "verify.csv", help="file to write")
+
+    add = command("bench", BENCH, BENCH_END)
+    add("cases", nargs="*", metavar="CASE", help="cases to run; by default all but the largest")
+    add("--rounds", type=int, default=5, help="runs of each case, in turn with the others")
+    about = "table to compare with: of another run, or figures/04_cost_times.csv"
+    add("--against", type=Path, default=artifact.ROOT / "figures" / "04_cost_times.csv", help=about)
+    add("--output", type=Path, default=BUILD / "bench.csv", help="file to write")
+
+
+def _add_artifact(command: Callable) -> None:
+    one = command("notebook", NOTEBOOK, NOTEBOOK_END)
+    one("source", type=Path, metavar="SOURCE", help="the notebook")
+    one("target", type=Path, metavar="TARGET", nargs="?", help="where the executed copy goes")
+    pairs = {"nargs": 2, "action": "append", "default": []}
+    one("-p", "--parameter", **pairs, metavar=("NAME", "VALUE"), help="a parameter, written as YAML")
+    several = command("notebooks", NOTEBOOKS, NOTEBOOKS_END)
+    several("action", choices=("run", "refresh", "test"), metavar="run|refresh|test")
+    several("sources", type=Path, nargs="+", metavar="SOURCE", help="the notebooks")
+    several("--into", type=Path, default=BUILD, help="folder of the executed copies and of what is said")
+    several("--jobs", type=int, help="how many run at a time; by default one a core")
+    for add in (one, several):
+        add("-f", "--file", type=Path, help="YAML file of parameters, one section per notebook")
+        add("-o", "--offer", **pairs, metavar=("NAME", "TEXT"), help="a text for notebooks that have this parameter")
+
+    add = command("report", REPORT)
+    about = "compare with the committed figures, print the claims and what is wrong with the run"
+    add("--claims", action="store_true", help=about)
+    about = "write the tables of claims in README.md and docs/claims.md from the committed run"
+    add("--readme", action="store_true", help=about)
+
+
+def _add_model(add: Callable, known: tuple[str, ...]) -> None:
+    add("--model", default="cnn6", help=f"{', '.join(known)}, or module:function (default: cnn6)")
+    add("--shape", help="shape of one image, e.g. 3,224,224; known for the models of this package")
+
+
+def _add_case(add: Callable) -> None:
     """The arguments that `rgap.commands.load_case` reads, and the data that the network sees."""
-    _add_model(command, MODELS)
-    command.add_argument("--loss", help=f"{', '.join(LOSSES)}; by default the one that fits the number of outputs")
-    command.add_argument("--seed", type=int, default=0, help="seed of the model's weights")
-    command.add_argument("--data", default="embedded", help="embedded, cifar10, mnist or folder:PATH")
-
-
-def _notebook(options: argparse.Namespace) -> int:
-    import yaml
-
-    from rgap.artifact import notebooks
-
-    if not options.target and (options.file or options.parameter or options.offer):
-        raise ValueError("parameters need a TARGET; committed outputs are those of the notebook's own values")
-    parameters = notebooks.read_parameters(options.file, options.source.stem) if options.file else {}
-    parameters |= {name: yaml.safe_load(text) for name, text in options.parameter}
-    try:
-        if options.target:
-            notebooks.run(options.source, options.target, parameters, dict(options.offer))
-        else:
-            notebooks.refresh(options.source)
-    except notebooks.FAILURES as error:
-        print(f"{options.source}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{options.source}: interrupted; the next run begins this notebook again", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _notebooks(options: argparse.Namespace) -> int:
-    from rgap.artifact import schedule
-
-    seconds, alone = artifact.usual_seconds(), artifact.run_alone()
-    given = ["-f", str(options.file)] if options.file else []
-    given += [text for pair in options.offer for text in ("-o", *pair)]
-
-    def command(source: Path) -> list[str]:
-        commands = {
-            "run": ["rgap", "notebook", str(source), str(options.into / source.name), *given],
-            "refresh": ["rgap", "notebook", str(source)],
-            "test": ["pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env", str(source)],
-        }
-        return [sys.executable, "-m", *commands[options.action]]
-
-    # Committed tables and the seconds in them are written by one notebook at a time.
-    workers = 1 if options.action == "refresh" else options.jobs or schedule.usable_cores()
-    jobs = [
-        schedule.Job(source.stem, command(source), seconds.get(source.stem, UNKNOWN_SECONDS), source.stem in alone)
-        for source in options.sources
-    ]
-    failed = schedule.run_jobs(jobs, workers, options.into / "logs")
-    for job in failed:
-        print(f"{job.name} failed; what it printed is in {options.into / 'logs' / job.name}.log", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def _report(options: argparse.Namespace) -> int:
-    if options.claims:
-        return artifact.print_report()
-    if options.readme:
-        from rgap.artifact import readme
-
-        print(*(f"written  {path}" for path in readme.update()), sep="\n")
-        return 0
-    from rgap.artifact import pages
-
-    print(f"written  {pages.build()}")
-    return 0
+    _add_model(add, MODELS)
+    add("--loss", help=f"{', '.join(LOSSES)}; by default the one that fits the number of outputs")
+    add("--seed", type=int, default=0, help="seed of the model's weights")
+    add("--data", default="embedded", help="embedded, cifar10, mnist or folder:PATH")
 
 
 if __name__ == "__main__":

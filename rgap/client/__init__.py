@@ -2,17 +2,15 @@
 
 from rgap.client.defences import clip_and_noise, epsilon, gaussian_noise, prune, quantise
 from rgap.client.files import load_gradients, save_gradients
-from rgap.client.gradients import (
+from rgap.client.gradients import client_gradients, gradients_of, unflatten
+from rgap.client.losses import (
     LOSS_OUTPUTS,
     LOSSES,
     check_label,
     check_loss,
     check_smoothing,
-    client_gradients,
-    gradients_of,
     loss_value,
     outputs_fit,
-    unflatten,
 )
 from rgap.client.updates import LocalTraining, UpdateGradients, gradients_from_update, mean_gradients
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rgap.arguments import check_choice, check_count, check_labels, check_model, check_number, check_seed, check_tensor
 from rgap.artifact.progress import progress
-from rgap.client.gradients import check_loss, loss_value
+from rgap.client.losses import check_loss, loss_value
 
 OPTIMISERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
