@@ -8,6 +8,8 @@ determine both, and one output or two classes leave the brightness open.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +19,9 @@ from torch import Tensor
 from rgap.client import loss_value
 from rgap.head.factor import MAX_FURTHER_ERROR, MIN_SMOOTHING, SIGNIFICANT_STDS
 from rgap.head.fits import EXCLUDED_MISFIT, MAX_MISFIT, HeadEquations, fit_rows
+from rgap.head.hypothesis import Start
+from rgap.network.layer import Chain, Layer
+from rgap.separation.scales import label_of, scale_hypotheses
 
 SHARE_NOISE = 10.0
 """Relative error of ∂ℓ/∂f in units of the gradients' precision."""
@@ -62,3 +67,33 @@ def image_factor(
         error = free.error_beside(both)
     q, log_factor, _ = free.theta.tolist()
     return ImageFactor(math.exp(q), math.exp(log_factor + shift), error)
+
+
+def share_hypotheses(
+    chain: Chain, first: Layer, loss: str, f: Tensor, c: Tensor, precision: float, given: float | None
+) -> tuple[list[list[tuple[int, float]]], list[ImageFactor], list[str]]:
+    """The (label, scale) hypotheses of every image, the factor of its share, and notes without repetitions."""
+    biased, found, factors, notes = first.bias is not None, [], [], []
+    for f_b, c_b in zip(f, c / (given or 1.0), strict=True):
+        options, more = scale_hypotheses(loss, f_b, c_b, biased)
+        factor = ImageFactor(1.0, given or 1.0, 0.0)
+        if given is None and len(f_b) <= 2 and not biased:  # the layers below see the brightness, if anything does
+            factor = ImageFactor(1.0, 1.0, math.inf if chain.homogeneous else 0.0)
+        elif given is None and c_b.any() and torch.isfinite(c_b).all():
+            label = label_of(c_b)
+            alpha = options[0][1] if options else 1.0
+            factor = image_factor(loss, f_b, c_b, label, alpha, fixed_scale=biased, precision=precision)
+            if factor.factor != 1:
+                options, more = [(label, factor.alpha)], []
+        found.append(options)
+        factors.append(factor)
+        notes += more
+    return found, factors, list(dict.fromkeys(notes))
+
+
+def with_factors(start: Start, factors: Sequence[ImageFactor]) -> Start:
+    """A start with the factors of its images."""
+    if not factors:
+        return start
+    scales, errors = zip(*((one.factor, one.error) for one in factors), strict=True)
+    return replace(start, gradient_scale=scales, length_errors=errors)

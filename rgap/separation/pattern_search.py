@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rgap.separation.angles import nearest_directions
 from rgap.separation.shares import MAX_SHARE_SINE, MIN_SHARE_SINE, TOLERATED_STDS, Candidates, ShareState
 from rgap.separation.subspaces import null_of_rows
 
@@ -93,14 +94,10 @@ class PatternSearch:
         """For signs (S, h): those that the nearest u and v give, D_s v, its sine to the range of U, and the next."""
         slope = torch.where(signs, self.state.up, self.state.down)
         DE = slope[:, :, None] * self.E
-        gram, inside = DE.mT @ DE, self.U.T @ DE
-        floor = 1e-15 * gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-300)
-        gram = gram + floor[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype)
-        L = torch.linalg.cholesky(gram)
-        T = torch.linalg.solve_triangular(L, inside.mT, upper=False)
-        values, vectors = torch.linalg.eigh(T @ T.mT)
-        c = torch.linalg.solve_triangular(L.mT, vectors[:, :, -1:], upper=True)
-        v = (c[:, :, 0]) @ self.E.T
+        inside = self.U.T @ DE
+        directions, values = nearest_directions(DE.mT @ DE, inside)
+        c = directions[:, :, -1:]
+        v = c[:, :, 0] @ self.E.T
         dz = slope * v
         u = (inside @ c)[:, :, 0] @ self.U.T
         turned = (u - self.state.up * v).abs() < (u - self.state.down * v).abs()

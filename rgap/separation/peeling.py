@@ -19,7 +19,7 @@ from rgap.separation.linear_units import MAX_LINEAR_UNKNOWNS, LinearPart, linear
 from rgap.separation.pattern_search import PatternSearch
 from rgap.separation.separated import Separation
 from rgap.separation.shares import MAX_INPUT_ERROR, TOLERATED_STDS, Candidates, ShareState
-from rgap.separation.subspaces import Span, row_span
+from rgap.separation.subspaces import Span
 from rgap.shared_gradient import SharedGradient
 
 MAX_FACTOR_MISMATCH = 1e-2
@@ -37,34 +37,31 @@ MIN_AGREEING = 3
 
 
 def peel(
-    layers: Sequence[Layer], received: SharedGradient, first: Span, loss: str, size: int, seed: int = 0
+    layers: Sequence[Layer], received: SharedGradient, spans: tuple[Span, Span], loss: str, size: int, seed: int = 0
 ) -> Separation:
     """The inputs of the first fully connected layer that can be peeled off a batch's gradient.
 
     Args:
         layers: Fully connected layers from the first one on; LeakyReLU, PReLU or ReLU follows the first.
         received: The gradients.
-        first: `row_span` of the first layer.
+        spans: `row_span` of the first two layers.
         loss: "logistic" or "cross_entropy".
         size: Images in the batch, as assumed; where the images themselves agree on another number, that is used.
         seed: Of random starts.
     """
-    peeling = Peeling(layers, (first, _second(layers, received)), received, loss, size, seed)
+    peeling = Peeling(layers, spans, received, loss, size, seed)
     peeling.run()
     return peeling.separation()
 
 
 def peel_again(
-    layers: Sequence[Layer], received: SharedGradient, first: Span, loss: str, inputs: Tensor, errors: Tensor
-) -> Separation:
+    layers: Sequence[Layer], received: SharedGradient, spans: tuple[Span, Span], loss: str, inputs: Tensor,
+    errors: Tensor,
+) -> Separation:  # fmt: skip
     """Inputs (F, n) that were peeled off, with predicted errors (F,), solved once more from other gradients."""
-    peeling = Peeling(layers, (first, _second(layers, received)), received, loss, len(inputs), 0)
+    peeling = Peeling(layers, spans, received, loss, len(inputs), 0)
     peeling.restore(inputs, errors)
     return peeling.separation()
-
-
-def _second(layers: Sequence[Layer], received: SharedGradient) -> Span:
-    return row_span(layers[1], received.gradients, received.precision)
 
 
 class Peeling:

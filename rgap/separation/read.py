@@ -15,12 +15,12 @@ from rgap.equations import identity_residual
 from rgap.head.hypothesis import Start, Twin
 from rgap.linalg import rms
 from rgap.network.layer import Chain, Layer
-from rgap.separation.factors import ImageFactor, image_factor
+from rgap.separation.factors import share_hypotheses, with_factors
 from rgap.separation.joint_softmax import fit_joint_softmax
 from rgap.separation.peeling import peel, peel_again
-from rgap.separation.scales import output_gradients, output_jacobians, refine_inputs, scale_hypotheses, share_residual
+from rgap.separation.scales import label_of, output_gradients, output_jacobians, refine_inputs, share_residuals
 from rgap.separation.search import separate
-from rgap.separation.separated import Separation, separation_reports, told_by_shares, what_was_found
+from rgap.separation.separated import Separation, separation_reports, told_by_shares, what_was_found, why_nothing_below
 from rgap.separation.shares import MAX_ROUNDED_ZERO
 from rgap.separation.subspaces import BatchSize, first_dense, row_span
 from rgap.shared_gradient import SharedGradient
@@ -88,13 +88,7 @@ def read_batch(
         start = replace(start, length_errors=(math.inf,))
     notes = [*size.notes, *said, *what_was_found(tail, apart, count, gradient_scale or 1.0), *notes]
     if below and not len(start.x):
-        if len(apart.inputs) < count:
-            notes.append(
-                "the convolutions' gradients are sums over all images; with some of these missing nothing below the "
-                "fully connected layers was determined"
-            )
-        if ranks[0] < count:
-            notes.append(f"if the batch has {ranks[0]} images, give batch_size={ranks[0]} or None")
+        notes += why_nothing_below(apart, count)
     return start, notes
 
 
@@ -104,16 +98,17 @@ def _separated(tail: Sequence[Layer], received: SharedGradient, size: BatchSize,
     The search takes starts and steps in proportion to the rank, each of its third power: it is left out where many
     images are left or, behind few outputs, after the search for patterns.
     """
-    options = {"precision": received.precision, "seed": seed, "span": size.span}
+    spans = size.span, row_span(tail[1], received.gradients, received.precision)
+    options = {"precision": received.precision, "seed": seed, "spans": spans}
     rank, apart = size.span.rank, None
-    if rank <= MAX_SEARCHED_FIRST or row_span(tail[1], received.gradients, received.precision).rank >= rank:
+    if rank <= MAX_SEARCHED_FIRST or spans[1].rank >= rank:
         apart = separate(*tail[:2], received.gradients, **options, by_rows=rank > MAX_STARTED_AT_RANDOM)
         if len(apart.inputs) == rank:
             return apart
-    peeled = peel(tail, received, size.span, loss, size.size, seed)
+    peeled = peel(tail, received, spans, loss, size.size, seed)
     if apart is not None and (len(apart.inputs) >= peeled.peeled or rank <= MAX_STARTED_AT_RANDOM):
         return max(apart, peeled, key=lambda one: len(one.inputs))
-    left, narrow = rank - peeled.peeled, peeled.second.rank + MAX_SEARCHED_FIRST < rank
+    left, narrow = rank - peeled.peeled, spans[1].rank + MAX_SEARCHED_FIRST < rank
     if left == 0 or (narrow and left > MAX_SEARCHED_FIRST):
         return peeled
     return separate(*tail[:2], received.gradients, **options, known=peeled, by_rows=True)
@@ -141,50 +136,24 @@ def _each_alone(
     tail = chain.layers
     complete = len(apart.inputs) == apart.first.rank > apart.peeled  # one that was peeled off has its own share
     c, f = output_gradients(tail, received.gradients, apart.inputs, apart.dz, complete=complete)
-    hypotheses, factors, notes = _hypotheses(chain, tail[0], loss, f, size * c, received.precision, given)
-    twins, scales, own = [], [], c.new_tensor([one.factor for one in factors])
-    for x, f_b, c_b, found in zip(apart.inputs, f, size * c / own[:, None], hypotheses, strict=True):
-        # Where no scale fits, the direction is still right: scaled as far as the pixel range allows.
-        found = found or [(int(c_b.argmin()) if len(c_b) > 1 else int(c_b[0] < 0), 1.0 / x.abs().max().item())]
-        scales.append(found[0][1])
-        misses = [share_residual(loss, f_b, c_b, *one) for one in found]
-        twins.append(tuple(Twin(k, a / scales[-1], miss) for (k, a), miss in zip(found, misses, strict=True)))
+    hypotheses, factors, notes = share_hypotheses(chain, tail[0], loss, f, size * c, received.precision, given)
+    own = size * c / c.new_tensor([one.factor for one in factors])[:, None]
+    for x, c_b, found in zip(apart.inputs, own, hypotheses, strict=True):
+        if not found:  # where no scale fits, the direction is still right: scaled as far as the pixel range allows
+            found.append((label_of(c_b), 1.0 / x.abs().max().item()))
+    places = [b for b, found in enumerate(hypotheses) for _ in found]
+    misses = share_residuals(loss, f[places], own[places], list(itertools.chain.from_iterable(hypotheses)))
+    scales = [found[0][1] for found in hypotheses]
+    twins = [
+        tuple(Twin(k, a / scale, miss) for (k, a), miss in zip(found, part.tolist(), strict=True))
+        for found, scale, part in zip(hypotheses, scales, misses.split([*map(len, hypotheses)]), strict=True)
+    ]
     labels = torch.tensor([each[0].label for each in twins], dtype=torch.int64)
     scale = apart.inputs.new_tensor(scales)[:, None]
     dx, errors = apart.dz / scale @ tail[0].weight.flatten(1), scale[:, 0] * apart.errors
     options = {"errors": errors if errors.any() else None, "peeled": apart.peeled}
     start = Start(0, labels, scale * apart.inputs, dx, tuple(twins), (), **options)
-    return _with_factors(start, factors), notes
-
-
-def _hypotheses(
-    chain: Chain, first: Layer, loss: str, f: Tensor, c: Tensor, precision: float, given: float | None
-) -> tuple[list[list[tuple[int, float]]], list[ImageFactor], list[str]]:
-    """The (label, scale) hypotheses of every image, the factor of its share, and notes without repetitions."""
-    biased, found, factors, notes = first.bias is not None, [], [], []
-    for f_b, c_b in zip(f, c / (given or 1.0), strict=True):
-        options, more = scale_hypotheses(loss, f_b, c_b, biased)
-        factor = ImageFactor(1.0, given or 1.0, 0.0)
-        if given is None and len(f_b) <= 2 and not biased:  # the layers below see the brightness, if anything does
-            factor = ImageFactor(1.0, 1.0, math.inf if chain.homogeneous else 0.0)
-        elif given is None and c_b.any() and torch.isfinite(c_b).all():
-            label = int(c_b.argmin()) if len(c_b) > 1 else int(c_b[0] < 0)
-            alpha = options[0][1] if options else 1.0
-            factor = image_factor(loss, f_b, c_b, label, alpha, fixed_scale=biased, precision=precision)
-            if factor.factor != 1:
-                options, more = [(label, factor.alpha)], []
-        found.append(options)
-        factors.append(factor)
-        notes += more
-    return found, factors, list(dict.fromkeys(notes))
-
-
-def _with_factors(start: Start, factors: Sequence[ImageFactor]) -> Start:
-    """A start with the factors of its images."""
-    if not factors:
-        return start
-    scales, errors = zip(*((one.factor, one.error) for one in factors), strict=True)
-    return replace(start, gradient_scale=scales, length_errors=errors)
+    return with_factors(start, factors), notes
 
 
 def read_again(chain: Chain, received: SharedGradient, loss: str, start: Start) -> Start:
@@ -194,19 +163,21 @@ def read_again(chain: Chain, received: SharedGradient, loss: str, start: Start) 
     `start` shows what the difference of the gradients does to them. They come in the same order, x NaN where an image
     was not found again.
     """
-    tail = chain.layers
-    size = BatchSize(start.batch_size, (), row_span(tail[0], received.gradients, received.precision))
+    tail, precision = chain.layers, received.precision
+    spans = tuple(row_span(layer, received.gradients, precision) for layer in tail[:2])
     if start.peeled:  # no hidden vector alone need pass a test
-        apart = peel_again(tail, received, size.span, loss, start.x, start.errors)
+        apart = peel_again(tail, received, spans, loss, start.x, start.errors)
     else:
-        apart = separate(*tail[:2], received.gradients, precision=received.precision, span=size.span, near=start.x)
+        apart = separate(*tail[:2], received.gradients, precision=precision, spans=spans, near=start.x)
     given = start.gradient_scale[0] if len(set(start.gradient_scale)) == 1 else None
     found, _ = _each_alone(chain, received, apart, start.batch_size, loss, given)
-    scaled = [(twin.factor * x, twins) for x, twins in zip(found.x, found.twins, strict=True) for twin in twins]
-    missing = [(torch.full_like(start.x[0], math.nan), (Twin(0),))]
-    nearest = [min(scaled or missing, key=lambda pair: (pair[0] - x).norm().item()) for x in start.x]
-    x, twins = torch.stack([one for one, _ in nearest]), [found for _, found in nearest]
-    return replace(start, x=x, twins=tuple(twins))
+    scaled = [twin.factor * x[None] for x, twins in zip(found.x, found.twins, strict=True) for twin in twins]
+    every = [twins for twins in found.twins for _ in twins]
+    if not scaled:
+        scaled, every = [torch.full_like(start.x[:1], math.nan)], [(Twin(0),)]
+    x = torch.cat(scaled)
+    nearest = torch.cdist(start.x, x).argmin(1)
+    return replace(start, x=x[nearest], twins=tuple(every[i] for i in nearest.tolist()))
 
 
 def _fitted(
@@ -216,7 +187,7 @@ def _fitted(
     below, count = first_dense(chain), len(apart.inputs)
     tail = chain.layers[below:]
     c, f = output_gradients(tail, received.gradients, apart.inputs, apart.dz, complete=True)
-    hypotheses, shares, notes = _hypotheses(chain, tail[0], loss, f, count * c, received.precision, given)
+    hypotheses, shares, notes = share_hypotheses(chain, tail[0], loss, f, count * c, received.precision, given)
     weights = c.new_tensor([one.factor for one in shares])
     if not all(hypotheses):
         return None, [*notes, "without a scale for every image the convolutions were not solved"]
@@ -244,7 +215,7 @@ def _fitted(
     twins = tuple(
         tuple(Twin(label, factors[n][b]) for n, (label, _) in enumerate(found)) for b, found in enumerate(hypotheses)
     )
-    return _with_factors(Start(below, labels, head.x, head.dx, twins, ()), shares), notes
+    return with_factors(Start(below, labels, head.x, head.dx, twins, ()), shares), notes
 
 
 def _read_together(

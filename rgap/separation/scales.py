@@ -106,19 +106,23 @@ def scale_hypotheses(loss: str, f: Tensor, c: Tensor, fixed_scale: bool) -> tupl
         raise ValueError(f"a batch with the {loss} loss cannot be taken apart yet; {' and '.join(SCALES)} can")
     if not c.any() or not torch.isfinite(c).all() or (not fixed_scale and not f.any()):
         return [], ["an image whose share of the gradient vanishes has no label and no scale"]
-    label = int(c.argmin()) if len(c) > 1 else int(c[0] < 0)
-    return ([(label, 1.0)], []) if fixed_scale else SCALES[loss](f, c, label)
+    return ([(label_of(c), 1.0)], []) if fixed_scale else SCALES[loss](f, c, label_of(c))
 
 
-def share_residual(loss: str, f: Tensor, c: Tensor, label: int, alpha: float) -> float:
-    """‖∂ℓ/∂f at (α f, label) − c / α‖ over the norm of the latter: whether one image α x̂ has this share.
+def label_of(c: Tensor) -> int:
+    """The label of an image whose share has ∂ℓ/∂f = c (C,): only the label's own output is to rise."""
+    return int(c.argmin()) if len(c) > 1 else int(c[0] < 0)
 
-    With biases, or three classes or more, it is an independent test for equal images and of the batch size.
+
+def share_residuals(loss: str, f: Tensor, c: Tensor, found: Sequence[tuple[int, float]]) -> Tensor:
+    """‖∂ℓ/∂f at (α f, label) − c / α‖ over the norm of the latter: whether one image α x̂ has this share, (N,).
+
+    For f and c (N, C) with a (label, α) each. With biases, or three classes or more, it is an independent test for
+    equal images and of the batch size.
     """
-    with torch.enable_grad():
-        f = (alpha * f)[None].requires_grad_()
-        mine = torch.autograd.grad(loss_value(loss, f, torch.tensor([label])), f)[0]
-    return ((mine[0] - c / alpha).norm() / (c / alpha).norm().clamp(min=1e-300)).item()
+    labels, alpha = torch.tensor([label for label, _ in found]), f.new_tensor([alpha for _, alpha in found])[:, None]
+    mine, c = torch.func.grad(lambda f: len(f) * loss_value(loss, f, labels.long()))(alpha * f), c / alpha
+    return (mine - c).norm(dim=1) / c.norm(dim=1).clamp(min=1e-300)
 
 
 def _logistic(f: Tensor, c: Tensor, label: int) -> tuple[list[tuple[int, float]], list[str]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rgap.equations.rank_laws import SPARE_UNITS
 from rgap.network.layer import Layer
+from rgap.separation.angles import different_patterns, settled_patterns
 from rgap.separation.separated import Separation
 from rgap.separation.state import ANGLE_GAP_RATIO, PartialInput, SearchState
 from rgap.separation.subspaces import Span, inputs_from_gradients, null_of_rows, row_span
@@ -28,6 +29,12 @@ MAX_STEPS = 40
 
 ROWS_AT_ONCE = 60
 """Rows of the gradients from which starts are made together, where many images are left."""
+
+NEAREST_ROWS = 20
+"""How many of them are those nearest to a single image; the others come from anywhere, for they lead to others."""
+
+CANDIDATES_A_START = 4
+"""Rows that are looked at for each start: those that resemble an earlier one start nothing new."""
 
 MAX_ROW_STEPS = 20
 """Steps from such a start; those that lead to an image take about eight."""
@@ -46,7 +53,7 @@ def separate(
     *,
     precision: float = 1e-14,
     seed: int = 0,
-    span: Span | None = None,
+    spans: tuple[Span, Span] | None = None,
     near: Tensor | None = None,
     known: Separation | None = None,
     by_rows: bool = False,
@@ -73,7 +80,7 @@ def separate(
         gradients: Parameter name -> gradient, float64, at least of these two layers.
         precision: Relative error of the gradients' entries.
         seed: Of the starts.
-        span: `row_span` of the first layer, where it is known already.
+        spans: `row_span` of both layers, where they are known already.
         near: Inputs (F, n) whose activation patterns are tried, in place of random starts.
         known: Inputs that are found already; the search is among the others.
         by_rows: Whether rows of both gradients are tried as starts before random ones: of many images they mix few.
@@ -81,7 +88,7 @@ def separate(
     Raises:
         UnsupportedLayerError: If the activation between the layers is linear or not homogeneous.
     """
-    spans = span or row_span(first, gradients, precision), row_span(second, gradients, precision)
+    spans = spans or tuple(row_span(layer, gradients, precision) for layer in (first, second))
     search = Search(first, second, spans, precision)
     for one in zip(known.inputs, known.dz, known.residuals, known.errors, strict=True) if known else ():
         search.add_known(*one)
@@ -134,9 +141,10 @@ class Search(SearchState):
         count = failed = 0
         while self.unknown > 0 and failed < MAX_FAILED_ROUNDS:
             patterns, (Z, H), before = self.row_patterns(), self.left(), self.known
-            order = torch.randperm(len(patterns), generator=generator) if failed else torch.arange(len(patterns))
-            picked = order[:ROWS_AT_ONCE]
-            signs, sines = self.iterate(Z, H, patterns[picked], MAX_ROW_STEPS)
+            anywhere = torch.randperm(len(patterns), generator=generator)
+            rows = torch.cat([patterns[:NEAREST_ROWS], patterns[anywhere[: CANDIDATES_A_START * ROWS_AT_ONCE]]])
+            picked = different_patterns(rows)[:ROWS_AT_ONCE]
+            signs, sines = self.iterate(Z, H, picked, MAX_ROW_STEPS)
             for s in signs[sines <= MAX_ROW_SINE].unique(dim=0):
                 self.accept(s)
             count, failed = count + len(picked), 0 if self.known > before else failed + 1
@@ -149,17 +157,19 @@ class Search(SearchState):
         of their hidden vectors' angles to the range of H: one that a single image switches on is that image.
         """
         rows = self.first.U * self.first.S - self.dz.T @ self.q
-        rows = rows * (rows * self.Z[: len(rows)]).sum(1, keepdim=True).sign()
-        a = self.hidden(rows)
-        far = (a - a @ self.H @ self.H.T).norm(dim=1) / a.norm(dim=1).clamp(min=1e-300)
-        z = rows[far.argsort()] @ self.Z.T
+        z = rows @ self.Z.T
+        z *= z[:, : len(rows)].diagonal().sign()[:, None]
+        on, size = z > 0, z.norm(dim=1)
+        a = torch.where(on, self.up, self.down) * z
+        near = (a @ self.H).norm(dim=1) / a.norm(dim=1).clamp(min=1e-300)
+        order = near.argsort(descending=True)
+        order = order[size[order] > self.tolerance * size.amax()]
         hidden = self.hidden(self.q) @ self.H
         next_dz = self.dual_next * self.second.S
         next_dz = next_dz / (self.dual_next * hidden).sum(1, keepdim=True)
         a = (self.second.U @ (torch.diag(self.second.S) - next_dz.T @ hidden)) @ self.H.T
-        signs = [z > 0, a * a.sum(1, keepdim=True).sign() > 0]
-        alive = [part.norm(dim=1) > self.tolerance * part.norm(dim=1).amax() for part in (z, a)]
-        return torch.cat([each[which] for each, which in zip(signs, alive, strict=True)])
+        size = a.norm(dim=1)
+        return torch.cat([on[order], (a * a.sum(1, keepdim=True).sign() > 0)[size > self.tolerance * size.amax()]])
 
     def patterns(self, inputs: Tensor) -> Tensor:
         """Signs of the units of known inputs (F, n), (F, units)."""
@@ -169,41 +179,21 @@ class Search(SearchState):
         return q @ self.Z.T > 0
 
     def iterate(self, Z: Tensor, H: Tensor, signs: Tensor, steps: int = MAX_STEPS) -> tuple[Tensor, Tensor]:
-        """Replaces signs (S, units) by those of the vector D_s Z q nearest to the range of H, until they are stable.
-
-        Gives the signs, and the sines (S,) of the last angles.
-        """
-        live, sines = torch.arange(len(signs)), Z.new_ones(len(signs))
-        floor = 1e-13 * torch.eye(Z.shape[1], dtype=Z.dtype)
-        for _ in range(steps):
-            DZ = torch.where(signs[live], self.up, self.down)[:, :, None] * Z
-            N, P = DZ.mT @ DZ, H.T @ DZ
-            trace = N.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-30)
-            L = torch.linalg.cholesky(N + floor * trace)
-            T = torch.linalg.solve_triangular(L, P.mT, upper=False)
-            squares, directions = torch.linalg.eigh(T @ T.mT)
-            sines[live] = (1 - squares[:, -1]).clamp(min=0).sqrt()
-            z = torch.linalg.solve_triangular(L.mT, directions[:, :, -1:], upper=True)[:, :, 0] @ Z.T
-            turned = z > 0
-            against = (turned == signs[live]).sum(1) * 2 < signs.shape[1]
-            turned[against] = z[against] < 0
-            stays = (turned == signs[live]).all(1)
-            signs = signs.index_put((live,), turned)
-            self.steps += len(live)
-            live = live[~stays]
-            if not len(live):
-                break
+        """`settled_patterns` of the network's slopes; counts the steps."""
+        signs, sines, taken = settled_patterns(Z, H, (self.up, self.down), signs, steps)
+        self.steps += taken
         return signs, sines
 
     def accept(self, signs: Tensor) -> None:
         """Adds the input with these signs if it passes both tests and is new; keeps ∂ℓ/∂z_1 if it passes the second."""
-        if self.is_known(self.forward(signs)[0]):
+        first, found = signs, self.forward(signs)
+        if self.is_known(found[0]):
             return
         signs, b, miss_back = self.backward(signs)
         if b is None:
             return
         dz = torch.where(signs, self.up, self.down)[: len(self.E)] * (self.E @ b)
-        q, miss, following = self.forward(signs)
+        q, miss, following = found if signs.equal(first) else self.forward(signs)
         undetermined = self.undetermined_signs(dz)
         if undetermined.any() and (oriented := self.oriented(q, signs, undetermined)) is not None:
             signs = torch.where(undetermined, self.Z @ oriented > 0, signs)
@@ -257,9 +247,3 @@ class Search(SearchState):
         for j, one in enumerate(taken + partial[:-count]):
             if j not in right:
                 self.accept(one.signs)
-
-    def row_space_residual(self, q: Tensor) -> float:
-        """Share of G_2's rows, by norm, outside the span of the hidden vectors of these inputs and those found."""
-        rows = self.second.V[: len(self.Z)] * self.second.S
-        Q = torch.linalg.qr(self.hidden(torch.cat([q, self.q])).T)[0]
-        return ((rows - Q @ (Q.T @ rows)).norm() / rows.norm()).item()

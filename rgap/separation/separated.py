@@ -71,6 +71,19 @@ def what_was_found(layers: Sequence[Layer], apart: Separation, size: int, scale:
     return notes
 
 
+def why_nothing_below(apart: Separation, size: int) -> list[str]:
+    """Notes on convolutions below that were not solved."""
+    notes, rank = [], apart.first.rank
+    if len(apart.inputs) < size:
+        notes.append(
+            "the convolutions' gradients are sums over all images; with some of these missing nothing below the "
+            "fully connected layers was determined"
+        )
+    if rank < size:
+        notes.append(f"if the batch has {rank} images, give batch_size={rank} or None")
+    return notes
+
+
 def separation_reports(
     layers: Sequence[Layer], apart: Separation, size: int, seconds: float
 ) -> tuple[LayerReport, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rgap.client import loss_value
 from rgap.network.layer import Layer
+from rgap.separation.angles import nearest_directions
 from rgap.separation.linear_units import LinearPart
 from rgap.separation.scales import output_jacobians
 from rgap.separation.state import slopes
@@ -130,7 +131,8 @@ class ShareState:
         if self.last is not None:
             c = output_gradients_of_labels(self.loss, f)  # (N, labels, C)
         else:  # of unknown length: the best ∂ℓ/∂f
-            c = _nearest_combination(slope[:, None] * jacobian, U)[:, None]
+            mine = slope[:, None] * jacobian
+            c = nearest_directions(mine @ mine.mT, U.T @ mine.mT)[0][:, None, :, -1]
         back = c @ jacobian
         shares = slope[:, None] * back
         missed = (shares - (shares @ U) @ U.T).norm(dim=2) / shares.norm(dim=2).clamp(min=1e-300)
@@ -210,17 +212,6 @@ def _curvature(loss: str, f: Tensor, labels: Tensor) -> Tensor:
     gradient = torch.func.grad(lambda f: len(f) * loss_value(loss, f, labels))
     units = torch.eye(f.shape[1], dtype=f.dtype)
     return torch.stack([torch.func.jvp(gradient, (f,), (unit.expand_as(f).clone(),))[1] for unit in units], 2)
-
-
-def _nearest_combination(shares: Tensor, U: Tensor) -> Tensor:
-    """The c (N, C) for which cᵀ `shares`, (N, C, h), is nearest to the range of U (h, r)."""
-    gram, inside = shares @ shares.mT, shares @ U
-    floor = 1e-14 * gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-300)
-    gram = gram + floor[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype)
-    L = torch.linalg.cholesky(gram)
-    T = torch.linalg.solve_triangular(L, inside, upper=False)
-    y = torch.linalg.eigh(T @ T.mT)[1][:, :, -1:]
-    return torch.linalg.solve_triangular(L.mT, y, upper=True)[:, :, 0]
 
 
 def _chunks(count: int) -> tuple[Tensor, ...]:

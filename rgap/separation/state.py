@@ -10,7 +10,8 @@ from torch import Tensor
 from rgap.equations.rank_laws import SPARE_UNITS
 from rgap.network.layer import Layer
 from rgap.results import UnsupportedLayerError
-from rgap.separation.subspaces import Span, smallest_principal_angle
+from rgap.separation.angles import smallest_principal_angle
+from rgap.separation.subspaces import Span
 
 ANGLE_GAP_RATIO = 1e-3
 """Sine of the angle, in units of the next one, up to which a direction is accepted: about its error. Where two images
@@ -161,6 +162,12 @@ class SearchState:
             seen.append(mine)
             mine = turned
         return torch.cat([mine, signs[count:]]), b if self.passes(sine, following) else None, sine
+
+    def row_space_residual(self, q: Tensor) -> float:
+        """Share of G_2's rows, by norm, outside the span of the hidden vectors of these inputs and those found."""
+        rows = self.second.V[: len(self.Z)] * self.second.S
+        Q = torch.linalg.qr(self.hidden(torch.cat([q, self.q])).T)[0]
+        return ((rows - Q @ (Q.T @ rows)).norm() / rows.norm()).item()
 
     def add_known(self, x: Tensor, dz: Tensor, residuals: Tensor, error: Tensor) -> None:
         """Adds an input (n,) that was found otherwise, with its ∂ℓ/∂z_1 and root mean square error."""

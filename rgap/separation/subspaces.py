@@ -75,19 +75,6 @@ def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float) ->
     return Span(U[:, :rank], S[:rank], Vt[:rank].T, above, below, left)
 
 
-def smallest_principal_angle(A: Tensor, V: Tensor) -> tuple[Tensor, float, float]:
-    """The a (k,) whose unit vector A a, A (m, k) of full column rank, is nearest to the range of V (m, l), orthonormal.
-
-    Also the sines of the smallest principal angle between the two ranges and of the next one (1 for k = 1).
-    """
-    Q, R = torch.linalg.qr(A)
-    _, sines, directions = torch.linalg.svd(Q - V @ (V.T @ Q), full_matrices=False)
-    nearest = Q @ directions[-1]
-    sine = (nearest - V @ (V.T @ nearest)).norm().item()
-    a = torch.linalg.lstsq(R, directions[-1][:, None], driver="gelsd").solution[:, 0]
-    return a, sine, sines[-2].item() if len(sines) > 1 else 1.0
-
-
 def null_of_rows(rows: Tensor) -> Tensor:
     """Orthonormal basis (n, n − k) of the null space of k independent rows (k, n)."""
     return torch.linalg.qr(rows.T, mode="complete")[0][:, len(rows) :]

@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.separation import read as batch_reading
+from rgap.separation import factors
 from rgap.separation.joint_softmax import fit_joint_softmax
 from rgap.separation.scales import refine_inputs
 from rgap.separation.subspaces import first_dense, row_span
@@ -157,7 +157,7 @@ def test_an_altered_gradient_is_certified_by_nothing():
 def test_an_image_without_a_scale_ends_the_attack(monkeypatch):
     model = batch_cnn()
     _, _, gradients = shared_batch(model)
-    monkeypatch.setattr(batch_reading, "scale_hypotheses", lambda *_: ([], ["no scale"]))
+    monkeypatch.setattr(factors, "scale_hypotheses", lambda *_: ([], ["no scale"]))
     result = rgap.reconstruct(model, gradients, CNN_SHAPE, "cross_entropy", batch_size=3, gradient_scale=1.0)
     assert result.verdict == "inconsistent" and len(result.images) == 0
     assert "without a scale for every image the convolutions were not solved" in result.notes

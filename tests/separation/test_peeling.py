@@ -101,10 +101,10 @@ def test_rows_of_both_gradients_start_the_search_for_what_does_not_peel():
     model = network((200, 200))
     chain = rgap.prepare(model, (FEATURES,))
     received = receive(chain, rgap.client_gradients(model, rows, labels, loss="cross_entropy"))
-    first = row_span(chain.layers[0], received.gradients, received.precision)
-    peeled = peel(chain.layers, received, first, "cross_entropy", 40)
+    spans = tuple(row_span(layer, received.gradients, received.precision) for layer in chain.layers[:2])
+    peeled = peel(chain.layers, received, spans, "cross_entropy", 40)
     found = separate(
-        *chain.layers[:2], received.gradients, precision=received.precision, span=first, known=peeled, by_rows=True
+        *chain.layers[:2], received.gradients, precision=received.precision, spans=spans, known=peeled, by_rows=True
     )
     assert peeled.peeled < 30 and len(found.inputs) == 40
     assert distances(found.inputs, rows).min(1).values.max() < 1e-9
@@ -152,8 +152,8 @@ def test_the_shares_add_up_to_the_gradient():
     model = network()
     chain = rgap.prepare(model, (FEATURES,))
     received = receive(chain, rgap.client_gradients(model, rows, labels, loss="cross_entropy"))
-    first = row_span(chain.layers[0], received.gradients, received.precision)
-    found = peel(chain.layers, received, first, "cross_entropy", 20)
+    spans = tuple(row_span(layer, received.gradients, received.precision) for layer in chain.layers[:2])
+    found = peel(chain.layers, received, spans, "cross_entropy", 20)
     assert found.peeled == 20 and abs(20 * found.factor - 1) < 1e-9
     shared = received.gradients["0.weight"]
     assert (found.dz.T @ found.inputs - shared).norm() < 1e-9 * shared.norm()

@@ -12,7 +12,7 @@ from rgap.separation.scales import (
     output_jacobians,
     refine_inputs,
     scale_hypotheses,
-    share_residual,
+    share_residuals,
 )
 
 CASES = [(loss, outputs, bias) for loss, outputs in (("logistic", 1), ("cross_entropy", 2), ("cross_entropy", 5))
@@ -64,7 +64,8 @@ def test_label_and_scale_are_among_the_hypotheses_and_their_shares_fit(loss, out
         found, notes = scale_hypotheses(loss, f_b / alpha, c_b * alpha, bias)
         assert not notes and all(one[0] == label for one in found)
         assert min(abs(one[1] / alpha - 1) for one in found) < 1e-7
-        assert all(share_residual(loss, f_b / alpha, c_b * alpha, *one) < 1e-6 for one in found)
+        shares = (t.expand(len(found), -1) for t in (f_b / alpha, c_b * alpha))
+        assert (share_residuals(loss, *shares, found) < 1e-6).all()
         assert len(found) == 1 or outputs <= 2
 
 

@@ -4,7 +4,7 @@ from cases import SHAPE, batch, by_name, fcn, gradients, randn
 from torch.testing import assert_close
 
 import rgap
-from rgap.separation.subspaces import batch_given_as_one, null_of_rows, row_span, smallest_principal_angle
+from rgap.separation.subspaces import batch_given_as_one, null_of_rows, row_span
 from rgap.shared_gradient import receive
 
 
@@ -27,18 +27,6 @@ def test_a_gradient_of_zeros_has_rank_0_and_one_of_full_rank_is_marked():
     assert row_span(layer, {"1.weight": torch.zeros(3, 36).double()}, 1e-7).rank == 0
     full = row_span(layer, {"1.weight": randn(3, 36)}, 1e-7)
     assert full.is_full and full.rank == 3 and full.below_cut == 0
-
-
-def test_two_subspaces_meet_in_the_vector_that_they_share():
-    A, V = randn(20, 4), torch.linalg.qr(randn(20, 3, seed=1))[0]
-    A[:, 2] = A[:, 0] + V @ torch.tensor([1.0, -2.0, 0.5], dtype=A.dtype)
-    a, sine, following = smallest_principal_angle(A, V)
-    assert sine < 1e-14 < 0.1 < following
-    assert_close((A @ a).norm().item(), 1.0)
-    assert (A @ a - V @ (V.T @ (A @ a))).norm() < 1e-13
-    angles = torch.linalg.svdvals(torch.linalg.qr(A)[0].T @ V)
-    assert_close(following, (1 - angles[1] ** 2).sqrt().item(), rtol=1e-8, atol=0)
-    assert smallest_principal_angle(A[:, :1], V)[2] == 1.0
 
 
 def test_the_null_space_of_rows_is_orthonormal():

@@ -1,0 +1,126 @@
+"""Smallest principal angles between ranges, and the activation patterns that they lead to (ours).
+
+The a for which A a is nearest to the range of an orthonormal V is an eigenvector of k×k matrices, a fifth of the cost
+of orthonormal bases of tall ones. A step or two with the residual of A itself restore the digits that squaring costs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GRAM_FLOOR = 1e-14
+"""Share of its trace that is added to a Gram matrix, so that a Cholesky factor exists."""
+
+MIN_RESOLVED_SINE = 1e-3
+"""Sine of the second angle from which squares of cosines resolve it."""
+
+REFINEMENTS = 2
+"""Steps with the residual of A; one suffices where its columns are not nearly dependent."""
+
+SAME_COSINE = 0.99
+"""Cosine of the angle between two starts' directions, or patterns, above which they lead to the same one."""
+
+MAX_TABLE_ENTRIES = 20_000_000
+"""Largest number of products of two columns that are made beforehand (20 million: 160 MB)."""
+
+
+def nearest_directions(gram: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Principal angles from Gram matrices AᵀA (S, k, k) and VᵀA (S, l, k).
+
+    Gives the principal directions as columns (S, k, k) with A a of unit length, the last nearest to the range of V, and
+    the squares (S, k) of their cosines, ascending.
+    """
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-280)
+    floor = GRAM_FLOOR * trace[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype)
+    L = torch.linalg.cholesky(gram + floor)
+    T = torch.linalg.solve_triangular(L, inside.mT, upper=False)
+    squares, turn = torch.linalg.eigh(T @ T.mT)
+    return torch.linalg.solve_triangular(L.mT, turn, upper=True), squares
+
+
+def smallest_principal_angle(A: Tensor, V: Tensor) -> tuple[Tensor, float, float]:
+    """The a (k,) whose unit vector A a, A (m, k) of full column rank, is nearest to the range of V (m, l), orthonormal.
+
+    Also the sines of the smallest principal angle between the two ranges and of the next one (1 for k = 1).
+    """
+    basis, squares = (one[0] for one in nearest_directions((A.T @ A)[None], (V.T @ A)[None]))
+    a, sines = basis[:, -1], (1 - squares).clamp(min=0).sqrt()
+    following = sines[-2].item() if len(sines) > 1 else 1.0
+    if not following >= MIN_RESOLVED_SINE:
+        return _by_orthonormal_bases(A, V)
+    for step in range(REFINEMENTS + 1):
+        seen = A @ a
+        a, seen = a / seen.norm(), seen / seen.norm()
+        rest = seen - V @ (V.T @ seen)
+        if step < REFINEMENTS:
+            outside = rest - V @ (V.T @ rest)  # the first projection's rounding would be divided by the sines' squares
+            a = a - basis[:, :-1] @ ((basis[:, :-1].T @ (A.T @ outside)) / sines[:-1].square())
+    return a, rest.norm().item(), following
+
+
+def _by_orthonormal_bases(A: Tensor, V: Tensor) -> tuple[Tensor, float, float]:
+    """The same to full precision where several angles are small."""
+    Q, R = torch.linalg.qr(A)
+    _, sines, directions = torch.linalg.svd(Q - V @ (V.T @ Q), full_matrices=False)
+    nearest = Q @ directions[-1]
+    sine = (nearest - V @ (V.T @ nearest)).norm().item()
+    a = torch.linalg.lstsq(R, directions[-1][:, None], driver="gelsd").solution[:, 0]
+    return a, sine, sines[-2].item() if len(sines) > 1 else 1.0
+
+
+class SlopedGrams:
+    """AᵀA and VᵀA of A = diag(d) Z for many d at once, one matrix product each: sums of d over products of columns."""
+
+    def __init__(self, Z: Tensor, V: Tensor):
+        """Takes Z (h, k) and V (h, l)."""
+        self.Z, self.V, k = Z, V, Z.shape[1]
+        self.upper = torch.triu_indices(k, k)
+        self.pairs = None
+        if len(Z) * k * (k // 2 + V.shape[1]) <= MAX_TABLE_ENTRIES:
+            self.pairs = Z[:, self.upper[0]] * Z[:, self.upper[1]]
+            self.crossed = (V[:, :, None] * Z[:, None]).flatten(1)
+
+    def of(self, d: Tensor) -> tuple[Tensor, Tensor]:
+        """For d (S, h): (S, k, k) and (S, l, k)."""
+        if self.pairs is None:
+            A = d[:, :, None] * self.Z
+            return A.mT @ A, self.V.T @ A
+        gram = d.new_empty(len(d), self.Z.shape[1], self.Z.shape[1])
+        i, j = self.upper
+        gram[:, i, j] = gram[:, j, i] = d.square() @ self.pairs
+        return gram, (d @ self.crossed).reshape(len(d), -1, self.Z.shape[1])
+
+
+def settled_patterns(
+    Z: Tensor, H: Tensor, slopes: tuple[Tensor, Tensor], signs: Tensor, steps: int
+) -> tuple[Tensor, Tensor, int]:
+    """Replaces signs (S, h) by those of the vector D_s Z q nearest to the range of H, until they are stable.
+
+    Z (h, k) and H (h, l) are orthonormal; D_s has the slopes (h,) for positive and negative entries. Gives the signs,
+    the sines (S,) of the last angles, 1 of a start that met another, which goes on alone, and the steps taken.
+    """
+    live, sines, grams, taken = torch.arange(len(signs)), Z.new_ones(len(signs)), SlopedGrams(Z, H), 0
+    for _ in range(steps):
+        directions, squares = nearest_directions(*grams.of(torch.where(signs[live], *slopes)))
+        q = directions[:, :, -1]
+        sines[live] = (1 - squares[:, -1]).clamp(min=0).sqrt()
+        z = q @ Z.T
+        turned = z > 0
+        against = (turned == signs[live]).sum(1) * 2 < signs.shape[1]
+        turned[against] = z[against] < 0
+        goes_on = (turned != signs[live]).any(1)
+        signs, taken = signs.index_put((live,), turned), taken + len(live)
+        q = q / q.norm(dim=1, keepdim=True)
+        met = ((q @ q.T).abs() > SAME_COSINE).tril(-1).any(1)
+        sines[live[met]] = 1.0
+        live = live[goes_on & ~met]
+        if not len(live):
+            break
+    return signs, sines, taken
+
+
+def different_patterns(signs: Tensor) -> Tensor:
+    """Those of the signs (S, h) that are not almost an earlier one."""
+    sides = signs.to(torch.float32) - 0.5
+    return signs[~(4 * sides @ sides.T > SAME_COSINE * signs.shape[1]).tril(-1).any(1)]
