@@ -15,7 +15,7 @@ GRAM_FLOOR = 1e-14
 MIN_RESOLVED_SINE = 1e-3
 """Sine of the second angle from which squares of cosines resolve it."""
 
-REFINEMENTS = 2
+ANGLE_REFINEMENTS = 2
 """Steps with the residual of A; one suffices where its columns are not nearly dependent."""
 
 SAME_COSINE = 0.99
@@ -49,11 +49,11 @@ def smallest_principal_angle(A: Tensor, V: Tensor) -> tuple[Tensor, float, float
     following = sines[-2].item() if len(sines) > 1 else 1.0
     if not following >= MIN_RESOLVED_SINE:
         return _by_orthonormal_bases(A, V)
-    for step in range(REFINEMENTS + 1):
+    for step in range(ANGLE_REFINEMENTS + 1):
         seen = A @ a
         a, seen = a / seen.norm(), seen / seen.norm()
         rest = seen - V @ (V.T @ seen)
-        if step < REFINEMENTS:
+        if step < ANGLE_REFINEMENTS:
             outside = rest - V @ (V.T @ rest)  # the first projection's rounding would be divided by the sines' squares
             a = a - basis[:, :-1] @ ((basis[:, :-1].T @ (A.T @ outside)) / sines[:-1].square())
     return a, rest.norm().item(), following
