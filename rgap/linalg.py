@@ -323,7 +323,11 @@ def _weak_directions(
 def _by_decomposition(normal: _Normal, device: torch.device | str = "cpu") -> LeastSquares:
     """By every singular direction: from AᵀA, which holds σ down to 1e-8 of the largest, or from A below that."""
     if normal.rcond >= GRAM_RESOLUTION:
-        values, V = (t.cpu() for t in torch.linalg.eigh(normal.gram().to(device)))
+        gram = normal.gram().to(device)
+        if gram.any():
+            values, V = (t.cpu() for t in torch.linalg.eigh(gram))
+        else:  # no equation at all: a large matrix of zeros takes seconds too
+            values, V = torch.zeros(len(gram), dtype=gram.dtype), torch.eye(len(gram), dtype=gram.dtype)
         S, V = values.clamp(min=0).sqrt().flip(0), V.flip(1)
     else:
         A = torch.cat([normal.A.matrix(), torch.diag(normal.damping)[normal.damping > 0]])

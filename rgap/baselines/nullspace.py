@@ -54,7 +54,7 @@ def gradient_matching_closer(
         name = solution.report.name
         if name not in open_layers and not notes:
             return close_by_virtual_constraints(before, received, solution, z, dx)
-        factors = previous_factors(before) if solution.null_basis is not None else None
+        factors = previous_factors(before, weak_ratio=0) if solution.null_basis is not None else None
         if factors is None:
             return None
         notes.append(f"{solution.null_basis.shape[1]} open unknowns of layer {name!r} by gradient matching")

@@ -111,8 +111,10 @@ def close_by_previous(
     if factors is None or not (is_shared or factors.left.size):
         return None
     noise = ERROR_AMPLIFICATION * max(received.precision, FLOAT64_FLOOR)
+    middle = before.activation.forward(torch.zeros(before.output_shape, dtype=torch.float64))
+    x, null = solution.x.flatten(), solution.null_basis
     problem = DeficientLayer(
-        x=solution.x.flatten().numpy(),
+        x=(x + null @ (null.T @ (middle.flatten() - x))).numpy(),
         N=torch.cat([solution.null_basis, solution.weak_basis], 1).numpy(),
         known=(noise * z.square().mean().sqrt() * solution.weak_gain).numpy(),
         activation=flattened(before.activation, before.output_shape),
@@ -150,11 +152,11 @@ def solve_virtual(problem: DeficientLayer, *, reads_image: bool = False, full: b
 
 def _plan(problem: DeficientLayer, reads_image: bool) -> list[tuple[NDArray, tuple | None]]:
     """Attempts by cost: with the range of W alone where that suffices, then with the gradient, first from a prior."""
-    supplied = problem.previous.left.shape[1]
+    supplied = problem.previous.spare
     channels, deficit = _channels(problem), problem.N.shape[1] - problem.known.size
     plan = [(channels[:0], None)] if deficit <= 0.75 * supplied else []
     gradients = 0 if problem.G is None else problem.G.size
-    tight = deficit + problem.previous.null.shape[1] > 0.7 * (supplied + gradients)
+    tight = deficit + problem.previous.null.shape[1] > 0.7 * (problem.previous.left.shape[1] + gradients)
     if reads_image and tight:
         plan.append((channels, smooth_image_rows(problem.previous)))
     return [*plan, (channels, None)]
@@ -174,7 +176,7 @@ def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, 
 
     Ill-conditioned directions that the layer itself knows better than that take no part.
     """
-    rms, noise = np.sqrt(np.mean(problem.x**2)), max(problem.noise, 1e-7)  # a lower one collapses the belief too soon
+    rms, noise = problem.spread, max(problem.noise, 1e-7)  # a lower one collapses the belief too soon
     whole = problem
     if whole.known.size and whole.known.max() < SETTLED_SHARE * noise * rms:
         problem = replace(whole, N=whole.N[:, : -whole.known.size], known=whole.known[:0])

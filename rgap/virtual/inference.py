@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import linalg
 
@@ -26,7 +27,7 @@ class DeficientLayer:
     """The deficient layer's input and what is known about it.
 
     Attributes:
-        x: Minimum-norm solution, (n,).
+        x: The solution nearest to σ(0), (n,).
         N: Basis of the undetermined directions, (n, d): the null space, then ill-conditioned directions.
         known: Standard deviation of the layer's own values, which are 0, for the last w coefficients, (w,).
         activation: σ between the layer before and this one, on vectors (n,).
@@ -49,6 +50,12 @@ class DeficientLayer:
     def unknowns(self) -> int:
         """Entries of t and y."""
         return self.N.shape[1] + self.previous.null.shape[1]
+
+    @property
+    def spread(self) -> float:
+        """Root mean square of x about σ(0)."""
+        middle = self.activation.forward(torch.zeros(len(self.x), dtype=torch.float64)).numpy()
+        return float(np.sqrt(np.mean((self.x - middle) ** 2)))
 
     @property
     def homogeneous(self) -> bool:
@@ -121,7 +128,7 @@ def assemble(
     z = fitted.alpha + fitted.beta * problem.x - previous.bias
     scale = np.sqrt(np.mean((fitted.alpha + fitted.beta * m) ** 2))
     eps, parts, right = [previous.left], [problem.range_rows.at(fitted.beta)], [-(z @ previous.left)]
-    null, floor, eta = [np.zeros((q, previous.null.shape[1]))], [np.full(q, noise * scale)], []
+    null, floor, eta = [-previous.gains], [np.full(q, noise * scale)], []
     if channels.size:
         dz = (fitted.pi.reshape(problem.dx.shape) * problem.dx)[channels]
         lifted = previous.invert(np.column_stack([fitted.beta[:, None] * N, z]))

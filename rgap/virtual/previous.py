@@ -1,7 +1,9 @@
 """The part of the previous layer's equations that depends on the model alone, factored once, and a prior on its input.
 
 Its pre-activation is W x′ + b, so z′ − b lies in the range of W: `left`ᵀ (z′ − b) = 0 are the virtual constraints. And
-x′ = W⁺ (z′ − b) + `null` y must satisfy that layer's own gradient constraints.
+x′ = W⁺ (z′ − b) + `null` y must satisfy that layer's own gradient constraints. Of an ill-conditioned W the weak
+directions V join the null space (ours): W⁺ becomes that of A = W (1 − V Vᵀ), `left` the complement of A's range, and
+`left`ᵀ (z′ − b) = `left`ᵀ W V y.
 """
 
 from __future__ import annotations
@@ -16,10 +18,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import linalg
 
-from rgap.equations.complement import RangeComplement, complement
+from rgap.equations.complement import RangeComplement, complement, weak_subspace
 from rgap.equations.gradient import blocks, gradient_matrix
 from rgap.equations.limits import DEFAULT_LIMITS, SolverLimits
+from rgap.equations.weights import weight_matrix
+from rgap.linalg import largest_eigenvalue
 from rgap.network.layer import Layer
+
+MAX_PLAIN_CONDITION = 1e4
+"""Condition number of W above which its weak directions are unknowns: in W⁺ z′ they would drown all others."""
+
+WEAK_RATIO = 1e-2
+"""Singular value of a weak direction, relative to the largest."""
 
 SKETCH_COLUMNS = 64
 """Random columns by which the norms of gradient rows are estimated, to a tenth."""
@@ -31,15 +41,19 @@ class PreviousLayer:
 
     Attributes:
         factor: W⁺ of the layer, without groups.
-        left: Orthonormal basis of the left null space of W, (n_z, q).
-        null: Orthonormal basis of the null space of W, (n_x, r).
+        left: Orthonormal basis of the left null space of W, or of A, (n_z, q).
+        null: Basis of the null space of W, and what the weak directions change, (n_x, r).
         order: Entries of x′ by channel and block of M, so that K acts on contiguous rows.
+        gains: `left`ᵀ (z′ − b) for each unknown y, (q, r).
+        strong: A⁺, (n_x, n_z); None where W⁺ is that of the factor.
     """
 
     factor: RangeComplement
     left: NDArray
     null: NDArray
     order: NDArray
+    gains: NDArray
+    strong: NDArray | None = None
 
     @property
     def layer(self) -> Layer:
@@ -51,9 +65,16 @@ class PreviousLayer:
         """The bias of every entry of z′, (n_z,)."""
         return (self.layer.pre_bias() + torch.zeros(self.layer.output_shape).double()).flatten().numpy()
 
+    @property
+    def spare(self) -> int:
+        """Equations of the range of W beyond those that weak directions need."""
+        return max(self.left.shape[1] - self.null.shape[1], 0)
+
     @cached_property
     def pinv(self) -> NDArray:
         """W⁺, (n_x, n_z); only beliefs on gradient rows need it whole."""
+        if self.strong is not None:
+            return self.strong
         return np.ascontiguousarray(self.factor.pseudo_inverse()[self.order])
 
     @cached_property
@@ -64,6 +85,8 @@ class PreviousLayer:
 
     def invert(self, columns: NDArray) -> NDArray:
         """W⁺ of columns, (n_z, k) -> (n_x, k)."""
+        if self.strong is not None:
+            return self.strong @ columns
         images = torch.from_numpy(np.ascontiguousarray(columns.T)).reshape(-1, *self.layer.output_shape)
         return self.factor.lift(images).flatten(1).numpy().T[self.order]
 
@@ -102,21 +125,50 @@ class PreviousLayer:
         return columns.numpy()
 
 
-def previous_factors(layer: Layer, limits: SolverLimits = DEFAULT_LIMITS) -> PreviousLayer | None:
-    """The factors of a layer, made once; None where it has groups, no weight or a rank deficit, or is too large."""
+def previous_factors(
+    layer: Layer, limits: SolverLimits = DEFAULT_LIMITS, weak_ratio: float = WEAK_RATIO
+) -> PreviousLayer | None:
+    """The factors of a layer, made once; None where it has groups, no weight or a rank deficit, or is too large.
+
+    With a `weak_ratio` of 0 they are those of W however ill-conditioned it is.
+    """
     if layer.groups > 1 or layer.is_fixed or max(math.prod(layer.output_shape), layer.unknowns) > limits.max_pinv_side:
         return None
-    return layer.cached("previous_factors", lambda: _factor(layer))
+    return layer.cached(f"previous_factors {weak_ratio}", lambda: _factor(layer, weak_ratio))
 
 
-def _factor(layer: Layer) -> PreviousLayer | None:
+def _factor(layer: Layer, weak_ratio: float) -> PreviousLayer | None:
     found = complement(layer)
     if found is None:
         return None
+    if weak_ratio and found.is_wide and _condition(found) > MAX_PLAIN_CONDITION:
+        return _without_weak(found, weak_ratio)
     order, basis = _order(layer), found.basis.numpy()
     rows, columns = math.prod(layer.output_shape), layer.unknowns
     left, null = (np.zeros((rows, 0)), basis) if rows <= columns else (basis, np.zeros((columns, 0)))
-    return PreviousLayer(found, left, null[order], order)
+    return PreviousLayer(found, left, null[order], order, np.zeros((left.shape[1], null.shape[1])))
+
+
+def _condition(found: RangeComplement) -> float:
+    """Condition number of a W that is not tall."""
+    W, rows = weight_matrix(found.layer), len(found.factor.order)
+    largest = largest_eigenvalue(lambda v: torch.from_numpy(W @ (W.T @ v.numpy())), rows)
+    return math.sqrt(largest * largest_eigenvalue(found.solve, rows))
+
+
+def _without_weak(found: RangeComplement, ratio: float) -> PreviousLayer:
+    """The factors of A: A Aᵀ + U Uᵀ, with U the complement of A's range, has no small eigenvalue."""
+    W, V, order = weight_matrix(found.layer), weak_subspace(found.layer, ratio).basis.numpy(), _order(found.layer)
+    WV = W @ V
+    U = np.linalg.qr(found.factor.solve(WV[:, found.basis.shape[1] :]))[0]
+    gram = (W @ W.T).toarray() - WV @ WV.T
+    factor = linalg.lapack.dpotrf(gram + np.trace(gram) / len(gram) * (U @ U.T), lower=1)[0]
+    lower = np.tril(linalg.lapack.dpotri(factor, lower=1)[0])
+    inverse = lower + np.tril(lower, -1).T
+    inverse -= (inverse @ U) @ U.T
+    strong = W.T @ inverse - V @ (WV.T @ inverse)
+    null = V - strong @ WV
+    return PreviousLayer(found, U, null[order], order, U.T @ WV, np.ascontiguousarray(strong[order]))
 
 
 def _order(layer: Layer) -> NDArray:

@@ -1,9 +1,10 @@
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from cases import ASINH, SECOND, TALL, attack, convs, open_problem, randn
+from cases import ASINH, SECOND, TALL, attack, convs, open_problem, randn, sequential
 from numpy.testing import assert_allclose
 from torch import nn
 
@@ -44,6 +45,14 @@ def test_a_deficient_second_convolution_is_recovered_through_the_first(dtype, bi
     assert not result.candidates[0].open_layers
     assert result.candidates[0].beliefs["2"].shape == (second.iterations, 588)
     assert "layers short of full rank, closed by virtual constraints: '2' by 60" in result.notes
+
+
+@pytest.mark.parametrize("activation", [partial(nn.LeakyReLU, 0.2), nn.Sigmoid, nn.Tanh])
+def test_a_narrow_layer_behind_an_ill_conditioned_one_is_recovered(activation):
+    """LeNet's first layer is square; of the second's 1,200 unknowns 48 are open, and the gradient adds 900."""
+    convolutions = [nn.Conv2d(3, 12, 5, 2, 2), activation(), nn.Conv2d(12, 4, 5, 2, 2), activation()]
+    image, result, psnr, reports = attack(sequential(*convolutions, nn.Flatten(), nn.Linear(100, 1)), 0, 20)
+    assert reports["2"].deficit == 48 and result.verdict == "exact" and psnr > 70
 
 
 def test_the_error_of_a_closed_layer_is_predicted():
@@ -226,7 +235,7 @@ def test_an_input_of_zeros_or_a_prior_without_width_is_refused():
 def test_too_few_equations_end_the_attempt_early():
     problem, x = open_problem(290)
     G, previous = problem.G[:, :, :1, :1], problem.previous
-    hopeless = replace(problem, previous=replace(previous, left=previous.left[:, :4]))
+    hopeless = replace(problem, previous=replace(previous, left=previous.left[:, :4], gains=previous.gains[:4]))
     assert G.size < 290 and not solve_virtual(hopeless).certified
     assert len(x) == 300
 

@@ -50,6 +50,23 @@ def test_lift_undoes_the_layer(layer):
     assert found.bias.shape == z.shape and found.bias.any() == (layer.bias is not None)
 
 
+def test_weak_directions_of_an_ill_conditioned_layer_are_unknowns_with_equations_of_their_own():
+    """Layers of LeNet's kind are square, with condition numbers of 10⁶ and more."""
+    layer = conv_layer(nn.Conv2d(3, 12, 5, 2, 2), 16, 16, seed=0)
+    W, found, x = dense(layer), previous_factors(layer), randn(layer.unknowns).numpy()
+    sigmas = np.linalg.svd(W, compute_uv=False)
+    assert sigmas[0] / sigmas[-1] > 1e4 and found.spare == 0
+    assert found.null.shape[1] == found.left.shape[1] >= (sigmas < 5e-3 * sigmas[0]).sum() > 0
+    assert np.linalg.norm(found.pinv, 2) < 3 / (1e-2 * sigmas[0])
+    z = W @ x + found.bias
+    y = np.linalg.lstsq(found.null, x[found.order] - found.pinv @ (z - found.bias), rcond=None)[0]
+    assert_allclose(found.left.T @ (z - found.bias), found.gains @ y, atol=1e-9)
+    assert_allclose(found.lift(z, y), x, atol=1e-9)
+    assert_allclose(found.invert(z[:, None] - found.bias[:, None]), found.pinv @ (z - found.bias)[:, None], atol=1e-9)
+    plain = previous_factors(layer, weak_ratio=0)
+    assert plain.left.shape[1] == plain.null.shape[1] == 0 and np.linalg.norm(plain.pinv, 2) > 1e3 / sigmas[0]
+
+
 @pytest.mark.parametrize("channels", [slice(None), slice(1, 3)])
 def test_gradient_rows_are_the_gradient_by_the_weights(layer, channels):
     found, dz = previous_factors(layer), randn(*layer.output_shape, seed=1)
