@@ -320,14 +320,15 @@ def _weak_directions(
         guess *= 2
 
 
+def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors; of a large matrix of zeros, which no equation makes, LAPACK's would take seconds too."""
+    return torch.linalg.eigh(gram) if gram.any() else (gram[0], torch.eye(len(gram), dtype=gram.dtype))
+
+
 def _by_decomposition(normal: _Normal, device: torch.device | str = "cpu") -> LeastSquares:
     """By every singular direction: from AᵀA, which holds σ down to 1e-8 of the largest, or from A below that."""
     if normal.rcond >= GRAM_RESOLUTION:
-        gram = normal.gram().to(device)
-        if gram.any():
-            values, V = (t.cpu() for t in torch.linalg.eigh(gram))
-        else:  # no equation at all: a large matrix of zeros takes seconds too
-            values, V = torch.zeros(len(gram), dtype=gram.dtype), torch.eye(len(gram), dtype=gram.dtype)
+        values, V = (t.cpu() for t in _eigen(normal.gram().to(device)))
         S, V = values.clamp(min=0).sqrt().flip(0), V.flip(1)
     else:
         A = torch.cat([normal.A.matrix(), torch.diag(normal.damping)[normal.damping > 0]])
