@@ -51,7 +51,7 @@ def test_a_deficient_second_convolution_is_recovered_through_the_first(dtype, bi
 def test_a_narrow_layer_behind_an_ill_conditioned_one_is_recovered(activation):
     """LeNet's first layer is square; of the second's 1,200 unknowns 48 are open, and the gradient adds 900."""
     convolutions = [nn.Conv2d(3, 12, 5, 2, 2), activation(), nn.Conv2d(12, 4, 5, 2, 2), activation()]
-    image, result, psnr, reports = attack(sequential(*convolutions, nn.Flatten(), nn.Linear(100, 1)), 0, 20)
+    _, result, psnr, reports = attack(sequential(*convolutions, nn.Flatten(), nn.Linear(100, 1)), 0, 20)
     assert reports["2"].deficit == 48 and result.verdict == "exact" and psnr > 70
 
 
