@@ -1,4 +1,6 @@
 import dataclasses
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,11 +48,13 @@ def test_the_jacobian_counts_what_the_shared_gradient_does_not_tell():
 
 @pytest.mark.slow
 def test_a_network_of_the_zoo_is_analysed_in_a_process_of_its_own(monkeypatch):
-    monkeypatch.setattr(experiment, "ZOO_SHAPE", (3, 64, 64))
     row = experiment._analyse_one("squeezenet1_1")
     assert row["ok"] and row["verdict"] in ("leaks", "stops", "unknown") and row["why"].startswith(row["verdict"])
     assert 0 < row["seconds"] < 20 and 0 < row["gigabytes"] < 4
-    monkeypatch.setattr(experiment, "MAX_ZOO_GIGABYTES", 0.01)
+    large = json.dumps({"seconds": 1.0, "sentence": row["why"], "gigabytes": 5.0})
+    answers = [SimpleNamespace(returncode=0, stdout=f"a warning\n{large}\n"),
+               SimpleNamespace(returncode=1, stderr="Traceback\nAttributeError: no_such_network\n")]  # fmt: skip
+    monkeypatch.setattr(experiment.subprocess, "run", lambda *_, **__: answers.pop(0))
     assert not experiment._analyse_one("squeezenet1_1")["ok"]
     failed = experiment._analyse_one("no_such_network")
     assert failed["verdict"] == "error" and not failed["ok"] and "no_such_network" in failed["why"]

@@ -10,9 +10,9 @@ from rgap.models import cnn6_batch
 
 @pytest.mark.slow
 def test_no_batch_through_random_convolutions_has_a_false_certificate():
-    table = experiment.sample_conv_batches(8, seed=1)
+    table = experiment.sample_conv_batches(4, seed=1)
     assert table["ok"].all(), table[~table["ok"]].to_string()
-    assert table["beyond"].sum() == 4 and (table.loc[table["beyond"], "verdict"] != "exact").all()
+    assert table["beyond"].sum() == 2 and (table.loc[table["beyond"], "verdict"] != "exact").all()
     assert (table["verdict"] == "exact").any()
 
 

@@ -102,9 +102,9 @@ def test_soundness_runs_each_optimiser_on_its_own_network_and_infers_the_label()
 
 @pytest.mark.slow
 def test_the_optimisers_are_sound():
-    images, labels = rgap.data.load_images("embedded", count=5)
-    runs, _ = experiment.soundness(images, labels, {"DLG": 800, "Inverting Gradients": 400})
-    assert ((runs["psnr_db"] >= 25).groupby(runs["method"]).sum() >= 4).all(), runs
+    images, labels = rgap.data.load_images("embedded", count=2)  # five in notebook 04
+    runs, _ = experiment.soundness(images, labels, {"DLG": 600, "Inverting Gradients": 150})
+    assert (runs["psnr_db"] >= 25).all(), runs
 
 
 def test_a_dask_cluster_of_two_workers_does_the_same_work(monkeypatch):

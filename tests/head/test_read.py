@@ -56,9 +56,9 @@ def test_every_label_of_three_or_more_classes_is_inferred(case):
 
 
 @pytest.mark.slow
-def test_a_thousand_labels_are_inferred():
+def test_hundreds_of_labels_are_inferred():
     right = total = 0
-    for seed in range(45):
+    for seed in range(15):
         model, image = last_layer(12, 20, False, seed), rand(1, 1, 1, 20, seed=seed)
         for loss in ("cross_entropy", "mse"):
             chain = rgap.prepare(model, (1, 1, 20))
@@ -67,7 +67,7 @@ def test_a_thousand_labels_are_inferred():
                 found = read_head(loss, chain.layers[-1], receive(chain, gradients))
                 right += {h.label for h in found.hypotheses} == {label}
                 total += 1
-    assert (right, total) == (1080, 1080)
+    assert (right, total) == (360, 360)
 
 
 @settings(drawn, max_examples=40)
