@@ -32,30 +32,11 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "Candidate",
-    "Chain",
-    "GradientMismatchError",
-    "LargestBatch",
-    "Layer",
-    "LayerRank",
-    "LayerReport",
-    "RankAnalysis",
-    "Reconstruction",
-    "UnsupportedLayerError",
-    "__version__",
-    "artifact",
-    "baselines",
-    "client",
-    "client_gradients",
-    "data",
-    "largest_batch",
-    "metrics",
-    "models",
-    "prepare",
-    "rank_analysis",
-    "reconstruct",
+    "Candidate", "Chain", "GradientMismatchError", "LargestBatch", "Layer", "LayerRank", "LayerReport",
+    "RankAnalysis", "Reconstruction", "UnsupportedLayerError", "__version__", "artifact", "baselines", "client",
+    "client_gradients", "data", "largest_batch", "metrics", "models", "prepare", "rank_analysis", "reconstruct",
     "reconstruct_update",
-]
+]  # fmt: skip
 
 _MODULES = {
     "rgap.attack.local_steps": ("reconstruct_update",),
@@ -65,15 +46,10 @@ _MODULES = {
     "rgap.ranks.analysis": ("rank_analysis",),
     "rgap.ranks.largest_batch": ("LargestBatch", "largest_batch"),
     "rgap.results": (
-        "Candidate",
-        "GradientMismatchError",
-        "LayerRank",
-        "LayerReport",
-        "RankAnalysis",
-        "Reconstruction",
+        "Candidate", "GradientMismatchError", "LayerRank", "LayerReport", "RankAnalysis", "Reconstruction",
         "UnsupportedLayerError",
     ),
-}
+}  # fmt: skip
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 

@@ -21,23 +21,10 @@ if TYPE_CHECKING:
     from rgap.artifact.summary import print_report
 
 __all__ = [
-    "CLAIMS",
-    "COLUMNS",
-    "ROOT",
-    "check_claim",
-    "expected_outputs",
-    "figures_dir",
-    "forget_claims",
-    "print_report",
-    "profile",
-    "read_claims",
-    "report",
-    "run_alone",
-    "save_figure",
-    "save_table",
-    "usual_seconds",
+    "CLAIMS", "COLUMNS", "ROOT", "check_claim", "expected_outputs", "figures_dir", "forget_claims", "print_report",
+    "profile", "read_claims", "report", "run_alone", "save_figure", "save_table", "usual_seconds",
     "write_atomically",
-]
+]  # fmt: skip
 
 
 HOW = "the extra `artifact` brings it: pip install '.[artifact]' in a checkout of this repository"

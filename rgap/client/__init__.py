@@ -15,25 +15,8 @@ from rgap.client.losses import (
 from rgap.client.updates import LocalTraining, UpdateGradients, gradients_from_update, mean_gradients
 
 __all__ = [
-    "LOSSES",
-    "LOSS_OUTPUTS",
-    "LocalTraining",
-    "UpdateGradients",
-    "check_label",
-    "check_loss",
-    "check_smoothing",
-    "client_gradients",
-    "clip_and_noise",
-    "epsilon",
-    "gaussian_noise",
-    "gradients_from_update",
-    "gradients_of",
-    "load_gradients",
-    "loss_value",
-    "mean_gradients",
-    "outputs_fit",
-    "prune",
-    "quantise",
-    "save_gradients",
+    "LOSSES", "LOSS_OUTPUTS", "LocalTraining", "UpdateGradients", "check_label", "check_loss", "check_smoothing",
+    "client_gradients", "clip_and_noise", "epsilon", "gaussian_noise", "gradients_from_update", "gradients_of",
+    "load_gradients", "loss_value", "mean_gradients", "outputs_fit", "prune", "quantise", "save_gradients",
     "unflatten",
-]
+]  # fmt: skip

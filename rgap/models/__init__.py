@@ -14,21 +14,9 @@ from rgap.models.chains import LEAKY_SLOPE, cnn6, cnn6_batch, cnn6_d, fcn3, lene
 from rgap.models.residual import RESNET18_BLOCKS, ResidualBlock, resnet, resnet18
 
 __all__ = [
-    "ANALYSIS_SHAPES",
-    "IMAGE_SHAPES",
-    "LEAKY_SLOPE",
-    "RESNET18_BLOCKS",
-    "ResidualBlock",
-    "cnn6",
-    "cnn6_batch",
-    "cnn6_d",
-    "fcn3",
-    "lenet",
-    "load_model",
-    "resnet",
-    "resnet18",
-    "trained_names",
-]
+    "ANALYSIS_SHAPES", "IMAGE_SHAPES", "LEAKY_SLOPE", "RESNET18_BLOCKS", "ResidualBlock", "cnn6", "cnn6_batch",
+    "cnn6_d", "fcn3", "lenet", "load_model", "resnet", "resnet18", "trained_names",
+]  # fmt: skip
 
 IMAGE_SHAPES = dict.fromkeys(("cnn6", "cnn6_d", "cnn6_batch", "fcn3", "lenet"), (3, 32, 32)) | {"fcn3": (1, 28, 28)}
 """Model name -> the image shape (C, H, W) that it takes, of the models that `rgap.reconstruct` attacks."""

@@ -17,18 +17,7 @@ from rgap.results.reconstruction import (
 )
 
 __all__ = [
-    "MAX_CERTIFIED_ERROR",
-    "VERDICTS",
-    "Candidate",
-    "GradientMismatchError",
-    "LayerRank",
-    "LayerReport",
-    "PixelRange",
-    "RankAnalysis",
-    "Reconstruction",
-    "UnsupportedLayerError",
-    "certified_psnr_db",
-    "noise_limit",
-    "reports_frame",
-    "with_accuracy",
-]
+    "MAX_CERTIFIED_ERROR", "VERDICTS", "Candidate", "GradientMismatchError", "LayerRank", "LayerReport",
+    "PixelRange", "RankAnalysis", "Reconstruction", "UnsupportedLayerError", "certified_psnr_db", "noise_limit",
+    "reports_frame", "with_accuracy",
+]  # fmt: skip
