@@ -51,16 +51,10 @@ class BlindSolution:
 
 
 def solve_blind(
-    G: Tensor,
-    image: tuple[int, int],
-    *,
-    padding: int | tuple[int, int, int, int] = 0,
-    stride: int | tuple[int, int] = 1,
-    dilation: int | tuple[int, int] = 1,
-    sum_dz: Tensor | None = None,
-    noise_std: Tensor | float | None = None,
-    sum_noise_std: Tensor | float | None = None,
-) -> BlindSolution:
+    G: Tensor, image: tuple[int, int], *, padding: int | tuple[int, int, int, int] = 0,
+    stride: int | tuple[int, int] = 1, dilation: int | tuple[int, int] = 1, sum_dz: Tensor | None = None,
+    noise_std: Tensor | float | None = None, sum_noise_std: Tensor | float | None = None,
+) -> BlindSolution:  # fmt: skip
     """Recovers the input and the output gradient of a convolution from its weight's gradient alone.
 
     For one image: behind a batch the matrices have a multiple of the rank, which is found and refused.

@@ -28,20 +28,11 @@ NOISE_RESIDUAL_FACTOR = 5.0  # times its predicted error by which an image may l
 
 
 def reconstruct_residual(
-    network: ResidualNetwork,
-    gradients: Sequence[Tensor] | Mapping[str, Tensor],
-    loss: str = "cross_entropy",
-    *,
-    batch_size: int | None = 1,
-    labels: Tensor | Sequence[int] | None = None,
-    pixel_range: tuple[float, float] = (0.0, 1.0),
-    rcond: float | None = None,
-    noise_std: float | None = None,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    gradient_scale: float | None = None,
-    label_smoothing: float | None = None,
-) -> Reconstruction:
+    network: ResidualNetwork, gradients: Sequence[Tensor] | Mapping[str, Tensor], loss: str = "cross_entropy", *,
+    batch_size: int | None = 1, labels: Tensor | Sequence[int] | None = None, seed: int = 0,
+    pixel_range: tuple[float, float] = (0.0, 1.0), rcond: float | None = None, noise_std: float | None = None,
+    device: torch.device | str | None = None, gradient_scale: float | None = None, label_smoothing: float | None = None,
+) -> Reconstruction:  # fmt: skip
     """Computes an image back from the gradient of a network with branches or pooling (ours).
 
     A blind layer is solved from its own gradient, blocks are walked down by gradient equations, and what lies below the

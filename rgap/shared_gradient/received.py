@@ -101,13 +101,9 @@ def standard_normal(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
 
 
 def receive(
-    chain: Chain,
-    gradients: Sequence[Tensor] | Mapping[str, Tensor],
-    rcond: float | None = None,
-    noise_std: float | None = None,
-    *,
-    any_scale: bool = False,
-) -> SharedGradient:
+    chain: Chain, gradients: Sequence[Tensor] | Mapping[str, Tensor], rcond: float | None = None,
+    noise_std: float | None = None, *, any_scale: bool = False,
+) -> SharedGradient:  # fmt: skip
     """Checks the gradients against the network and finds which are there, and how precise they are.
 
     What a client does not share (the gradient of a frozen parameter) may be None in a list, absent from a mapping or
@@ -130,15 +126,9 @@ def receive(
 
 
 def receive_gradients(
-    parameters: Mapping[str, Tensor],
-    gradients: Sequence[Tensor] | Mapping[str, Tensor],
-    rcond: float | None = None,
-    noise_std: float | None = None,
-    *,
-    has_zeros: bool = True,
-    model: nn.Module | None = None,
-    any_scale: bool = False,
-) -> SharedGradient:
+    parameters: Mapping[str, Tensor], gradients: Sequence[Tensor] | Mapping[str, Tensor], rcond: float | None = None,
+    noise_std: float | None = None, *, has_zeros: bool = True, model: nn.Module | None = None, any_scale: bool = False,
+) -> SharedGradient:  # fmt: skip
     """The same for the named parameters of any network, whatever its last layer.
 
     Gradients of `any_scale` are brought to one in which squares of their entries neither overflow nor vanish, others

@@ -25,12 +25,9 @@ PRUNING_GAP = 10.0  # smallest magnitude left, over the one expected of so many 
 
 
 def entry_noise(
-    gradients: Mapping[str, Tensor],
-    noise_std: Mapping[str, float] | None = None,
-    *,
-    has_zeros: bool = True,
-    coarse: bool = False,
-) -> dict[str, Tensor]:
+    gradients: Mapping[str, Tensor], noise_std: Mapping[str, float] | None = None, *,
+    has_zeros: bool = True, coarse: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
     """Standard deviation of the error of every entry, as far as the values themselves show it, by parameter name.
 
     The coarsest rounding that leaves every entry unchanged is the float format; int8 shows by its grid, and pruning by

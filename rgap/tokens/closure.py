@@ -53,13 +53,11 @@ def close_by_gradient(
         mine = gradients(P)
         return [((mine[n] - shared[n]) / sizes[n]).flatten()[entries] for n, entries in drawn.items()]
 
+    steps_of_C = DIFFERENCE_STEP * torch.eye(unknowns, dtype=null.dtype).reshape(-1, null.shape[1], patches.shape[1])
     now, steps, spread = miss(patches), 0, torch.inf
     while steps < MAX_STEPS:
         base = torch.cat(now)
-        directions = (DIFFERENCE_STEP * torch.eye(unknowns, dtype=null.dtype)).reshape(
-            -1, *null.shape[1:], patches.shape[1]
-        )
-        J = torch.stack([(torch.cat(miss(patches + null @ C)) - base) / DIFFERENCE_STEP for C in directions], 1)
+        J = torch.stack([(torch.cat(miss(patches + null @ C)) - base) / DIFFERENCE_STEP for C in steps_of_C], 1)
         sigmas = torch.linalg.svdvals(J)
         if not sigmas[-1] > MIN_SIGMA_RATIO * sigmas[0]:
             return None

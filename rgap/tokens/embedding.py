@@ -78,10 +78,8 @@ def recognise(model: nn.Module, image_shape: tuple[int, int, int]) -> PatchEmbed
     pixels = _pixels(model, tuple(image_shape), name)
     found = PatchEmbedding(model, name, weight_name, bias_name, *watch.position, tuple(image_shape), *pixels)
     if unread := int((found.readings == 0).sum()):
-        raise UnsupportedLayerError(
-            f"{name!r} reads no patch with {unread} of the pixels of {tuple(image_shape)}; give an image_shape that "
-            "its patches cover"
-        )
+        shape = f"{unread} of the pixels of {tuple(image_shape)}; give an image_shape that its patches cover"
+        raise UnsupportedLayerError(f"{name!r} reads no patch with {shape}")
     return found
 
 
@@ -108,11 +106,8 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.values, self.trainable, self.only_patches = values, trainable, only_patches
         self.embedding: _Embedding | None = None
-        self.output: Tensor | None = None
         self.position: tuple[str, Tensor] | None = None
-        self.frozen: str | None = None
-        self.attention = False
-        self.additions = 0
+        self.output, self.frozen, self.attention, self.additions = None, None, False, 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Runs the function as it is; of the patch embedding's output the graph begins anew."""
@@ -178,9 +173,8 @@ def _run(model: nn.Module, image_shape: tuple[int, ...], image: Tensor, only_pat
     except _FoundError:
         pass
     except Exception as error:
-        raise ValueError(
-            f"image_shape {tuple(image_shape)} does not fit {type(model).__name__}: {str(error).partition(chr(10))[0]}"
-        ) from error
+        what, reason = f"image_shape {tuple(image_shape)}", str(error).partition("\n")[0]
+        raise ValueError(f"{what} does not fit {type(model).__name__}: {reason}") from error
     return watch
 
 

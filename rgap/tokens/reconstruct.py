@@ -41,20 +41,11 @@ NOISE_RESIDUAL_FACTOR = 5.0  # times its predicted error by which an image may l
 
 
 def reconstruct_tokens(
-    embedding: PatchEmbedding,
-    gradients: Sequence[Tensor] | Mapping[str, Tensor],
-    loss: str = "cross_entropy",
-    *,
-    batch_size: int | None = 1,
-    labels: Tensor | Sequence[int] | None = None,
-    virtual_constraints: bool = True,
-    pixel_range: tuple[float, float] = (0.0, 1.0),
-    rcond: float | None = None,
-    noise_std: float | None = None,
-    device: torch.device | str | None = None,
-    gradient_scale: float | None = None,
-    label_smoothing: float | None = None,
-) -> Reconstruction:
+    embedding: PatchEmbedding, gradients: Sequence[Tensor] | Mapping[str, Tensor], loss: str = "cross_entropy", *,
+    batch_size: int | None = 1, labels: Tensor | Sequence[int] | None = None, virtual_constraints: bool = True,
+    pixel_range: tuple[float, float] = (0.0, 1.0), rcond: float | None = None, noise_std: float | None = None,
+    device: torch.device | str | None = None, gradient_scale: float | None = None, label_smoothing: float | None = None,
+) -> Reconstruction:  # fmt: skip
     """Computes an image back from the gradient of a transformer with learned position embeddings (ours).
 
     The gradient of the position embedding is that of every token, and with it the gradient of the patch embedding is

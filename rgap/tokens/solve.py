@@ -83,17 +83,10 @@ def solve_patches(system: PatchSystem, precision: float, rcond: float | None = N
     excess = (miss.square().sum().item() / expected) ** 0.5 if measured else None
     ratios = (S / S[0]).tolist()
     null = torch.linalg.qr(torch.cat([Vh[:rank].T * scales, torch.eye(count, dtype=S.dtype)], 1))[0][:, rank:count]
-    return PatchSolution(
-        patches,
-        rank,
-        null,
-        1 / ratios[rank - 1],
-        ratios[rank - 1],
-        ratios[rank] if rank < len(ratios) else (0.0 if rank < count else None),
-        (miss.norm() / system.G.norm()).item(),
-        (pseudo_inverse.square() @ variance).sqrt() * (1.0 if excess is None else excess),
-        excess,
-    )
+    below = ratios[rank] if rank < len(ratios) else (0.0 if rank < count else None)
+    residual = (miss.norm() / system.G.norm()).item()
+    std = (pseudo_inverse.square() @ variance).sqrt() * (1.0 if excess is None else excess)
+    return PatchSolution(patches, rank, null, 1 / ratios[rank - 1], ratios[rank - 1], below, residual, std, excess)
 
 
 @dataclass(frozen=True)
@@ -163,9 +156,8 @@ def regularised_patches(system: PatchSystem, prior: PatchPrior, excess: float = 
     kappa = kappa.clamp(min=1e-12)
     Y = ((system.G - delta.T @ prior.mean) / unit) @ basis
     squares = ((prior.mean / unit) @ basis).square() + size**2 * kappa
-    noise = (excess**2 * (system.G_std / unit).square().mean() + (kept * delta_variance * squares).sum(0)).clamp(
-        min=1e-300
-    )
+    noise = excess**2 * (system.G_std / unit).square().mean() + (kept * delta_variance * squares).sum(0)
+    noise = noise.clamp(min=1e-300)
     Q, variance = torch.empty_like(prior.mean), 0.0
     means = (basis.T @ prior.channels).square().sum(1) > 0.5  # columns that are a patch's mean in its channels
     for columns, correlation in ((means, prior.tokens), (~means, torch.eye(len(delta), dtype=kappa.dtype))):
