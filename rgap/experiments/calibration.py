@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from rgap import client
 from rgap.artifact.outputs import ROOT, save_csv
 from rgap.attack.reconstruct import reconstruct
-from rgap.client import LOSSES, client_gradients
-from rgap.experiments.common import progress, seeded
-from rgap.experiments.noise import root_mean_square
-from rgap.experiments.random_networks import ACTIVATIONS
+from rgap.experiments.clients import (
+    ALL_CLIENTS,
+    CLIENTS,
+    FACTOR_CLIENTS,
+    OUTSIDE,
+    Case,
+    Shared,
+    random_case,
+    real_case,
+)  # fmt: skip
+from rgap.experiments.common import progress
 from rgap.experiments.real_networks import RECOVERED_DB
 from rgap.metrics import psnr_db
 from rgap.results import GradientMismatchError, Reconstruction
@@ -39,127 +42,11 @@ ASSERTED_SHARE = 0.7
 ERROR_BINS = (0.0, 1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, math.inf)
 """Edges of the bins of predicted errors, in widths of the pixel range."""
 
-
 VERIFIED = ROOT / "notebooks" / "verified"
 """Where the tables of long runs are committed."""
 
-
-@dataclass(frozen=True)
-class Case:
-    """A network, an image and what the client does with them.
-
-    Attributes:
-        model: In eval mode and the client's dtype.
-        images: Of the batch, (B, C, H, W).
-        labels: (B,).
-        loss: A name in `rgap.client.LOSSES`.
-        rng: For what is drawn on the way.
-    """
-
-    model: nn.Module
-    images: Tensor
-    labels: Tensor
-    loss: str
-    rng: np.random.Generator
-
-    def gradients(self, model: nn.Module | None = None) -> list[Tensor]:
-        """The gradient of the mean loss, of this network or a changed one."""
-        model = model or self.model
-        dtype = next(model.parameters()).dtype
-        return client_gradients(model, self.images.to(dtype), self.labels, self.loss)
-
-    def log_uniform(self, low: float, high: float) -> float:
-        """A number drawn uniformly on a logarithmic scale."""
-        return float(np.exp(self.rng.uniform(math.log(low), math.log(high))))
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What a client shares.
-
-    Attributes:
-        gradients: One tensor for each parameter.
-        told: Options of `rgap.reconstruct` with what the attack is told.
-        second: Another image in the gradient, (1, C, H, W): where the network is linear between the two, a mean of them
-            has this very gradient, and counts as right.
-    """
-
-    gradients: Sequence[Tensor]
-    told: Mapping[str, float] = field(default_factory=dict)
-    second: Tensor | None = None
-
-
-def _rounded(name: str) -> Callable[[Case], Shared]:
-    return lambda case: Shared(client.quantise(case.gradients(), name))
-
-
-def _half(case: Case) -> Shared:
-    return Shared(
-        case.gradients(copy.deepcopy(case.model).to(torch.bfloat16 if case.rng.random() < 0.5 else torch.half))
-    )
-
-
-def _pruned(case: Case) -> Shared:
-    return Shared(client.prune(case.gradients(), case.rng.uniform(0.01, 0.3)))
-
-
-def _noisy(case: Case, declared: bool = False) -> Shared:
-    gradients = case.gradients()
-    std = root_mean_square(gradients) * case.log_uniform(1e-7, 1e-2)
-    noisy = client.gaussian_noise(gradients, std, int(case.rng.integers(2**31)))
-    return Shared(noisy, {"noise_std": std} if declared else {})
-
-
-def _tampered(case: Case) -> Shared:
-    gradients = case.gradients()
-    if case.rng.random() < 0.5:
-        gradients = client.quantise(gradients, "float16")
-    which = int(case.rng.integers(len(gradients)))
-    gradients[which] = gradients[which] * (1 + case.log_uniform(1e-3, 0.3))
-    return Shared(gradients)
-
-
-def _averaged(case: Case) -> Shared:
-    """Two images of one class as one."""
-    other = _image(case.rng, case.images.shape[1:])
-    second = torch.lerp(other, case.images, float(case.rng.choice([0.0, 0.5, 0.9, 0.99])))
-    both = replace(case, images=torch.cat([case.images, second]), labels=case.labels.repeat(2))
-    gradients = both.gradients()
-    gradients = client.quantise(gradients, "float16") if case.rng.random() < 0.3 else gradients
-    return Shared(gradients, second=second)
-
-
-def _outdated(case: Case) -> Shared:
-    """The client's weights differ a little from those that the attack is given."""
-    size, model = case.log_uniform(1e-6, 1e-2), copy.deepcopy(case.model)
-    with seeded(int(case.rng.integers(2**31))), torch.no_grad():
-        for p in model.parameters():
-            p.add_(size * p.square().mean().sqrt() * torch.randn_like(p))
-    return Shared(case.gradients(model))
-
-
-def _autocast(case: Case) -> Shared:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = case.model(case.images.to(next(case.model.parameters()).dtype))
-    loss = client.loss_value(case.loss, outputs.float(), case.labels)
-    return Shared(torch.autograd.grad(loss, list(case.model.parameters())))
-
-
-CLIENTS: dict[str, Callable[[Case], Shared]] = {
-    "clean": lambda case: Shared(case.gradients()),
-    "float16": _rounded("float16"),
-    "bfloat16": _rounded("bfloat16"),
-    "computed in 16 bits": _half,
-    "int8": _rounded("int8"),
-    "pruned": _pruned,
-    "noise": _noisy,
-    "noise, declared": partial(_noisy, declared=True),
-    "one tensor scaled": _tampered,
-    "two images as one": _averaged,
-    "other weights": _outdated,
-    "autocast": _autocast,
-}
-"""Name -> what such a client shares, and what the attack is told of it."""
+REAL_NETWORK_SHARE = 0.1
+"""Share of the attacks on LeNet and embedded images; the others are on small random networks."""
 
 
 def sample_calibration(count: int = 200, seed: int = 0) -> pd.DataFrame:
@@ -169,31 +56,52 @@ def sample_calibration(count: int = 200, seed: int = 0) -> pd.DataFrame:
     predicted error and by more than `SAFE_DB` allows. Where the verdict is "ambiguous", the best candidate counts.
     Columns: case, client, dtype, verdict, psnr_db, rmse, predicted, certified_psnr_db, ok, why.
     """
-    return pd.DataFrame([_attacked(seed, number) for number in progress(range(count), "calibration")])
+    rows = []
+    for number in progress(range(count), "calibration"):
+        rng = np.random.default_rng([seed, number, 16])
+        name, case = list(CLIENTS)[number % len(CLIENTS)], random_case(rng)
+        dtype = str(next(case.model.parameters()).dtype).removeprefix("torch.")
+        row, result = _attacked(case, CLIENTS[name], lambda rng=rng: rng.random() < ASSERTED_SHARE)
+        row |= {"certified_psnr_db": result.certified_psnr_db if result else None}
+        names = [type(module).__name__ for module in case.model if not isinstance(module, nn.Flatten)]
+        what = ", ".join([*names, case.loss])
+        rows.append({"case": f"{seed}/{number}: {what}", "client": name, "dtype": dtype, **row})
+    return pd.DataFrame(rows)
 
 
-def _attacked(seed: int, number: int) -> dict:
-    rng = np.random.default_rng([seed, number, 16])
-    name = list(CLIENTS)[number % len(CLIENTS)]
-    case = random_case(rng)
-    dtype = str(next(case.model.parameters()).dtype).removeprefix("torch.")
-    row = {"case": f"{seed}/{number}: {_kinds(case)}", "client": name, "dtype": dtype, "verdict": "no gradient"}
-    row |= {
-        "psnr_db": math.nan,
-        "rmse": math.nan,
-        "predicted": math.nan,
-        "certified_psnr_db": None,
-        "ok": True,
-        "why": "",
-    }
+def sample_clients(count: int = 520, seed: int = 0) -> pd.DataFrame:
+    """Attacks gradients of clients of every kind; the attack is told nothing.
+
+    Columns: case, client, verdict, psnr_db, rmse, predicted, gradient_scale, identifiable (whether the last layer
+    determines the factor: the brightness is not called open), ok (as in `sample_calibration`), why.
+    """
+    rows = []
+    for number in progress(range(count), "clients"):
+        rng = np.random.default_rng([seed, number, 27])
+        name = list(ALL_CLIENTS)[number % len(ALL_CLIENTS)]
+        case = real_case(rng) if rng.random() < REAL_NETWORK_SHARE else random_case(rng)
+        if name == OUTSIDE:
+            case = replace(case, images=(case.images - 0.45) / 0.25)
+        row, result = _attacked(case, ALL_CLIENTS[name])
+        scale = result.gradient_scale if result else None
+        row |= {"gradient_scale": scale, "identifiable": scale is not None}
+        kind = f"{case.loss}, {'biased' if any(p.ndim == 1 for p in case.model.parameters()) else 'bias-free'}"
+        rows.append({"case": f"{seed}/{number}: {kind}", "client": name, **row})
+    return pd.DataFrame(rows)
+
+
+def _attacked(
+    case: Case, share: Callable[[Case], Shared], asserts: Callable[[], bool] = lambda: False
+) -> tuple[dict, Reconstruction | None]:
+    """What came of a client's gradient; `asserts`: whether the attack is told that the loss was not scaled."""
     try:
-        shared = CLIENTS[name](case)
-        told = dict(shared.told) | ({"gradient_scale": 1.0} if rng.random() < ASSERTED_SHARE else {})
+        shared = share(case)
+        told = {**shared.told, **({"gradient_scale": 1.0} if asserts() else {})}
         result = reconstruct(case.model, shared.gradients, tuple(case.images.shape[1:]), case.loss, **told)
     except GradientMismatchError as refusal:
-        return row | {"why": str(refusal)}
-    certified = {"verdict": result.verdict, "certified_psnr_db": result.certified_psnr_db}
-    return row | certified | attack_outcome(result, case.images, shared.second)
+        nothing = dict.fromkeys(("psnr_db", "rmse", "predicted"), math.nan)
+        return {"verdict": "no gradient", **nothing, "ok": True, "why": str(refusal)}, None
+    return {"verdict": result.verdict, **attack_outcome(result, case.images, shared.second)}, result
 
 
 def attack_outcome(result: Reconstruction, image: Tensor, second: Tensor | None = None) -> dict:
@@ -222,51 +130,6 @@ def _nearest(found: Tensor, image: Tensor, second: Tensor | None) -> Tensor:
 
 def _flat(image: Tensor) -> Tensor:
     return image.double().reshape(1, 1, 1, -1)
-
-
-def random_case(rng: np.random.Generator) -> Case:
-    """A network of one to four layers on 36 to 300 pixels, an image, and a label."""
-    shape = (int(rng.choice([1, 3])), int(rng.integers(6, 11)), int(rng.integers(6, 11)))
-    loss = str(rng.choice(LOSSES))
-    outputs = {"logistic": 1, "cross_entropy": int(rng.integers(2, 8)), "mse": int(rng.integers(1, 5))}[loss]
-    with seeded(int(rng.integers(2**31))):
-        model = _network(rng, shape, outputs).to(torch.float64 if rng.random() < 0.2 else torch.float32).eval()
-    with torch.no_grad():
-        list(model.parameters())[-1 if rng.random() < 0.5 else 0].mul_(float(rng.choice([1.0, 1.0, 3.0, 10.0])))
-    labels = torch.tensor([int(rng.integers(max(2, outputs)))])
-    return Case(model, _image(rng, shape), labels, loss, rng)
-
-
-def _network(rng: np.random.Generator, shape: Sequence[int], outputs: int) -> nn.Module:
-    name, bias = str(rng.choice(list(ACTIVATIONS))), bool(rng.integers(2))
-    name = name if rng.random() < 0.6 else "LeakyReLU"
-    channels, modules, size = shape[0], [], list(shape[1:])
-    for _ in range(int(rng.integers(0, 3))):
-        stride = int(rng.integers(1, 3))
-        wide = min(24, int(1.3 * channels * stride**2) + int(rng.integers(1, 4)))
-        modules += [nn.Conv2d(channels, wide, 3, stride, 1, bias=bias), ACTIVATIONS[name]()]
-        channels, size = wide, [(side - 1) // stride + 1 for side in size]
-    modules.append(nn.Flatten())
-    features = channels * math.prod(size)
-    for _ in range(int(rng.integers(0 if len(modules) > 1 else 1, 3))):
-        modules += [nn.Linear(features, features := int(rng.integers(10, 80)), bias=bias), ACTIVATIONS[name]()]
-    return nn.Sequential(*modules, nn.Linear(features, outputs, bias=bias))
-
-
-def _image(rng: np.random.Generator, shape: Sequence[int]) -> Tensor:
-    """A noise image, a dark one with black pixels, or a smooth one."""
-    pixels = torch.from_numpy(rng.random((1, *shape)))
-    kind = rng.integers(3)
-    if kind == 0:
-        return pixels
-    if kind == 1:
-        return (2 * pixels - 1).clamp(min=0) ** 2
-    return nn.functional.interpolate(pixels[..., :4, :4], shape[1:], mode="bilinear", align_corners=False)
-
-
-def _kinds(case: Case) -> str:
-    names = [type(module).__name__ for module in case.model if not isinstance(module, nn.Flatten)]
-    return ", ".join([*names, case.loss])
 
 
 def calibration_table(attacks: pd.DataFrame) -> pd.DataFrame:
@@ -337,3 +200,22 @@ def read_verified(folder: Path = VERIFIED) -> tuple[pd.DataFrame, pd.DataFrame, 
     """The tables of the committed long run: by predicted error, by client, and the rate of false certificates."""
     bins, clients, rate = (pd.read_csv(folder / f"calibration_{name}.csv") for name in ("bins", "clients", "rate"))
     return bins, clients, rate.iloc[0]
+
+
+def clients_by_kind(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row for each kind of client: attacks, verdicts, wrong certificates, and how many of those found are certified.
+
+    "recovered" counts images above `RECOVERED_DB` dB of identifiable brightness, of clients whose gradient is that of
+    the image but for a factor or smoothing; "certified" is the share of these with the verdict "exact".
+    """
+    honest = [*FACTOR_CLIENTS, "smoothed labels"]
+    found = rows["client"].isin(honest) & rows["identifiable"] & (rows["psnr_db"] > RECOVERED_DB)
+    exact = rows["verdict"] == "exact"
+    table = pd.DataFrame({
+        "client": rows["client"], "attacks": 1, "exact": exact, "ambiguous": rows["verdict"] == "ambiguous",
+        "wrong_exact": ~rows["ok"], "recovered": found, "certified": found & exact,
+    })  # fmt: skip
+    table = table.groupby("client", sort=False).sum().astype(int)
+    table.loc["all"] = table.sum()
+    table["certified_share"] = table["certified"] / table["recovered"].where(table["recovered"] > 0)
+    return table.reset_index()

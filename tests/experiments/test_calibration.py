@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rgap.experiments import calibration
-from rgap.experiments.calibration import CLIENTS, calibration_table, false_rate, random_case, sample_calibration
+from rgap.experiments.calibration import calibration_table, false_rate, sample_calibration
+from rgap.experiments.clients import ALL_CLIENTS, CLIENTS, random_case
 from rgap.results import Candidate, Reconstruction
 
 
@@ -66,3 +67,25 @@ def test_the_rate_of_false_certificates_has_its_clopper_pearson_bound():
     some = pd.concat([attacks(np.ones(98)), attacks([9.0, 9.0], ok=False)])
     assert false_rate(some)["false"] == 2 and 0.02 < false_rate(some)["at_most"] < 0.07
     assert math.isclose(false_rate(attacks([]))["at_most"], 1.0)
+
+
+def test_every_kind_of_client_is_attacked_and_none_certified_wrongly():
+    rows = calibration.sample_clients(26, 3)
+    assert list(rows["client"].unique()) == list(ALL_CLIENTS) and rows["ok"].all()
+    table = calibration.clients_by_kind(rows)
+    assert table["attacks"].tolist() == [2] * 13 + [26] and table["wrong_exact"].sum() == 0
+
+
+def test_the_table_counts_what_was_found_and_certified():
+    rows = pd.DataFrame({
+        "client": ["clipped", "clipped", "clipped", "autocast"],
+        "verdict": ["exact", "inconsistent", "exact", "exact"],
+        "psnr_db": [90.0, 80.0, 20.0, 90.0],
+        "identifiable": [True, True, True, True],
+        "ok": [True, True, False, True],
+    })  # fmt: skip
+    table = calibration.clients_by_kind(rows).set_index("client")
+    counted = table.loc["clipped", ["attacks", "exact", "wrong_exact", "recovered", "certified"]]
+    assert counted.tolist() == [3, 2, 1, 2, 1]
+    assert table.loc["clipped", "certified_share"] == 0.5 and table.loc["autocast", "recovered"] == 0
+    assert table.loc["all", "attacks"] == 4
