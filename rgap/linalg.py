@@ -393,29 +393,30 @@ def conjugate_gradients(
     known more precisely than b is used in its place; the residual is then no number.
     """
 
-    def square(vectors: list[Tensor]) -> Tensor:
-        return sum(v.square().sum() for v in vectors)
+    def square(vectors: list[Tensor]) -> float:
+        return sum(torch.dot(v.flatten(), v.flatten()).item() for v in vectors)
 
     rest = [v.clone() for v in b]
-    s = adjoint(rest) if normal is None else normal
+    s = adjoint(rest) if normal is None else normal.clone()
     x, p = torch.zeros_like(s), s.clone()
-    size = first = s.square().sum()
+    size = first = square([s])
     alphas, betas = [], []
     while len(alphas) < max_iterations and size > tolerance**2 * first:
         q = apply(p)
-        alpha = size / square(q)
-        x += alpha * p
-        for r, change in zip(rest, q, strict=True):
-            r -= alpha * change
+        alpha = size / max(square(q), torch.finfo(x.dtype).tiny)
+        x.add_(p, alpha=alpha)
+        if normal is None:
+            for r, change in zip(rest, q, strict=True):
+                r.sub_(change, alpha=alpha)
         if done(x):
             break
-        s = adjoint(rest) if normal is None else s - alpha * adjoint(q)
-        size, previous = s.square().sum(), size
-        p = s + (size / previous) * p
-        alphas.append(alpha.item())
-        betas.append((size / previous).item())
+        s = adjoint(rest) if normal is None else s.sub_(adjoint(q), alpha=alpha)
+        size, previous = square([s]), size
+        p.mul_(size / previous).add_(s)
+        alphas.append(alpha)
+        betas.append(size / previous)
     total = square(b)
-    residual = (square(rest) / total).sqrt().item() if total > 0 else 0.0
+    residual = (square(rest) / total) ** 0.5 if total > 0 else 0.0
     return Iterated(x, residual, len(alphas), _ritz_condition(np.array(alphas), np.array(betas)))
 
 
