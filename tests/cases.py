@@ -172,6 +172,13 @@ def attack(network, seed=0, size=12, dtype=torch.float32, **options):
     return image, result, psnr, {report.name: report for report in result.layers}
 
 
+def matrix(rows, columns, singular_values, seed=0):
+    """A matrix with those singular values."""
+    count = min(rows, columns)
+    U, V = torch.linalg.qr(randn(rows, count, seed=seed))[0], torch.linalg.qr(randn(columns, count, seed=seed + 1))[0]
+    return U * torch.as_tensor(singular_values, dtype=torch.float64) @ V.T
+
+
 def open_problem(count, activation=None, conv=None, size=8, seed=0, noise=1e-13):
     """x = σ(W x′ + b), of which `count` random directions are open: the `DeficientLayer` and the true x."""
     layer = conv_layer(conv or nn.Conv2d(3, 12, 4, 2, 2, bias=False), size, size, seed)

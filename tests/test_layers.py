@@ -10,7 +10,7 @@ import rgap
 ROOT = Path(rgap.__file__).parent
 
 FLOORS = (
-    "arguments isolation",
+    "arguments isolation krylov",
     "artifact linalg models results",
     "data metrics",
     "network",

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import drawn, randn
+from cases import drawn, matrix, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -11,21 +11,12 @@ from torch.testing import assert_close
 from rgap import linalg as dense
 from rgap.isolation import dense_systems_on
 from rgap.linalg import (
-    conjugate_gradients,
     dense_operator,
     gram_matrix,
-    largest_eigenvalue,
     leading_svd,
     least_squares,
     svd,
 )
-
-
-def matrix(rows, columns, singular_values, seed=0):
-    """A matrix with those singular values."""
-    count = min(rows, columns)
-    U, V = torch.linalg.qr(randn(rows, count, seed=seed))[0], torch.linalg.qr(randn(columns, count, seed=seed + 1))[0]
-    return U * torch.as_tensor(singular_values, dtype=torch.float64) @ V.T
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 4), (3, 9), (0, 3), (3, 0)])
@@ -86,19 +77,6 @@ def test_the_gram_matrix_alone_tells_the_rank_with_and_without_a_gap(rank, gap):
     assert_close(found.y, expected, rtol=0, atol=1e-5)
     if found.null is not None:
         assert (A @ found.null).abs().max() < 1e-7 and found.sigma_min_kept > 1e-5 > found.sigma_max_dropped
-
-
-def test_the_largest_eigenvalue_is_found_from_below():
-    A = matrix(30, 30, np.geomspace(1, 1e-3, 30))
-    assert 0.98 < largest_eigenvalue(lambda v: A.T @ (A @ v), 30) <= 1 + 1e-12
-
-
-def test_conjugate_gradients_give_the_minimum_norm_solution_and_the_condition():
-    A, b = matrix(9, 12, np.geomspace(1, 0.1, 9)), randn(9)
-    options = {"tolerance": 1e-12, "max_iterations": 100}
-    found = conjugate_gradients(lambda x: [A @ x], lambda r: A.T @ r[0], [b], **options)
-    assert_close(found.x, torch.linalg.pinv(A) @ b, rtol=0, atol=1e-9)
-    assert found.residual < 1e-10 and found.condition == pytest.approx(10, rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5)])

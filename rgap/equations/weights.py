@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rgap.equations.limits import DEFAULT_LIMITS
-from rgap.linalg import Iterated, conjugate_gradients, norm
+from rgap.krylov import Iterated, conjugate_gradients
+from rgap.linalg import norm
 from rgap.network.layer import Layer
 
 REFINED_SHARE = 1e-4
@@ -131,7 +132,7 @@ class ConjugateGradients:
         """Least-squares solution of minimum norm: x (C·H·W,), ‖residual‖ / ‖right-hand side‖, iterations.
 
         For z (O, H′, W′) and, where K belongs to the system, G shaped as the weight; the limits are those of
-        `rgap.linalg.conjugate_gradients`. Ends early where x is as close to `truth` as `FULL_RANK_RTOL`.
+        `rgap.krylov.conjugate_gradients`. Ends early where x is as close to `truth` as `FULL_RANK_RTOL`.
         """
 
         def done(x: Tensor) -> bool:
