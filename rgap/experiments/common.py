@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -90,6 +91,38 @@ def attack_each(
     return pd.DataFrame(rows), results
 
 
+def attack_images(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    dtype: str = "float32",
+    defend: Callable | None = None,
+    loss: str = "cross_entropy",
+    **options,
+) -> tuple[pd.DataFrame, list[Reconstruction]]:
+    """Attacks the gradient of every image (N, C, H, W) alone, of one network, as the client computes it in that dtype.
+
+    `defend` changes the gradients before they are shared; options are `reconstruct`'s. Returns a row for each image
+    (image, verdict, label_found, psnr_db, predicted_psnr_db, gradient_residual, of the first layer that was solved
+    entered, its name, condition and deficit, gradient_seconds and attack_seconds of the processor) and the results in
+    the same order.
+    """
+    model, shape, rows, results = model.to(getattr(torch, dtype)).eval(), tuple(images.shape[1:]), [], []
+    for index, (image, label) in enumerate(zip(images.split(1), labels.split(1), strict=True)):
+        gradients, gradient_seconds = cpu_timed(client_gradients, model, image, label, loss)
+        gradients = gradients if defend is None else defend(gradients)
+        result, seconds = cpu_timed(reconstruct, model, gradients, shape, loss, **options)
+        best, first = result.candidates[0], next(iter(result.layers), None)
+        predicted = -20 * math.log10(best.predicted_error) if best.predicted_error else math.nan
+        row = {"image": index, "verdict": result.verdict, "label_found": bool(result.labels[0] == label[0])}
+        row |= {"psnr_db": psnr_db(result.images, image).item(), "predicted_psnr_db": predicted}
+        row |= {"gradient_residual": best.gradient_residual, "entered": first.name if first else ""}
+        row |= {"condition": first and first.condition, "deficit": first and first.deficit}
+        rows.append(row | {"gradient_seconds": gradient_seconds, "attack_seconds": seconds})
+        results.append(result)
+    return pd.DataFrame(rows), results
+
+
 def attack_batches(
     make_model: Callable[[int], nn.Module],
     images: Tensor,
@@ -160,6 +193,13 @@ def timed(function: Callable, *arguments, **options) -> tuple[Any, float]:
     start = time.perf_counter()
     result = function(*arguments, **options)
     return result, time.perf_counter() - start
+
+
+def cpu_timed(function: Callable, *arguments, **options) -> tuple[Any, float]:
+    """What a call returns, and the seconds of processor time that it took, whatever else the machine does."""
+    start = time.process_time()
+    result = function(*arguments, **options)
+    return result, time.process_time() - start
 
 
 @contextmanager

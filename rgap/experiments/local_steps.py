@@ -16,9 +16,9 @@ from rgap import models
 from rgap.attack.local_steps import reconstruct_update
 from rgap.baselines import inverting_gradients
 from rgap.client import LocalTraining, mean_gradients
-from rgap.experiments.common import choice, progress, seeded
+from rgap.experiments.common import choice, cpu_timed, progress, seeded
 from rgap.experiments.drawing import finish, lines, name_lines
-from rgap.experiments.vision_transformers import cpu_timed, small_transformer
+from rgap.experiments.vision_transformers import small_transformer
 from rgap.metrics import psnr_db
 from rgap.results import Reconstruction
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from rgap import client, models
 from rgap.attack.reconstruct import reconstruct
-from rgap.experiments.common import progress, seeded
+from rgap.experiments.common import cpu_timed, progress, seeded
 from rgap.experiments.drawing import PALETTE, finish
-from rgap.experiments.vision_transformers import cpu_timed, with_head
+from rgap.experiments.vision_transformers import with_head
 from rgap.metrics import psnr_db
 
 R_CONV_SEED = 50

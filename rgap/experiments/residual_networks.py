@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from rgap import client
 from rgap.attack.reconstruct import reconstruct
 from rgap.baselines import Optimised, inverting_gradients
-from rgap.experiments.common import MIN_CERTIFIED_PSNR_DB, choice, progress, seeded
-from rgap.experiments.vision_transformers import cpu_timed
+from rgap.experiments.common import MIN_CERTIFIED_PSNR_DB, attack_images, choice, cpu_timed, progress, seeded
 from rgap.metrics import psnr_db
 from rgap.models import resnet
 from rgap.residual.blind import solve_blind
-from rgap.results import GradientMismatchError, Reconstruction, UnsupportedLayerError
+from rgap.results import GradientMismatchError, UnsupportedLayerError
 
 TROUBLES = ("", "", "", "noise", "undeclared noise", "pruned", "float16", "weights", "two images", "one entry", "scale")
 """What happens to a gradient of the sample, three times in eleven nothing."""
@@ -66,67 +65,26 @@ def solve_shapes(shapes: Iterable[tuple[int, int, int]], seed: int = 0) -> pd.Da
             G = torch.nn.grad.conv2d_weight(values, (filters, channels, 3, 3), changes, padding=1)
             solution, seconds = cpu_timed(solve_blind, G, (side, side), padding=1, sum_dz=changes.sum((0, 2, 3)))
             error = float("nan") if solution.x is None else ((solution.x - x[0]).norm() / x.norm()).item()
-            rows.append(
-                {
-                    "filters": filters,
-                    "channels": channels,
-                    "map": f"{side}×{side}",
-                    "dtype": name,
-                    "taps": "none" if solution.taps is None else "×".join(map(str, solution.taps)),
-                    "gap": solution.gap,
-                    "error": error,
-                    "predicted_error": solution.predicted_error,
-                    "certified": solution.certified,
-                    "seconds": seconds,
-                }
-            )
+            row = {"filters": filters, "channels": channels, "map": f"{side}×{side}", "dtype": name}
+            row |= {"taps": "none" if solution.taps is None else "×".join(map(str, solution.taps)), "gap": solution.gap}
+            row |= {"error": error, "predicted_error": solution.predicted_error, "certified": solution.certified}
+            rows.append(row | {"seconds": seconds})
     return pd.DataFrame(rows)
-
-
-def attack_images(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    dtype: str = "float32",
-    defend: Callable | None = None,
-    loss: str = "cross_entropy",
-    **options,
-) -> tuple[pd.DataFrame, list[Reconstruction]]:
-    """Attacks the gradient of every image (N, C, H, W) alone, as the client computes it in that dtype.
-
-    `defend` changes the gradients before they are shared; options are `reconstruct`'s. Returns a row for each image
-    (image, verdict, psnr_db, predicted_psnr_db, entered (the blind layer), seconds of the processor) and the results in
-    the same order; "refused" where the network is, with the reason as entered.
-    """
-    model, rows, results = model.to(getattr(torch, dtype)).eval(), [], []
-    for index, (image, label) in enumerate(
-        zip(images.to(getattr(torch, dtype)).split(1), labels.split(1), strict=True)
-    ):
-        gradients = client.client_gradients(model, image, label, loss)
-        gradients = gradients if defend is None else defend(gradients)
-        row = {"image": index, "verdict": "refused", "psnr_db": float("nan"), "predicted_psnr_db": float("nan")}
-        try:
-            result, seconds = cpu_timed(reconstruct, model, gradients, tuple(image.shape[1:]), loss, **options)
-        except UnsupportedLayerError as error:
-            rows.append(row | {"entered": str(error), "seconds": 0.0})
-            continue
-        best = result.candidates[0]
-        row["psnr_db"] = psnr_db(result.images, images[index : index + 1]).item()
-        if best.predicted_error:
-            row["predicted_psnr_db"] = -20 * torch.tensor(best.predicted_error).log10().item()
-        entered = result.layers[0].name if result.layers else ""
-        rows.append(row | {"verdict": result.verdict, "entered": entered, "seconds": seconds})
-        results.append(result)
-    return pd.DataFrame(rows), results
 
 
 def attack_networks(
     networks: Mapping[str, nn.Module], images: Tensor, labels: Tensor, dtype: str = "float32"
 ) -> pd.DataFrame:
-    """The rows of `attack_images` for each network, with its name before them and what its walk and inversion said."""
+    """The rows of `attack_images` for each network, with its name before them and what its walk and inversion said.
+
+    The verdict is "refused" where the network is, with the reason as entered.
+    """
     tables = []
     for name, model in progress(networks.items(), "networks"):
-        table, results = attack_images(model, images, labels, dtype)
+        try:
+            table, results = attack_images(model, images, labels, dtype)
+        except UnsupportedLayerError as error:
+            table, results = pd.DataFrame([{"image": 0, "verdict": "refused", "entered": str(error)}]), []
         known = [note.split()[2] for r in results for note in r.notes if note.startswith("below it ")]
         table["known_per_pixel"] = [float(n) for n in known] if len(known) == len(table) else float("nan")
         table.insert(0, "network", name)

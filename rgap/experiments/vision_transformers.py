@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -16,10 +14,9 @@ from torch import Tensor, nn
 
 from rgap import client
 from rgap.attack.reconstruct import reconstruct
-from rgap.experiments.common import MIN_CERTIFIED_PSNR_DB, choice, progress, seeded
+from rgap.experiments.common import MIN_CERTIFIED_PSNR_DB, attack_images, choice, progress, seeded
 from rgap.experiments.drawing import MARKERS, against_diagonal, colours, finish, key_of_points, mark, name_lines, points
 from rgap.metrics import psnr_db
-from rgap.results import Reconstruction
 from rgap.tokens import recognise
 
 HEAD_STD = 0.02
@@ -56,39 +53,6 @@ def with_head(model: nn.Module) -> nn.Module:
     """The transformer with its head drawn, which torchvision leaves at zero, in eval mode."""
     nn.init.normal_(model.heads.head.weight, std=HEAD_STD)
     return model.eval()
-
-
-def attack_images(
-    model: nn.Module, images: Tensor, labels: Tensor, dtype: str = "float32", defend: Callable | None = None, **options
-) -> tuple[pd.DataFrame, list[Reconstruction]]:
-    """Attacks the gradient of every image (N, C, H, W) alone, as the client computes it in that dtype.
-
-    `defend` changes the gradients before they are shared; options are `reconstruct`'s. Returns a row for each image
-    (image, verdict, label_found, psnr_db, predicted_psnr_db, gradient_residual, condition, deficit, gradient_seconds
-    and attack_seconds of the processor) and the results in the same order.
-    """
-    model, shape, rows, results = model.to(getattr(torch, dtype)), tuple(images.shape[1:]), [], []
-    for index, (image, label) in enumerate(zip(images.split(1), labels.split(1), strict=True)):
-        gradients, gradient_seconds = cpu_timed(client.client_gradients, model, image, label, "cross_entropy")
-        gradients = gradients if defend is None else defend(gradients)
-        result, seconds = cpu_timed(reconstruct, model, gradients, shape, "cross_entropy", **options)
-        best, report = result.candidates[0], result.layers[0]
-        rows.append(
-            {
-                "image": index,
-                "verdict": result.verdict,
-                "label_found": bool(result.labels[0] == label[0]),
-                "psnr_db": psnr_db(result.images, image).item(),
-                "predicted_psnr_db": -20 * torch.tensor(best.predicted_error).log10().item(),
-                "gradient_residual": best.gradient_residual,
-                "condition": report.condition,
-                "deficit": report.deficit,
-                "gradient_seconds": gradient_seconds,
-                "attack_seconds": seconds,
-            }
-        )
-        results.append(result)
-    return pd.DataFrame(rows), results
 
 
 def attack_widths(widths: Sequence[int], images: Tensor, labels: Tensor, seed: int = 0, **options) -> pd.DataFrame:
@@ -184,13 +148,6 @@ def _after_steps(model: nn.Module, images: Tensor, labels: Tensor, training: cli
     """The network's parameters after a client's local steps on one batch."""
     start = {name: p.detach() for name, p in model.named_parameters()}
     return training.run(model, start, images, labels, "cross_entropy")
-
-
-def cpu_timed(function: Callable, *arguments, **options) -> tuple[Any, float]:
-    """What a call returns, and the seconds of processor time that it took, whatever else the machine does."""
-    start = time.process_time()
-    result = function(*arguments, **options)
-    return result, time.process_time() - start
 
 
 def peak_memory_gb() -> float:
