@@ -35,6 +35,14 @@ def shown(value: object) -> str:
     return text if len(text) <= MAX_TEXT_LENGTH else f"{text[:MAX_TEXT_LENGTH]}…"
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
+
+
+def _items(value: object) -> tuple:
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
+
+
 def check_number(
     name: str, value: object, low: float = 0.0, high: float = math.inf, *, open_low: bool = False, closed: bool = False
 ) -> float:
@@ -49,7 +57,7 @@ def check_number(
 
 def check_count(name: str, value: object, least: int = 1, hint: str = "") -> int:
     """A whole number of at least `least`; `hint` ends the message."""
-    if isinstance(value, Integral) and not isinstance(value, bool | np.bool_) and least <= value < 2**63:
+    if _is_whole(value) and least <= value < 2**63:
         return int(value)
     raise ValueError(f"{name} is {shown(value)}; it must be an integer of at least {least}{hint}")
 
@@ -57,7 +65,7 @@ def check_count(name: str, value: object, least: int = 1, hint: str = "") -> int
 def check_seed(value: object, name: str = "seed") -> int:
     """A seed that torch's generators take."""
     low, end = SEED_RANGE
-    if isinstance(value, Integral) and not isinstance(value, bool | np.bool_) and low <= value < end:
+    if _is_whole(value) and low <= value < end:
         return int(value)
     raise ValueError(f"{name} is {shown(value)}; it must be an integer of at most 64 bits")
 
@@ -95,8 +103,8 @@ def check_image_shape(value: object, name: str = "image_shape") -> tuple[int, ..
     """The shape of one image, every side at least 1."""
     if value is None:
         raise ValueError(f"{name} is missing; give (channels, height, width), or a Chain from rgap.prepare")
-    sides = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
-    if not sides or not all(isinstance(n, Integral) and not isinstance(n, bool | np.bool_) and n >= 1 for n in sides):
+    sides = _items(value)
+    if not sides or not all(_is_whole(n) and n >= 1 for n in sides):
         shapes = "(channels, height, width), or (features,) of a table, each at least 1"
         raise ValueError(f"{name} is {shown(value)}; it must be {shapes}")
     if math.prod(map(int, sides)) > MAX_IMAGE_ENTRIES:
@@ -106,7 +114,7 @@ def check_image_shape(value: object, name: str = "image_shape") -> tuple[int, ..
 
 def check_pixel_range(value: object) -> tuple[float, float]:
     """The smallest and the largest value of a pixel; they may be infinite."""
-    limits = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
+    limits = _items(value)
     numbers = len(limits) == 2 and all(isinstance(v, Real) and not isinstance(v, bool) for v in limits)
     if numbers and limits[0] < limits[1]:
         return float(limits[0]), float(limits[1])

@@ -13,7 +13,7 @@ from torch import Tensor
 from rgap.linalg import rms
 from rgap.residual.bits import Known, activation_above, correct_bits, correct_maxima, decide
 from rgap.residual.cut import Cut, ResidualNetwork, delta_at_top, enter
-from rgap.residual.invert import Below, Inverted, below, draw_error, invert
+from rgap.residual.invert import below, draw_error, invert
 from rgap.residual.walk import Walk
 from rgap.results import LayerReport
 from rgap.shared_gradient import SharedGradient
@@ -69,15 +69,17 @@ class WalkedImage:
 
     def inputs(self, image: Tensor) -> dict[str, Tensor]:
         """Path of each layer below the cut that was solved -> its input, the image first."""
-        graph = None if self.walk is None else self.walk.graph
-        found = {} if graph is None else {
-            graph.nodes[reader].path: known.value[None]
+        if self.walk is None:
+            return {}
+        nodes = self.walk.graph.nodes
+        found = {
+            nodes[reader].path: known.value[None]
             for name, known in reversed(self.walk.values.items())
             for reader in self.walk.readers(name)
-        }  # fmt: skip
-        first = next((n.path for n in graph.nodes.values() if n.has_weight), "") if graph else ""
+        }
+        first = next(node.path for node in nodes.values() if node.has_weight)
         found.pop(first, None)
-        return {first: image, **found} if self.image is not None else found
+        return {first: image, **found}
 
 
 def best_descent(network: ResidualNetwork, received: SharedGradient, start: Tensor) -> WalkedImage:
@@ -98,9 +100,9 @@ def best_descent(network: ResidualNetwork, received: SharedGradient, start: Tens
         failed.append(f"from {path!r} {walk.why}")
     if tried:
         return min(tried, key=lambda one: one.error)
-    reports = [LayerReport(network.graph.nodes[c.layer].path, network.graph.nodes[c.layer].layer.unknowns)
-               for c in network.cuts[:1]]  # fmt: skip
-    return WalkedImage(None, None, math.inf, tuple(reports), tuple(failed), tuple(r.name for r in reports))
+    first = network.graph.nodes[network.cuts[0].layer]
+    report = LayerReport(first.path, first.layer.unknowns)
+    return WalkedImage(None, None, math.inf, (report,), tuple(failed), (report.name,))
 
 
 def begin(network: ResidualNetwork, received: SharedGradient, cut: Cut) -> tuple[Walk, LayerReport] | str:
@@ -153,18 +155,13 @@ def _descend(walk: Walk, cut: LayerReport, failed: Sequence[str], start: Tensor)
         problem = below(walk)
         found = invert(problem, found.image)
     error = ERROR_SAFETY * draw_error(problem, found)
-    report = _inversion_report(walk, problem, found, error, time.perf_counter() - started)
+    unknowns, first = math.prod(graph.image_shape), next(node.path for node in graph.nodes.values() if node.has_weight)
+    rank, deficit = (unknowns, 0) if found.converged else (None, None)
+    report = LayerReport(
+        first, unknowns, rank=rank, deficit=deficit, iterations=found.steps, residual=found.misfit,
+        predicted_error=error, seconds=time.perf_counter() - started,
+    )  # fmt: skip
     if not found.converged:
         notes.append(f"the inversion has not converged: it misses what is known by {found.misfit:.2g}")
-    return WalkedImage(
-        walk, found.image, error, (*reports, report), tuple(notes), () if found.converged else (report.name,)
-    )
-
-
-def _inversion_report(walk: Walk, problem: Below, found: Inverted, error: float, seconds: float) -> LayerReport:
-    unknowns = math.prod(walk.graph.image_shape)
-    first = next(node.path for node in walk.graph.nodes.values() if node.has_weight)
-    return LayerReport(
-        first, unknowns, rank=unknowns if found.converged else None, deficit=0 if found.converged else None,
-        iterations=found.steps, residual=found.misfit, predicted_error=error, seconds=seconds,
-    )  # fmt: skip
+    lost = () if found.converged else (first,)
+    return WalkedImage(walk, found.image, error, (*reports, report), tuple(notes), lost)

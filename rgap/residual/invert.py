@@ -128,13 +128,13 @@ class Inverted:
     converged: bool
 
 
-def invert(problem: Below, start: Tensor, *, max_steps: int = MAX_STEPS, watch: Callable | None = None) -> Inverted:
-    """Levenberg–Marquardt from a start (C, H, W); `watch` sees each image."""
+def invert(problem: Below, start: Tensor) -> Inverted:
+    """Levenberg–Marquardt from a start (C, H, W)."""
     image, at = start, problem.linearise(start)
     probe = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     damping = START_DAMPING * sum(r.square().sum().item() for r in at.push(probe)) / image.numel()
     moved, steps, refused = math.inf, 0, 0
-    while steps < max_steps:
+    while steps < MAX_STEPS:
         steps += 1
         change, predicted = _conjugate_gradients(at, -at.pull(at.residuals), damping)
         change = change.double()
@@ -150,8 +150,6 @@ def invert(problem: Below, start: Tensor, *, max_steps: int = MAX_STEPS, watch: 
             slow = there.size > SLOW_GAIN * at.size
             image, at, refused = image + change, there, 0
             damping *= DAMPING_DOWN if gain > GOOD_GAIN_RATIO else 1.0
-            if watch is not None:
-                watch(image, at.size**0.5)
             if slow:
                 break
         else:
