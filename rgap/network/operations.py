@@ -40,6 +40,10 @@ AFFINE_FUNCTIONS |= {operator.itruediv, torch.sub, torch.mul, torch.div}
 AFFINE_FUNCTIONS |= {"sub", "mul", "div", "neg", "sub_", "mul_", "div_", "truediv", "true_divide", torch.neg}
 DROPOUTS = {F.dropout, F.dropout2d, torch.dropout}
 
+# special methods by the names of the operators
+OPERATORS = {"__rsub__": "sub", "__rdiv__": "truediv", "__rtruediv__": "truediv", "__getitem__": "getitem"}
+OPERATORS |= {"__setitem__": "setitem", "__matmul__": "matmul", "__rpow__": "pow"}
+
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 SELU = exponential("selu", SELU_ALPHA, scale=SELU_SCALE)
 RELU6 = clipped("relu6", 0.0, 6.0)
@@ -83,6 +87,14 @@ REASONS = {
     nn.Softplus: "with a beta that is not positive it is not increasing",
     (nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish): "it is not monotone: two pre-activations have one value",
 }
+
+
+def operation_of(func: Callable) -> Any:
+    """The function, or the name where it is a method, operator or property of a tensor."""
+    if func.__name__ == "__get__":
+        return func.__self__.__name__
+    is_method = getattr(Tensor, func.__name__, None) is func or "Tensor" in getattr(func, "__qualname__", "")
+    return OPERATORS.get(func.__name__, func.__name__) if is_method else func
 
 
 def pooling(operation: Any) -> str:

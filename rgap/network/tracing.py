@@ -25,17 +25,13 @@ from torch.overrides import TorchFunctionMode
 
 from rgap.arguments import check_image_shape
 from rgap.network.forward import first_tensor, unwrap
-from rgap.network.operations import LINEAR_FUNCTIONS, SHAPED_AS, functional_layer, kind_of_module
+from rgap.network.operations import LINEAR_FUNCTIONS, SHAPED_AS, functional_layer, kind_of_module, operation_of
 from rgap.network.steps import RANDOM, Step, label_of, step_kind
 from rgap.results import UnsupportedLayerError
 
 METADATA = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "type"}
 METADATA |= {"is_complex", "__len__", "element_size", "storage_offset", "get_device", "is_same_size", "data_ptr"}
 """Names of functions that tell about a tensor, but not its values."""
-
-OPERATORS = {"__rsub__": "sub", "__rdiv__": "truediv", "__rtruediv__": "truediv", "__getitem__": "getitem"}
-OPERATORS |= {"__setitem__": "setitem", "__matmul__": "matmul", "__rpow__": "pow"}
-"""Special methods by the names of the operators."""
 
 OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
@@ -144,7 +140,7 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside is not None:
             return func(*args, **kwargs)
-        operation = _operation(func)
+        operation = operation_of(func)
         tensors = _tensors((args, kwargs))
         reads = any(self.names.get(id(t), "") not in {"", *self.constants} for t in tensors)
         self.place = f"operation {label_of(operation)!r}"
@@ -228,14 +224,6 @@ class _Recorder(TorchFunctionMode):
         name = next(name for name in itertools.chain([wish], numbered) if name not in self.taken)
         self.taken.add(name)
         return name
-
-
-def _operation(func: Callable) -> Any:
-    """The function, or the name where it is a method, operator or property of a tensor."""
-    if func.__name__ == "__get__":
-        return func.__self__.__name__
-    is_method = getattr(Tensor, func.__name__, None) is func or "Tensor" in getattr(func, "__qualname__", "")
-    return OPERATORS.get(func.__name__, func.__name__) if is_method else func
 
 
 def _tensors(arguments: Any) -> list[Tensor]:
