@@ -21,8 +21,7 @@ from rgap.results import Candidate, LayerReport
 UNKNOWNS_A_SECOND = 1000
 """Open unknowns of a dense system that is solved within about a second; the time grows with their third power."""
 
-MAX_FUTILE_SECONDS = 0.5
-"""Seconds, by estimate, that may be spent on the part of a hopeless network that is determined."""
+MAX_FUTILE_SECONDS = 0.5  # seconds, by estimate, that may be spent on the part of a hopeless network that is determined
 
 EFFORTS = ("auto", "full")
 

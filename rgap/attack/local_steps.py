@@ -42,14 +42,9 @@ from rgap.results import (
 )
 from rgap.tokens import PatchEmbedding
 
-STEPS_TRIED = (1, 2, 3, 4, 5, 6, 8, 10)
-"""Numbers of local steps that are tried where it is unknown."""
-
-NOISE_RESIDUAL_FACTOR = 5.0
-"""Multiple of the expected residual up to which a simulated update counts as the shared one."""
-
-MIN_ALLOWED_RESIDUAL = 1e-10
-"""Residual that float64 arithmetic of many steps explains."""
+STEPS_TRIED = (1, 2, 3, 4, 5, 6, 8, 10)  # numbers of local steps that are tried where it is unknown
+NOISE_RESIDUAL_FACTOR = 5.0  # multiple of the expected residual up to which a simulated update counts as the shared one
+MIN_ALLOWED_RESIDUAL = 1e-10  # residual that float64 arithmetic of many steps explains
 
 MAX_ALLOWED_RESIDUAL = 1e-2
 """Residual from which a simulated update is not the shared one, however large its rounding is."""

@@ -13,36 +13,23 @@ from rgap.network.layer import Chain
 from rgap.results import Candidate, PixelRange
 from rgap.shared_gradient import SharedGradient
 
-PIXEL_SLACK_FACTOR = 5.0
-"""Times its predicted error by which a pixel may lie outside the range."""
-
-MIN_PIXEL_SLACK = 1e-8
-"""The same in widths of the range, for errors of float64 arithmetic."""
+PIXEL_SLACK_FACTOR = 5.0  # times its predicted error by which a pixel may lie outside the range
+MIN_PIXEL_SLACK = 1e-8  # the same in widths of the range, for errors of float64 arithmetic
 
 
 @dataclass(frozen=True)
 class Attack:
-    """What all steps of one attack share.
+    """What all steps of one attack share."""
 
-    Attributes:
-        chain: The prepared network.
-        received: The gradients.
-        loss: A name in `rgap.client.LOSSES`.
-        close: What may close rank-deficient layers; None leaves them open.
-        pixels: The values that a pixel may have.
-        inferred: Whether the gradient's noise was inferred from surplus equations, not declared or seen by its format.
-        gradient_scale: Factor κ of the shared gradient κ ∇ℓ; None to estimate it.
-        label_smoothing: ε of the client's labels; None to estimate it.
-    """
-
-    chain: Chain
-    received: SharedGradient
-    loss: str
-    close: Closer | None = None
-    pixels: PixelRange = field(default_factory=PixelRange)
+    chain: Chain  # the prepared network
+    received: SharedGradient  # the gradients
+    loss: str  # a name in `rgap.client.LOSSES`
+    close: Closer | None = None  # what may close rank-deficient layers; None leaves them open
+    pixels: PixelRange = field(default_factory=PixelRange)  # the values that a pixel may have
+    # whether the gradient's noise was inferred from surplus equations, not declared or seen by its format
     inferred: bool = False
-    gradient_scale: float | None = 1.0
-    label_smoothing: float | None = 0.0
+    gradient_scale: float | None = 1.0  # factor κ of the shared gradient κ ∇ℓ; None to estimate it
+    label_smoothing: float | None = 0.0  # ε of the client's labels; None to estimate it
 
     def gradients(self, images: Tensor, labels: Tensor, start: Start) -> dict[str, Tensor]:
         """The gradient that a client with these images (B, C, H, W) and the loss of a start would share, by name."""
@@ -64,18 +51,12 @@ class Attack:
 
 @dataclass(frozen=True)
 class Weighed:
-    """The candidates of a descent, compared with the shared gradient.
+    """The candidates of a descent, compared with the shared gradient."""
 
-    Attributes:
-        start: Where the descent started.
-        joint: The candidate of all images together.
-        each: For each image of a batch its candidates, one for each of its twins, those in the pixel range first.
-        unconfirmed: Whether the scales of a batch rest on its size alone, without confirmation by the gradient's rank.
-        doubt: Why noise that was inferred does not explain the misfit; empty where it does.
-    """
-
-    start: Start
-    joint: Candidate
+    start: Start  # where the descent started
+    joint: Candidate  # the candidate of all images together
+    # for each image of a batch its candidates, one for each of its twins, those in the pixel range first
     each: tuple[tuple[Candidate, ...], ...] = ()
+    # whether the scales of a batch rest on its size alone, without confirmation by the gradient's rank
     unconfirmed: bool = False
-    doubt: str = ""
+    doubt: str = ""  # why noise that was inferred does not explain the misfit; empty where it does

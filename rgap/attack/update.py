@@ -15,20 +15,11 @@ from rgap.results import GradientMismatchError, LayerReport, PixelRange
 from rgap.shared_gradient import FLOAT64_FLOOR, receive
 from rgap.tokens import PatchEmbedding, reconstruct_tokens
 
-UNIT_AGREEMENT = 20.0
-"""Standard deviations within which two units show the same image."""
-
-MIN_UNIT_SHARE = 1e-6
-"""Smallest bias gradient of a unit that is looked at, relative to the largest."""
-
-RANDOM_PROJECTIONS = 64
-"""Random projections of the units' images that are compared with each other."""
-
-MAX_CLASSES = 100
-"""Classes up to which the gradient of an image with each label is computed."""
-
-MAX_LABELS_TRIED = 5
-"""Most labels with which an image is run through the client's steps."""
+UNIT_AGREEMENT = 20.0  # standard deviations within which two units show the same image
+MIN_UNIT_SHARE = 1e-6  # smallest bias gradient of a unit that is looked at, relative to the largest
+RANDOM_PROJECTIONS = 64  # random projections of the units' images that are compared with each other
+MAX_CLASSES = 100  # classes up to which the gradient of an image with each label is computed
+MAX_LABELS_TRIED = 5  # most labels with which an image is run through the client's steps
 
 
 @dataclass(frozen=True)

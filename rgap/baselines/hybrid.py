@@ -20,8 +20,7 @@ from rgap.baselines.outcome import MAX_ROUNDING, Optimised, candidate, outcome
 from rgap.network.layer import Chain
 from rgap.results import Candidate
 
-NOISE_TV = 0.01
-"""Weight of the total variation for gradients that are noisier than rounding."""
+NOISE_TV = 0.01  # weight of the total variation for gradients that are noisier than rounding
 
 REFINE_ABOVE_RESIDUAL = 0.03
 """Gradient residual above which matching refines the image; below it, images of LeakyReLU networks became worse."""

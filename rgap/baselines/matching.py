@@ -19,8 +19,7 @@ from rgap.network.layer import Chain
 from rgap.results import PixelRange
 from rgap.shared_gradient import SharedGradient, receive_gradients
 
-DIVERGED_WIDTHS = 10.0
-"""Widths of the pixel range from its middle, beyond which an iterate has diverged."""
+DIVERGED_WIDTHS = 10.0  # widths of the pixel range from its middle, beyond which an iterate has diverged
 
 
 class Distances(NamedTuple):

@@ -16,8 +16,7 @@ from rgap.network.chain import Chain
 
 Gradients = Sequence[Tensor] | Mapping[str, Tensor]
 
-MAX_RETRIES = 4
-"""New starts that one restart may take when its descent diverges."""
+MAX_RETRIES = 4  # new starts that one restart may take when its descent diverges
 
 
 def dlg(

@@ -20,8 +20,7 @@ MAX_PIXEL_SLACK = 0.1
 MATCHED_ROUNDINGS = 100
 """Gradient residual, in units of the precision, up to which an optimiser has reproduced a gradient."""
 
-MAX_ROUNDING = 1e-6
-"""Relative error of a gradient up to which it counts as rounding, not as noise."""
+MAX_ROUNDING = 1e-6  # relative error of a gradient up to which it counts as rounding, not as noise
 
 SAME_IMAGE_RMSE = 0.01
 """Root-mean-square difference, in widths of the pixel range, up to which two results are the same image."""

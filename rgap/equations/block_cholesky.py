@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from scipy.linalg.blas import dtrsm
 from scipy.linalg.lapack import dpotrf
 
-MIN_BLOCK = 64
-"""Rows of a block at least, for products of smaller ones are slow."""
+MIN_BLOCK = 64  # rows of a block at least, for products of smaller ones are slow
 
 
 @dataclass(frozen=True)

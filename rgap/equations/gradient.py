@@ -24,11 +24,8 @@ from torch import Tensor
 from rgap.linalg import GRAM_RESOLUTION, gram_matrix, svd
 from rgap.network.layer import Layer
 
-MAX_CHANNELS_TESTED = 32
-"""Channels up to which every one is tested against the layer's identities."""
-
-RANDOM_SUMS = 4
-"""Sums of channels that are tested where there are more."""
+MAX_CHANNELS_TESTED = 32  # channels up to which every one is tested against the layer's identities
+RANDOM_SUMS = 4  # sums of channels that are tested where there are more
 
 MIN_SURPLUS_EQUATIONS = 30
 """Surplus equations from which their residual determines the noise's standard deviation, to about an eighth."""

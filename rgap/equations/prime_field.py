@@ -8,14 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-PRIME_MODULUS = 4_194_301
-"""The largest prime below 2²²."""
-
-EXACT_TERMS = 256
-"""Products of two residues that add up to a float64 without rounding."""
-
-BASE_COLUMNS = 24
-"""Columns that are eliminated one by one; more are halved, so that nearly all work is matrix products."""
+PRIME_MODULUS = 4_194_301  # the largest prime below 2²²
+EXACT_TERMS = 256  # products of two residues that add up to a float64 without rounding
+BASE_COLUMNS = 24  # columns that are eliminated one by one; more are halved, so that nearly all work is matrix products
 
 
 def residues(values: NDArray) -> NDArray:

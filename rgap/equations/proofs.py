@@ -25,8 +25,7 @@ from rgap.equations.rank_laws import RankLaws, rank_laws
 SPARE_ROWS = 64
 """Rows beyond the columns that a random part of a tall matrix gets, so that it has full rank where the whole has."""
 
-PROOF_TABLE = "proved_laws.csv"
-"""Shapes for which elimination has proved the laws, and these laws."""
+PROOF_TABLE = "proved_laws.csv"  # shapes for which elimination has proved the laws, and these laws
 
 
 class LayerShape(NamedTuple):

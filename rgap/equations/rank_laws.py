@@ -31,8 +31,7 @@ SPARE_UNITS = 4
 """Units that the first fully connected layer must have beyond the ranks of its gradient and of the next one for a batch
 to come apart: without any, every mixture of the images passes both tests of the search."""
 
-CERTIFICATE_SURPLUS = 8
-"""Surplus equations that a certificate of virtual constraints needs."""
+CERTIFICATE_SURPLUS = 8  # surplus equations that a certificate of virtual constraints needs
 
 
 class RankLaws(NamedTuple):

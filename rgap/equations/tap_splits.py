@@ -33,21 +33,14 @@ Geometry = tuple[tuple[int, int, int, tuple[int, int], int], ...]
 
 @dataclass(frozen=True, eq=False)
 class TapSplit:
-    """One split of the taps, seen from one of its sides.
+    """One split of the taps, seen from one of its sides."""
 
-    Attributes:
-        taps: Taps (vertical, horizontal) on the rows, the side of δz.
-        outputs, pixels: Tables (taps of the side, N): the entry of δz and of x that a hidden position reads, −1 where
-            it reads none.
-        of_input: Whether the row space, which holds x̃, is searched, or the column space for δ̃.
-        surplus: Equations beyond the N² − 1 that say which matrices of that space are shifts of one another.
-    """
-
-    taps: tuple[int, int]
+    taps: tuple[int, int]  # taps (vertical, horizontal) on the rows, the side of δz
+    # tables (taps of the side, N): the entry of δz and of x that a hidden position reads, −1 where it reads none
     outputs: np.ndarray
     pixels: np.ndarray
-    of_input: bool
-    surplus: int
+    of_input: bool  # whether the row space, which holds x̃, is searched, or the column space for δ̃
+    surplus: int  # equations beyond the N² − 1 that say which matrices of that space are shifts of one another
 
     @property
     def positions(self) -> int:

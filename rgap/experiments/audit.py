@@ -24,8 +24,7 @@ from rgap.ranks.exposure import exposure
 
 Gradients = Sequence[Tensor] | Mapping[str, Tensor]
 
-CLIP_NORM = 1.0
-"""Norm to which `clip_and_noise` clips here."""
+CLIP_NORM = 1.0  # norm to which `clip_and_noise` clips here
 
 NOISE_STRENGTHS = (0, 1e-10, 1e-9, 3e-9, 1e-8, 3e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 

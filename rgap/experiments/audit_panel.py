@@ -31,8 +31,7 @@ from rgap.network.layer import Chain
 from rgap.results import Reconstruction
 from rgap.results.display import to_png
 
-PICTURE_PIXELS = 256
-"""Height of a picture in the panel, pixels."""
+PICTURE_PIXELS = 256  # height of a picture in the panel, pixels
 
 
 def controls(model: nn.Module | Chain, image_shape: tuple[int, int, int], **options) -> widgets.Widget | str:

@@ -23,26 +23,13 @@ from rgap.ranks.exposure import exposure
 from rgap.ranks.largest_batch import largest_batch
 from rgap.results import GradientMismatchError, UnsupportedLayerError
 
-JACOBIAN_CUTOFF = 1e-12
-"""Singular values of the Jacobian below this, relative to the largest, count as zero."""
-
-JACOBIAN_CHUNK = 64
-"""Columns of it that are computed at a time."""
-
-ZOO_SHAPE = (3, 224, 224)
-"""Image shape with which torchvision's networks are analysed."""
-
-ZOO_SHAPES = {"inception_v3": (3, 299, 299)}
-"""The same of those that take no such images."""
-
-MAX_ZOO_SECONDS = 20.0
-"""CPU seconds that the analysis of one network of the zoo may take."""
-
-MAX_ZOO_GIGABYTES = 4.0
-"""Largest memory that it may take, of its whole process."""
-
-ZOO_MODELS = 80
-"""Networks of the zoo in one sample."""
+JACOBIAN_CUTOFF = 1e-12  # singular values of the Jacobian below this, relative to the largest, count as zero
+JACOBIAN_CHUNK = 64  # columns of it that are computed at a time
+ZOO_SHAPE = (3, 224, 224)  # image shape with which torchvision's networks are analysed
+ZOO_SHAPES = {"inception_v3": (3, 299, 299)}  # the same of those that take no such images
+MAX_ZOO_SECONDS = 20.0  # CPU seconds that the analysis of one network of the zoo may take
+MAX_ZOO_GIGABYTES = 4.0  # largest memory that it may take, of its whole process
+ZOO_MODELS = 80  # networks of the zoo in one sample
 
 ANALYSE_ONE = """
 import json, resource, sys, time

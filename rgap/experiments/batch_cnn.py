@@ -19,14 +19,9 @@ from rgap.experiments.drawing import finish, lines, mark, name_lines
 from rgap.metrics import match, psnr_db
 from rgap.ranks.largest_batch import LargestBatch, largest_batch
 
-SAMPLE_SHAPE = (3, 8, 8)
-"""Shape of the images of the sample."""
-
-SAMPLE_CLASSES = 12
-"""Outputs of the sample's networks under cross-entropy: enough that convolutions set the limit."""
-
-MAX_SAMPLE_LIMIT = 6
-"""Networks with a larger predicted limit are left out of the sample."""
+SAMPLE_SHAPE = (3, 8, 8)  # shape of the images of the sample
+SAMPLE_CLASSES = 12  # outputs of the sample's networks under cross-entropy: enough that convolutions set the limit
+MAX_SAMPLE_LIMIT = 6  # networks with a larger predicted limit are left out of the sample
 
 
 def batch_limits(networks: Mapping[str, nn.Module], image_shape: tuple[int, int, int]) -> pd.DataFrame:

@@ -29,8 +29,7 @@ from rgap.ranks.audit import audit
 PASS, FIRST, PREPARED, AUDIT = "forward and backward", "R-GAP, first attack", "R-GAP, prepared", "rank audit"
 """What is timed; the first three are methods of figures/04_cost_times.csv, too."""
 
-PASSES_PER_RUN = 10
-"""One pass takes about a millisecond, so that several are timed as one."""
+PASSES_PER_RUN = 10  # one pass takes about a millisecond, so that several are timed as one
 
 
 class BenchCase(NamedTuple):
@@ -62,8 +61,7 @@ CASES = {
     "expanding-224": BenchCase(partial(expanding_for, 224), (3, 224, 224)),
 } | {f"audit-{name}": BenchCase(partial(_torchvision, name), (3, 224, 224), 0) for name in AUDITED}
 
-LARGE_CASES = ("expanding-224",)
-"""Cases that take minutes; they run only where they are named."""
+LARGE_CASES = ("expanding-224",)  # cases that take minutes; they run only where they are named
 
 NOTEBOOK_CASES = {("cnn6", 32): "cnn6", ("fcn3", 1000): "fcn3", ("expanding", 64): "expanding-64",
                   ("expanding", 224): "expanding-224"}  # fmt: skip

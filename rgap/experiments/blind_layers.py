@@ -13,14 +13,12 @@ from rgap.equations.tap_splits import is_blind
 from rgap.experiments.common import progress
 from rgap.residual.blind import solve_blind
 
-MAX_ENTRIES = 300_000
-"""Largest number of weights of a convolution that is drawn."""
+MAX_ENTRIES = 300_000  # largest number of weights of a convolution that is drawn
 
 LIMITS = {"float64": 1e-12, "float32": 1e-5}
 """Relative error that a certificate promises for values of a format without further noise."""
 
-MAX_ERROR_RATIO = 10.0
-"""True over predicted relative error up to which a certificate under noise was right."""
+MAX_ERROR_RATIO = 10.0  # true over predicted relative error up to which a certificate under noise was right
 
 VALUES = ("Gaussian", "ReLU", "smooth", "silent units", "open units", "few directions")
 """How x and δz are drawn: both sides Gaussian; with ReLU's zeros; x a few waves; a third of the channels zero; δz of

@@ -19,30 +19,19 @@ from rgap.experiments.common import seeded
 from rgap.experiments.noise import root_mean_square
 from rgap.experiments.random_networks import ACTIVATIONS
 
-OUTSIDE = "pixels outside the range"
-"""The kind of client whose images were normalised, of which the attack is not told."""
-
-SMOOTHINGS_DRAWN = (0.05, 0.1, 0.2)
-"""Label smoothings of the clients."""
+OUTSIDE = "pixels outside the range"  # the kind of client whose images were normalised, of which the attack is not told
+SMOOTHINGS_DRAWN = (0.05, 0.1, 0.2)  # label smoothings of the clients
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, an image and what the client does with them.
+    """A network, an image and what the client does with them."""
 
-    Attributes:
-        model: In eval mode and the client's dtype.
-        images: Of the batch, (B, C, H, W).
-        labels: (B,).
-        loss: A name in `rgap.client.LOSSES`.
-        rng: For what is drawn on the way.
-    """
-
-    model: nn.Module
-    images: Tensor
-    labels: Tensor
-    loss: str
-    rng: np.random.Generator
+    model: nn.Module  # in eval mode and the client's dtype
+    images: Tensor  # of the batch, (B, C, H, W)
+    labels: Tensor  # (B,)
+    loss: str  # a name in `rgap.client.LOSSES`
+    rng: np.random.Generator  # for what is drawn on the way
 
     def gradients(self, model: nn.Module | None = None) -> list[Tensor]:
         """The gradient of the mean loss, of this network or a changed one."""
@@ -57,17 +46,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Shared:
-    """What a client shares.
+    """What a client shares."""
 
-    Attributes:
-        gradients: One tensor for each parameter.
-        told: Options of `rgap.reconstruct` with what the attack is told.
-        second: Another image in the gradient, (1, C, H, W): where the network is linear between the two, a mean of them
-            has this very gradient, and counts as right.
-    """
-
-    gradients: Sequence[Tensor]
+    gradients: Sequence[Tensor]  # one tensor for each parameter
+    # options of `rgap.reconstruct` with what the attack is told
     told: Mapping[str, float] = field(default_factory=dict)
+    # another image in the gradient, (1, C, H, W): where the network is linear between the two, a mean of them has this
+    # very gradient, and counts as right
     second: Tensor | None = None
 
 

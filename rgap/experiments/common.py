@@ -22,11 +22,8 @@ from rgap.network.layer import Chain
 from rgap.results import Reconstruction
 from rgap.results.display import rescale as rescale  # for notebooks
 
-SAME_IMAGE_COSINE = 1 - 1e-6
-"""Cosine between the directions of two images from which on they count as the same image."""
-
-MIN_CERTIFIED_PSNR_DB = 50.0
-"""An image of a batch that is certified as exact below this PSNR is a false certificate."""
+SAME_IMAGE_COSINE = 1 - 1e-6  # cosine between the directions of two images from which on they count as the same image
+MIN_CERTIFIED_PSNR_DB = 50.0  # an image of a batch that is certified as exact below this PSNR is a false certificate
 
 
 class ClientStep(NamedTuple):

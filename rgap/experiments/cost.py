@@ -23,8 +23,7 @@ from rgap.metrics import psnr_db
 from rgap.network.chain import prepare
 from rgap.ranks.analysis import rank_analysis
 
-MAX_REPEATED_SECONDS = 2.0
-"""A call that takes longer is not timed again."""
+MAX_REPEATED_SECONDS = 2.0  # a call that takes longer is not timed again
 
 
 def cnn6_for(side: int) -> nn.Module:

@@ -17,17 +17,13 @@ from matplotlib.transforms import Affine2D
 from torch import Tensor
 
 PALETTE = "colorblind"
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-"""Every line of a figure has a marker of its own beside its colour."""
-
-NAME_POINTS = 9
-"""Size of the names of lines and of what stands above the pictures of a gallery, points."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # every line of a figure has a marker of its own beside its colour
+NAME_POINTS = 9  # size of the names of lines and of what stands above the pictures of a gallery, points
 
 ROW_LABEL_INCHES, TITLE_INCHES, LINE_INCHES = 0.7, 0.7, 0.18
 """Room that a gallery leaves beside its pictures, for its title and note, and for a line of text above pictures."""
 
-LABEL_WIDTH = 12
-"""Characters of a line beside the pictures of a gallery."""
+LABEL_WIDTH = 12  # characters of a line beside the pictures of a gallery
 
 NETWORK_NAMES = {"cnn6": "CNN6", "cnn6_d": "CNN6-d", "fcn3": "FCN3", "lenet": "LeNet"}
 """As in `rgap.models` -> as a figure writes it."""

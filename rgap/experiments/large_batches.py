@@ -23,8 +23,7 @@ from rgap.results import Reconstruction
 
 CLASS_COUNT = 10
 
-MAX_CHECKED_PSNR_DB = 240.0
-"""Accuracy from which on rounding decides how good an image is."""
+MAX_CHECKED_PSNR_DB = 240.0  # accuracy from which on rounding decides how good an image is
 
 MAX_OPTIMISM_DB = 20.0
 """Accuracy by which an image may fall short of its certificate, which predicts the order of magnitude."""

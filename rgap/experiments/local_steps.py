@@ -25,8 +25,7 @@ from rgap.results import Reconstruction
 MIN_SURE_PSNR_DB = 50.0
 """PSNR of a certified image below which, and beyond three times its predicted error, the certificate is false."""
 
-MISTAKES = ("none", "none", "steps", "rate", "momentum", "decay")
-"""What a server may not know of a client's training."""
+MISTAKES = ("none", "none", "steps", "rate", "momentum", "decay")  # what a server may not know of a client's training
 
 
 def networks(seed: int = 0) -> dict[str, tuple[nn.Module, str]]:

@@ -30,8 +30,7 @@ OPTIMISERS = {"DLG": dlg, "Inverting Gradients": inverting_gradients}
 METHODS = (*CLOSED_FORMS, *OPTIMISERS, "hybrid")
 """The attacks that are compared: our closed form without and with virtual constraints, the optimisers, the hybrid."""
 
-WITHIN_DB = 0.5
-"""An optimiser has arrived when its PSNR is this close to the best of its own trajectory."""
+WITHIN_DB = 0.5  # an optimiser has arrived when its PSNR is this close to the best of its own trajectory
 
 
 def attack_by(method: str, model: nn.Module, gradients: Sequence[Tensor], image_shape, label: Tensor, steps, seed):

@@ -22,8 +22,7 @@ from rgap.network.layer import Chain
 from rgap.results import Reconstruction
 from rgap.shared_gradient import receive
 
-RECOGNISABLE_PSNR_DB = 20.0
-"""Below this PSNR an image counts as lost."""
+RECOGNISABLE_PSNR_DB = 20.0  # below this PSNR an image counts as lost
 
 
 def root_mean_square(gradients: Sequence[Tensor]) -> float:

@@ -20,33 +20,21 @@ from rgap.experiments.drawing import PALETTE, finish
 from rgap.experiments.vision_transformers import with_head
 from rgap.metrics import psnr_db
 
-R_CONV_SEED = 50
-"""Of the weights in R-CONV's notebooks, which draw all of them from ±0.5 in float64."""
+R_CONV_SEED = 50  # of the weights in R-CONV's notebooks, which draw all of them from ±0.5 in float64
 
 
 @dataclass(frozen=True)
 class Published:
-    """One result as its source prints it.
+    """One result as its source prints it."""
 
-    Attributes:
-        attack: Name of the published attack.
-        network: Its network, in a few words.
-        psnr_db: What the source prints, in dB for a peak of 1.
-        source: Where it is printed.
-        build: Makes the network.
-        dtype: Name of the torch dtype in which the source computes.
-        image_size: Side of the images in pixels.
-        differs: What is not as in the source; the image never is.
-    """
-
-    attack: str
-    network: str
-    psnr_db: float
-    source: str
-    build: Callable[[], nn.Module]
-    dtype: str = "float32"
-    image_size: int = 32
-    differs: str = ""
+    attack: str  # name of the published attack
+    network: str  # its network, in a few words
+    psnr_db: float  # what the source prints, in dB for a peak of 1
+    source: str  # where it is printed
+    build: Callable[[], nn.Module]  # makes the network
+    dtype: str = "float32"  # name of the torch dtype in which the source computes
+    image_size: int = 32  # side of the images in pixels
+    differs: str = ""  # what is not as in the source; the image never is
 
 
 def dlg_convnet(width: int = 64, classes: int = 10) -> nn.Sequential:

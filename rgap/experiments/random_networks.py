@@ -39,8 +39,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 """Name -> constructor of the activations that are drawn."""
 
-MAX_UNKNOWNS = 1500
-"""Largest number of unknowns of a layer: its dense matrices must be cheap."""
+MAX_UNKNOWNS = 1500  # largest number of unknowns of a layer: its dense matrices must be cheap
 
 
 def sample_chains(count: int, seed: int = 0, max_unknowns: int = MAX_UNKNOWNS) -> pd.DataFrame:

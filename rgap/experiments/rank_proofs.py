@@ -18,8 +18,7 @@ from rgap.network.tracing import trace
 from rgap.ranks.ranking import layer_shape
 from rgap.ranks.steps import counted_steps
 
-MAX_PROOF_WORK = 6e11
-"""Multiplications up to which a shape is tried: about a minute, and 3 GiB."""
+MAX_PROOF_WORK = 6e11  # multiplications up to which a shape is tried: about a minute, and 3 GiB
 
 TORCHVISION = ("alexnet", "mobilenet_v2", "resnet18", "resnet152", "vgg16")
 

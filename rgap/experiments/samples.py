@@ -12,11 +12,8 @@ import pandas as pd
 from rgap import experiments
 from rgap.artifact.progress import progress
 
-SAMPLE_COLUMNS = ("case", "verdict", "psnr_db", "ok", "why")
-"""Columns that the table of every sample must have."""
-
-SAMPLE_CASES = 200
-"""Cases of a sample without a default of its own."""
+SAMPLE_COLUMNS = ("case", "verdict", "psnr_db", "ok", "why")  # columns that the table of every sample must have
+SAMPLE_CASES = 200  # cases of a sample without a default of its own
 
 
 def all_samples() -> dict[str, Callable[..., pd.DataFrame]]:

@@ -24,17 +24,13 @@ MIDDLE: dict[str, Callable[[], nn.Module]] = {
 }
 """Activations between the layers; one of them, or none, stands at the end too."""
 
-MAX_SECONDS = 20.0
-"""Processor seconds that a decision may take."""
-
-MAX_HOPELESS_SECONDS = 1.0
-"""The same where a layer is short of rank."""
+MAX_SECONDS = 20.0  # processor seconds that a decision may take
+MAX_HOPELESS_SECONDS = 1.0  # the same where a layer is short of rank
 
 FIRST_SAMPLED, SAMPLED_SIDE, SAMPLED_LOSSES = 1000, 24, ("cross_entropy", "mse")
 """Number of the first sampled network, side of its images, and losses in turn."""
 
-NARROW_SHARE = 0.25
-"""Share of the convolutions that may have as few as 2 channels; the others have 12 to 16."""
+NARROW_SHARE = 0.25  # share of the convolutions that may have as few as 2 channels; the others have 12 to 16
 
 
 def small_network(number: int, size: int = 32, classes: int = 10) -> tuple[nn.Sequential, str]:

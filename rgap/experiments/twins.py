@@ -24,8 +24,7 @@ from rgap.head.logistic import MU_AT_MINIMUM, margins
 from rgap.metrics import psnr_db
 from rgap.results import Reconstruction
 
-MAX_SHOWN_PIXEL = 1.02
-"""Largest value of an image that a gallery shows; beyond it the image has left the pixel range."""
+MAX_SHOWN_PIXEL = 1.02  # largest value of an image that a gallery shows; beyond it the image has left the pixel range
 
 PAIR_COLUMNS = ["seed", "image", "mu", "twin_mu", "twin_in_range", "candidates", "truth_error", "gradient_difference"]
 

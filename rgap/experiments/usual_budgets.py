@@ -18,8 +18,7 @@ from rgap.metrics import psnr_db
 USUAL_STEPS = {"DLG": 6000, "Inverting Gradients": 4800}
 """DLG: 300 steps of L-BFGS with up to 20 evaluations each; Inverting Gradients: 4,800 steps of Adam."""
 
-USUAL_RESTARTS = 2
-"""Starts of each; the one with the smallest distance between gradients counts."""
+USUAL_RESTARTS = 2  # starts of each; the one with the smallest distance between gradients counts
 
 NETWORKS = ("cnn6", "cnn6_d", "fcn3")
 

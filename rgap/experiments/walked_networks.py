@@ -27,8 +27,7 @@ RESNET18_WIDTHS = (64, 128, 256, 512)
 MAX_OVERSTATED_DB = 12.0
 """Decibels by which a certified PSNR may exceed the true one; MIN_CERTIFIED_PSNR_DB is enough in any case."""
 
-SMOOTHING, SCALE = 0.1, 0.37
-"""Label smoothing and factor of the loss that the client uses and the attack is not told."""
+SMOOTHING, SCALE = 0.1, 0.37  # label smoothing and factor of the loss that the client uses and the attack is not told
 
 TRAINED_IMAGES, TESTED_IMAGES = 4096, 1000
 """Images that a network is trained on for an epoch, and others on which its accuracy is measured."""

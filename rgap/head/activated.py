@@ -27,29 +27,14 @@ from rgap.head.hypothesis import (
     relative,
 )
 
-MAX_LABELS_TRIED = 20
-"""Labels whose equations are looked at, those with the largest rows."""
-
-MAX_STARTS = 16
-"""Points of the grid from which solutions are refined, those that come closest."""
-
-MAX_TOLERATED_MISFIT = 10.0
-"""Misfit that a residual at the tolerance stands for."""
-
-SLOPE_STEP = 1e-6
-"""Step in log |s| of the differences that give the equations' slopes."""
-
-LOG_SCALES = torch.linspace(-20, 40, 3001, dtype=torch.float64)
-"""Grid of log |s|."""
-
-MAX_MISFIT_RATIO = 0.03
-"""Residual up to which solutions are kept beside the best, however imprecise the gradient."""
-
-NEWTON_STEPS = 30
-"""Limit on the steps from a point of the grid to a solution."""
-
-DISTINCT_LOG_SCALE = 1e-6
-"""Difference of log |s| from which two solutions are two."""
+MAX_LABELS_TRIED = 20  # labels whose equations are looked at, those with the largest rows
+MAX_STARTS = 16  # points of the grid from which solutions are refined, those that come closest
+MAX_TOLERATED_MISFIT = 10.0  # misfit that a residual at the tolerance stands for
+SLOPE_STEP = 1e-6  # step in log |s| of the differences that give the equations' slopes
+LOG_SCALES = torch.linspace(-20, 40, 3001, dtype=torch.float64)  # grid of log |s|
+MAX_MISFIT_RATIO = 0.03  # residual up to which solutions are kept beside the best, however imprecise the gradient
+NEWTON_STEPS = 30  # limit on the steps from a point of the grid to a solution
+DISTINCT_LOG_SCALE = 1e-6  # difference of log |s| from which two solutions are two
 
 
 def output_loss_gradient(

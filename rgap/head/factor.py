@@ -34,14 +34,9 @@ from rgap.head.logistic import C_MINIMUM
 SIGNIFICANT_STDS = 6.0
 """Standard deviations by which the factor of a single output differs from 1 before it is believed."""
 
-MAX_LABELS_TRIED = 3
-"""Labels of a squared error whose equations are fitted with a free factor."""
-
-MIN_SMOOTHING = 1e-6
-"""Smoothing from which a fit starts beside a solution without one."""
-
-SMOOTHINGS = (0.02, 0.1, 0.3)
-"""Smoothings from which a fit starts."""
+MAX_LABELS_TRIED = 3  # labels of a squared error whose equations are fitted with a free factor
+MIN_SMOOTHING = 1e-6  # smoothing from which a fit starts beside a solution without one
+SMOOTHINGS = (0.02, 0.1, 0.3)  # smoothings from which a fit starts
 
 MAX_FURTHER_ERROR = 0.0125
 """Standard deviation of log κ or ε, where both are free, from which on one of them may not be 0 and still look so."""

@@ -17,29 +17,17 @@ from rgap.head.hypothesis import HeadGradient, RankOne, entry_stds, least_square
 MAX_MISFIT = 10.0
 """Misfit in standard deviations up to which the head's equations are explained; their errors are known to a factor."""
 
-FIT_ROUNDS = 2
-"""Fits in a row, each with the weights that follow from the one before."""
-
-MAX_EVALUATIONS = 100
-"""Limit on the evaluations of a fit; from the slope of log δz about ten are usual."""
-
-MAX_LOG_STEP = 8.0
-"""Largest change of log s and log κ in a fit."""
+FIT_ROUNDS = 2  # fits in a row, each with the weights that follow from the one before
+MAX_EVALUATIONS = 100  # limit on the evaluations of a fit; from the slope of log δz about ten are usual
+MAX_LOG_STEP = 8.0  # largest change of log s and log κ in a fit
 
 ARITHMETIC_SHARE = 0.35
 """Error of δz from a client's arithmetic in units of its relative precision: sums, exponentials and one subtraction."""
 
-MAX_RESIDUAL = 1e150
-"""Largest residual in standard deviations that is told from larger ones."""
-
-FLOAT64_ERROR = 1e-15
-"""Relative error of the equations' own arithmetic."""
-
-MAX_SMOOTHING = 0.35
-"""Smoothing above which a fit is none."""
-
-EXCLUDED_MISFIT = 3.0
-"""Misfit relative to another model's from which a model is excluded."""
+MAX_RESIDUAL = 1e150  # largest residual in standard deviations that is told from larger ones
+FLOAT64_ERROR = 1e-15  # relative error of the equations' own arithmetic
+MAX_SMOOTHING = 0.35  # smoothing above which a fit is none
+EXCLUDED_MISFIT = 3.0  # misfit relative to another model's from which a model is excluded
 
 Free = tuple[bool, bool, bool]
 """Which of (log s, log κ, ε) are unknown."""

@@ -14,8 +14,7 @@ from rgap.head.hypothesis import HeadGradient, HeadReading, Hypothesis, reading,
 MU_AT_MINIMUM = 1.0 + float(lambertw(math.exp(-1.0)).real)
 """μ = 1.2784645… at which c(μ) = −μ / (1 + e^μ) is smallest; its two branches meet there."""
 
-C_MINIMUM = 1.0 - MU_AT_MINIMUM
-"""The smallest c, −0.2784645…; no sample's gradient has a smaller one."""
+C_MINIMUM = 1.0 - MU_AT_MINIMUM  # the smallest c, −0.2784645…; no sample's gradient has a smaller one
 
 
 def read_logistic(head: HeadGradient) -> HeadReading:

@@ -27,8 +27,7 @@ from rgap.shared_gradient.received import MAX_SQUARABLE, SharedGradient
 REAL_TARGET_RATIO = 30.0
 """Times the relative noise of the last layer's gradient by which all labels are missed where the target is none."""
 
-READERS = {"logistic": read_logistic, "cross_entropy": read_softmax, "mse": read_squared}
-"""Loss -> reader of its head."""
+READERS = {"logistic": read_logistic, "cross_entropy": read_softmax, "mse": read_squared}  # loss -> reader of its head
 
 
 def read_head(

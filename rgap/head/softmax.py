@@ -17,20 +17,14 @@ from torch import Tensor
 
 from rgap.head.hypothesis import HeadGradient, HeadReading, Hypothesis, rank_one, reading, reading_with_bias, relative
 
-MAX_LABELS_TRIED = 3
-"""Labels whose equations are solved, those with the smallest share of wrong signs."""
-
-MAX_WRONG_SIGN_SHARE = 0.1
-"""Share of u with the wrong sign up to which a label is tried."""
-
-MAX_LOG_SCALE = 700.0
-"""Largest log s: gradients smaller than e^−700 underflow."""
+MAX_LABELS_TRIED = 3  # labels whose equations are solved, those with the smallest share of wrong signs
+MAX_WRONG_SIGN_SHARE = 0.1  # share of u with the wrong sign up to which a label is tried
+MAX_LOG_SCALE = 700.0  # largest log s: gradients smaller than e^−700 underflow
 
 LOG_SCALES = torch.cat([torch.linspace(0, 40, 401), torch.linspace(40, MAX_LOG_SCALE, 661)[1:]]).double()
 """Grid of log s on which the label's own equation is searched for roots; 1 / s is 1 − p of the label, at most 1."""
 
-MAX_MISFIT_STDS = 10.0
-"""Misfit in standard deviations up to which a second root counts."""
+MAX_MISFIT_STDS = 10.0  # misfit in standard deviations up to which a second root counts
 
 
 @dataclass(frozen=True)

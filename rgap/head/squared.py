@@ -28,8 +28,7 @@ from rgap.head.hypothesis import (
     relative,
 )
 
-MAX_TARGETS_SHOWN = 4
-"""Entries of a real-valued target that a note shows."""
+MAX_TARGETS_SHOWN = 4  # entries of a real-valued target that a note shows
 
 MAX_LABELS_TRIED = 3
 """Labels whose equations are solved, those with the smallest bounds on the residual, and hypotheses that are kept."""

@@ -22,14 +22,9 @@ from rgap.results import UnsupportedLayerError, reports_frame
 if TYPE_CHECKING:
     import pandas as pd
 
-CONVOLUTIONS_CHANGED = 3
-"""Number of convolutions that are changed, counted from the image."""
-
-STRIDES_TRIED = 3
-"""Number of strides above its own with which a convolution is tried."""
-
-MAX_BATCH_ADVISED = 1024
-"""Largest batch size tried."""
+CONVOLUTIONS_CHANGED = 3  # number of convolutions that are changed, counted from the image
+STRIDES_TRIED = 3  # number of strides above its own with which a convolution is tried
+MAX_BATCH_ADVISED = 1024  # largest batch size tried
 
 ARGUMENTS = {"output channels": "out_channels", "stride": "stride"}
 """Kind of a change of a convolution -> the argument of `with_convolution`."""
@@ -37,23 +32,14 @@ ARGUMENTS = {"output channels": "out_channels", "stride": "stride"}
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a network after which the image no longer follows from the linear equations.
+    """A change of a network after which the image no longer follows from the linear equations."""
 
-    Attributes:
-        what: "output channels", "stride" or "batch size".
-        layer: Path of the layer, empty for the batch size.
-        before: The present value.
-        after: The nearest value at which the analysis says "stops", with enough equations missing.
-        stops_at: The step that then lacks the largest share of its equations.
-        unknowns, deficit, supply: Of that step, as in `StepExposure`.
-    """
-
-    what: str
-    layer: str
-    before: int
-    after: int
-    stops_at: str
-    unknowns: int
+    what: str  # "output channels", "stride" or "batch size"
+    layer: str  # path of the layer, empty for the batch size
+    before: int  # the present value
+    after: int  # the nearest value at which the analysis says "stops", with enough equations missing
+    stops_at: str  # the step that then lacks the largest share of its equations
+    unknowns: int  # of that step, as in `StepExposure`
     deficit: int
     supply: int
 

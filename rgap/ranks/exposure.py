@@ -20,8 +20,7 @@ from rgap.results import LayerRank, RankAnalysis, reports_frame
 if TYPE_CHECKING:
     import pandas as pd
 
-MAX_SENTENCE = 200
-"""Most characters of an outcome in words."""
+MAX_SENTENCE = 200  # most characters of an outcome in words
 
 LEAST_SHARE = 0.1
 """Share of a step's unknowns that must be missing for *stops* to be relied on; of fewer a prior on images makes up."""
@@ -29,27 +28,21 @@ LEAST_SHARE = 0.1
 UNREAD = "are never read"
 """Note on a convolution without an output for some of its pixels: no gradient reaches them from above."""
 
-FROZEN = "frozen"
-"""First word of the note on a step whose weight is not trained, and so shares no gradient."""
+FROZEN = "frozen"  # first word of the note on a step whose weight is not trained, and so shares no gradient
 
 
 @dataclass(frozen=True)
 class StepExposure:
-    """What is known of one counted step's input.
+    """What is known of one counted step's input."""
 
-    Attributes:
-        name, kind, unknowns, deficit: As in `LayerRank`.
-        supply: The most virtual constraints that the step before can supply; None where that is not known.
-        status: "determined" (its own equations suffice), "closable" (with the supply they suffice, by count; an attack
-            may still fail to find the solution), "separated" (a fully connected layer at the end, where the images of a
-            batch come apart), "open" (not even the supply suffices), or "unknown".
-    """
-
-    name: str
+    name: str  # as in `LayerRank`
     kind: str
     unknowns: int
     deficit: int | None
-    supply: int | None
+    supply: int | None  # the most virtual constraints that the step before can supply; None where that is not known
+    # "determined" (its own equations suffice), "closable" (with the supply they suffice, by count; an attack may still
+    # fail to find the solution), "separated" (a fully connected layer at the end, where the images of a batch come
+    # apart), "open" (not even the supply suffices), or "unknown"
     status: str
 
     @property

@@ -27,14 +27,12 @@ from rgap.network.layer import Layer
 MAX_UNKNOWNS = 4000
 """Most unknowns of a group of channels, over the whole batch, for which numerical ranks are computed."""
 
-MAX_BLOCK_COLUMNS = 1200
-"""Most columns of a block of M, likewise."""
+MAX_BLOCK_COLUMNS = 1200  # most columns of a block of M, likewise
 
 MAX_GROUPS_WORK = 3e8
 """Cubed unknowns of all groups of channels of a layer up to which every group is computed; else one stands for all."""
 
-GROUP_OVERHEAD = 5e6
-"""What a group costs besides, in the same unit."""
+GROUP_OVERHEAD = 5e6  # what a group costs besides, in the same unit
 
 MAX_GROUP_WORK = 1e9
 """Those of one group up to which it is computed at all where there are several; else the law decides."""

@@ -12,8 +12,7 @@ from rgap.network.chain import prepare
 from rgap.results import LayerRank, UnsupportedLayerError
 from rgap.tokens.embedding import recognise
 
-BYPASSED = "inside the transformer, which plays no part in it"
-"""Note on the steps that the tokens' gradients bypass."""
+BYPASSED = "inside the transformer, which plays no part in it"  # note on the steps that the tokens' gradients bypass
 
 
 def patch_ranks(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> list[LayerRank]:

@@ -8,8 +8,7 @@ from torch import Tensor
 from rgap.network.chain import Chain
 from rgap.network.layer import Layer
 
-WHOLE_SHARE = 0.95
-"""Share of a batch that peels off from which on it counts as whole."""
+WHOLE_SHARE = 0.95  # share of a batch that peels off from which on it counts as whole
 
 
 def active_shares(chain: Chain, layer: Layer, images: Tensor) -> Tensor:

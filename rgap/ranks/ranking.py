@@ -29,23 +29,15 @@ MAX_NETWORK_WORK = 2.5e11
 
 @dataclass
 class Ranking:
-    """The ranks of steps in the order of execution.
+    """The ranks of steps in the order of execution."""
 
-    Attributes:
-        frozen: Ids of the parameters that share no gradient.
-        batch: Images behind one gradient.
-        dtype, limit, seed: As in `rank_analysis`.
-        ranks: Name of a step in the graph -> its rank.
-        work: Dense work done so far, in cubed unknowns.
-    """
-
-    frozen: frozenset[int]
-    batch: int
-    dtype: torch.dtype
+    frozen: frozenset[int]  # ids of the parameters that share no gradient
+    batch: int  # images behind one gradient
+    dtype: torch.dtype  # as in `rank_analysis`
     limit: int
     seed: int
-    ranks: dict[str, LayerRank] = field(default_factory=dict)
-    work: float = 0.0
+    ranks: dict[str, LayerRank] = field(default_factory=dict)  # name of a step in the graph -> its rank
+    work: float = 0.0  # dense work done so far, in cubed unknowns
 
     def add(self, step: CountedStep) -> None:
         """Ranks one more step."""

@@ -18,24 +18,17 @@ MIXING = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Sof
 
 @dataclass(frozen=True)
 class CountedStep:
-    """A traced step with its path as `name`, its kind and a note on it, as in `LayerRank`.
+    """A traced step with its path as `name`, its kind and a note on it, as in `LayerRank`."""
 
-    Attributes:
-        step: The traced step; for a residual block the sum at its end.
-        inside: Name of the block or join that it is part of; empty on the main line.
-        input_shape: Shape of its input; for a residual block at the fork of its paths.
-        weights: Modules whose weights count: one, or for a block the last convolution and that of the other path.
-        path: For a block, the steps of its main path, in order.
-    """
-
-    step: Step
+    step: Step  # the traced step; for a residual block the sum at its end
     name: str
     kind: str
     note: str
-    inside: str
-    input_shape: tuple[int, ...]
+    inside: str  # name of the block or join that it is part of; empty on the main line
+    input_shape: tuple[int, ...]  # shape of its input; for a residual block at the fork of its paths
+    # modules whose weights count: one, or for a block the last convolution and that of the other path
     weights: tuple[nn.Module, ...] = ()
-    path: tuple[Step, ...] = field(default=(), repr=False)
+    path: tuple[Step, ...] = field(default=(), repr=False)  # for a block, the steps of its main path, in order
 
     @property
     def counted(self) -> bool:

@@ -19,29 +19,19 @@ from rgap.residual.cut import Cut, enter_graph, geometry
 from rgap.residual.descent import CONVERGED_KNOWN
 from rgap.results import UnsupportedLayerError
 
-ACTIVE_SHARE = 0.5
-"""Share of a rectified map whose values are known: those of units that are on."""
+ACTIVE_SHARE = 0.5  # share of a rectified map whose values are known: those of units that are on
 
 
 @dataclass(frozen=True)
 class BlindWalk:
-    """How far down an attack gets from a blind layer.
+    """How far down an attack gets from a blind layer."""
 
-    Attributes:
-        entry: Path of the blind layer.
-        solved: Paths of the layers whose input gradient equations determine, from the entry down.
-        frontier: Paths of the layers that read the tensor at which they lack rank, or max pooling; "" at the image.
-        rank: Rank of the gradient equations there; None at the image or at max pooling.
-        unknowns: Entries of that tensor.
-        known: Numbers that are known for every pixel value of the image, for the inversion of what lies below.
-    """
-
-    entry: str
-    solved: tuple[str, ...]
-    frontier: str
-    rank: int | None
-    unknowns: int
-    known: float
+    entry: str  # path of the blind layer
+    solved: tuple[str, ...]  # paths of the layers whose input gradient equations determine, from the entry down
+    frontier: str  # paths of the layers that read the tensor at which they lack rank, or max pooling; "" at the image
+    rank: int | None  # rank of the gradient equations there; None at the image or at max pooling
+    unknowns: int  # entries of that tensor
+    known: float  # numbers that are known for every pixel value of the image, for the inversion of what lies below
 
     @property
     def leaks(self) -> bool:

@@ -9,14 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GRAM_FLOOR = 1e-14
-"""Share of its trace that is added to a Gram matrix, so that a Cholesky factor exists."""
-
-MIN_RESOLVED_SINE = 1e-3
-"""Sine of the second angle from which squares of cosines resolve it."""
-
-ANGLE_REFINEMENTS = 2
-"""Steps with the residual of A; one suffices where its columns are not nearly dependent."""
+GRAM_FLOOR = 1e-14  # share of its trace that is added to a Gram matrix, so that a Cholesky factor exists
+MIN_RESOLVED_SINE = 1e-3  # sine of the second angle from which squares of cosines resolve it
+ANGLE_REFINEMENTS = 2  # steps with the residual of A; one suffices where its columns are not nearly dependent
 
 SAME_COSINE = 0.99
 """Cosine of the angle between two starts' directions, or patterns, above which they lead to the same one."""

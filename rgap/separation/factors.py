@@ -23,11 +23,8 @@ from rgap.head.hypothesis import Start
 from rgap.network.layer import Chain, Layer
 from rgap.separation.scales import label_of, scale_hypotheses
 
-SHARE_NOISE = 10.0
-"""Relative error of ∂ℓ/∂f in units of the gradients' precision."""
-
-UNIT_FACTOR_ERROR = 1e-3
-"""Distance from 1 up to which a factor that follows from an input of known length counts as 1."""
+SHARE_NOISE = 10.0  # relative error of ∂ℓ/∂f in units of the gradients' precision
+UNIT_FACTOR_ERROR = 1e-3  # distance from 1 up to which a factor that follows from an input of known length counts as 1
 
 
 class ImageFactor(NamedTuple):

@@ -18,20 +18,14 @@ from rgap.network.layer import Layer
 from rgap.separation.scales import FittedInputs, output_jacobians, refine_inputs
 from rgap.separation.subspaces import Span
 
-MAX_STARTS = 12
-"""Starts, each with other guesses of the outputs; where all labels differ one usually suffices."""
-
-GUESS_STD = 0.1
-"""Standard deviation of the guessed outputs."""
-
-MAX_LABEL_GUESSES = 3
-"""Guesses of the labels that are tried at each start."""
+MAX_STARTS = 12  # starts, each with other guesses of the outputs; where all labels differ one usually suffices
+GUESS_STD = 0.1  # standard deviation of the guessed outputs
+MAX_LABEL_GUESSES = 3  # guesses of the labels that are tried at each start
 
 REFIT_RESIDUALS = (1e-13, 1e-5)
 """Residuals of a fit between which its inputs are computed once more, from the ∂ℓ/∂z_1 that follow from it."""
 
-OUTPUT_ALTERNATIONS = 6
-"""Rounds in which inputs and outputs are updated in turn before they are fitted together."""
+OUTPUT_ALTERNATIONS = 6  # rounds in which inputs and outputs are updated in turn before they are fitted together
 
 
 def fit_joint_softmax(

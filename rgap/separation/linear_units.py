@@ -12,23 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_LINEAR_UNKNOWNS = 24
-"""Largest k for which such units are searched: k + `SURPLUS_UNITS` of them are needed."""
-
-SURPLUS_UNITS = 4
-"""Units beyond k that must agree: a chance agreement of so many is none."""
-
-SUBSETS_TRIED = 250
-"""Random subsets of each list of units from which M is solved."""
-
-LINEAR_FITS = 3
-"""Turns of the fit of M to the units that agree, each with the noise that the last one has shown."""
-
-TEST_COLUMNS = 16
-"""Random combinations of columns on which a subset is tested."""
-
-AGREEING_STDS = 10.0
-"""Multiple of the noise of a row up to which it agrees with M."""
+MAX_LINEAR_UNKNOWNS = 24  # largest k for which such units are searched: k + `SURPLUS_UNITS` of them are needed
+SURPLUS_UNITS = 4  # units beyond k that must agree: a chance agreement of so many is none
+SUBSETS_TRIED = 250  # random subsets of each list of units from which M is solved
+LINEAR_FITS = 3  # turns of the fit of M to the units that agree, each with the noise that the last one has shown
+TEST_COLUMNS = 16  # random combinations of columns on which a subset is tested
+AGREEING_STDS = 10.0  # multiple of the noise of a row up to which it agrees with M
 
 
 class LinearPart(NamedTuple):

@@ -25,15 +25,13 @@ from rgap.shared_gradient import SharedGradient
 MAX_FACTOR_MISMATCH = 1e-2
 """Relative deviation of a candidate's own row from the loss's factor above which no error excuses it."""
 
-MIN_FACTOR_MISMATCH = 1e-8
-"""The same that is allowed at any precision."""
+MIN_FACTOR_MISMATCH = 1e-8  # the same that is allowed at any precision
 
 MAX_ERROR_RATIO = 100.0
 """Ratio of a candidate's predicted error to the smallest one up to which it is accepted in the same step: the next step
 may show the same image in a row with less noise."""
 
-MIN_AGREEING = 3
-"""Candidates that must agree on the factor of the loss where the batch size does not confirm it."""
+MIN_AGREEING = 3  # candidates that must agree on the factor of the loss where the batch size does not confirm it
 
 
 def peel(

@@ -19,17 +19,13 @@ from rgap.network.layer import Layer
 MAX_SCALE_RESIDUAL = 1e-2
 """Residual, relative to the gradient's size, above which a root of the equations of two classes is no hypothesis."""
 
-UNRELATED_RESIDUAL = 0.3
-"""The same for any number of classes: no image has a gradient with such a residual."""
+UNRELATED_RESIDUAL = 0.3  # the same for any number of classes: no image has a gradient with such a residual
 
 OUTPUT_GRADIENT_ERROR = 1e-6
 """Relative error of ∂ℓ/∂f, by which the softmax equations are weighted; only its order matters."""
 
-MAX_REFINED_IMAGES = 24
-"""Largest batch whose inputs are refined: the Jacobian has B² columns."""
-
-MAX_REFINEMENTS = 60
-"""Limit on the evaluations of a refinement; from separated inputs two or three are usual."""
+MAX_REFINED_IMAGES = 24  # largest batch whose inputs are refined: the Jacobian has B² columns
+MAX_REFINEMENTS = 60  # limit on the evaluations of a refinement; from separated inputs two or three are usual
 
 
 @dataclass(frozen=True)
@@ -144,8 +140,7 @@ def _softmax(f: Tensor, c: Tensor, label: int) -> tuple[list[tuple[int, float]],
     return [(label, alpha) for miss, alpha in misses if miss <= limit], []
 
 
-SCALES = {"logistic": _logistic, "cross_entropy": _softmax}
-"""Losses whose equations are known -> their scales."""
+SCALES = {"logistic": _logistic, "cross_entropy": _softmax}  # losses whose equations are known -> their scales
 
 
 def refine_inputs(

@@ -18,32 +18,18 @@ from rgap.separation.separated import Separation
 from rgap.separation.state import ANGLE_GAP_RATIO, PartialInput, SearchState
 from rgap.separation.subspaces import Span, inputs_from_gradients, null_of_rows, row_span
 
-MAX_FAILED_STARTS = 60
-"""Starts in a row without a new input, or a new ∂ℓ/∂z_1 of one, after which the search ends."""
-
-STARTS_AT_ONCE = 6
-"""Starts that are iterated together."""
-
-MAX_STEPS = 40
-"""Steps of the fixed point from one start; it takes about ten."""
-
-ROWS_AT_ONCE = 60
-"""Rows of the gradients from which starts are made together, where many images are left."""
+MAX_FAILED_STARTS = 60  # starts in a row without a new input, or a new ∂ℓ/∂z_1 of one, after which the search ends
+STARTS_AT_ONCE = 6  # starts that are iterated together
+MAX_STEPS = 40  # steps of the fixed point from one start; it takes about ten
+ROWS_AT_ONCE = 60  # rows of the gradients from which starts are made together, where many images are left
 
 NEAREST_ROWS = 20
 """How many of them are those nearest to a single image; the others come from anywhere, for they lead to others."""
 
-CANDIDATES_A_START = 4
-"""Rows that are looked at for each start: those that resemble an earlier one start nothing new."""
-
-MAX_ROW_STEPS = 20
-"""Steps from such a start; those that lead to an image take about eight."""
-
-MAX_FAILED_ROUNDS = 4
-"""Rounds of such starts in a row without a new input, after which they end."""
-
-MAX_ROW_SINE = 3e-3
-"""Sine of the angle with which such a start may end and be tested; others end above 6e-3."""
+CANDIDATES_A_START = 4  # rows that are looked at for each start: those that resemble an earlier one start nothing new
+MAX_ROW_STEPS = 20  # steps from such a start; those that lead to an image take about eight
+MAX_FAILED_ROUNDS = 4  # rounds of such starts in a row without a new input, after which they end
+MAX_ROW_SINE = 3e-3  # sine of the angle with which such a start may end and be tested; others end above 6e-3
 
 
 def separate(

@@ -12,8 +12,7 @@ from rgap.network.layer import Layer
 from rgap.results import LayerReport
 from rgap.separation.subspaces import Span
 
-MAX_SIZE_DEVIATION = 0.05
-"""Distance of a batch size, as the images' shares tell it, from a whole number."""
+MAX_SIZE_DEVIATION = 0.05  # distance of a batch size, as the images' shares tell it, from a whole number
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ have the same activation pattern every mixture of them fits, and the next angle 
 MAX_CONTRADICTING_SIGNS = 8
 """Units close to 0 that may have another sign than the input that follows from all other units."""
 
-MAX_SIGN_STEPS = 30
-"""Steps of the fixed point over the signs of one ∂ℓ/∂z_1; it takes about four."""
+MAX_SIGN_STEPS = 30  # steps of the fixed point over the signs of one ∂ℓ/∂z_1; it takes about four
 
 
 class PartialInput(NamedTuple):

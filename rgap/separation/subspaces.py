@@ -14,11 +14,8 @@ from rgap.network.layer import Chain, Layer
 from rgap.results import UnsupportedLayerError
 from rgap.shared_gradient import SharedGradient
 
-MIN_ROW_RATIO = 1e-6
-"""Singular value of the last layer's gradient, relative to the largest, from which on it counts."""
-
-MIN_BATCH_GAP = 100.0
-"""Ratio of singular values, and of one to the rounding, from which on a rank is clear."""
+MIN_ROW_RATIO = 1e-6  # singular value of the last layer's gradient, relative to the largest, from which on it counts
+MIN_BATCH_GAP = 100.0  # ratio of singular values, and of one to the rounding, from which on a rank is clear
 
 
 @dataclass(frozen=True)

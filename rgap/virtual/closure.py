@@ -31,23 +31,15 @@ from rgap.virtual.previous import previous_factors, smooth_image_rows
 ERROR_AMPLIFICATION = 5.0
 """Rough error of a pre-activation in units of the gradient's, as amplified by the layers above and σ⁻¹."""
 
-MAX_CERTIFIED_RESIDUAL = 20.0
-"""Largest certified residual, in units of the data's noise; a wrong sign gives thousands."""
-
-MAX_CERTIFIED_CONDITION = 1e5
-"""Largest certified condition number of the final system."""
-
-MAX_STEPS = 40
-"""Limit on the steps of one attempt."""
-
-PRIOR_WIDENING = 30.0
-"""Standard deviation of the first belief on weak directions, in units of the layer's own for them."""
+MAX_CERTIFIED_RESIDUAL = 20.0  # largest certified residual, in units of the data's noise; a wrong sign gives thousands
+MAX_CERTIFIED_CONDITION = 1e5  # largest certified condition number of the final system
+MAX_STEPS = 40  # limit on the steps of one attempt
+PRIOR_WIDENING = 30.0  # standard deviation of the first belief on weak directions, in units of the layer's own for them
 
 SETTLED_SHARE = 0.01
 """Standard deviation, in units of a belief's noise, from which the layer's own values need no belief."""
 
-MAX_HOPELESS_UNKNOWNS = 300
-"""Unknowns up to which a system that is short of equations is approached within a second."""
+MAX_HOPELESS_UNKNOWNS = 300  # unknowns up to which a system that is short of equations is approached within a second
 
 MAX_APPROACHED_UNKNOWNS = 1200
 """The same of other systems, which then take some ten seconds; none that is larger has been closed."""
@@ -55,32 +47,23 @@ MAX_APPROACHED_UNKNOWNS = 1200
 MAX_PIECES = 2
 """Systems on one piece of σ that are solved at the end; each corrects the signs of entries that are almost zero."""
 
-MAX_SIGN_TRIALS = 4
-"""Entries closest to zero whose signs are flipped, one at a time, where the solution does not fit."""
+MAX_SIGN_TRIALS = 4  # entries closest to zero whose signs are flipped, one at a time, where the solution does not fit
 
 
 @dataclass(frozen=True)
 class VirtualSolution:
-    """The input of a layer after the equations of the layer before have joined its own.
+    """The input of a layer after the equations of the layer before have joined its own."""
 
-    Attributes:
-        x: The input, (n,), or for a batch (B, n); not certified, the mean of the last belief or the last iterate.
-        certified: Residual at noise level, surplus equations, full column rank, and the signs those of the solution.
-        equations: Independent equations that were used.
-        iterations: Steps over all attempts, or systems that were solved.
-        residual: Root-mean-square residual of these equations relative to the size of z′.
-        condition: Condition number of the final system.
-        beliefs: For one image, the mean of the belief on x after each step, (iterations, n).
-        draw: For one image, one draw of the error of x from the final residual, (n,); 0 where it is not certified.
-    """
-
+    # the input, (n,), or for a batch (B, n); not certified, the mean of the last belief or the last iterate
     x: NDArray | Tensor
-    certified: bool
-    equations: int
-    iterations: int
-    residual: float
-    condition: float
+    certified: bool  # residual at noise level, surplus equations, full column rank, and the signs those of the solution
+    equations: int  # independent equations that were used
+    iterations: int  # steps over all attempts, or systems that were solved
+    residual: float  # root-mean-square residual of these equations relative to the size of z′
+    condition: float  # condition number of the final system
+    # for one image, the mean of the belief on x after each step, (iterations, n)
     beliefs: NDArray | None = field(default=None, repr=False)
+    # for one image, one draw of the error of x from the final residual, (n,); 0 where it is not certified
     draw: NDArray | None = field(default=None, repr=False)
 
 

@@ -24,27 +24,16 @@ MIN_ROW_NORM_RATIO = 1e-12
 
 @dataclass(frozen=True)
 class DeficientLayer:
-    """The deficient layer's input and what is known about it.
+    """The deficient layer's input and what is known about it."""
 
-    Attributes:
-        x: The solution nearest to σ(0), (n,).
-        N: Basis of the undetermined directions, (n, d): the null space, then ill-conditioned directions.
-        known: Standard deviation of the layer's own values, which are 0, for the last w coefficients, (w,).
-        activation: σ between the layer before and this one, on vectors (n,).
-        previous: Factors of the layer before.
-        G: That layer's gradient, (O, C, kh, kw); None where it is absent.
-        dx: Gradient of the loss by x, in the shape of that layer's output, (O, H′, W′).
-        noise: Relative noise of the data.
-    """
-
-    x: NDArray
-    N: NDArray
-    known: NDArray
-    activation: Activation
-    previous: PreviousLayer
-    G: NDArray | None
-    dx: NDArray
-    noise: float
+    x: NDArray  # the solution nearest to σ(0), (n,)
+    N: NDArray  # basis of the undetermined directions, (n, d): the null space, then ill-conditioned directions
+    known: NDArray  # standard deviation of the layer's own values, which are 0, for the last w coefficients, (w,)
+    activation: Activation  # σ between the layer before and this one, on vectors (n,)
+    previous: PreviousLayer  # factors of the layer before
+    G: NDArray | None  # that layer's gradient, (O, C, kh, kw); None where it is absent
+    dx: NDArray  # gradient of the loss by x, in the shape of that layer's output, (O, H′, W′)
+    noise: float  # relative noise of the data
 
     @property
     def unknowns(self) -> int:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from rgap.network.activations import Activation, leaky_relu
 
-QUADRATURE_NODES = 15
-"""Nodes of the Gauss–Hermite rule for smooth activations."""
+QUADRATURE_NODES = 15  # nodes of the Gauss–Hermite rule for smooth activations
 
 
 @dataclass(frozen=True)
