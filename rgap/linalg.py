@@ -40,6 +40,15 @@ INVERSE_ITERATIONS = 2
 DROPPED_STEPS = 4
 """Lanczos steps for the largest singular value dropped: of rounding, only its size counts."""
 
+MAX_NEIGHBOUR_STEPS = 40
+"""Steps of conjugate gradients with a neighbour's inverse up to which they are quicker than factors of its own."""
+
+NEIGHBOUR_TOLERANCE = 1e-6
+"""Relative residual down to which they are led, in each of the rounds."""
+
+NEIGHBOUR_ROUNDS = 3
+"""Solves, each with the residual that the last one has left."""
+
 SKETCH_SIZE = 24
 """Columns of a random sketch at first."""
 
@@ -51,13 +60,19 @@ SKETCH_SURPLUS = 12
 class Operator:
     """A matrix A of m rows and k columns that need not be formed."""
 
-    gram: Tensor  # AᵀA, (k, k)
+    columns: int  # k
+    make_gram: Callable[[], Tensor]
     apply: Callable[[Tensor], Tensor]  # Y -> A Y, (k, p) -> (m, p)
     adjoint: Callable[[Tensor], Tensor]  # R -> Aᵀ R, (m, p) -> (k, p)
 
+    @cached_property
+    def gram(self) -> Tensor:
+        """AᵀA, (k, k)."""
+        return self.make_gram()
+
     def matrix(self) -> Tensor:
         """A itself, column by column."""
-        return self.apply(torch.eye(len(self.gram), dtype=self.gram.dtype))
+        return self.apply(torch.eye(self.columns, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,7 @@ def orthonormal(A: Tensor, times: int = 2) -> Tensor:
 
 def dense_operator(A: Tensor) -> Operator:
     """A matrix (m, k) as an operator."""
-    return Operator(gram_matrix(A), lambda Y: A @ Y, lambda R: A.T @ R)
+    return Operator(A.shape[1], lambda: gram_matrix(A), lambda Y: A @ Y, lambda R: A.T @ R)
 
 
 def least_squares(
@@ -143,6 +158,7 @@ def least_squares(
     *,
     gram_only: bool = False,
     deficient: bool = False,
+    near: tuple[Callable[[Tensor], Tensor], float] | None = None,
 ) -> LeastSquares:
     """Solves min ‖A y − b‖² + ‖damping ∘ y‖², with the null space of the whole system.
 
@@ -151,16 +167,48 @@ def least_squares(
 
     `gram_only` is for systems too large for A to be applied to many columns: AᵀA alone decides the rank, at a cutoff of
     `GRAM_RESOLUTION` at least; Cholesky factors, refined twice, serve below `CHOLESKY_MIN_RATIO`, too; no directions
-    are reported as ill-conditioned. `deficient` tells that the rank cannot be full, which saves a trial.
+    are reported as ill-conditioned. `deficient` tells that the rank cannot be full, which saves a trial. `near` is the
+    inverse of the Gram matrix of a system of full rank that is almost this one, and its σ_min / σ_max: where conjugate
+    gradients with it converge at once this system has that rank and condition, too, and its Gram matrix is not made.
     """
-    if damping is None:
-        damping = A.gram.new_zeros(len(A.gram))
+    damping = b.new_zeros(A.columns) if damping is None else damping
+    if near is not None and (found := _by_neighbour(A, b[:, None], damping, *near)) is not None:
+        return found
     normal = _Normal(A, b[:, None], damping, max(rcond, GRAM_RESOLUTION) if gram_only else rcond, gram_only)
     device = accelerator.get()
-    if device is not None and len(A.gram) >= MIN_ON_ACCELERATOR:
+    if device is not None and A.columns >= MIN_ON_ACCELERATOR:
         return _by_cholesky_on(device, normal) or _by_decomposition(normal, device)
     full = None if deficient else _by_cholesky(normal)
     return full or _by_pivoted_cholesky(normal) or _by_decomposition(normal)
+
+
+def _by_neighbour(
+    A: Operator, b: Tensor, damping: Tensor, approximate: Callable[[Tensor], Tensor], ratio: float
+) -> LeastSquares | None:
+    """By conjugate gradients, preconditioned by the inverse of a neighbour's Gram matrix; None where they are slow."""
+    squares = damping.square()[:, None]
+
+    def invert(v: Tensor) -> Tensor | None:
+        y, rest, size, p, before = torch.zeros_like(v), v, v.norm(), None, 0.0
+        for _ in range(MAX_NEIGHBOUR_STEPS):
+            z = approximate(rest)
+            product = (rest * z).sum()
+            p, before = z if p is None else z + product / before * p, product
+            q = A.adjoint(A.apply(p)) + squares * p
+            step = product / (p * q).sum()
+            y, rest = y + step * p, rest - step * q
+            if not rest.norm() > NEIGHBOUR_TOLERANCE * size:
+                return y
+        return None
+
+    y = torch.zeros_like(damping)[:, None]
+    for _ in range(NEIGHBOUR_ROUNDS):
+        further = invert(A.adjoint(b - A.apply(y)) - squares * y)
+        if further is None or not torch.isfinite(further).all():
+            return None
+        y = y + further
+    none = b.new_zeros(A.columns, 0)
+    return LeastSquares(y[:, 0], None, none, none[0], A.columns, ratio, None, invert)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from rgap import linalg as dense
 from rgap.isolation import dense_systems_on
 from rgap.linalg import (
+    Operator,
     dense_operator,
     gram_matrix,
     leading_svd,
@@ -122,7 +123,7 @@ def test_more_singular_values_than_the_sketch_holds_enlarge_it():
 def test_ill_conditioned_directions_beside_a_null_space_are_those_of_the_decomposition():
     values = [*np.geomspace(1, 0.2, 150), *np.geomspace(0.06, 2e-3, 40), *[0.0] * 10]
     A, b = dense_operator(matrix(260, 200, values)), randn(260)
-    found, normal = least_squares(A, b, 1e-5), dense._Normal(A, b[:, None], A.gram.new_zeros(200), 1e-5, False)
+    found, normal = least_squares(A, b, 1e-5), dense._Normal(A, b[:, None], b.new_zeros(200), 1e-5, False)
     whole = dense._by_decomposition(normal)
     assert found.rank == whole.rank == 190 and found.ill_conditioned.shape == whole.ill_conditioned.shape == (200, 40)
     assert_close(found.y, whole.y, rtol=0, atol=1e-8 * whole.y.abs().max().item())
@@ -152,3 +153,19 @@ def test_a_system_factored_on_an_accelerator_has_the_solution_of_the_cpu(device,
     assert_close(found.y, expected.y, rtol=1e-10, atol=1e-12)
     assert_close(found.invert(b[:30, None]), expected.invert(b[:30, None]), rtol=1e-8, atol=1e-10)
     assert (found.null is None) == (lost == 0)
+
+
+def test_the_factors_of_a_neighbour_solve_a_system_whose_gram_matrix_is_not_made():
+    A, b = matrix(80, 50, np.geomspace(1, 1e-2, 50)), randn(80)
+    first, damping = least_squares(dense_operator(A), b, 1e-6, gram_only=True), 1e-3 * torch.ones(50).double()
+    moved = A + 1e-5 * randn(80, 50, seed=3)
+    operator = Operator(50, lambda: pytest.fail("a Gram matrix"), lambda Y: moved @ Y, lambda R: moved.T @ R)
+    near = first.invert, first.sigma_min_kept
+    found = least_squares(operator, b, 1e-6, damping, near=near)
+    stacked = torch.cat([moved, torch.diag(damping)])
+    assert_close(found.y, torch.linalg.lstsq(stacked, torch.cat([b, b.new_zeros(50)])).solution, rtol=1e-10, atol=0)
+    assert found.null is None and found.rank == 50 and found.condition == first.condition
+    far = matrix(80, 50, np.geomspace(1, 1e-3, 50), seed=9)
+    found = least_squares(dense_operator(far), b, 1e-6, near=near)
+    assert_close(found.y, torch.linalg.lstsq(far, b).solution, rtol=1e-8, atol=0)
+    assert found.condition > 800

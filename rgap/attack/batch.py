@@ -141,7 +141,7 @@ def _find_again(attack: Attack, descent: Descent, images: Tensor) -> _Again:
         head = fit(
             chain.layers[start.layer :], noisy.gradients, features, start.labels, weights=start.client_loss["weights"]
         )
-        other = descend(chain, noisy, replace(start, x=head.x, dx=head.dx), close=attack.close)
+        other = descend(chain, noisy, replace(start, x=head.x, dx=head.dx), close=attack.close, like=descent)
         found, shares = attack.images(other), [0.0] * len(images)
         if other.open_layers:
             found = torch.full_like(found, math.nan)

@@ -82,6 +82,7 @@ class Descent:
             equations alone overdetermine, from the last on.
         probe: How a draw of the noise changes the image.
         positive: Name of a layer whose activation has two slopes -> which of its pre-activations are positive, (B, …).
+        solutions: Of a batch, layer name -> its own solution.
     """
 
     start: Start
@@ -94,6 +95,7 @@ class Descent:
     noise_stds: tuple[float, ...] = ()
     probe: NoiseProbe | None = None
     positive: Mapping[str, Tensor] = field(default_factory=dict)
+    solutions: Mapping[str, LayerSolution] = field(default_factory=dict, repr=False)
 
 
 def descend(
@@ -104,6 +106,7 @@ def descend(
     probe: NoiseProbe | None = None,
     close: Closer | None = None,
     give_up: float = math.inf,
+    like: Descent | None = None,
 ) -> Descent:
     """Recovers the inputs of every layer below a start.
 
@@ -114,12 +117,13 @@ def descend(
         probe: A draw of the noise and its effect on the start, to predict errors and decide signs; one image only.
         close: What may close the null space of a rank-deficient layer, such as `close_by_virtual_constraints`.
         give_up: Identity residual above which the start is dropped and the descent stays incomplete.
+        like: A batch's descent by almost the same gradient, whose factors serve once more.
     """
     reports, x, dx, mismatch = list(start.reports), start.x, start.dx, 0.0
     if probe is not None:
         reports[-1] = replace(reports[-1], predicted_error=probe.error)
     inputs, positive = _above(chain, start)
-    left_open, beliefs, noise_stds = [], {}, []
+    left_open, beliefs, noise_stds, solutions = [], {}, [], {}
     for i in reversed(range(start.layer if len(x) else 0)):
         layer, above, begin = chain.layers[i], chain.layers[i + 1], time.perf_counter()
         has_gradient = not layer.is_fixed and not set(layer.weight_names) & set(received.absent)
@@ -146,7 +150,10 @@ def descend(
         if mismatch > give_up and not left_open:  # below an open layer identities fail for every label
             return Descent(start, inputs, tuple(reports), mismatch, False)
         equations = (G, dz if has_gradient or _reads_zeros(layer, received, z) else 0 * dz, z)
-        solution = solve_layer(layer, *equations, rcond=received.rcond, known=known, precision=received.precision)
+        options = {"known": known, "precision": received.precision, "like": like and like.solutions.get(layer.name)}
+        solution = solve_layer(layer, *equations, rcond=received.rcond, **options)
+        if len(x) > 1:
+            solutions[layer.name] = solution
         report = solution.report
         noise_stds += [] if solution.noise_std is None or left_open else [solution.noise_std]
         if probe is not None:
@@ -166,7 +173,7 @@ def descend(
         inputs[layer.name] = x.reshape(-1, *layer.feature_shape)
         reports.append(replace(report, seconds=time.perf_counter() - begin))
     inputs = {layer.name: inputs[layer.name] for layer in chain.layers}
-    found = (tuple(left_open), beliefs, tuple(noise_stds), probe, positive)
+    found = (tuple(left_open), beliefs, tuple(noise_stds), probe, positive, solutions)
     return Descent(start, inputs, tuple(reports), mismatch, True, *found)
 
 

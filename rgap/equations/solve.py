@@ -53,6 +53,7 @@ def solve_layer(
     known: Tensor | None = None,
     precision: float = 0.0,
     limits: SolverLimits = DEFAULT_LIMITS,
+    like: LayerSolution | None = None,
 ) -> LayerSolution:
     """Recovers one layer's inputs from its weight and gradient equations.
 
@@ -66,6 +67,7 @@ def solve_layer(
         precision: Relative error of the gradient, and so of z: decides whether an ill-conditioned W is trusted alone;
             one image only.
         limits: Sizes and ratios that decide how the layer is solved.
+        like: Solution of almost the same equations, whose factors serve once more.
 
     Returns:
         A `LayerSolution`; where [W; K] falls short of full rank, its minimum-norm solution with the null basis.
@@ -85,8 +87,10 @@ def solve_layer(
     parts = layer.split_groups()
     count = len(parts)
     masks = [None] * count if known is None else known.chunk(count, 1)
-    split = zip(parts, G.chunk(count), dz.chunk(count, 1), z.chunk(count, 1), masks, strict=True)
-    groups = [_Problem(part, G, dz, z - part.pre_bias(), k, rcond, precision, limits) for part, G, dz, z, k in split]
+    near = [None] * count if like is None else like.solved
+    split = zip(parts, G.chunk(count), dz.chunk(count, 1), z.chunk(count, 1), masks, near, strict=True)
+    options = (rcond, precision, limits)
+    groups = [_Problem(part, G, dz, z - part.pre_bias(), k, *options, one) for part, G, dz, z, k, one in split]
     between = _weights_before_gradients if len(z) > 1 else _iterate
     found = [_weights_alone(group) or between(group) or _gradients_before_weights(group) for group in groups]
     return _merged(layer.name, found, start)
@@ -104,6 +108,7 @@ class _Problem:
     rcond: float
     precision: float
     limits: SolverLimits
+    like: tuple[ReducedSystem, LeastSquares] | None = None
 
     @property
     def unknowns(self) -> int:
@@ -250,7 +255,8 @@ def _reduced(problem: _Problem, system: ReducedSystem) -> LayerSolution:
     """Solves for what one kind of equations leaves open."""
     law = None if problem.is_batch or problem.known is not None else layer_laws(problem.layer).both
     options = {"gram_only": problem.is_batch, "deficient": law is not None and law < problem.unknowns}
-    found = least_squares(system.A, system.b, problem.rcond, system.damping, **options)
+    near = None if problem.like is None else _neighbour(system, *problem.like)
+    found = least_squares(system.A, system.b, problem.rcond, system.damping, near=near, **options)
     y = found.y[:, None]
     x = (system.x0 + system.spread(y)[:, :, 0]).reshape(-1, *problem.layer.input_shape)
     report = problem.report(
@@ -266,6 +272,20 @@ def _reduced(problem: _Problem, system: ReducedSystem) -> LayerSolution:
         return (x0 + system.spread(found.invert(system.A.adjoint(b[:, None])))[:, :, 0]).reshape(x.shape)
 
     return LayerSolution(x, report, sensitivity, ((system, found),))
+
+
+def _neighbour(
+    system: ReducedSystem, other: ReducedSystem, found: LeastSquares
+) -> tuple[Callable[[Tensor], Tensor], float] | None:
+    """The inverse of the normal equations of another system, in what this one leaves open; None if it was deficient."""
+    if found.null is not None or other.A.columns != system.A.columns:
+        return None
+
+    def invert(v: Tensor) -> Tensor:
+        inside = other.project(system.spread(v)[:, :, 0])
+        return system.project(other.spread(found.invert(inside[:, None]))[:, :, 0])[:, None]
+
+    return invert, found.sigma_min_kept
 
 
 def _merged(name: str, parts: list[LayerSolution], start: float) -> LayerSolution:

@@ -177,7 +177,7 @@ def weights_on(layer: Layer, V: Tensor) -> Operator:
         images = layer.adjoint(R.T.reshape(-1, count, *layer.output_shape))
         return (images.flatten(3) @ V[None]).sum(1).flatten(1).T
 
-    return Operator(weight_gram(layer, V), apply, adjoint)
+    return Operator(channels * V.shape[2], lambda: weight_gram(layer, V), apply, adjoint)
 
 
 def spread(V: Tensor, Y: Tensor, channels: int) -> Tensor:
@@ -231,7 +231,9 @@ def rows_scale(right: Tensor, other: Tensor) -> float:
 def _without_rounding(A: Operator, layer: Layer, rcond: float) -> Operator:
     """A, or zeros where A is rounding alone, because W repeats K there."""
     unit = layer.weight.flatten(1).norm(dim=1).max()
-    if A.gram.trace() > (max(rcond, GRAM_RESOLUTION) * unit) ** 2 or A.matrix().norm() > rcond * unit:
+    some = torch.randn(A.columns, 1, generator=torch.Generator().manual_seed(0), dtype=unit.dtype)  # ‖A y‖ ≈ ‖A‖
+    if A.apply(some).norm() > max(rcond, GRAM_RESOLUTION) * unit or A.matrix().norm() > rcond * unit:
         return A
     nothing = torch.zeros_like
-    return Operator(nothing(A.gram), lambda Y: A.apply(nothing(Y)), lambda R: A.adjoint(nothing(R)))
+    gram = lambda: unit.new_zeros(A.columns, A.columns)  # noqa: E731
+    return Operator(A.columns, gram, lambda Y: A.apply(nothing(Y)), lambda R: A.adjoint(nothing(R)))

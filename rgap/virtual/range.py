@@ -17,7 +17,7 @@ from torch import Tensor
 from rgap.equations.complement import RangeComplement, complement
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
 from rgap.equations.systems import ReducedSystem
-from rgap.linalg import LeastSquares, Operator, least_squares, rms
+from rgap.linalg import LeastSquares, Operator, gram_matrix, least_squares, rms
 from rgap.network.layer import Layer
 from rgap.virtual.closure import ERROR_AMPLIFICATION, MAX_CERTIFIED_RESIDUAL, VirtualSolution
 
@@ -97,14 +97,18 @@ def _solve(
 ) -> LeastSquares:
     """The system's rows and the range constraints, linearised at x, each in units of its noise."""
     own, unit = units
-    gram = system.A.gram / own**2
     rows, right = [], []
     for image in range(len(x)):
         columns, R = system.seen_by(image, left.T / slope[image])
-        gram[columns, columns] += R.T @ (R / unit**2)
         rows.append((columns, R / unit))
         right.append(left.T @ ((x[image] - system.x0[image]) / slope[image] - z[image]) / unit)
     count = system.b.numel()
+
+    def gram() -> Tensor:
+        gram = system.A.gram / own**2
+        for columns, R in rows:
+            gram[columns, columns] += gram_matrix(R)
+        return gram
 
     def apply(y: Tensor) -> Tensor:
         return torch.cat([system.A.apply(y) / own, *(R @ y[columns] for columns, R in rows)])
@@ -116,7 +120,7 @@ def _solve(
         return y
 
     b = torch.cat([system.b / own, *right])
-    A, damping = Operator(gram, apply, adjoint), system.damping / own
+    A, damping = Operator(system.A.columns, gram, apply, adjoint), system.damping / own
     return least_squares(A, b, min(rcond, 1e-5), damping, gram_only=True)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
+from rgap import linalg
 from rgap.attack import descent as descent_module
 from rgap.attack.descent import close_by_virtual_constraints, descend
 from rgap.attack.reconstruct import MAX_IDENTITY_RESIDUAL
@@ -155,7 +156,7 @@ def start_at(layer, x, dx):
     return Start(layer, labels, x, dx, ((Twin(0),),) * len(x), (LayerReport("head", x[0].numel()),), batch_size=len(x))
 
 
-def attack(model, count, dtype=torch.float64, close=close_by_virtual_constraints):
+def attack(model, count, dtype=torch.float64, close=close_by_virtual_constraints, **options):
     """True images, the chain, and the descent from what autograd in the client's precision has at the head."""
     images, labels = rand(count, 3, 12, 12), torch.arange(count) % 5
     model = model.to(dtype)
@@ -166,7 +167,7 @@ def attack(model, count, dtype=torch.float64, close=close_by_virtual_constraints
     chain = rgap.prepare(model, (3, 12, 12))
     below = next(i for i, layer in enumerate(chain.layers) if layer.is_dense)
     x, dx = features.detach().double(), features.grad.double()
-    return images, chain, descend(chain, receive(chain, gradients), start_at(below, x, dx), close=close)
+    return images, chain, descend(chain, receive(chain, gradients), start_at(below, x, dx), close=close, **options)
 
 
 SECOND = (TALL, (16, 3, 2, 1), (16, 3, 1, 1))
@@ -182,6 +183,15 @@ def test_every_image_of_a_batch_comes_back(count, bias):
     truth = chain.layer_inputs(images)
     for name, x in found.layer_inputs.items():
         assert_close(x, truth[name], rtol=0, atol=1e-6)
+
+
+def test_a_second_descent_by_almost_the_same_gradient_takes_the_factors_of_the_first(monkeypatch):
+    first, by_neighbour, taken = attack(deep_cnn(*SECOND), 3)[2], linalg._by_neighbour, []
+    monkeypatch.setattr(linalg, "_by_neighbour", lambda *system: taken.append(by_neighbour(*system)) or taken[-1])
+    again = attack(deep_cnn(*SECOND), 3, like=first)[2]
+    assert [found is not None for found in taken] == [True]  # the other system is deficient
+    assert_close(again.layer_inputs["0"], first.layer_inputs["0"], rtol=0, atol=1e-9)
+    assert [report.rank for report in again.reports[1:]] == [report.rank for report in first.reports[1:]]
 
 
 @pytest.mark.parametrize("activation", [nn.LeakyReLU(0.01), nn.Identity()])
@@ -212,7 +222,7 @@ def test_smooth_activations_have_range_constraints_too(monkeypatch, channels):
 def test_a_belief_outside_the_range_of_an_activation_certifies_nothing():
     layer = replace(rgap.prepare(deficient(), (3, 12, 12)).layers[0], activation=TANH)
     x = torch.full((2, *layer.output_shape), 2.0, dtype=torch.float64)
-    same = Operator(None, lambda v: v, None)
+    same = Operator(None, None, lambda v: v, None)
     system = ReducedSystem(x.flatten(1), None, lambda v: v.flatten(), None, same, 0 * x.flatten(), None, 1.0, None)
     found = close_by_range(layer, range_factor(layer), system, x, deficit=1, precision=1e-7, rcond=1e-4)
     assert not found.certified and torch.equal(found.x, x.flatten(1)) and found.iterations == 0
