@@ -9,9 +9,7 @@ from rgap.results import Candidate
 
 MAX_BRIGHTNESS_ERROR = 0.02  # relative error of an image's brightness above which it counts as open
 WHOLE_FACTOR_ERROR = 1e-3  # relative distance from a whole number up to which a factor is named as one
-
-MAX_HEAD_MISFIT = 30.0
-"""Misfit of the last layer's equations, in standard deviations, that no model of the loss leaves on a right image."""
+MAX_HEAD_MISFIT = 30.0  # misfit of the head, in standard deviations, that no model of the loss leaves on a right image
 
 
 def with_brightness(best: Candidate, verdict: str, why: list[str], misfit: float = 0.0) -> tuple[str, list[str]]:

@@ -21,8 +21,7 @@ from rgap.network.layer import Chain
 from rgap.results import Candidate
 from rgap.shared_gradient import FLOAT64_FLOOR
 
-MAX_PATTERN_FLIPS = 30
-"""Units of an image that may lie on another piece than was decided when it goes forward again; noise flips more."""
+MAX_PATTERN_FLIPS = 30  # units of an image that may lie on another piece than was decided; noise flips more
 
 
 def weigh(attack: Attack, descent: Descent) -> Weighed:

@@ -18,9 +18,7 @@ from rgap.head.hypothesis import Start
 from rgap.network.layer import Layer
 from rgap.results import Candidate, LayerReport
 
-UNKNOWNS_A_SECOND = 1000
-"""Open unknowns of a dense system that is solved within about a second; the time grows with their third power."""
-
+UNKNOWNS_A_SECOND = 1000  # open unknowns of a dense system solved within about a second; time grows with the cube
 MAX_FUTILE_SECONDS = 0.5  # seconds, by estimate, that may be spent on the part of a hopeless network that is determined
 
 EFFORTS = ("auto", "full")

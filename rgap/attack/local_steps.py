@@ -45,9 +45,7 @@ from rgap.tokens import PatchEmbedding
 STEPS_TRIED = (1, 2, 3, 4, 5, 6, 8, 10)  # numbers of local steps that are tried where it is unknown
 NOISE_RESIDUAL_FACTOR = 5.0  # multiple of the expected residual up to which a simulated update counts as the shared one
 MIN_ALLOWED_RESIDUAL = 1e-10  # residual that float64 arithmetic of many steps explains
-
-MAX_ALLOWED_RESIDUAL = 1e-2
-"""Residual from which a simulated update is not the shared one, however large its rounding is."""
+MAX_ALLOWED_RESIDUAL = 1e-2  # residual from which a simulated update is not the shared one, whatever its rounding
 
 MIN_RELATIVE_RMS = 1e-3
 """Smallest root mean square of a gradient, relative to the median over the parameters, to which a miss is compared."""

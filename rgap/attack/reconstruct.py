@@ -52,16 +52,14 @@ from rgap.separation.subspaces import batch_given_as_one, find_batch_size
 from rgap.shared_gradient import receive
 from rgap.tokens import PatchEmbedding, reconstruct_tokens
 
-NOISE_REESTIMATE_RATIO = 3.0
-"""Ratio of the noise in surplus equations to the noise assumed so far, above which it replaces that."""
+NOISE_REESTIMATE_RATIO = 3.0  # noise in surplus equations, over that assumed so far, above which it replaces that
 
 REFUTED = (
     "the layers' identities refute every label tried: this is no gradient of one image in this network; if it may be "
     "that of a batch, give batch_size, or None to find it"
 )
 
-MAX_IDENTITY_RESIDUAL = 0.3
-"""Residual of a layer's identities (0 for the right label, about 0.9 for a wrong one) that refutes a start."""
+MAX_IDENTITY_RESIDUAL = 0.3  # residual of identities (0 for the right label, about 0.9 for a wrong one) that refutes
 
 
 @isolated()

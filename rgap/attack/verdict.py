@@ -12,11 +12,8 @@ from rgap.attack.brightness import about_brightness, factor_of, with_brightness
 from rgap.attack.problem import Weighed
 from rgap.results import VERDICTS, Candidate, PixelRange, Reconstruction, certified_psnr_db, noise_limit, with_accuracy
 
-MAX_OPEN_SIZE = 100.0
-"""Size of the pixels below an open layer, in widths of their range, above which nothing of an image is in them."""
-
-TWIN_RESIDUAL_RATIO = 1.01
-"""Ratio of residuals up to which candidates that miss the gradient are twins: neither is less inconsistent."""
+MAX_OPEN_SIZE = 100.0  # size of pixels below an open layer, in widths of their range, from which they show nothing
+TWIN_RESIDUAL_RATIO = 1.01  # ratio of residuals up to which candidates that miss the gradient are twins
 
 
 def judge(

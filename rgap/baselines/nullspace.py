@@ -24,9 +24,7 @@ from rgap.virtual.closure import VirtualSolution
 from rgap.virtual.previous import PreviousLayer, previous_factors
 
 RANGE_ONLY_SHARE = 0.9  # open unknowns per range equation up to which the range is matched alone, without the gradient
-
-GRADIENT_WEIGHT = 0.1
-"""Weight of the relative gradient residual beside the relative range residual, where both are used."""
+GRADIENT_WEIGHT = 0.1  # weight of the relative gradient residual beside the relative range residual
 
 
 def start_of(chain: Chain, found: Candidate, loss: str) -> Start:

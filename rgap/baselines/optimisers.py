@@ -13,8 +13,7 @@ from torch import Tensor
 
 from rgap.artifact.progress import progress
 
-LBFGS_LOSS_SCALE = 1e6
-"""L-BFGS minimises this multiple of the objective: torch's drops curvature pairs below an absolute bound."""
+LBFGS_LOSS_SCALE = 1e6  # multiple of the objective: torch drops curvature pairs below a bound
 
 Objective = Callable[[Tensor], tuple[Tensor, float]]
 """Variables -> what is minimised, differentiable, and the gradient residual there."""

@@ -14,16 +14,10 @@ from rgap.baselines.matching import GradientObjective
 from rgap.baselines.optimisers import Record, Snapshot
 from rgap.results import Candidate, Reconstruction
 
-MAX_PIXEL_SLACK = 0.1
-"""Largest distance outside the pixel range that the gradient's precision excuses, in widths of the range."""
-
-MATCHED_ROUNDINGS = 100
-"""Gradient residual, in units of the precision, up to which an optimiser has reproduced a gradient."""
-
+MAX_PIXEL_SLACK = 0.1  # distance outside the pixel range that the precision excuses, in widths of it
+MATCHED_ROUNDINGS = 100  # gradient residual, over the precision, up to which a gradient is reproduced
 MAX_ROUNDING = 1e-6  # relative error of a gradient up to which it counts as rounding, not as noise
-
-SAME_IMAGE_RMSE = 0.01
-"""Root-mean-square difference, in widths of the pixel range, up to which two results are the same image."""
+SAME_IMAGE_RMSE = 0.01  # root-mean-square difference, in pixel ranges, up to which two results are one
 
 
 @dataclass(frozen=True, repr=False)

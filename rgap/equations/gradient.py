@@ -26,9 +26,7 @@ from rgap.network.layer import Layer
 
 MAX_CHANNELS_TESTED = 32  # channels up to which every one is tested against the layer's identities
 RANDOM_SUMS = 4  # sums of channels that are tested where there are more
-
-MIN_SURPLUS_EQUATIONS = 30
-"""Surplus equations from which their residual determines the noise's standard deviation, to about an eighth."""
+MIN_SURPLUS_EQUATIONS = 30  # surplus equations whose residual determines the noise's size to about an eighth
 
 
 @dataclass(frozen=True)

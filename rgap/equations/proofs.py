@@ -22,9 +22,7 @@ from numpy.typing import NDArray
 from rgap.equations.prime_field import PRIME_MODULUS, null_space, product, rank
 from rgap.equations.rank_laws import RankLaws, rank_laws
 
-SPARE_ROWS = 64
-"""Rows beyond the columns that a random part of a tall matrix gets, so that it has full rank where the whole has."""
-
+SPARE_ROWS = 64  # rows beyond the columns that a random part of a tall matrix gets, so as to have its rank
 PROOF_TABLE = "proved_laws.csv"  # shapes for which elimination has proved the laws, and these laws
 
 

@@ -24,8 +24,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-COMFORTABLE_ROWS = 1.3
-"""Rows and columns, over hidden positions, from which a split is tried first: ReLU's silent units take some."""
+COMFORTABLE_ROWS = 1.3  # rows and columns, over positions, from which a split is tried first: ReLU silences some
 
 Geometry = tuple[tuple[int, int, int, tuple[int, int], int], ...]
 """For each axis pixels, taps, stride, padding (before, after) and dilation."""

@@ -31,9 +31,7 @@ from rgap.head.hypothesis import (
 )
 from rgap.head.logistic import C_MINIMUM
 
-SIGNIFICANT_STDS = 6.0
-"""Standard deviations by which the factor of a single output differs from 1 before it is believed."""
-
+SIGNIFICANT_STDS = 6.0  # standard deviations by which a single output's factor must differ from 1
 MAX_LABELS_TRIED = 3  # labels of a squared error whose equations are fitted with a free factor
 MIN_SMOOTHING = 1e-6  # smoothing from which a fit starts beside a solution without one
 SMOOTHINGS = (0.02, 0.1, 0.3)  # smoothings from which a fit starts
@@ -41,11 +39,8 @@ SMOOTHINGS = (0.02, 0.1, 0.3)  # smoothings from which a fit starts
 MAX_FURTHER_ERROR = 0.0125
 """Standard deviation of log κ or ε, where both are free, from which on one of them may not be 0 and still look so."""
 
-MAX_UNCONFIRMED_OUTPUTS = 2
-"""Outputs up to which length and factor of a squared error fit any gradient, that of a real-valued target too."""
-
-OUTPUT_ARITHMETIC = 2.0
-"""Error of a client's single output, in units of its precision times the root of the sum of its squared terms."""
+MAX_UNCONFIRMED_OUTPUTS = 2  # outputs up to which length and factor of a squared error fit any gradient
+OUTPUT_ARITHMETIC = 2.0  # error of a single output over its precision and the root of its squared terms' sum
 
 
 def with_factor(

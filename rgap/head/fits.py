@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 
 from rgap.head.hypothesis import HeadGradient, RankOne, entry_stds, least_squares_input
 
-MAX_MISFIT = 10.0
-"""Misfit in standard deviations up to which the head's equations are explained; their errors are known to a factor."""
-
+MAX_MISFIT = 10.0  # misfit, in standard deviations known to a factor, up to which the head's equations are explained
 FIT_ROUNDS = 2  # fits in a row, each with the weights that follow from the one before
 MAX_EVALUATIONS = 100  # limit on the evaluations of a fit; from the slope of log δz about ten are usual
 MAX_LOG_STEP = 8.0  # largest change of log s and log κ in a fit

@@ -14,9 +14,7 @@ from rgap.results import GradientMismatchError, LayerReport
 
 MAX_WHITE_RATIO = 1.3  # largest singular value of noise in units of that of white noise
 REAL_TARGET = -1  # stands for a label where the target of a squared error is real-valued
-
-WRONG_LABEL_RESIDUAL = 0.3
-"""Relative residual above which a given label is refused, if another one fits ten times better."""
+WRONG_LABEL_RESIDUAL = 0.3  # relative residual from which a given label is refused if another fits ten times better
 
 
 @dataclass(frozen=True)

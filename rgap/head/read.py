@@ -24,9 +24,7 @@ from rgap.network.layer import Layer
 from rgap.results import GradientMismatchError
 from rgap.shared_gradient.received import MAX_SQUARABLE, SharedGradient
 
-REAL_TARGET_RATIO = 30.0
-"""Times the relative noise of the last layer's gradient by which all labels are missed where the target is none."""
-
+REAL_TARGET_RATIO = 30.0  # noise of the last layer's gradient, times this, by which no label fits a real target
 READERS = {"logistic": read_logistic, "cross_entropy": read_softmax, "mse": read_squared}  # loss -> reader of its head
 
 

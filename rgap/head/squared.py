@@ -29,9 +29,7 @@ from rgap.head.hypothesis import (
 )
 
 MAX_TARGETS_SHOWN = 4  # entries of a real-valued target that a note shows
-
-MAX_LABELS_TRIED = 3
-"""Labels whose equations are solved, those with the smallest bounds on the residual, and hypotheses that are kept."""
+MAX_LABELS_TRIED = 3  # labels solved for, those with the smallest bounds on the residual, and hypotheses kept
 
 
 def read_squared(head: HeadGradient) -> HeadReading:

@@ -28,8 +28,7 @@ from rgap.ranks.steps import CountedStep, counted_steps
 from rgap.ranks.walked import blind_layers, walk_by_law
 from rgap.results import LayerRank, RankAnalysis, UnsupportedLayerError
 
-MAX_WALKED_PARAMETERS = 100_000_000
-"""Most parameters of a network whose blind layers are looked for: copies of them take 16 bytes each."""
+MAX_WALKED_PARAMETERS = 100_000_000  # parameters up to which blind layers are looked for: copies take 16 bytes each
 
 
 @isolated()

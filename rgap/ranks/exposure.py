@@ -21,13 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAX_SENTENCE = 200  # most characters of an outcome in words
-
-LEAST_SHARE = 0.1
-"""Share of a step's unknowns that must be missing for *stops* to be relied on; of fewer a prior on images makes up."""
-
-UNREAD = "are never read"
-"""Note on a convolution without an output for some of its pixels: no gradient reaches them from above."""
-
+LEAST_SHARE = 0.1  # share of unknowns that must be missing for *stops*; of fewer a prior makes up
+UNREAD = "are never read"  # note on a convolution some of whose pixels no output reads: no gradient reaches them
 FROZEN = "frozen"  # first word of the note on a step whose weight is not trained, and so shares no gradient
 
 

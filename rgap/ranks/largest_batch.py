@@ -23,9 +23,7 @@ from rgap.ranks.peeled import active_shares, largest_peeled
 from rgap.separation.linear_units import MAX_LINEAR_UNKNOWNS
 
 MAX_BATCH_TRIED = 512  # largest batch size that is tried
-
-RECOMMENDED_UNITS_PER_IMAGE = 4
-"""Hidden units per image from which batches are usually separated; with fewer it depends on the images."""
+RECOMMENDED_UNITS_PER_IMAGE = 4  # hidden units per image from which batches are usually separated
 
 
 @dataclass(frozen=True)

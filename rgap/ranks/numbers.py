@@ -24,30 +24,15 @@ from rgap.equations.weights import weight_factor, weight_matrix
 from rgap.linalg import svd
 from rgap.network.layer import Layer
 
-MAX_UNKNOWNS = 4000
-"""Most unknowns of a group of channels, over the whole batch, for which numerical ranks are computed."""
-
+MAX_UNKNOWNS = 4000  # unknowns of a group of channels, over the batch, up to which ranks are computed
 MAX_BLOCK_COLUMNS = 1200  # most columns of a block of M, likewise
-
-MAX_GROUPS_WORK = 3e8
-"""Cubed unknowns of all groups of channels of a layer up to which every group is computed; else one stands for all."""
-
+MAX_GROUPS_WORK = 3e8  # cubed unknowns of all groups of a layer up to which each is computed; else one of them
 GROUP_OVERHEAD = 5e6  # what a group costs besides, in the same unit
-
-MAX_GROUP_WORK = 1e9
-"""Those of one group up to which it is computed at all where there are several; else the law decides."""
-
-MAX_FINE_SIDE = 2000
-"""Largest shorter side of a matrix that is decomposed itself where its Gram matrix shows less than the law's rank."""
-
-MAX_SVD_SIDE = 400
-"""Largest shorter side of a matrix whose singular values are computed directly, not from its Gram matrix."""
-
-GRAM_RESOLUTION = 1e-6
-"""Smallest σ / σ_max that the eigenvalues of a float64 Gram matrix of a few thousand rows distinguish from zero."""
-
-WEIGHTS_SUFFICE_RATIO = 1e-4
-"""Ratio σ_min / σ_max of W above which W alone is taken to determine a layer, whatever its gradient adds."""
+MAX_GROUP_WORK = 1e9  # those of one group up to which it is computed where there are several; else the law
+MAX_FINE_SIDE = 2000  # shorter side up to which a matrix is decomposed where its Gram matrix lacks rank
+MAX_SVD_SIDE = 400  # shorter side up to which singular values are not taken from the Gram matrix
+GRAM_RESOLUTION = 1e-6  # smallest σ / σ_max that a float64 Gram matrix of a few thousand rows shows
+WEIGHTS_SUFFICE_RATIO = 1e-4  # σ_min / σ_max of W above which W alone is taken to determine a layer
 
 
 class RankNumbers(NamedTuple):

@@ -23,8 +23,7 @@ KNOWN_BELOW = {"convolution", "linear", "activation", "batch norm", "reshape"}
 """Kinds of steps through which ∂ℓ/∂z is known as soon as their output and its gradient are."""
 
 
-MAX_NETWORK_WORK = 2.5e11
-"""Cubed unknowns of all layers of a network up to which numerical ranks are computed, from the image on."""
+MAX_NETWORK_WORK = 2.5e11  # cubed unknowns of all layers up to which ranks are computed, from the image on
 
 
 @dataclass

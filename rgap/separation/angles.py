@@ -12,12 +12,8 @@ from torch import Tensor
 GRAM_FLOOR = 1e-14  # share of its trace that is added to a Gram matrix, so that a Cholesky factor exists
 MIN_RESOLVED_SINE = 1e-3  # sine of the second angle from which squares of cosines resolve it
 ANGLE_REFINEMENTS = 2  # steps with the residual of A; one suffices where its columns are not nearly dependent
-
-SAME_COSINE = 0.99
-"""Cosine of the angle between two starts' directions, or patterns, above which they lead to the same one."""
-
-MAX_TABLE_ENTRIES = 20_000_000
-"""Largest number of products of two columns that are made beforehand (20 million: 160 MB)."""
+SAME_COSINE = 0.99  # cosine between two starts' directions, or patterns, above which they lead to the same
+MAX_TABLE_ENTRIES = 20_000_000  # products of two columns that are made beforehand, at most (20 million: 160 MB)
 
 
 def nearest_directions(gram: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,7 @@ from rgap.separation.subspaces import null_of_rows
 MAX_FAILED_ROUNDS = 4  # rounds of starts in a row without a new pattern, after which the search ends
 STARTS_A_ROUND = 120  # starts that are iterated together
 MAX_PATTERN_STEPS = 25  # steps from one start; it takes about ten
-
-SMOOTHED_STEPS = 6
-"""First steps after which, every other round, signs are replaced by those of the nearest input's pre-activations."""
-
+SMOOTHED_STEPS = 6  # first steps; then, every other round, signs are those of the nearest input
 MARGIN_STEPS = 3  # steps of the fit of an input to a pattern, in which units that have the right sign do not count
 MAX_NEW_SHARES = 0.999  # cosine of the angle to a known ∂ℓ/∂z_1 above which a pattern is the same
 MIN_NEXT_RATIO = 10.0  # smallest ratio of the next principal angle's sine to a pattern's: below it mixtures fit as well

@@ -22,9 +22,7 @@ from rgap.separation.shares import MAX_INPUT_ERROR, TOLERATED_STDS, Candidates, 
 from rgap.separation.subspaces import Span
 from rgap.shared_gradient import SharedGradient
 
-MAX_FACTOR_MISMATCH = 1e-2
-"""Relative deviation of a candidate's own row from the loss's factor above which no error excuses it."""
-
+MAX_FACTOR_MISMATCH = 1e-2  # deviation of a candidate's own row from the loss's factor that no error excuses
 MIN_FACTOR_MISMATCH = 1e-8  # the same that is allowed at any precision
 
 MAX_ERROR_RATIO = 100.0

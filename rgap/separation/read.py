@@ -27,10 +27,7 @@ from rgap.shared_gradient import SharedGradient
 
 MAX_SEARCHED_FIRST = 9  # largest rank at which all images are searched before any is peeled off
 MAX_STARTED_AT_RANDOM = 25  # largest rank at which the search starts at random, rather than from rows of the gradients
-
-NOISE_REESTIMATE_RATIO = 3.0
-"""Ratio of the noise that a gradient shows to the noise assumed, above which its images are taken to have it."""
-
+NOISE_REESTIMATE_RATIO = 3.0  # noise that a gradient shows, over that assumed, above which its images have it
 MAX_COMBINATIONS = 64  # largest number of combinations of scale hypotheses between which the last convolution decides
 
 

@@ -16,14 +16,9 @@ from rgap.head.softmax import LabelEquations, log_scales, output_gradient
 from rgap.linalg import norm
 from rgap.network.layer import Layer
 
-MAX_SCALE_RESIDUAL = 1e-2
-"""Residual, relative to the gradient's size, above which a root of the equations of two classes is no hypothesis."""
-
+MAX_SCALE_RESIDUAL = 1e-2  # residual, over the gradient's size, above which a root for two classes is none
 UNRELATED_RESIDUAL = 0.3  # the same for any number of classes: no image has a gradient with such a residual
-
-OUTPUT_GRADIENT_ERROR = 1e-6
-"""Relative error of ∂ℓ/∂f, by which the softmax equations are weighted; only its order matters."""
-
+OUTPUT_GRADIENT_ERROR = 1e-6  # relative error of ∂ℓ/∂f that weighs the softmax equations; its order matters
 MAX_REFINED_IMAGES = 24  # largest batch whose inputs are refined: the Jacobian has B² columns
 MAX_REFINEMENTS = 60  # limit on the evaluations of a refinement; from separated inputs two or three are usual
 

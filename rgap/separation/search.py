@@ -22,10 +22,7 @@ MAX_FAILED_STARTS = 60  # starts in a row without a new input, or a new ∂ℓ/�
 STARTS_AT_ONCE = 6  # starts that are iterated together
 MAX_STEPS = 40  # steps of the fixed point from one start; it takes about ten
 ROWS_AT_ONCE = 60  # rows of the gradients from which starts are made together, where many images are left
-
-NEAREST_ROWS = 20
-"""How many of them are those nearest to a single image; the others come from anywhere, for they lead to others."""
-
+NEAREST_ROWS = 20  # how many of them are nearest to a single image; the others come from anywhere
 CANDIDATES_A_START = 4  # rows that are looked at for each start: those that resemble an earlier one start nothing new
 MAX_ROW_STEPS = 20  # steps from such a start; those that lead to an image take about eight
 MAX_FAILED_ROUNDS = 4  # rounds of such starts in a row without a new input, after which they end

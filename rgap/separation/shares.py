@@ -28,10 +28,7 @@ of images miss by 0.05 and more."""
 MIN_SHARE_SINE = 1e-9  # the same up to which a share lies in the column space at any precision
 MAX_INPUT_ERROR = 2e-3  # predicted error of an input, relative to its size, up to which it is accepted
 TOLERATED_STDS = 10.0  # multiple of a predicted error up to which a test counts as passed
-
-MAX_ROUNDED_ZERO = 1e-13
-"""Singular value, relative to the largest, up to which one below the cut shows no more than rounding."""
-
+MAX_ROUNDED_ZERO = 1e-13  # singular value, over the largest, up to which one below the cut may be rounding
 JOINT_REFITS = 3  # turns of a joint solution for all inputs found
 MAX_BATCH_OF_CANDIDATES = 128  # candidates that are tested together, to bound the memory
 

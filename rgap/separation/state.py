@@ -17,9 +17,7 @@ ANGLE_GAP_RATIO = 1e-3
 """Sine of the angle, in units of the next one, up to which a direction is accepted: about its error. Where two images
 have the same activation pattern every mixture of them fits, and the next angle is as small."""
 
-MAX_CONTRADICTING_SIGNS = 8
-"""Units close to 0 that may have another sign than the input that follows from all other units."""
-
+MAX_CONTRADICTING_SIGNS = 8  # units close to 0 with another sign than by the input from all other units
 MAX_SIGN_STEPS = 30  # steps of the fixed point over the signs of one ∂ℓ/∂z_1; it takes about four
 
 

@@ -28,25 +28,15 @@ from rgap.virtual.inference import DeficientLayer, assemble, independent_gradien
 from rgap.virtual.linearisation import fit, flattened, slope
 from rgap.virtual.previous import previous_factors, smooth_image_rows
 
-ERROR_AMPLIFICATION = 5.0
-"""Rough error of a pre-activation in units of the gradient's, as amplified by the layers above and σ⁻¹."""
-
+ERROR_AMPLIFICATION = 5.0  # rough error of a pre-activation, over the gradient's, through the layers above and σ⁻¹
 MAX_CERTIFIED_RESIDUAL = 20.0  # largest certified residual, in units of the data's noise; a wrong sign gives thousands
 MAX_CERTIFIED_CONDITION = 1e5  # largest certified condition number of the final system
 MAX_STEPS = 40  # limit on the steps of one attempt
 PRIOR_WIDENING = 30.0  # standard deviation of the first belief on weak directions, in units of the layer's own for them
-
-SETTLED_SHARE = 0.01
-"""Standard deviation, in units of a belief's noise, from which the layer's own values need no belief."""
-
+SETTLED_SHARE = 0.01  # standard deviation, over a belief's noise, from which a layer needs no belief
 MAX_HOPELESS_UNKNOWNS = 300  # unknowns up to which a system that is short of equations is approached within a second
-
-MAX_APPROACHED_UNKNOWNS = 1200
-"""The same of other systems, which then take some ten seconds; none that is larger has been closed."""
-
-MAX_PIECES = 2
-"""Systems on one piece of σ that are solved at the end; each corrects the signs of entries that are almost zero."""
-
+MAX_APPROACHED_UNKNOWNS = 1200  # the same of other systems, some ten seconds; no larger one has been closed
+MAX_PIECES = 2  # systems on one piece of σ solved at the end; each corrects signs of entries near zero
 MAX_SIGN_TRIALS = 4  # entries closest to zero whose signs are flipped, one at a time, where the solution does not fit
 
 

@@ -18,8 +18,7 @@ from rgap.network.activations import Activation
 from rgap.virtual.linearisation import Fit, slope
 from rgap.virtual.previous import PreviousLayer
 
-MIN_ROW_NORM_RATIO = 1e-12
-"""Norm of a gradient row, relative to the largest, up to which it counts as zero and is not scaled."""
+MIN_ROW_NORM_RATIO = 1e-12  # norm of a gradient row, over the largest, up to which it is zero and not scaled
 
 
 @dataclass(frozen=True)
