@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Nothing here imports torch: `rgap notebook` starts once for every notebook, and torch takes seconds to import.
-from rgap import artifact
+from rgap import __version__, artifact
 
 MODELS = ("cnn6", "cnn6_d", "cnn6_batch", "fcn3", "lenet")
 LOSSES = ("logistic", "cross_entropy", "mse")
@@ -117,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     about = "R-GAP: what a shared gradient gives away. `python -m rgap` is the same."
     top = OneLineParser(prog="rgap", description=about)
+    top.add_argument("--version", action="version", version=f"rgap {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, description: str, epilog: str = "") -> Callable[..., argparse.Action]:
@@ -137,6 +138,8 @@ def _add_attacks(command: Callable) -> None:
     about = "images, from the index on, that share the gradient; with --gradients 0 finds their number"
     add("--batch", type=int, default=1, help=about)
     add("--gradients", default="", help="a .safetensors or .pt file with a gradient to attack")
+    about = "factor of the gradient in the file; 1 is the mean loss, by default it is estimated"
+    add("--gradient-scale", type=float, help=about)
     add("--weights", default="", help="a .safetensors or .pt file with the model's weights")
     add("--output", type=Path, default=BUILD / "reconstruction", help="folder to write to")
 

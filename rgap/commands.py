@@ -38,7 +38,7 @@ def reconstruct(options: argparse.Namespace) -> int:
         model = load_weights(model, options.weights)
     if options.batch < (0 if options.gradients else 1):
         raise ValueError(f"batch is {options.batch}; an empty batch has no gradient, give at least 1")
-    images, labels, scale = None, None, None
+    images, labels, scale = None, None, options.gradient_scale
     if options.gradients:
         gradients = load_gradients(options.gradients)
     elif shape is not None and len(shape) != 3:

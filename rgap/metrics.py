@@ -11,14 +11,14 @@ def mse(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Mean squared error, mean over channels and pixels.
 
     Args:
-        x: Images (N, C, H, W).
-        y: Images of the same shape.
+        x: Images (N, C, H, W), or rows of a table (N, n).
+        y: The same shape.
 
     Returns:
         float64 (N,), in squared pixel units.
 
     Raises:
-        ValueError: If the shapes differ or are not (N, C, H, W).
+        ValueError: If the shapes differ or are others.
 
     Example:
         >>> import torch
@@ -27,22 +27,22 @@ def mse(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         >>> round(metrics.mse(x, x + 0.1).item(), 4)
         0.01
     """
-    x, y = _pair(x, y)
-    return (x - y).square().mean(dim=(1, 2, 3))
+    x, y = _pair(x, y, rows=True)
+    return (x - y).square().flatten(1).mean(1)
 
 
 def psnr_db(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio, -10 log10(MSE), for images of range [0, 1].
 
     Args:
-        x: Images (N, C, H, W); values outside the range are not clipped.
-        y: Images of the same shape.
+        x: Images (N, C, H, W), or rows of a table (N, n); values outside the range are not clipped.
+        y: The same shape.
 
     Returns:
         float64 (N,), in decibels; infinite where x equals y exactly.
 
     Raises:
-        ValueError: If the shapes differ or are not (N, C, H, W).
+        ValueError: If the shapes differ or are others.
 
     Example:
         >>> import torch
@@ -92,8 +92,8 @@ def match(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """Pairs each image with its own reference so that the sum of mean squared errors is smallest (Hungarian method).
 
     Args:
-        images: Images (N, C, H, W), in any order.
-        references: Images (M, C, H, W) with M ≥ N.
+        images: Images (N, C, H, W), or rows of a table (N, n), in any order.
+        references: M ≥ N of the same shape.
 
     Returns:
         int64 (N,): `references[match(images, references)]` stands in the order of `images`.
@@ -111,9 +111,9 @@ def match(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     images, references = (
         check_tensor(name, value, finite=True) for name, value in (("images", images), ("references", references))
     )
-    if images.ndim != 4 or images.shape[1:] != references.shape[1:] or len(images) > len(references):
+    if images.ndim not in (2, 4) or images.shape[1:] != references.shape[1:] or len(images) > len(references):
         given = f"cannot match images {tuple(images.shape)} with references {tuple(references.shape)}"
-        needed = "both must be (N, C, H, W) with equal C, H, W and at least one reference per image"
+        needed = "both must be (N, C, H, W), or (N, n), with equal C, H, W or n and at least one reference per image"
         raise ValueError(f"{given}; {needed}")
     # The matrix-product form of cdist would lose images that differ by less than 1e-8.
     distance = torch.cdist(
@@ -122,8 +122,9 @@ def match(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(linear_sum_assignment(distance.square().cpu().numpy())[1])
 
 
-def _pair(x, y):
+def _pair(x, y, rows=False):
     x, y = check_tensor("x", x), check_tensor("y", y)
-    if x.ndim != 4 or x.shape != y.shape:
-        raise ValueError(f"shapes are {tuple(x.shape)} and {tuple(y.shape)}; both must be the same (N, C, H, W)")
+    if (x.ndim != 4 and not (rows and x.ndim == 2)) or x.shape != y.shape:
+        needed = "(N, C, H, W)" + " or (N, n)" * rows
+        raise ValueError(f"shapes are {tuple(x.shape)} and {tuple(y.shape)}; both must be the same {needed}")
     return x.detach().double(), y.detach().double()

@@ -207,7 +207,16 @@ def test_the_gradient_in_a_file_is_attacked_without_the_truth(tmp_path, capsys):
     stretched = read(folder / "reconstruction_rescaled.png")  # without a bias the scale of the image is open
     truth = image[0, 0].numpy()
     assert abs(stretched - (truth - truth.min()) / (truth.max() - truth.min())).max() < 2 / 255
+    assert "verdict  ambiguous" in printed
+    assert reconstruct(tmp_path, "--model", "fcn3", "--gradients", str(file), "--gradient-scale", "1") == 0
+    assert "verdict  exact" in capsys.readouterr().out
     assert reconstruct(tmp_path, "--model", "fcn3", "--gradients", str(tmp_path / "none.pt")) == 2
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"rgap {rgap.__version__}\n"
 
 
 def test_rows_of_a_table_are_audited_and_attacked_and_written_as_a_table(mine, capsys):

@@ -65,6 +65,14 @@ def test_metrics_are_float64_per_sample_and_refuse_unequal_shapes(metric):
         metric(x[0], x[0])
 
 
+def test_rows_of_a_table_are_compared_and_matched_too():
+    rows = torch.rand(4, 7, generator=torch.Generator().manual_seed(0))
+    assert metrics.psnr_db(rows, rows + 0.1).sub(20).abs().max() < 1e-4
+    assert metrics.match(rows[[2, 0]], rows).tolist() == [2, 0]
+    with pytest.raises(ValueError, match=r"the same \(N, C, H, W\)$"):
+        metrics.ssim(rows, rows)
+
+
 def test_match_undoes_a_permutation_even_of_nearly_equal_images():
     references = random_images(1).double() + 1e-9 * random_images(30, seed=1).double()
     permutation = torch.randperm(30, generator=torch.Generator().manual_seed(2))

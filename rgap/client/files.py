@@ -138,6 +138,7 @@ def _read(path: str | Path, advice: str):
                 f"{WAYS_OUT.get(found[1].split('.')[0], WAYS_OUT[''])}; {advice}"
             ) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = "its content is another" if "weights_only" in reason else reason  # torch's advice is to run it
         raise ValueError(f"{path} is no readable {path.suffix} file of tensors ({reason}); {advice}") from error
 
 
