@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Nothing here imports torch: `rgap notebook` starts once for every notebook, and torch takes seconds to import.
-from rgap import __version__, artifact
+import rgap
+from rgap import artifact
 
 MODELS = ("cnn6", "cnn6_d", "cnn6_batch", "fcn3", "lenet")
 LOSSES = ("logistic", "cross_entropy", "mse")
@@ -117,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     about = "R-GAP: what a shared gradient gives away. `python -m rgap` is the same."
     top = OneLineParser(prog="rgap", description=about)
-    top.add_argument("--version", action="version", version=f"rgap {__version__}")
+    top.add_argument("--version", action="version", version=f"rgap {rgap.__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, description: str, epilog: str = "") -> Callable[..., argparse.Action]:
