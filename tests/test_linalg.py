@@ -10,14 +10,7 @@ from torch.testing import assert_close
 
 from rgap import linalg as dense
 from rgap.isolation import dense_systems_on
-from rgap.linalg import (
-    Operator,
-    dense_operator,
-    gram_matrix,
-    leading_svd,
-    least_squares,
-    svd,
-)
+from rgap.linalg import Operator, dense_operator, gram_matrix, leading_svd, least_squares, svd
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 4), (3, 9), (0, 3), (3, 0)])

@@ -235,31 +235,15 @@ def _cases():
     pictures = rand(2, 1, 12, 12)
     few, classes = {"gradients": g}, {"width": COUNTS, "classes": COUNTS, "seed": COUNTS}
     calls = [
-        (
-            rgap.reconstruct,
-            attack,
-            f"{COMMON} rcond",
-        ),
+        (rgap.reconstruct, attack, f"{COMMON} rcond"),
         (rgap.prepare, {"model": model, "image_shape": SHAPE}, "model image_shape"),
         (rgap.rank_analysis, {"model": model, "image_shape": SHAPE}, "model image_shape batch_size dtype limit seed"),
         (rgap.largest_batch, {"model": classifier(), "image_shape": SHAPE}, "model image_shape loss"),
         (audit, {"model": model, "image_shape": SHAPE}, "model image_shape batch_size limit"),
         (rgap.client_gradients, {"model": model, "images": x, "labels": y}, "model images labels loss"),
-        (
-            baselines.dlg,
-            optimiser,
-            f"{COMMON} dtype steps restarts",
-        ),
-        (
-            baselines.inverting_gradients,
-            optimiser,
-            f"{COMMON} dtype steps restarts",
-        ),
-        (
-            baselines.hybrid,
-            optimiser,
-            f"{COMMON} rcond dtype steps".replace("batch_size ", ""),
-        ),
+        (baselines.dlg, optimiser, f"{COMMON} dtype steps restarts"),
+        (baselines.inverting_gradients, optimiser, f"{COMMON} dtype steps restarts"),
+        (baselines.hybrid, optimiser, f"{COMMON} rcond dtype steps".replace("batch_size ", "")),
         (client.gaussian_noise, few | {"std": 0.1}, "gradients seed"),
         (client.clip_and_noise, few | {"clip_norm": 1.0, "noise_multiplier": 0.1}, "gradients seed"),
         (client.prune, few | {"share": 0.5}, "gradients"),
@@ -279,11 +263,7 @@ def _cases():
     ]
     extra = [
         (rgap.reconstruct, attack, {"gradient_scale": NUMBERS, "label_smoothing": NUMBERS}),
-        (
-            rgap.client_gradients,
-            {"model": model, "images": x, "labels": y},
-            {"label_smoothing": NUMBERS},
-        ),
+        (rgap.client_gradients, {"model": model, "images": x, "labels": y}, {"label_smoothing": NUMBERS}),
         (baselines.inverting_gradients, optimiser, {"tv_weight": NUMBERS, "rate": NUMBERS}),
         (baselines.hybrid, optimiser, {"tv_weight": NUMBERS}),
         (client.gaussian_noise, few | {"std": 0.1}, {"std": NUMBERS}),

@@ -45,11 +45,7 @@ def rank_table(
 
 
 def predicted_and_measured(
-    family: Mapping[int, Callable[[int], nn.Module]],
-    images: Tensor,
-    labels: Tensor,
-    seeds: Sequence[int],
-    **options,
+    family: Mapping[int, Callable[[int], nn.Module]], images: Tensor, labels: Tensor, seeds: Sequence[int], **options
 ) -> pd.DataFrame:
     """Attacks a family of networks, with what the rank analysis predicts for each beside it.
 

@@ -122,12 +122,7 @@ MOVED = {"w": torch.ones(2, 3) * 0.9, "b": torch.ones(2)}
         (STATE, {**MOVED, "w": torch.ones(3, 2)}, {}, r"'w' has shape \(2, 3\) before, \(3, 2\) after"),
         (STATE, {**MOVED, "b": torch.tensor([1.0, torch.nan])}, {}, "parameter 'b' holds NaN or infinity"),
         (STATE, dict(STATE), {}, "before and after are equal: no step was made"),
-        (
-            torch.ones(3),
-            MOVED,
-            {},
-            r"before \(a module, its state dict .*\): a Tensor; give a list or a mapping",
-        ),
+        (torch.ones(3), MOVED, {}, r"before \(a module, its state dict .*\): a Tensor; give a list or a mapping"),
         (STATE, 3, {}, r"after \(a module, .*\): a int"),
         (STATE, {**MOVED, "b": [1.0]}, {}, "'b' is a list; it must be a tensor"),
         ([], [], {}, "before holds no floating-point parameter"),

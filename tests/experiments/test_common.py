@@ -49,11 +49,7 @@ def test_the_label_found_is_compared_with_the_clients():
 
 
 def test_a_wrong_label_is_not_counted_as_found(monkeypatch):
-    monkeypatch.setattr(
-        common,
-        "reconstruct",
-        lambda *args, **options: rgap.reconstruct(*args, labels=[1], **options),
-    )
+    monkeypatch.setattr(common, "reconstruct", lambda *args, **options: rgap.reconstruct(*args, labels=[1], **options))
     table, _ = common.attack_each(small_cnn, IMAGES[:1], LABELS[:1], [0])
     assert table.label_found.tolist() == [False] and table.verdict.tolist() == ["inconsistent"]
 

@@ -86,10 +86,7 @@ UNSUPPORTED = [
     (Custom(lambda s, x: s.fc((1 / s.conv(x)).flatten(1))), "'truediv' is not a scale and a shift of every entry"),
     (Custom(lambda s, x: s.fc((s.conv(x) * 0).flatten(1))), "'mul' multiplies 192 of 192 entries by zero"),
     (Custom(lambda s, x: s.fc(F.pad(s.conv(x), (0, 0, 0, 0, 1, -1)).flatten(1))), "'pad' .* no linear map of pixels"),
-    (
-        Custom(lambda s, x: s.fc(torch.stack([x, s.conv(x)]).mean(0).flatten(1))),
-        "'stack' cannot be inverted",
-    ),
+    (Custom(lambda s, x: s.fc(torch.stack([x, s.conv(x)]).mean(0).flatten(1))), "'stack' cannot be inverted"),
     (Custom(branching), r"Custom decides on values of the image .*line \d+: .*x.sum\(\) > 0"),
     (twice(nn.Conv2d(3, 3, 3, 1, 1)), "parameter '0.weight' is used by 2 layers; it must be one"),
     (with_tied_weights(), "parameter '1.weight' is used by 2 layers"),

@@ -224,20 +224,11 @@ class Doubled(nn.Module):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda m: parametrizations.spectral_norm(m.fc),
-            "'fc' .*parametrised .SpectralNorm., and its gradient",
-        ),
-        (
-            lambda m: nn.utils.spectral_norm(m.fc),
-            "'fc' .*parametrised .SpectralNorm., and its gradient",
-        ),
+        (lambda m: parametrizations.spectral_norm(m.fc), "'fc' .*parametrised .SpectralNorm., and its gradient"),
+        (lambda m: nn.utils.spectral_norm(m.fc), "'fc' .*parametrised .SpectralNorm., and its gradient"),
         (lambda m: prune.random_unstructured(m.fc, "weight", 0.5), "'fc' .*pruning.*1536 of 3072 entries are lost"),
         (lambda m: parametrize.register_parametrization(m.fc, "weight", Doubled()), "'fc' .*parametrised .Doubled."),
-        (
-            lambda m: parametrize.register_parametrization(m.fc, "bias", nn.Tanh()),
-            "the bias of layer 'fc'",
-        ),
+        (lambda m: parametrize.register_parametrization(m.fc, "bias", nn.Tanh()), "the bias of layer 'fc'"),
     ],
 )
 def test_a_weight_whose_gradient_does_not_follow_is_refused_by_name(change, message):
