@@ -146,16 +146,11 @@ def _audit_one(number: int) -> dict:
     contradicted = {"leaks": lacks > 0 and not recovered, "stops": verdict == "exact" and recovered, "unknown": False}
     return {
         "case": f"network {number}: {batch} images{''.join(f', {kind}' for kind in sorted(set(kinds)))}",
-        "batch": batch,
-        "bound": bound,
-        "outcome": found.outcome,
-        "missing_share": found.missing_share,
-        "jacobian_lacks": lacks,
-        "verdict": verdict,
-        "psnr_db": quality,
+        "batch": batch, "bound": bound, "outcome": found.outcome, "missing_share": found.missing_share,
+        "jacobian_lacks": lacks, "verdict": verdict, "psnr_db": quality,
         "ok": not contradicted[found.outcome] and not (verdict == "exact" and recovered and batch > bound),
         "why": found.sentence,
-    }
+    }  # fmt: skip
 
 
 def _bound(model: nn.Module, shape: tuple[int, int, int], loss: str) -> float:

@@ -74,20 +74,13 @@ def _solve_one(number: int) -> dict:
         excused = not blind or damage != "none" or values not in VALUES[:2] or not G.any()
         ok = excused or "predicted error" in solution.reason
     return {
-        "case": f"convolution {number}",
-        "values": values,
-        "damage": damage,
-        "dtype": str(dtype).split(".")[1],
-        **{name: shape[name] for name in ("filters", "channels")},
-        "blind": blind,
-        "gap": solution.gap,
-        "predicted_error": solution.predicted_error,
-        "error": error,
+        "case": f"convolution {number}", "values": values, "damage": damage, "dtype": str(dtype).split(".")[1],
+        **{name: shape[name] for name in ("filters", "channels")}, "blind": blind, "gap": solution.gap,
+        "predicted_error": solution.predicted_error, "error": error,
         "verdict": "certified" if solution.certified else "not certified",
-        "psnr_db": -20 * math.log10(max(error, 1e-300)) if math.isfinite(error) else float("nan"),
-        "ok": ok,
+        "psnr_db": -20 * math.log10(max(error, 1e-300)) if math.isfinite(error) else float("nan"), "ok": ok,
         "why": f"{shape}: {solution.reason}",
-    }
+    }  # fmt: skip
 
 
 def _random_shape(rng: np.random.Generator) -> dict:
@@ -99,13 +92,9 @@ def _random_shape(rng: np.random.Generator) -> dict:
         filters, channels = (max(1, int(math.prod(image) * 2 ** rng.uniform(-2, 2))) for _ in range(2))
         if min(image) + 2 * padding >= kernel and filters * channels * kernel**2 <= MAX_ENTRIES:
             return {
-                "filters": filters,
-                "channels": channels,
-                "kernel": (kernel, kernel),
-                "image": image,
-                "stride": stride,
-                "padding": padding,
-            }
+                "filters": filters, "channels": channels, "kernel": (kernel, kernel), "image": image,
+                "stride": stride, "padding": padding,
+            }  # fmt: skip
 
 
 def _random_values(shape: dict, values: str, images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

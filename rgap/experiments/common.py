@@ -163,14 +163,12 @@ def batch_outcome(result: Reconstruction, images: Tensor, labels: Tensor) -> dic
     errors, quality = mse(result.images, truth), psnr_db(result.images, truth)
     exact = certified(result)
     return {
-        "found": len(result.images),
-        "false": int((cosine < SAME_IMAGE_COSINE).sum()),
-        "certified": int(exact.sum()),
+        "found": len(result.images), "false": int((cosine < SAME_IMAGE_COSINE).sum()), "certified": int(exact.sum()),
         "cosine": min(cosine.tolist(), default=float("nan")),
         "mse": max(errors[exact].tolist(), default=float("nan")),
         "psnr_db": min(quality.tolist(), default=float("nan")),
         "label_share": (result.labels.cpu() == labels[order]).double().mean().item(),
-    }
+    }  # fmt: skip
 
 
 def certified(result: Reconstruction) -> Tensor:

@@ -211,10 +211,6 @@ def _checked_images(result: Reconstruction, images: Tensor) -> dict:
     why = [f"{wrong} wrong images are certified"] if wrong else []
     smallest = min(quality[exact].tolist(), default=float("nan"))
     return {
-        "psnr_db": smallest,
-        "found": len(quality),
-        "certified": int(exact.sum()),
-        "optimistic": worse,
-        "ok": not why,
+        "psnr_db": smallest, "found": len(quality), "certified": int(exact.sum()), "optimistic": worse, "ok": not why,
         "why": "; ".join(why),
-    }
+    }  # fmt: skip

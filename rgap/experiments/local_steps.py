@@ -57,19 +57,11 @@ def client_update(model: nn.Module, images: Tensor, labels: Tensor, loss: str, t
 def attack_update(
     model: nn.Module, image: Tensor, label: Tensor, loss: str, training: LocalTraining, **known
 ) -> tuple[dict, Reconstruction]:
-    """Attacks the update of one image (1, C, H, W).
+    """Attacks the update of one image (1, C, H, W), whose label (1,) the client alone is given.
 
-    Args:
-        model: The network.
-        image: The client's image.
-        label: Its label, (1,), given to the client alone.
-        loss: A name in `rgap.client.LOSSES`.
-        training: The client's.
-        **known: What the server believes in place of it: learning_rate, steps, momentum, weight_decay.
-
-    Returns:
-        A row (steps, learning_rate, momentum, verdict, psnr_db, predicted_psnr_db, drift-free iterations, seconds of
-        the processor), and the result.
+    `known` is what the server believes in place of the client's training: learning_rate, steps, momentum, weight_decay.
+    Returns a row (steps, learning_rate, momentum, verdict, psnr_db, predicted_psnr_db, drift-free iterations, seconds
+    of the processor), and the result.
     """
     after = client_update(model, image, label, loss, training)
     fields = ("learning_rate", "steps", "momentum", "weight_decay")
@@ -77,15 +69,11 @@ def attack_update(
     result, seconds = cpu_timed(reconstruct_update, model, after, tuple(image.shape[1:]), loss, **options)
     best = result.candidates[0]
     row = {
-        "steps": training.steps,
-        "learning_rate": training.learning_rate,
-        "momentum": training.momentum,
-        "verdict": result.verdict,
-        "psnr_db": psnr_db(result.images, image).item(),
+        "steps": training.steps, "learning_rate": training.learning_rate, "momentum": training.momentum,
+        "verdict": result.verdict, "psnr_db": psnr_db(result.images, image).item(),
         "predicted_error": best.predicted_error,
-        "iterations": max((len(steps) for steps in best.beliefs.values()), default=0),
-        "attack_seconds": seconds,
-    }
+        "iterations": max((len(steps) for steps in best.beliefs.values()), default=0), "attack_seconds": seconds,
+    }  # fmt: skip
     return row, result
 
 
@@ -99,16 +87,8 @@ def attack_updates(
 ) -> pd.DataFrame:
     """Attacks every network's update after every number of steps, at every rate and momentum, for every image.
 
-    Args:
-        chosen: Name -> network and loss, from `networks`.
-        images: (N, 3, 32, 32).
-        labels: (N,), taken modulo 2 for one output.
-        steps: Numbers of local steps.
-        rates: Learning rates.
-        momenta: Of the optimiser.
-
-    Returns:
-        The rows of `attack_update` with network and image before them.
+    Networks are as from `networks`, images (N, 3, 32, 32), labels (N,), taken modulo 2 for one output. Returns the rows
+    of `attack_update` with network and image before them.
     """
     cases = [
         (name, k, rate, m, i) for name in chosen for k in steps for rate in rates for m in momenta
@@ -129,16 +109,8 @@ def against_optimiser(
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """The same update by the fixed point and by Inverting Gradients with the client's steps unrolled.
 
-    Args:
-        model: The network.
-        image: (1, C, H, W).
-        label: (1,); the optimiser is told it.
-        loss: A name in `rgap.client.LOSSES`.
-        training: The client's, known to both.
-        steps: Of the optimiser.
-
-    Returns:
-        method, psnr_db and seconds of the processor; and method -> image.
+    The optimiser is told the label, both the client's training. Returns method, psnr_db and seconds of the processor;
+    and method -> image.
     """
     row, result = attack_update(model, image, label, loss, training)
     update = mean_gradients(model, client_update(model, image, label, loss, training), training)
@@ -165,12 +137,7 @@ def iteration_quality(result: Reconstruction, image: Tensor) -> list[float]:
 def sample_updates(count: int = 200, seed: int = 0) -> pd.DataFrame:
     """Updates of small networks, of whose training the server believes wrong steps, rates, momentum or decay, or not.
 
-    Args:
-        count: How many.
-        seed: Of all draws.
-
-    Returns:
-        case, trouble, verdict, psnr_db, ok and why: a false certificate is not ok.
+    Columns: case, trouble, verdict, psnr_db, ok and why: a false certificate is not ok.
     """
     generator = torch.Generator().manual_seed(seed)
     return pd.DataFrame([_attack_random_update(generator, number) for number in progress(range(count), "updates")])
@@ -215,11 +182,7 @@ def _small_network(kind: str, seed: int) -> tuple[nn.Module, tuple[int, int, int
 
 
 def plot_iterations(series: Mapping[str, Sequence[float]]) -> Figure:
-    """PSNR of the fixed point's iterates, a line for each case.
-
-    Args:
-        series: Case -> PSNR of every iterate, dB.
-    """
+    """PSNR (dB) of the fixed point's iterates, a line for each case."""
     figure, axis = plt.subplots(figsize=(6.4, 3.2))
     rows = [(name, step, value) for name, values in series.items() for step, value in enumerate(values)]
     lines(axis, pd.DataFrame(rows, columns=["case", "iteration", "psnr"]), "iteration", "psnr", by="case", band=False)
@@ -229,12 +192,7 @@ def plot_iterations(series: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def plot_basin(runs: pd.DataFrame, names: Sequence[str]) -> Figure:
-    """Median PSNR over steps and rate, a panel for each network; certified cells carry a tick.
-
-    Args:
-        runs: From `attack_updates`.
-        names: Networks to show.
-    """
+    """Median PSNR of `attack_updates` over steps and rate, a panel for each network; certified cells carry a tick."""
     figure, axes = plt.subplots(1, len(names), figsize=(4.0 * len(names), 2.6), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         cells = runs[runs["network"] == name].groupby(["steps", "learning_rate"])

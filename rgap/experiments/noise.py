@@ -87,12 +87,10 @@ def outcome(result: Reconstruction, image: Tensor) -> dict:
     """Verdict, PSNR, SSIM, root-mean-square error and the predicted one; the image is clipped to [0, 1] for SSIM."""
     found, image = result.images.double(), image.double()
     return {
-        "verdict": result.verdict,
-        "psnr_db": psnr_db(found, image).item(),
-        "ssim": ssim(found.clamp(0, 1), image).item(),
-        "rmse": mse(found, image).sqrt().item(),
+        "verdict": result.verdict, "psnr_db": psnr_db(found, image).item(),
+        "ssim": ssim(found.clamp(0, 1), image).item(), "rmse": mse(found, image).sqrt().item(),
         "predicted": getattr(result.candidates[0], "predicted_error", None),
-    }
+    }  # fmt: skip
 
 
 def reference(chain: Chain, defence: str, image: Tensor, result: Reconstruction) -> Tensor:

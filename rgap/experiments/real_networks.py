@@ -103,14 +103,9 @@ def least_width(
         width -= int(runs[width - 1]["psnr_db"] >= RECOVERED_DB)
     best, below = runs[width], runs[width - 1]
     return {
-        "bound": bound,
-        "width": width,
-        "active": active_units(make_model(width), image),
-        "psnr_db": best["psnr_db"],
-        "verdict": best["verdict"],
-        "below_db": below["psnr_db"],
-        "below_verdict": below["verdict"],
-    }
+        "bound": bound, "width": width, "active": active_units(make_model(width), image), "psnr_db": best["psnr_db"],
+        "verdict": best["verdict"], "below_db": below["psnr_db"], "below_verdict": below["verdict"],
+    }  # fmt: skip
 
 
 def active_units(model: nn.Sequential, image: Tensor) -> int:
