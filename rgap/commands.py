@@ -189,7 +189,18 @@ def bench(options: argparse.Namespace) -> int:
     earlier = benchmark.compared(table, options.against)
     save_csv(table, options.output)
     with pd.option_context("display.width", None, "display.max_rows", None):
-        digits = {"median_s": 4, "least_s": 4, "ratio": 1, "peak_mib": 0, "psnr_db": 1, "before_s": 4, "speedup": 2}
+        digits = {
+            "median_s": 4,
+            "least_s": 4,
+            "ratio": 1,
+            "peak_mib": 0,
+            "psnr_db": 1,
+            "before_s": 4,
+            "speedup": 2,
+            "floor_gflop": 2,
+            "floor_share": 2,
+            "gemm_gflops": 0,
+        }
         print(table.drop(columns="torch").round(digits).to_string(index=False, na_rep="-"))
         print(f"\nseconds of {options.against.name} over those of this run:")
         print(earlier.round(digits).to_string(index=False) if len(earlier) else "it has none of these cases")

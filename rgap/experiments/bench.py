@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from rgap import data, models
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
+from rgap.equations.gradient import blocks
 from rgap.experiments.common import one_thread, progress
 from rgap.experiments.cost import expanding_for
 from rgap.metrics import match, psnr_db
 from rgap.network.chain import prepare
+from rgap.network.layer import Chain
 from rgap.ranks.audit import audit
 
 PASS, FIRST, PREPARED, AUDIT = "forward and backward", "R-GAP, first attack", "R-GAP, prepared", "rank audit"
@@ -76,7 +78,9 @@ def bench(names: Sequence[str] = (), rounds: int = 5) -> pd.DataFrame:
     float64; the first attack, with the network's preparation; an attack on a prepared network; a rank audit): runs,
     median_s and least_s (CPU seconds), ratio (of the medians, to forward and backward; NaN for audits), peak_mib (most
     memory above what the process held before the call; NaN where the system does not tell), verdict, psnr_db (least
-    over the images), torch. Raises ValueError if a name is unknown, or there is no round.
+    over the images), floor_gflop (of a prepared attack, by `floor_gflop`), floor_share (of median_s that the machine's
+    own matrix products, of `gemm_gflops` a second just before, would take for them), torch. Raises ValueError if a name
+    is unknown, or there is no round.
     """
     if unknown := [name for name in names if name not in CASES]:
         raise ValueError(f"no case {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, CASES))}")
@@ -84,16 +88,45 @@ def bench(names: Sequence[str] = (), rounds: int = 5) -> pd.DataFrame:
         raise ValueError(f"rounds is {rounds}; it must be at least 1")
     chosen = names or [name for name in CASES if name not in LARGE_CASES]
     with one_thread():
+        rate = gemm_gflops()
         runs = {name: _run_of(CASES[name]) for name in chosen}
         turns = [(name, run) for _ in range(rounds) for name, run in runs.items()]
         rows = [{"case": name} | row for name, run in progress(turns, "runs") for row in run()]
     groups = pd.DataFrame(rows).groupby(["case", "method"], sort=False)
     table = groups.agg(runs=("seconds", "size"), median_s=("seconds", "median"), least_s=("seconds", "min"),
                        peak_mib=("peak_mib", "max"), verdict=("verdict", "first"), psnr_db=("psnr_db", "min"),
-                       ).reset_index()  # fmt: skip
+                       floor_gflop=("floor_gflop", "first")).reset_index()  # fmt: skip
     passes = table[table["method"] == PASS].set_index("case")["median_s"]
     table.insert(5, "ratio", table["median_s"] / table["case"].map(passes))
-    return table.assign(torch=torch.__version__)
+    share = table["floor_gflop"] / rate / table["median_s"]
+    return table.assign(floor_share=share, gemm_gflops=rate, torch=torch.__version__)
+
+
+def gemm_gflops(side: int = 1000) -> float:
+    """Billions of multiplications and additions a second in float64 products of square matrices, best of five."""
+    A = torch.ones(side, side, dtype=torch.float64)
+    return 2e-9 * side**3 / min(measured(torch.mm, A, A)[1]["seconds"] for _ in range(5))
+
+
+def floor_gflop(chain: Chain, layers: pd.DataFrame, images: int) -> float:
+    """Billions of multiplications and additions that the dense systems of an attack take, each made once.
+
+    `layers` is a result's `to_frame()`. A layer's gradient equations take the Gram matrices and Cholesky factors of
+    M's blocks, W's equations the factor of what they leave open; virtual constraints once their product with the open
+    directions, its Gram matrix and factor. What W alone determines, and products with convolutions, count nothing.
+    """
+    total, rows = 0.0, {row.name: row for row in layers.fillna(0).itertuples()}
+    for layer in chain.layers:
+        row = rows.get(layer.name)
+        if row is None or not row.rank_gradients or layer.is_dense:
+            continue
+        for block in blocks(layer):
+            columns = images * len(block.pixels)
+            total += len(layer.weight) * len(block.taps) * columns**2 + columns**3 / 3
+        total += (row.unknowns - row.rank_gradients) ** 3 / 3
+        if row.virtual_constraints:
+            total += row.virtual_constraints * row.deficit * (2 * row.unknowns + row.deficit) + row.deficit**3 / 3
+    return total / 1e9
 
 
 def _run_of(case: BenchCase) -> Callable[[], list[dict]]:
@@ -132,7 +165,8 @@ def _attacked(model: nn.Module, images: Tensor, labels: Tensor, loss: str, chain
         result, spent = measured(_attack, network or model, gradients, shape, loss, len(images))
         truth = images[match(result.images, images)]
         quality = min(psnr_db(result.images, truth).tolist(), default=np.nan)
-        rows.append({"method": method, "verdict": result.verdict, "psnr_db": quality} | spent)
+        floor = floor_gflop(chain, result.to_frame(), len(images)) if network is chain else np.nan
+        rows.append({"method": method, "verdict": result.verdict, "psnr_db": quality, "floor_gflop": floor} | spent)
     return rows
 
 

@@ -6,6 +6,7 @@ import torch
 from cases import small_cnn
 from torch import nn
 
+import rgap
 from rgap.experiments import bench
 from rgap.experiments.bench import BenchCase, compared, measured
 
@@ -29,7 +30,23 @@ def test_a_round_times_pass_first_attack_and_prepared_attack_and_audits(small):
     )
     assert attacks["ratio"][bench.PASS] == 1 and (attacks["psnr_db"].dropna() > 60).all()
     assert attacks["verdict"][bench.FIRST] == "exact"
+    prepared = attacks.loc[bench.PREPARED]
+    assert prepared["floor_share"] == pytest.approx(
+        prepared["floor_gflop"] / prepared["gemm_gflops"] / prepared["median_s"]
+    )
+    assert 0 < prepared["floor_share"] < 1 and attacks["floor_gflop"].notna().sum() == 1
     assert table["ratio"].isna().tolist() == [False] * 3 + [True] and table["verdict"].iloc[-1] in {"leaks", "stops"}
+
+
+def test_the_floor_counts_each_dense_system_once():
+    chain = rgap.prepare(nn.Sequential(nn.Conv2d(2, 4, 2), nn.Flatten(), nn.Linear(16, 1)), (2, 3, 3))
+    layer = {"name": "0", "unknowns": 18, "rank_gradients": 12, "deficit": 0, "virtual_constraints": None}
+    gram_and_factor = 4 * 4 * 9**2 + 9**3 / 3
+    assert bench.floor_gflop(chain, pd.DataFrame([layer]), 1) == pytest.approx((gram_and_factor + 6**3 / 3) / 1e9)
+    closed = layer | {"deficit": 2, "virtual_constraints": 5}
+    more = bench.floor_gflop(chain, pd.DataFrame([closed]), 1) - bench.floor_gflop(chain, pd.DataFrame([layer]), 1)
+    assert more == pytest.approx((5 * 2 * (2 * 18 + 2) + 2**3 / 3) / 1e9)
+    assert bench.floor_gflop(chain, pd.DataFrame([layer | {"rank_gradients": None}]), 1) == 0
 
 
 def test_peak_memory_counts_what_a_call_needs_and_not_what_was_held():
