@@ -28,6 +28,9 @@ ILL_CONDITIONED_RATIO = 1e-1
 """Where the rank is not full, kept directions with σ / σ_max below this are reported, for other equations to decide."""
 
 
+WIDE_RATIO = 8
+"""Columns over rows from which a Gram matrix is made without use of its symmetry."""
+
 MIN_ON_ACCELERATOR = 256
 """Unknowns from which a system is worth the way to an accelerator and back."""
 
@@ -131,6 +134,8 @@ def gram_matrix(A: Tensor) -> Tensor:
     if (device := accelerator.get()) is not None and A.shape[1] >= MIN_ON_ACCELERATOR:
         there = A.to(device)
         return (there.T @ there).to(A.device)
+    if WIDE_RATIO * len(A) < A.shape[1]:  # mirroring would cost more than it saves
+        return A.T @ A
     upper = torch.from_numpy(scipy.linalg.blas.dsyrk(1.0, A.T.numpy())).triu()
     return upper + upper.triu(1).T
 

@@ -90,17 +90,23 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
         return not one.in_pixel_range, one.images.abs().max().item()
 
     each = [sorted((candidate(b, twin) for twin in twins), key=preference) for b, twins in enumerate(start.twins)]
-    best = [found[0] for found in each]
-    whole = Candidate(
-        torch.cat([images[:0], *(one.images for one in best)]),
+    unconfirmed = start.ranks[0] < start.batch_size and one_scale
+    return Weighed(
+        start, _together(descent, images[:0], [found[0] for found in each], match), tuple(map(tuple, each)), unconfirmed
+    )
+
+
+def _together(descent: Descent, nothing: Tensor, best: list[Candidate], match: Misfit) -> Candidate:
+    """The candidate of all images, each in its best twin; `nothing` has the shape of none, (0, C, H, W)."""
+    start, inputs = descent.start, descent.layer_inputs
+    return Candidate(
+        torch.cat([nothing, *(one.images for one in best)]),
         torch.cat([start.labels[:0], *(one.labels for one in best)]),
         match.residual, all(one.in_pixel_range for one in best),
         {key: torch.cat([x[:0], *(one.layer_inputs[key] for one in best)]) for key, x in inputs.items()},
         descent.reports, descent.open_layers, residual_allowed=match.allowed,
         predicted_error=max((one.predicted_error for one in best if one.predicted_error is not None), default=None),
     )  # fmt: skip
-    unconfirmed = start.ranks[0] < start.batch_size and one_scale
-    return Weighed(start, whole, tuple(map(tuple, each)), unconfirmed)
 
 
 def _allowed_of_share(attack: Attack, start: Start, b: int, image: Tensor, again: float) -> float:
