@@ -95,7 +95,12 @@ def separate(
         failed = 0 if progress else failed + count
         whole = failed > 0 and not whole  # where deflated starts find nothing, alternate with starts among all
     found = (search.inputs, search.dz, search.residuals, search.first, search.second, starts, search.steps)
-    return Separation(*found, search.errors, *((known.peeled, known.factor) if known else ()))
+    errors = search.errors
+    if (
+        known and known.peeled and search.lacking
+    ):  # only deflated spaces were searched, which carry the errors of the inputs known
+        errors = torch.cat([known.errors, errors[len(known.inputs) :].clamp(min=known.errors.max().item())])
+    return Separation(*found, errors, *((known.peeled, known.factor) if known else ()))
 
 
 class Search(SearchState):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -108,6 +109,22 @@ def test_rows_of_both_gradients_start_the_search_for_what_does_not_peel():
     )
     assert peeled.peeled < 30 and len(found.inputs) == 40
     assert distances(found.inputs, rows).min(1).values.max() < 1e-9
+
+
+def test_what_is_found_in_deflated_spaces_alone_has_the_errors_of_the_inputs_known():
+    """The second gradient has less rank than the batch has images, and no whole space refines an input."""
+    rows, labels = table(16)
+    model = network((200, 12))
+    chain = rgap.prepare(model, (FEATURES,))
+    received = receive(chain, rgap.client_gradients(model, rows, labels, loss="cross_entropy"))
+    spans = tuple(row_span(layer, received.gradients, received.precision) for layer in chain.layers[:2])
+    peeled = peel(chain.layers, received, spans, "cross_entropy", 16)
+    known = {name: getattr(peeled, name)[:15] for name in ("inputs", "dz", "residuals")}
+    known = replace(peeled, **known, errors=torch.full((15,), 1e-4), peeled=15)
+    found = separate(
+        *chain.layers[:2], received.gradients, precision=received.precision, spans=spans, known=known, by_rows=True
+    )
+    assert spans[1].rank < 16 == len(found.inputs) and (found.errors > 0.99e-4).all()
 
 
 def test_what_is_missing_is_counted_and_what_is_found_is_certified():
