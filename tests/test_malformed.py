@@ -51,24 +51,13 @@ def odd_tensors(shape):
     """Tensors of a shape that are no plain floating-point tensors with values on this machine."""
     x = torch.rand(shape)
     odd = {
-        "sparse": x.to_sparse(),
-        "meta": x.to("meta"),
-        "complex": x.to(torch.complex64),
-        "bool": x > 0.5,
-        "int": (x > 0.5).long(),
-        "float8": x.to(torch.float8_e4m3fn),
+        "sparse": x.to_sparse(), "meta": x.to("meta"), "complex": x.to(torch.complex64), "bool": x > 0.5,
+        "int": (x > 0.5).long(), "float8": x.to(torch.float8_e4m3fn),
         "quantised": torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
-        "nested": torch.nested.nested_tensor([torch.rand(2), torch.rand(3)]),
-        "nan": x * torch.nan,
-        "empty": torch.zeros(0),
-        "scalar": torch.tensor(1.0),
-        "None": None,
-        "string": "image",
-        "dict": {"a": 1},
-        "object": object(),
-        "ragged": [[1.0], [1.0, 2.0]],
-        "strings": ["a", "b"],
-    }
+        "nested": torch.nested.nested_tensor([torch.rand(2), torch.rand(3)]), "nan": x * torch.nan,
+        "empty": torch.zeros(0), "scalar": torch.tensor(1.0), "None": None, "string": "image", "dict": {"a": 1},
+        "object": object(), "ragged": [[1.0], [1.0, 2.0]], "strings": ["a", "b"],
+    }  # fmt: skip
     if torch.backends.mkldnn.is_available():
         odd["mkldnn"] = x.to_mkldnn()
     return odd
@@ -79,14 +68,9 @@ def odd_gradients(model):
     first, *others = [rand(*p.shape, seed=i) - 0.5 for i, p in enumerate(model.parameters())]
     odd = {f"one {name}": [value, *others] for name, value in odd_tensors(first.shape).items()}
     whole = {
-        "None": None,
-        "int": 3,
-        "string": "gradients",
-        "bytes": b"abc",
-        "empty": [],
-        "empty dict": {},
+        "None": None, "int": 3, "string": "gradients", "bytes": b"abc", "empty": [], "empty dict": {},
         "nan": torch.nan,
-    }
+    }  # fmt: skip
     whole |= {"set": {first, *others}, "tensor": first, "nested list": [[first, *others]], "object": object()}
     whole |= {"too few": [first], "too many": [first, *others, first], "wrong names": {"a": first, "b": others[0]}}
     whole |= {"nan keys": dict.fromkeys([float("nan"), 2.5], first)}
@@ -94,135 +78,49 @@ def odd_gradients(model):
 
 
 NUMBERS = {
-    "string": "many",
-    "None": None,
-    "complex": 1 + 2j,
-    "list": [1],
-    "dict": {},
-    "nan": torch.nan,
-    "negative": -1,
-    "inf": torch.inf,
-    "huge": 1e300,
-    "tensor": torch.rand(2),
-    "object": object(),
-    "bool": True,
-}
+    "string": "many", "None": None, "complex": 1 + 2j, "list": [1], "dict": {}, "nan": torch.nan, "negative": -1,
+    "inf": torch.inf, "huge": 1e300, "tensor": torch.rand(2), "object": object(), "bool": True,
+}  # fmt: skip
 COUNTS = NUMBERS | {"float": 1.5, "zero": 0, "meta": torch.ones((), device="meta")}
 LABELS = {
-    "strings": ["cat"],
-    "string": "cat",
-    "None inside": [None],
-    "complex": [1j],
-    "dict": {0: 1},
-    "huge": [HUGE],
-    "beyond int64": [2**70],
-    "negative": [-1],
-    "float": [0.5],
-    "bool": torch.tensor([True]),
-    "nested": [[1]],
-    "int32": torch.tensor([1], dtype=torch.int32),
-    "empty": [],
-    "object": object(),
-    "number": 1,
-    "ragged": [[1], 2],
-    "sparse": torch.tensor([1]).to_sparse(),
-    "meta": torch.ones(1, dtype=torch.int64, device="meta"),
-    "set": {1},
-}
+    "strings": ["cat"], "string": "cat", "None inside": [None], "complex": [1j], "dict": {0: 1}, "huge": [HUGE],
+    "beyond int64": [2**70], "negative": [-1], "float": [0.5], "bool": torch.tensor([True]), "nested": [[1]],
+    "int32": torch.tensor([1], dtype=torch.int32), "empty": [], "object": object(), "number": 1, "ragged": [[1], 2],
+    "sparse": torch.tensor([1]).to_sparse(), "meta": torch.ones(1, dtype=torch.int64, device="meta"), "set": {1},
+}  # fmt: skip
 DEVICES = {
-    "unknown": "abacus",
-    "absent": "cuda:7",
-    "list": ["cpu"],
-    "number": 10**6,
-    "float": 1.5,
-    "meta": "meta",
-    "mps": "mps",
-    "dict": {},
-    "empty": "",
-}
+    "unknown": "abacus", "absent": "cuda:7", "list": ["cpu"], "number": 10**6, "float": 1.5, "meta": "meta",
+    "mps": "mps", "dict": {}, "empty": "",
+}  # fmt: skip
 DTYPES = {
-    "string": "float64",
-    "None": None,
-    "int": torch.int64,
-    "half": torch.float16,
-    "complex": torch.complex64,
-    "type": float,
-    "float8": torch.float8_e4m3fn,
-    "list": [torch.float64],
-}
+    "string": "float64", "None": None, "int": torch.int64, "half": torch.float16, "complex": torch.complex64,
+    "type": float, "float8": torch.float8_e4m3fn, "list": [torch.float64],
+}  # fmt: skip
 SHAPES = {
-    "huge": (1, 10**6, 10**6),
-    "negative": (1, -4, 4),
-    "zero": (1, 0, 4),
-    "float": (1, 4.0, 4),
-    "string": "1,4,4",
-    "int": 16,
-    "None inside": (1, None, 4),
-    "bool": (True, 4, 4),
-    "nested": ((1, 4), 4),
-    "empty": (),
-    "set": {1, 4},
-    "five": (1, 1, 1, 4, 4),
-    "dict": {1: 4},
-    "tensor": torch.tensor([1.5]),
-    "beyond int64": (1, 2**70, 1),
-}
+    "huge": (1, 10**6, 10**6), "negative": (1, -4, 4), "zero": (1, 0, 4), "float": (1, 4.0, 4), "string": "1,4,4",
+    "int": 16, "None inside": (1, None, 4), "bool": (True, 4, 4), "nested": ((1, 4), 4), "empty": (), "set": {1, 4},
+    "five": (1, 1, 1, 4, 4), "dict": {1: 4}, "tensor": torch.tensor([1.5]), "beyond int64": (1, 2**70, 1),
+}  # fmt: skip
 RANGES = {
-    "strings": ("a", "b"),
-    "string": "01",
-    "None": None,
-    "inside": (None, 1),
-    "complex": (0j, 1j),
-    "one": (1.0,),
-    "reversed": (1, 0),
-    "nan": (0, torch.nan),
-    "equal": (1, 1),
-    "number": 1.0,
-    "three": (0, 1, 2),
-    "dict": {},
-    "huge": (0, 1e300),
-    "lists": ([0], [1]),
-    "set": {0.0, 1.0},
-    "tensors": torch.rand(2, 2),
-}
+    "strings": ("a", "b"), "string": "01", "None": None, "inside": (None, 1), "complex": (0j, 1j), "one": (1.0,),
+    "reversed": (1, 0), "nan": (0, torch.nan), "equal": (1, 1), "number": 1.0, "three": (0, 1, 2), "dict": {},
+    "huge": (0, 1e300), "lists": ([0], [1]), "set": {0.0, 1.0}, "tensors": torch.rand(2, 2),
+}  # fmt: skip
 MODELS = {
-    "string": "cnn6",
-    "None": None,
-    "class": nn.Linear,
-    "list": [nn.Linear(16, 1)],
-    "function": torch.relu,
-    "nan": with_nan(),
-    "meta": network().to("meta"),
-    "lazy": lazy(),
-    "zero width": zero_width(),
-    "no parameters": nn.Sequential(nn.Flatten(), nn.ReLU()),
-    "state": network().state_dict(),
-    "tensor": torch.rand(3),
-    "half a linear": nn.Flatten(),
-    "none returned": nn.Identity(),
-}
+    "string": "cnn6", "None": None, "class": nn.Linear, "list": [nn.Linear(16, 1)], "function": torch.relu,
+    "nan": with_nan(), "meta": network().to("meta"), "lazy": lazy(), "zero width": zero_width(),
+    "no parameters": nn.Sequential(nn.Flatten(), nn.ReLU()), "state": network().state_dict(), "tensor": torch.rand(3),
+    "half a linear": nn.Flatten(), "none returned": nn.Identity(),
+}  # fmt: skip
 NAMES = {"None": None, "int": 3, "unknown": "hinge", "list": ["logistic"], "object": object(), "bytes": b"mse", "": ""}
 
 COMMON = "model gradients image_shape loss batch_size labels pixel_range noise_std seed device"
 KINDS = {
-    "model": lambda model: MODELS,
-    "image_shape": lambda model: SHAPES | {"other": (3, 5, 5), "flat": (7,)},
-    "gradients": odd_gradients,
-    "loss": lambda model: NAMES,
-    "labels": lambda model: LABELS,
-    "pixel_range": lambda model: RANGES,
-    "device": lambda model: DEVICES,
-    "dtype": lambda model: DTYPES,
-    "seed": lambda model: COUNTS,
-    "batch_size": lambda model: COUNTS,
-    "limit": lambda model: COUNTS,
-    "steps": lambda model: COUNTS,
-    "restarts": lambda model: COUNTS,
-    "count": lambda model: COUNTS,
-    "rcond": lambda model: NUMBERS,
-    "noise_std": lambda model: NUMBERS,
-    "images": lambda model: odd_tensors((1, *SHAPE)),
-}
+    "model": MODELS, "image_shape": SHAPES | {"other": (3, 5, 5), "flat": (7,)},
+    "gradients": odd_gradients(network()), "loss": NAMES, "labels": LABELS, "pixel_range": RANGES, "device": DEVICES,
+    "dtype": DTYPES, **dict.fromkeys(["seed", "batch_size", "limit", "steps", "restarts", "count"], COUNTS),
+    **dict.fromkeys(["rcond", "noise_std"], NUMBERS), "images": odd_tensors((1, *SHAPE)),
+}  # fmt: skip
 
 
 def _cases():
@@ -233,6 +131,9 @@ def _cases():
     attack = {"model": model, "gradients": g, "image_shape": SHAPE}
     optimiser = attack | {"steps": 2}
     pictures = rand(2, 1, 12, 12)
+    odd = odd_tensors(pictures.shape)
+    private = {"gradients": g, "clip_norm": 1.0, "noise_multiplier": 0.1}
+    trained = {"model": model, "images": x, "labels": y}
     few, classes = {"gradients": g}, {"width": COUNTS, "classes": COUNTS, "seed": COUNTS}
     calls = [
         (rgap.reconstruct, attack, f"{COMMON} rcond"),
@@ -240,38 +141,28 @@ def _cases():
         (rgap.rank_analysis, {"model": model, "image_shape": SHAPE}, "model image_shape batch_size dtype limit seed"),
         (rgap.largest_batch, {"model": classifier(), "image_shape": SHAPE}, "model image_shape loss"),
         (audit, {"model": model, "image_shape": SHAPE}, "model image_shape batch_size limit"),
-        (rgap.client_gradients, {"model": model, "images": x, "labels": y}, "model images labels loss"),
+        (rgap.client_gradients, trained, "model images labels loss"),
         (baselines.dlg, optimiser, f"{COMMON} dtype steps restarts"),
         (baselines.inverting_gradients, optimiser, f"{COMMON} dtype steps restarts"),
         (baselines.hybrid, optimiser, f"{COMMON} rcond dtype steps".replace("batch_size ", "")),
         (client.gaussian_noise, few | {"std": 0.1}, "gradients seed"),
-        (client.clip_and_noise, few | {"clip_norm": 1.0, "noise_multiplier": 0.1}, "gradients seed"),
+        (client.clip_and_noise, private, "gradients seed"),
         (client.prune, few | {"share": 0.5}, "gradients"),
         (client.quantise, few | {"dtype": "int8"}, "gradients dtype"),
         (
             client.gradients_of,
-            {
-                "model": model,
-                "parameters": dict(model.named_parameters()),
-                "images": x,
-                "labels": y,
-                "loss": "logistic",
-            },
+            trained | {"parameters": dict(model.named_parameters()), "loss": "logistic"},
             "model images labels loss",
         ),
         (data.load_images, {"image_shape": (1, 25, 25)}, "count image_shape seed"),
     ]
     extra = [
         (rgap.reconstruct, attack, {"gradient_scale": NUMBERS, "label_smoothing": NUMBERS}),
-        (rgap.client_gradients, {"model": model, "images": x, "labels": y}, {"label_smoothing": NUMBERS}),
+        (rgap.client_gradients, trained, {"label_smoothing": NUMBERS}),
         (baselines.inverting_gradients, optimiser, {"tv_weight": NUMBERS, "rate": NUMBERS}),
         (baselines.hybrid, optimiser, {"tv_weight": NUMBERS}),
         (client.gaussian_noise, few | {"std": 0.1}, {"std": NUMBERS}),
-        (
-            client.clip_and_noise,
-            few | {"clip_norm": 1.0, "noise_multiplier": 0.1},
-            {"clip_norm": NUMBERS, "noise_multiplier": NUMBERS},
-        ),
+        (client.clip_and_noise, private, {"clip_norm": NUMBERS, "noise_multiplier": NUMBERS}),
         (client.prune, few | {"share": 0.5}, {"share": NUMBERS}),
         (
             client.epsilon,
@@ -297,26 +188,11 @@ def _cases():
                 "weight_decay": NUMBERS,
             },
         ),
-        (
-            metrics.mse,
-            {"x": pictures, "y": pictures},
-            {"x": odd_tensors(pictures.shape), "y": odd_tensors(pictures.shape)},
+        *(
+            (f, {"x": pictures, "y": pictures}, {"x": odd, "y": odd})
+            for f in (metrics.mse, metrics.psnr_db, metrics.ssim)
         ),
-        (
-            metrics.psnr_db,
-            {"x": pictures, "y": pictures},
-            {"x": odd_tensors(pictures.shape), "y": odd_tensors(pictures.shape)},
-        ),
-        (
-            metrics.ssim,
-            {"x": pictures, "y": pictures},
-            {"x": odd_tensors(pictures.shape), "y": odd_tensors(pictures.shape)},
-        ),
-        (
-            metrics.match,
-            {"images": pictures, "references": pictures},
-            {"images": odd_tensors(pictures.shape), "references": odd_tensors(pictures.shape)},
-        ),
+        (metrics.match, {"images": pictures, "references": pictures}, {"images": odd, "references": odd}),
         (
             data.load_images,
             {"image_shape": (1, 25, 25), "count": 1},
@@ -351,7 +227,7 @@ def _cases():
         (artifact.check_claim, {"measured": 1.0}, {"claim_id": NAMES}),
         (
             lambda **options: next(training(**options)),
-            {"model": model, "images": x, "labels": y},
+            trained,
             {
                 "epochs": COUNTS,
                 "seed": COUNTS,
@@ -364,12 +240,9 @@ def _cases():
             },
         ),
     ]
-    for function, good, names in calls:
-        for name in names.split():
-            for kind, value in KINDS[name](model).items():
-                yield f"{function.__module__}.{function.__name__}", function, name, kind, good | {name: value}
-    for function, good, odd in extra:
-        for name, values in odd.items():
+    calls = [(function, good, {name: KINDS[name] for name in names.split()}) for function, good, names in calls]
+    for function, good, tables in calls + extra:
+        for name, values in tables.items():
             for kind, value in values.items():
                 yield f"{function.__module__}.{function.__name__}", function, name, kind, good | {name: value}
 
@@ -385,14 +258,9 @@ def foreign(error, name):
     if "/rgap/" not in frame.filename or not frame.line.lstrip().startswith(("raise", ")")):
         return f"raised by {Path(frame.filename).name}:{frame.lineno}"
     names = {
-        "claim_id": "claim",
-        "outputs": "labels",
-        "name": "model",
-        "path": "file",
-        "x": "shapes",
-        "y": "shapes",
+        "claim_id": "claim", "outputs": "labels", "name": "model", "path": "file", "x": "shapes", "y": "shapes",
         "model": "network|parameter|layer|gradient of",
-    }
+    }  # fmt: skip
     if not re.search(f"{name}|{name.rstrip('s')}|{names.get(name, name)}", str(error)):
         return "does not name the argument"
     return ""
