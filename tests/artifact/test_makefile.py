@@ -22,13 +22,7 @@ def clone(tmp_path):
     (folder / "rgap").mkdir()
     for name in ("Makefile", "requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
-    for name in (
-        "notebooks/01_one.ipynb",
-        "notebooks/02_two.ipynb",
-        "notebooks/claims.yml",
-        "notebooks/paper.yml",
-        "rgap/solve.py",
-    ):
+    for name in (ONE, TWO, "notebooks/claims.yml", "notebooks/paper.yml", "rgap/solve.py"):
         (folder / name).touch()
     (tmp_path / "bin").mkdir()
     for tool in TOOLS:
@@ -146,26 +140,26 @@ def test_profiles_that_make_no_sense_are_refused(clone, values):
     assert f"{values[0]} " in done.stderr
 
 
-def test_reconstruction_hands_its_values_on(clone):
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["reconstruction", "MODEL=fcn3", "INDEX=3", "DATA=folder:a b"],
+         "rgap reconstruct --model fcn3 --index 3 --data folder:a b --seed 0 --batch 1 --weights "),
+        (["train", "MODEL=fcn3", "DATA=folder:a b", "EPOCHS=5"],
+         "rgap train --model fcn3 --data folder:a b --epochs 5 --seed 0"),
+        (["audit"], "rgap audit --model cnn6 --batch 1"),
+        (["audit", "MODEL=my.nets:small", "SHAPE=3,32,32", "BATCH=4"],
+         "rgap audit --model my.nets:small --shape 3,32,32 --batch 4"),
+        (["test-fast"], "pytest -m not slow -n auto"),
+    ],
+)  # fmt: skip
+def test_targets_hand_their_values_on(clone, arguments, command):
     put_runner(clone)
-    make(clone, "reconstruction", "PYTHON=runner", "MODEL=fcn3", "INDEX=3", "DATA=folder:a b")
-    assert calls(clone) == [
-        "||-m rgap reconstruct --model fcn3 --index 3 --data folder:a b --seed 0 --batch 1 --weights "
-    ]
+    assert make(clone, *arguments, "PYTHON=runner").returncode == 0
+    assert calls(clone) == [f"||-m {command}"]
 
 
-def test_training_hands_its_values_on(clone):
-    put_runner(clone)
-    make(clone, "train", "PYTHON=runner", "MODEL=fcn3", "DATA=folder:a b", "EPOCHS=5")
-    assert calls(clone) == ["||-m rgap train --model fcn3 --data folder:a b --epochs 5 --seed 0"]
-
-
-def test_audit_hands_its_values_on_and_fails_where_the_network_leaks(clone):
-    put_runner(clone)
-    assert make(clone, "audit", "PYTHON=runner").returncode == 0
-    assert calls(clone) == ["||-m rgap audit --model cnn6 --batch 1"]
-    make(clone, "audit", "PYTHON=runner", "MODEL=my.nets:small", "SHAPE=3,32,32", "BATCH=4")
-    assert calls(clone) == ["||-m rgap audit --model my.nets:small --shape 3,32,32 --batch 4"]
+def test_an_audit_fails_where_the_network_leaks(clone):
     put_program(clone, "runner", "exit 1")
     assert make(clone, "audit", "PYTHON=runner").returncode != 0
 
@@ -187,12 +181,6 @@ def test_notebooks_are_tested_side_by_side_after_the_unit_tests(clone):
         "||-m pytest --cov -n auto",
         f"default|build/nbval/figures|-m rgap notebooks test {ONE} {TWO} --into build/nbval",
     ]
-
-
-def test_the_fast_tests_are_those_without_the_mark(clone):
-    put_runner(clone)
-    assert make(clone, "test-fast", "PYTHON=runner").returncode == 0
-    assert calls(clone) == ["||-m pytest -m not slow -n auto"]
 
 
 def test_lab_opens_the_audit_and_its_test_is_run_by_itself(clone):
@@ -247,6 +235,7 @@ GOOD_PYTHON = {
 
 
 def put_python(clone, name="python3", **changed):
+    """A Python on the clone's PATH, by default one with which `make env` succeeds."""
     put_program(clone, name, FAKE_PYTHON.format(**{**GOOD_PYTHON, **changed}))
     for tool in ("cp", "chmod"):
         link = clone.parent / "bin" / tool
