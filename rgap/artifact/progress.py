@@ -15,12 +15,9 @@ PROGRESS_FILE = "RGAP_PROGRESS"
 
 
 def progress(items: Iterable | None = None, title: str = "", **options) -> tqdm:
-    """The items, with a progress bar. tqdm's own `disable=None` would show one in notebooks.
+    """The items, with tqdm's bar, whose own `disable=None` would show one in notebooks.
 
-    Args:
-        items: What to go through; None for a bar that is moved by hand, with `total=`.
-        title: Shown before the count.
-        **options: For tqdm.
+    None for a bar that is moved by hand, with `total=`; the title stands before the count.
     """
     path = os.environ.get(PROGRESS_FILE)
     if path:

@@ -55,9 +55,8 @@ class Activation:
         that they show counts as lying on the bound; the cut is put into the widest gap (by ratio) of the distances.
         Where too few values exceed a bound, the error is taken to be `accuracy` times the largest entry.
 
-        Returns:
-            z, finite everywhere, and the mask of the entries at which it is known, None where that is every entry.
-            Elsewhere z is such that σ′(z) = 0 if σ clips, else the z nearest to the bound that x could determine.
+        z is finite everywhere and comes with the mask of the entries at which it is known, None where that is every
+        entry. Elsewhere σ′(z) = 0 if σ clips, else z is the one nearest to the bound that x could determine.
         """
         if self.parts:
             known = None

@@ -27,9 +27,7 @@ __all__ = ["Graph", "Node", "prepare_graph"]
 def prepare_graph(model: nn.Module, image_shape: tuple[int, int, int], traced: Sequence[Step] | None = None) -> Graph:
     """Makes the graph of a network in eval mode; for an analysis of `traced` steps without copies of the parameters.
 
-    Raises:
-        UnsupportedLayerError: If it cannot be traced.
-        ValueError: If the image shape does not fit.
+    Errors are those of `trace`.
     """
     steps = [step for step in traced or trace(model, image_shape) if step.used]
     builder = _Builder(model, {s.name for s in steps if s.kind == "constant"}, steps)

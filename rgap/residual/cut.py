@@ -46,12 +46,7 @@ class ResidualNetwork:
 
 
 def prepare_residual(model: nn.Module, image_shape: tuple[int, int, int]) -> ResidualNetwork:
-    """Finds the blind layers of a network.
-
-    Raises:
-        UnsupportedLayerError: If it has none that can be entered; the message names the layers and the reasons.
-        ValueError: If the image shape does not fit.
-    """
+    """Finds the blind layers of a network; an UnsupportedLayerError with the reasons where none can be entered."""
     return enter_graph(prepare_graph(model, image_shape))
 
 
