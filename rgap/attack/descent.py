@@ -24,7 +24,8 @@ from rgap.linalg import rms
 from rgap.network.layer import Chain, Layer
 from rgap.results import LayerReport
 from rgap.shared_gradient import FLOAT64_FLOOR, SharedGradient
-from rgap.virtual.closure import ERROR_AMPLIFICATION, VirtualSolution, close_by_previous
+from rgap.virtual.certificate import VirtualSolution
+from rgap.virtual.closure import ERROR_AMPLIFICATION, close_by_previous
 from rgap.virtual.range import close_by_range, range_factor
 
 MAX_PRECISION_CONDITION = 1e-5

@@ -20,7 +20,7 @@ from rgap.head.hypothesis import Start
 from rgap.network.layer import Chain, Layer
 from rgap.results import Candidate
 from rgap.shared_gradient import SharedGradient
-from rgap.virtual.closure import VirtualSolution
+from rgap.virtual.certificate import VirtualSolution
 from rgap.virtual.previous import PreviousLayer, previous_factors
 
 RANGE_ONLY_SHARE = 0.9  # open unknowns per range equation up to which the range is matched alone, without the gradient

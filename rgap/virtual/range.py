@@ -19,7 +19,8 @@ from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
 from rgap.equations.systems import ReducedSystem
 from rgap.linalg import LeastSquares, Operator, gram_matrix, least_squares, rms
 from rgap.network.layer import Layer
-from rgap.virtual.closure import ERROR_AMPLIFICATION, MAX_CERTIFIED_RESIDUAL, VirtualSolution
+from rgap.virtual.certificate import MAX_CERTIFIED_RESIDUAL, VirtualSolution
+from rgap.virtual.closure import ERROR_AMPLIFICATION
 
 MAX_STEPS = 30
 """Limit on the solves, each with the signs of the previous solution."""

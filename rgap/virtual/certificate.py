@@ -1,0 +1,101 @@
+"""The certificate of virtual constraints: the linear system on one piece of σ, alone, and whether its solution fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
+from rgap.virtual.inference import DeficientLayer, assemble, independent_gradients
+from rgap.virtual.linearisation import fit, slope
+
+MAX_CERTIFIED_RESIDUAL = 20.0  # largest certified residual, in units of the data's noise; a wrong sign gives thousands
+MAX_CERTIFIED_CONDITION = 1e5  # largest certified condition number of the final system
+MAX_PIECES = 2  # systems on one piece of σ solved at the end; each corrects signs of entries near zero
+MAX_SIGN_TRIALS = 4  # entries closest to zero whose signs are flipped, one at a time, where the solution does not fit
+
+
+@dataclass(frozen=True)
+class VirtualSolution:
+    """The input of a layer after the equations of the layer before have joined its own."""
+
+    # the input, (n,), or for a batch (B, n); not certified, the mean of the last belief or the last iterate
+    x: NDArray | Tensor
+    certified: bool  # residual at noise level, surplus equations, full column rank, and the signs those of the solution
+    equations: int  # independent equations that were used
+    iterations: int  # steps over all attempts, or systems that were solved
+    residual: float  # root-mean-square residual of these equations relative to the size of z′
+    condition: float  # condition number of the final system
+    # for one image, the mean of the belief on x after each step, (iterations, n)
+    beliefs: NDArray | None = field(default=None, repr=False)
+    # for one image, one draw of the error of x from the final residual, (n,); 0 where it is not certified
+    draw: NDArray | None = field(default=None, repr=False)
+
+
+def certify(problem: DeficientLayer, t: NDArray, image: NDArray, channels: NDArray, beliefs: list) -> VirtualSolution:
+    """Solves on the final piece of σ alone, without prior, until the piece no longer changes, and tests the solution.
+
+    Where it does not fit, the few entries closest to zero are tried with the other sign, one at a time.
+    """
+    belief = problem.x + problem.N @ t
+    piece = _solve_pieces(problem, belief, image, channels)
+    if not piece.fits and problem.activation.homogeneous:
+        flips = (np.arange(len(belief)) == entry for entry in np.argsort(np.abs(belief))[:MAX_SIGN_TRIALS])
+        trials = (_solve_pieces(problem, np.where(flip, -belief, belief), image, channels) for flip in flips)
+        piece = next((trial for trial in trials if trial.fits), piece)
+    equations = problem.previous.left.shape[1] + independent_gradients(problem, piece.x, channels)
+    surplus = equations + problem.known.size - problem.unknowns
+    certified = piece.fits and surplus >= CERTIFICATE_SURPLUS and piece.condition <= MAX_CERTIFIED_CONDITION
+    best, draw = (piece.x, piece.draw) if certified else (belief, 0 * belief)
+    numbers = equations, len(beliefs), piece.residual, piece.condition
+    return VirtualSolution(best, certified, *numbers, np.array(beliefs), draw)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The solution on one piece of σ, a draw of its error, whether it lies on that piece, and also fits."""
+
+    x: NDArray
+    draw: NDArray
+    residual: float
+    condition: float
+    stays: bool
+    fits: bool
+
+
+def _solve_pieces(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
+    """Solves on the piece of σ on which m lies, then on the one on which the solution lies, and so on."""
+    for _ in range(MAX_PIECES):
+        piece = _solve_piece(problem, m, image, channels)
+        if piece.stays:
+            break
+        m = piece.x
+    return piece
+
+
+def _solve_piece(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
+    """Solves the linear system on the piece of σ on which m lies, for (t, y), columns scaled."""
+    fitted, N = fit(problem.activation, m, np.full(len(m), 1e-60)), problem.N
+    rows = assemble(problem, fitted, m, image, channels, None, problem.noise, certain=True)
+    known = np.flatnonzero(np.isfinite(rows.known))  # the deficient layer's own values of ill-conditioned directions
+    floor = np.concatenate([rows.floor, rows.known[known]])
+    weight = floor.min() / floor
+    A = np.vstack([rows.A, np.eye(rows.A.shape[1])[known]]) * weight[:, None]
+    b = np.concatenate([rows.b, np.zeros(known.size)]) * weight
+    norms = np.linalg.norm(A, axis=0) + 1e-300
+    scaled = A / norms
+    values, Q = np.linalg.eigh(scaled.T @ scaled)
+    kept = np.maximum(values, 1e-14 * values[-1])
+    theta = (Q @ ((Q.T @ (scaled.T @ b)) / kept)) / norms
+    rest = b - A @ theta
+    residual = float(problem.noise * np.sqrt(np.mean((rest / floor.min()) ** 2)))
+    std = np.linalg.norm(rest) / np.sqrt(max(len(rest) - len(theta), 1))
+    error = std * (Q @ (np.random.default_rng(0).standard_normal(len(theta)) / np.sqrt(kept))) / norms
+    x, draw = problem.x + N @ theta[: N.shape[1]], N @ error[: N.shape[1]]
+    stays = not problem.activation.homogeneous
+    stays = stays or np.array_equal(slope(problem.activation, x), slope(problem.activation, m))
+    fits = stays and residual <= MAX_CERTIFIED_RESIDUAL * problem.noise
+    return _Piece(x, draw, residual, float(np.sqrt(values[-1] / max(values[0], 1e-300))), stays, fits)

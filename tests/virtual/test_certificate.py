@@ -1,0 +1,75 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cases import open_problem, randn
+from numpy.testing import assert_allclose
+
+from rgap.network.activations import IDENTITY
+from rgap.virtual import certificate as virtual
+from rgap.virtual.closure import solve_virtual
+
+
+def relative(found, truth):
+    return np.linalg.norm(found - truth) / np.linalg.norm(truth)
+
+
+def certify(problem, x, image=None):
+    """The certificate for the signs of x."""
+    channels = np.arange(len(problem.G))
+    lifted = image if image is not None else np.zeros(len(problem.previous.pinv))
+    return virtual.certify(problem, problem.N.T @ (x - problem.x), lifted, channels, [])
+
+
+def test_redundant_gradient_equations_are_not_counted():
+    """⟨G′[o], W′[o′]⟩ = ⟨δx[o], x[o′]⟩: 12 of one channel with itself, 144 of all pairs where σ keeps every sign."""
+    kinked, linear = (open_problem(30, activation)[0] for activation in (None, IDENTITY))
+    left, rank = kinked.previous.left.shape[1], kinked.previous.gradient_rank(kinked.dx)
+    assert certify(kinked, open_problem(30)[1]).equations == left + rank - 12
+    assert certify(linear, open_problem(30, IDENTITY)[1]).equations == left + rank - 144
+
+
+def test_a_wrong_sign_is_never_certified(monkeypatch):
+    problem, x = open_problem(60)
+    assert certify(problem, x).certified
+    t = problem.N.T @ (x - problem.x)
+    reach = np.abs(problem.N).max(1)
+    i = np.argmin(np.abs(x) / reach)
+    j = np.argmax(np.abs(problem.N[i]))
+    t[j] -= 1.5 * x[i] / problem.N[i, j]  # past zero for x_i alone, the entry that is nearest to it
+    wrong = problem.x + problem.N @ t
+    assert ((wrong > 0) != (x > 0)).sum() >= 1
+    polished = certify(problem, wrong)
+    assert not polished.certified or relative(polished.x, x) < 1e-12
+    monkeypatch.setattr(virtual, "MAX_PIECES", 1)
+    monkeypatch.setattr(virtual, "MAX_SIGN_TRIALS", 0)
+    refused = certify(problem, wrong)
+    assert not refused.certified and refused.residual > 20 * problem.noise
+    assert_allclose(refused.x, wrong)  # the belief stays as it was
+
+
+@pytest.mark.parametrize("what", ["G", "dx", "x"])
+def test_data_that_do_not_fit_together_are_not_certified(what):
+    problem, _ = open_problem(30)
+    value = getattr(problem, what)
+    wrong = replace(problem, **{what: value * (1 + 1e-6 * randn(*value.shape, seed=9).numpy())})
+    found = solve_virtual(wrong)
+    assert not found.certified and found.residual > virtual.MAX_CERTIFIED_RESIDUAL * problem.noise
+    assert solve_virtual(replace(wrong, noise=1e-5)).certified
+
+
+def test_the_surplus_of_equations_decides(monkeypatch):
+    problem, x = open_problem(30)
+    surplus = certify(problem, x).equations - problem.unknowns
+    monkeypatch.setattr(virtual, "CERTIFICATE_SURPLUS", surplus)
+    assert certify(problem, x).certified
+    monkeypatch.setattr(virtual, "CERTIFICATE_SURPLUS", surplus + 1)
+    refused = certify(problem, x)
+    assert not refused.certified and refused.residual < 1e-12
+    assert relative(refused.x, x) < 1e-12
+
+
+def test_a_system_too_ill_conditioned_is_not_certified(monkeypatch):
+    problem, x = open_problem(30)
+    monkeypatch.setattr(virtual, "MAX_CERTIFIED_CONDITION", 1.0)
+    assert not certify(problem, x).certified
