@@ -22,58 +22,42 @@ from rgap.krylov import largest_eigenvalue
 from rgap.linalg import distance, largest_entry, norm
 from rgap.shared_gradient import SharedGradient
 
-NOISE_RESIDUAL_FACTOR = 5.0
-"""Multiple of its prediction up to which a tensor's misfit is attributed to noise."""
-
-CHANCE_RATIO = 1.5
-"""The same that is usual by chance for the largest of all tensors, and enlarges no predicted error."""
+NOISE_RESIDUAL_FACTOR = 5.0  # multiple of its prediction up to which a tensor's misfit is attributed to noise
+CHANCE_RATIO = 1.5  # the same that is usual by chance for the largest of all tensors, and enlarges no predicted error
 
 SECOND_IMAGE_FACTOR = 2.5
 """Times the noise by which a fully connected layer's gradient may miss the rank one of a single image's."""
 
-MIN_SURPLUS_SIDE = 3
-"""Rows and columns from which such a gradient shows its rank."""
+MIN_SURPLUS_SIDE = 3  # rows and columns from which such a gradient shows its rank
 
 PLAIN_ROUNDINGS = 10.0
 """Errors of the head's δz, in roundings of the gradient, up to which they are those of its entries."""
 
-MAX_ALLOWED_RESIDUAL = 0.1
-"""Residual from which a gradient is not reproduced, however large the noise is."""
-
-WHITE_RATIO = 1.5
-"""Ratio, either way, of a misfit's smaller singular values to those of the noise that was inferred."""
+MAX_ALLOWED_RESIDUAL = 0.1  # residual from which a gradient is not reproduced, however large the noise is
+WHITE_RATIO = 1.5  # ratio, either way, of a misfit's smaller singular values to those of the noise that was inferred
 
 MIN_SURPLUS_ENTRIES = 30
 """Entries of a tensor beside its larger singular values from which these tell whether a misfit is noise."""
 
-MIN_WHITE_TENSORS = 2
-"""Tensors that must show noise of the same size before it counts as confirmed."""
-
-SMALL_SIDE = 256
-"""Rows or columns up to which singular values are computed from the smaller Gram matrix."""
+MIN_WHITE_TENSORS = 2  # tensors that must show noise of the same size before it counts as confirmed
+SMALL_SIDE = 256  # rows or columns up to which singular values are computed from the smaller Gram matrix
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """How the gradient of images compares with the shared one.
+    """How the gradient of images compares with the shared one."""
 
-    Attributes:
-        residual: The largest relative residual of a parameter's gradient.
-        allowed: The residual up to which the images are consistent: that at which, with all misfits scaled alike, the
-            first tensor would miss by more than noise explains.
-        excess: The largest ratio of a tensor's misfit to its prediction, in units of `CHANCE_RATIO`, at least 1; the
-            median of all tensors where noise does not explain the largest.
-        errors: Predicted root-mean-square error of the image, of a batch that of every image, in order; empty without.
-        largest_errors: Predicted largest error of a pixel, likewise.
-        doubt: Why noise that was inferred is no explanation; empty where it is.
-    """
-
-    residual: float
+    residual: float  # the largest relative residual of a parameter's gradient
+    # the residual up to which the images are consistent: that at which, with all misfits scaled alike, the first tensor
+    # would miss by more than noise explains
     allowed: float
+    # the largest ratio of a tensor's misfit to its prediction, in units of `CHANCE_RATIO`, at least 1; the median of
+    # all tensors where noise does not explain the largest
     excess: float = 1.0
+    # predicted root-mean-square error of the image, of a batch that of every image, in order; empty without
     errors: tuple[float, ...] = ()
-    largest_errors: tuple[float, ...] = ()
-    doubt: str = ""
+    largest_errors: tuple[float, ...] = ()  # predicted largest error of a pixel, likewise
+    doubt: str = ""  # why noise that was inferred is no explanation; empty where it is
 
 
 def misfit(

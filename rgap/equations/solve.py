@@ -27,11 +27,8 @@ from rgap.linalg import LeastSquares, least_squares
 from rgap.network.layer import Layer
 from rgap.results import LayerReport
 
-MAX_WEIGHTS_ONLY_ERROR = 1e-4
-"""Largest relative error of x with which W alone is trusted where it is ill-conditioned."""
-
-FLOAT64_FLOOR = 1e-14
-"""Relative error that z has at least."""
+MAX_WEIGHTS_ONLY_ERROR = 1e-4  # largest relative error of x with which W alone is trusted where it is ill-conditioned
+FLOAT64_FLOOR = 1e-14  # relative error that z has at least
 
 MAX_RCOND_WEIGHTS_FIRST = 3e-5
 """Cutoff, which follows the gradient's precision, up to which W may go first in directions that it sees badly."""
@@ -39,8 +36,7 @@ MAX_RCOND_WEIGHTS_FIRST = 3e-5
 MAX_REFINED_RESIDUAL = 1e-6
 """Residual up to which the equations agree, so that iterating further makes the solution better."""
 
-ROUGH = {"tolerance": 1e-3, "max_iterations": 300}
-"""Where the iterations end on a system that leaves something open."""
+ROUGH = {"tolerance": 1e-3, "max_iterations": 300}  # where the iterations end on a system that leaves something open
 
 
 def solve_layer(

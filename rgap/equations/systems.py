@@ -50,25 +50,18 @@ class ReducedSystem:
 
 @dataclass(frozen=True)
 class LayerSolution:
-    """The input of a layer for every image, and what is left open.
+    """The input of a layer for every image, and what is left open."""
 
-    Attributes:
-        x: The inputs, (B, C, H, W); of all solutions the one of minimum norm.
-        report: The layer's report; counts are over all images.
-        sensitivity: How x changes, to first order, with G and z: shaped as the weight and (B, O, H′, W′) ->
-            (B, C, H, W).
-        solved: For each group of channels the reduced system and its solution, None where W or the gradients alone
-            were enough.
-        noise_std: Standard deviation of noise on G's entries, from the residual of surplus equations where the
-            gradient alone determines x; None elsewhere.
-        fixed_null: What makes the null basis of a fixed layer, None where it is empty or would be too large.
-    """
-
-    x: Tensor
-    report: LayerReport
+    x: Tensor  # the inputs, (B, C, H, W); of all solutions the one of minimum norm
+    report: LayerReport  # the layer's report; counts are over all images
+    # how x changes, to first order, with G and z: shaped as the weight and (B, O, H′, W′) -> (B, C, H, W)
     sensitivity: Callable[[Tensor, Tensor], Tensor]
+    # for each group of channels the reduced system and its solution, None where W or the gradients alone were enough
     solved: tuple[tuple[ReducedSystem, LeastSquares] | None, ...] = (None,)
+    # standard deviation of noise on G's entries, from the residual of surplus equations where the gradient alone
+    # determines x; None elsewhere
     noise_std: float | None = None
+    # what makes the null basis of a fixed layer, None where it is empty or would be too large
     fixed_null: Callable[[], Tensor] | None = None
 
     @cached_property

@@ -22,26 +22,16 @@ from rgap.krylov import Iterated, conjugate_gradients
 from rgap.linalg import norm
 from rgap.network.layer import Layer
 
-REFINED_SHARE = 1e-4
-"""Share of a residual that a refinement leaves."""
-
-FULL_RANK_RTOL = 1e-4
-"""Largest relative error with which a system of full column rank gives a random vector back."""
-
-MIN_RATIO = 1e-7
-"""Smallest σ_min / σ_max at which W still counts as of full column rank where WᵀW is factored."""
-
-SINGLE_TOLERANCE = 1e-6
-"""Relative residual of the normal equations down to which iterations in float32 are led."""
-
-MIN_SINGLE_UNKNOWNS = 10_000
-"""Unknowns from which float32 saves time."""
+REFINED_SHARE = 1e-4  # share of a residual that a refinement leaves
+FULL_RANK_RTOL = 1e-4  # largest relative error with which a system of full column rank gives a random vector back
+MIN_RATIO = 1e-7  # smallest σ_min / σ_max at which W still counts as of full column rank where WᵀW is factored
+SINGLE_TOLERANCE = 1e-6  # relative residual of the normal equations down to which iterations in float32 are led
+MIN_SINGLE_UNKNOWNS = 10_000  # unknowns from which float32 saves time
 
 MAX_ROUND_RATIO = 0.1
 """Largest part of that residual, computed in float64, that a round of iterations in float32 leaves."""
 
-MIN_RATIO_SQUARE = 1e-11
-"""The same where W itself is."""
+MIN_RATIO_SQUARE = 1e-11  # the same where W itself is
 
 
 def weight_matrix(layer: Layer) -> sp.csr_array:

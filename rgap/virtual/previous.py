@@ -28,32 +28,20 @@ from rgap.network.layer import Layer
 MAX_PLAIN_CONDITION = 1e4
 """Condition number of W above which its weak directions are unknowns: in W⁺ z′ they would drown all others."""
 
-WEAK_RATIO = 1e-2
-"""Singular value of a weak direction, relative to the largest."""
-
-SKETCH_COLUMNS = 64
-"""Random columns by which the norms of gradient rows are estimated, to a tenth."""
+WEAK_RATIO = 1e-2  # singular value of a weak direction, relative to the largest
+SKETCH_COLUMNS = 64  # random columns by which the norms of gradient rows are estimated, to a tenth
 
 
 @dataclass(frozen=True)
 class PreviousLayer:
-    """Factors of a layer's W of full rank; arrays over x′ have their rows in `order`.
+    """Factors of a layer's W of full rank; arrays over x′ have their rows in `order`."""
 
-    Attributes:
-        factor: W⁺ of the layer, without groups.
-        left: Orthonormal basis of the left null space of W, or of A, (n_z, q).
-        null: Basis of the null space of W, and what the weak directions change, (n_x, r).
-        order: Entries of x′ by channel and block of M, so that K acts on contiguous rows.
-        gains: `left`ᵀ (z′ − b) for each unknown y, (q, r).
-        strong: A⁺, (n_x, n_z); None where W⁺ is that of the factor.
-    """
-
-    factor: RangeComplement
-    left: NDArray
-    null: NDArray
-    order: NDArray
-    gains: NDArray
-    strong: NDArray | None = None
+    factor: RangeComplement  # w⁺ of the layer, without groups
+    left: NDArray  # orthonormal basis of the left null space of W, or of A, (n_z, q)
+    null: NDArray  # basis of the null space of W, and what the weak directions change, (n_x, r)
+    order: NDArray  # entries of x′ by channel and block of M, so that K acts on contiguous rows
+    gains: NDArray  # `left`ᵀ (z′ − b) for each unknown y, (q, r)
+    strong: NDArray | None = None  # a⁺, (n_x, n_z); None where W⁺ is that of the factor
 
     @property
     def layer(self) -> Layer:

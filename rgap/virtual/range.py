@@ -22,11 +22,8 @@ from rgap.network.layer import Layer
 from rgap.virtual.certificate import MAX_CERTIFIED_RESIDUAL, VirtualSolution
 from rgap.virtual.closure import ERROR_AMPLIFICATION
 
-MAX_STEPS = 30
-"""Limit on the solves, each with the signs of the previous solution."""
-
-MAX_STALLED_STEPS = 4
-"""Solves without a decrease in the number of changed signs after which the iteration ends."""
+MAX_STEPS = 30  # limit on the solves, each with the signs of the previous solution
+MAX_STALLED_STEPS = 4  # solves without a decrease in the number of changed signs after which the iteration ends
 
 CONVERGED_CHANGE = 1e-9
 """Change, in signs or in a step's relative length, up to which the linearisation is that of the solution."""
