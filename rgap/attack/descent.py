@@ -82,7 +82,8 @@ class Descent:
         noise_stds: Noise on the gradient's entries, from the surplus equations of each layer that its gradient
             equations alone overdetermine, from the last on.
         probe: How a draw of the noise changes the image.
-        positive: Name of a layer whose activation has two slopes -> which of its pre-activations are positive, (B, …).
+        positive: Name of a layer whose activation has two slopes -> which of its pre-activations are positive, (B, …);
+            of a mean of gradients, for which part of them.
         solutions: Of a batch, layer name -> its own solution.
     """
 
@@ -140,7 +141,8 @@ def descend(
         slopes = None
         if has_gradient and probe is not None:
             std = rms(layer.gradient(probe.noise)).item()
-            slopes = decide_activation_pattern(layer, G, x, dx, probe.error, std)
+            path = received.positive_shares, received.reach.get(layer.name)
+            slopes = decide_activation_pattern(layer, G, x, dx, probe.error, std, *path)
         dz = (layer.activation.derivative(z) if slopes is None else slopes.values) * dx
         if slopes is not None or layer.activation.has_kink:
             positive[layer.name] = z > 0 if slopes is None else slopes.positive

@@ -1,131 +1,186 @@
-"""The drift of a chain's weights during local steps, taken off an update by a fixed point (ours)."""
+"""A chain's update of several local steps: the drift of its weights is taken off by a fixed point (ours).
+
+Ḡ is nearly the gradient at the mean weights W̄ of the steps, which follow from Ḡ itself: what is left, Ḡ(x) − g(W̄, x),
+is of second order in the drift. x ← R(Ḡ − [Ḡ(x) − g(W̄(x), x)]), with the attack R at W̄, takes that off as well.
+
+Units of a LeakyReLU that flip have mean slopes, one of finitely many. R reads them like signs, layer by layer from the
+top; the gradient at W̄ has them backwards, so that a flip that an approximate image does not predict cancels. The steps
+are simulated on the pattern that R has read and on the image's own; a step is taken where the simulation comes closer.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
-import warnings
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.linalg import LinAlgWarning
-from scipy.optimize import NoConvergence, anderson
 from torch import Tensor
 
 from rgap.attack.candidates import Attack
+from rgap.attack.descent import Descent
 from rgap.attack.reconstruct import follow, read, reconstruct
+from rgap.attack.slopes import KinkedSteps, mean_gradient, settled_steps, simulated_steps
 from rgap.attack.update import FoundImages, UpdateTask
 from rgap.client import UpdateGradients
 from rgap.linalg import rms
+from rgap.network.chain import prepare
 from rgap.results import GradientMismatchError
 from rgap.shared_gradient import receive
 
 MAX_ITERATIONS = 40
-"""Most evaluations of the fixed point."""
+"""Most steps of the fixed point."""
 
-ANDERSON_DEPTH = 5
-"""Earlier iterates from which the next one is extrapolated."""
+FIRST_NOISE_RATIO = 1e-2
+"""Noise, relative to the update's root mean square, that leaves units in doubt before anything is simulated."""
 
-DRIFT_NOISE_RATIO = 1e-3
-"""Noise that the iterations are told of, relative to the update's root mean square: what is left of the drift."""
+MIN_NOISE_RATIO = 1e-12
+"""The same where the simulation agrees."""
 
-MAX_STALLED_ITERATIONS = 6
-"""Iterations without a smaller change after which the fixed point does not contract."""
+NOISE_SHARES = (0.3, 1.0, 0.1)
+"""Shares of the simulation's miss that are tried as noise later, one after the other."""
 
-FIXED_POINT_TOLERANCE = 1e-12
-"""Change of an image's pixels, relative to its largest, at which the fixed point has been reached."""
+ANDERSON_DEPTH = 6
+"""Earlier steps from which the next one is extrapolated."""
 
-CONTRACTED_CHANGE = 1e-3
-"""Change of the pixels by an iteration, in widths of their range, above which the fixed point has not contracted."""
+MIN_GAIN = 0.7
+"""Miss relative to the last from which a step is no gain."""
 
-MAX_DRIFT_SHARE = 0.5
-"""Share of the update that an iterate's drift may make; a larger one is no small correction of a gradient."""
+CONTRACTED_MISS = 1e-3
+"""Miss of the simulated update above which the fixed point has not contracted."""
+
+MAX_LAST_STEPS = 4
+"""Attacks at the weights that were sent out that end the iterations, on the image's own pattern."""
 
 MAX_PIXEL_SIZE = 100.0
 """Pixels, in widths of the range, from which the fixed point has diverged."""
 
 
 def by_fixed_point(task: UpdateTask) -> FoundImages:
-    """The image whose gradient is Ḡ less its own drift: x ← R(Ḡ − drift(x)) with the attack R, accelerated."""
+    """The image whose gradient at the mean weights is Ḡ less its own drift, and the same of the weights sent out."""
     loop = _FixedPoint(task)
-    x = loop.read({name: torch.zeros_like(g) for name, g in task.update.items()})
-    loop.keep(x, math.inf)
-    try:
-        # Anderson's method: line searches would ask for further attacks, and the change never is exactly 0
-        options = {"iter": MAX_ITERATIONS, "alpha": 1.0, "M": ANDERSON_DEPTH, "line_search": None, "f_tol": 0.0}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", LinAlgWarning)  # of differences that have become rounding
-            anderson(loop.change, x.flatten().numpy(), callback=loop.watch, **options)
-    except (NoConvergence, _StopIterating, GradientMismatchError, np.linalg.LinAlgError):
-        pass
-    share = f"; the weights' drift makes {loop.share:.2g} of the update" if loop.share else ""
-    notes = [f"{len(loop.iterates)} iterations of the fixed point{share}"]
-    iterates = {task.network.layers[0].name: torch.stack(loop.iterates).flatten(1)}
-    if loop.least > CONTRACTED_CHANGE * task.pixels.width:
-        kinks = sorted({layer.activation.name for layer in task.network.layers if layer.activation.has_kink})
-        why = f"; units of {', '.join(kinks)} flip between the steps" if kinks else ""
-        if loop.is_open:
-            notes.append("the drift leaves layers of the chain short of full rank")
-        moved = "" if loop.least == math.inf else f": an iteration still moves the pixels by {loop.least:.2g}"
-        notes.append(f"the fixed point does not contract{moved}{why}")
-        return FoundImages(loop.best, (loop.label,), None, loop.reports, tuple(notes), iterates)
-    drift = task.drift(loop.best, loop.label)
-    gradient = UpdateGradients({n: g - drift[n] for n, g in task.update.items()}, task.update.noise_std)
-    options = {"labels": loop.label, "pixel_range": (task.pixels.low, task.pixels.high), "gradient_scale": 1.0}
-    result = reconstruct(task.network, gradient, None, task.loss, virtual_constraints=False, **options)
-    best = min(result.candidates, key=lambda one: (one.images - loop.best).norm().item())  # not its twin
-    return FoundImages(best.images, (best.labels,), best.predicted_error, best.layers, tuple(notes), iterates)
+    iterates = loop.run()
+    best = iterates[-1]
+    beliefs = {task.network.layers[0].name: torch.stack([one.image[0] for one in iterates]).flatten(1)}
+    notes, image = [f"{len(iterates)} iterations of the fixed point"], best.image
+    if best.miss <= CONTRACTED_MISS:
+        options = {"labels": best.label, "pixel_range": (task.pixels.low, task.pixels.high), "gradient_scale": 1.0}
+        found, least, drift = None, math.inf, {}
+        for _ in range(MAX_LAST_STEPS):
+            drift = task.drift(image, best.label)
+            gradient = UpdateGradients({n: g - drift[n] for n, g in task.update.items()}, task.update.noise_std)
+            result = reconstruct(task.network, gradient, None, task.loss, virtual_constraints=False, **options)
+            new = min(result.candidates, key=lambda one: (one.images - best.image).norm().item())  # not its twin
+            miss = loop.miss(task.simulate(new.images, new.labels))
+            if found is not None and not miss < MIN_GAIN * least:
+                break
+            found, least, image = new, miss, new.images
+        share = max(drift[n].norm().item() / max(g.norm().item(), 1e-300) for n, g in task.update.items())
+        notes[0] += f"; the weights' drift makes {share:.2g} of the update"
+        return FoundImages(image, (found.labels,), found.predicted_error, found.layers, tuple(notes), beliefs)
+    if best.descent.open_layers:
+        notes.append("the drift leaves layers of the chain short of full rank")
+    missed = f": the simulated update misses by {best.miss:.2g}" if math.isfinite(best.miss) else ""
+    kinks = sorted({layer.activation.name for layer in task.network.layers if layer.activation.has_kink})
+    why = f"; units of {', '.join(kinks)} flip between the steps" if kinks else ""
+    notes.append(f"the fixed point does not contract{missed}{why}")
+    return FoundImages(best.image, (best.label,), None, best.descent.reports, tuple(notes), beliefs)
 
 
-class _StopIterating(Exception):  # noqa: N818  not an error
-    """The fixed point is reached, or is not approached any more."""
+@dataclass(frozen=True)
+class _Iterate:
+    """An image (1, C, H, W), the descent that found it, and the client's steps simulated with it, the closest first."""
+
+    image: Tensor
+    descent: Descent
+    steps: tuple[KinkedSteps, ...] = ()
+    miss: float = math.inf  # how far the closest mean gradient is from Ḡ, relative, over all parameters
+
+    @property
+    def label(self) -> Tensor:
+        return self.descent.start.labels
 
 
 class _FixedPoint:
-    """The iterates of x ← R(Ḡ − drift(x))."""
+    """x ← R(Ḡ − [Ḡ(x) − g(W̄(x), x)])."""
 
     def __init__(self, task: UpdateTask):
-        """Starts at the update itself, which is a gradient but for the drift."""
-        self.task, self.label = task, task.labels
-        self.best, self.least, self.since, self.iterates = torch.empty(0), math.inf, 0, []
-        self.share, self.reports, self.is_open = 0.0, (), False
+        """Takes the network to the mean weights."""
+        self.task = task
+        self.start = {name: p.to("cpu", torch.float64) for name, p in task.parameters.items()}
+        model = copy.deepcopy(task.network.model).to("cpu", torch.float64)
+        model.load_state_dict(task.training.mean_weights(self.start, task.update), strict=False)
+        self.chain = prepare(model, task.network.image_shape)
+        self.kinked = [layer.name for layer in self.chain.layers if layer.activation.has_kink]
 
-    def read(self, drift: Mapping[str, Tensor]) -> Tensor:
-        """The image (1, C, H, W) that the attack finds behind Ḡ − drift, without a judgement."""
-        task = self.task
-        gradient = UpdateGradients({n: g - drift[n] for n, g in task.update.items()}, task.update.noise_std)
-        noise_std = DRIFT_NOISE_RATIO * rms(torch.cat([g.flatten() for g in gradient.values()])).item()
-        received = receive(task.network, gradient, noise_std=noise_std)
-        attack = Attack(task.network, received, task.loss, pixels=task.pixels)
-        attack, starts, _ = read(attack, 1, self.label, task.seed)
-        descents, _ = follow(attack, starts)
-        best = min(descents, key=lambda descent: descent.mismatch)
-        self.label, self.reports, self.is_open = best.start.labels, best.reports, bool(best.open_layers)
-        return attack.images(best)
+    def run(self) -> list[_Iterate]:
+        """The iterates; the last misses least."""
+        iterates, history = [self.read(FIRST_NOISE_RATIO)], deque(maxlen=ANDERSON_DEPTH)
+        while len(iterates) < MAX_ITERATIONS and not iterates[-1].descent.open_layers:
+            last = iterates[-1]
+            trials = [(share, steps) for share in NOISE_SHARES for steps in last.steps]
+            for share, steps in trials:
+                noise = min(max(share * last.miss, MIN_NOISE_RATIO), FIRST_NOISE_RATIO)
+                new = self.read(noise, last, steps)
+                history.append((last.image, new.image))
+                new = min(new, self.accelerated(new, history), key=lambda one: one.miss)
+                if new.miss < MIN_GAIN * last.miss:
+                    iterates.append(new)
+                    break
+            else:
+                break
+        return iterates
 
-    def change(self, x: np.ndarray) -> np.ndarray:
-        """R(Ḡ − drift(x)) − x."""
-        image = torch.from_numpy(x).reshape(1, *self.task.network.image_shape)
-        if self.is_open or not torch.isfinite(image).all():
-            raise _StopIterating
-        if image.abs().max() > MAX_PIXEL_SIZE * self.task.pixels.width:
-            raise _StopIterating
-        drift, update = self.task.drift(image, self.label), self.task.update
-        self.share = max(drift[n].norm().item() / max(g.norm().item(), 1e-300) for n, g in update.items())
-        if self.share > MAX_DRIFT_SHARE:
-            raise _StopIterating
-        return (self.read(drift) - image).flatten().numpy()
+    def read(self, noise: float, last: _Iterate | None = None, steps: KinkedSteps | None = None) -> _Iterate:
+        """What the attack at the mean weights finds behind Ḡ less the drift of the steps, told of noise."""
+        task, gradients, reach = self.task, dict(self.task.update), {}
+        if steps is not None:
+            at = task.training.mean_weights(self.start, steps.mean)
+            mine = mean_gradient(task, at, last.image, last.label, steps.positive)
+            gradients = {name: g - (steps.mean[name] - mine[name]) for name, g in gradients.items()}
+            reach = dict(zip(self.kinked, steps.reach, strict=False))
+        gradients = UpdateGradients(gradients, task.update.noise_std)
+        noise_std = noise * rms(torch.cat([g.flatten() for g in gradients.values()])).item()
+        try:
+            received = receive(self.chain, gradients, noise_std=noise_std)
+            received = replace(received, positive_shares=task.training.positive_shares, reach=reach)
+            attack = Attack(self.chain, received, task.loss, pixels=task.pixels)
+            attack, starts, _ = read(attack, 1, task.labels if last is None else last.label, task.seed)
+            descents, _ = follow(attack, starts)
+        except (GradientMismatchError, np.linalg.LinAlgError):
+            if last is None:
+                raise
+            return replace(last, miss=math.inf)
+        found = [self.simulated(_Iterate(attack.images(descent), descent)) for descent in descents]
+        return min(found, key=lambda one: one.miss)
 
-    def watch(self, x: np.ndarray, change: np.ndarray) -> None:
-        """Keeps the best iterate, and ends where it is exact or has not become better for long."""
-        size = float(np.abs(change).max())
-        self.keep(torch.from_numpy(x.copy()).reshape(1, *self.task.network.image_shape), size)
-        if size <= FIXED_POINT_TOLERANCE * np.abs(x).max() or self.since >= MAX_STALLED_ITERATIONS:
-            raise _StopIterating
+    def accelerated(self, one: _Iterate, history: Sequence[tuple[Tensor, Tensor]]) -> _Iterate:
+        """The iterate moved as Anderson's method says from images before and after earlier steps."""
+        before, after = (torch.stack([pair[i].flatten() for pair in history], 1) for i in range(2))
+        change = after - before
+        if one.miss == math.inf or change.shape[1] < 2:
+            return one
+        steps = torch.linalg.lstsq(change.diff(dim=1), change[:, -1:], driver="gelsd").solution
+        image = after[:, -1:] - after.diff(dim=1) @ steps
+        return self.simulated(replace(one, image=image.reshape(one.image.shape), steps=(), miss=math.inf))
 
-    def keep(self, image: Tensor, change: float) -> None:
-        """Remembers an iterate and by how much it would still move."""
-        self.iterates.append(image[0])
-        self.since += 1
-        if change < self.least or not self.best.numel():
-            self.best, self.least, self.since = image, change, 0
+    def simulated(self, one: _Iterate) -> _Iterate:
+        """The iterate with the client's steps: on the image's own pattern, and on the one that the descent has read."""
+        largest = one.image.abs().max().item()
+        if not largest <= MAX_PIXEL_SIZE * self.task.pixels.width:
+            return one
+        read_shares = [one.descent.positive[name] for name in self.kinked]
+        steps = simulated_steps(self.task, one.image, one.label, read_shares)
+        steps.sort(key=lambda each: self.miss(each.mean))
+        if len(steps) > 1:
+            settled = settled_steps(self.task, one.image, one.label, *steps, self.miss)
+            steps = [settled, *steps] if settled is not steps[0] else steps
+        return replace(one, steps=tuple(steps), miss=self.miss(steps[0].mean))
+
+    def miss(self, mean: dict[str, Tensor]) -> float:
+        """How far a mean gradient is from Ḡ: the root of the parameters' squared relative misses."""
+        pairs = [(mean[name] - g, g) for name, g in self.task.update.items()]
+        return math.hypot(*(rest.norm().item() / max(g.norm().item(), 1e-300) for rest, g in pairs))

@@ -50,8 +50,8 @@ class Slopes:
 
     @property
     def positive(self) -> Tensor:
-        """Which entries lie on the upper piece, (B, O, H′, W′)."""
-        return self.values != self.negative
+        """The part of the steps for which an entry lies on the upper piece, (B, O, H′, W′)."""
+        return (self.values - self.negative) / (1 - self.negative)
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """One draw of the slopes, each flipped with its probability."""
@@ -61,12 +61,15 @@ class Slopes:
 
 
 def decide_activation_pattern(
-    layer: Layer, G: Tensor, x: Tensor, dx: Tensor, spread: float, std: float
-) -> Slopes | None:
+    layer: Layer, G: Tensor, x: Tensor, dx: Tensor, spread: float, std: float,
+    shares: Sequence[float] = (0.0, 1.0), reach: Tensor | None = None,
+) -> Slopes | None:  # fmt: skip
     """Decides the signs of the entries of x that are closer to zero than its error, by likelihood.
 
     x (B, O, H′, W′) is the layer's output, with errors of standard deviation `spread`; dx is the gradient by it; G has
-    noise of standard deviation `std`. None where the activation has no two slopes or the identities do not apply.
+    noise of standard deviation `std`. Of a mean of gradients an entry may be positive for a part of them: `shares`, in
+    ascending order, are the parts that are possible. None where the activation has no two
+    slopes or the identities do not apply. Within its `reach` an entry may have crossed zero meanwhile.
     """
     slope = layer.activation.negative_slope
     plain = layer.groups == 1 and layer.after is None and layer.shift is None and not layer.is_fixed
@@ -77,14 +80,16 @@ def decide_activation_pattern(
     values = layer.activation.derivative(z)
     channels_first = [t.transpose(0, 1).flatten(1) for t in (x, values, dx, z - layer.pre_bias())]
     x, values, dx, inputs = channels_first  # (O, B·H′·W′) each
-    distance = (x.abs() / spread if spread > 0 else torch.full_like(x, torch.inf)).flatten()
+    away = x.abs() if reach is None else (x.abs() - reach.reshape(x.shape)).clamp(min=0)
+    distance = (away / spread if spread > 0 else torch.full_like(x, torch.inf)).flatten()
     (open_,) = torch.nonzero(distance < DOUBT_STDS, as_tuple=True)
     values, flip_probability = values.flatten(), torch.zeros_like(distance)
     if len(open_):
         dx, std = dx / unit, std / unit  # squares of the smallest gradients underflow
         rest, inputs = _whitened(layer, G / unit, inputs, values.reshape(x.shape) * dx, spread, std)
         prior = torch.special.log_ndtr(distance[open_]) - torch.special.log_ndtr(-distance[open_])
-        flipped, odds = _flip_signs(rest, inputs, open_, values[open_], slope, dx.flatten()[open_], prior)
+        levels = torch.lerp(values.new_tensor(slope), values.new_tensor(1.0), values.new_tensor(shares))
+        flipped, odds = _choose_slopes(rest, inputs, open_, values[open_], levels, dx.flatten()[open_], prior)
         values = values.index_copy(0, open_, flipped)
         flip_probability[open_] = torch.sigmoid(-odds)
     images_first = (len(x), len(z), *z.shape[2:])
@@ -103,24 +108,26 @@ def _whitened(layer: Layer, G: Tensor, inputs: Tensor, dz: Tensor, spread: float
     return (torch.linalg.solve_triangular(lower, v, upper=False) for v in (rest.T, inputs))
 
 
-def _flip_signs(
-    rest: Tensor, inputs: Tensor, open_: Tensor, values: Tensor, slope: float, dx: Tensor, prior: Tensor
+def _choose_slopes(
+    rest: Tensor, inputs: Tensor, open_: Tensor, values: Tensor, levels: Tensor, dx: Tensor, prior: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Flips the likeliest sign of every channel until no flip gains: (slopes, log odds against a further flip)."""
+    """Makes the likeliest change of every channel until none gains: (slopes, log odds against a further change)."""
     channels, pixels = open_ // inputs.shape[1], open_ % inputs.shape[1]
     columns = inputs[:, pixels]  # (O, k)
     size = columns.square().sum(0)
-    rest, first = rest.clone(), values
+    rest, costs = rest.clone(), prior * (levels[:, None] - values).abs() / (levels[-1] - levels[0]).abs()
+    paid = torch.zeros_like(prior)
     for _ in range(MAX_FLIPS):
-        step = (1 + slope - 2 * values) * dx
-        odds = 0.5 * step**2 * size - step * (rest[:, channels] * columns).sum(0)
-        odds = odds + torch.where(values == first, prior, -prior)
+        steps = (levels[:, None] - values) * dx
+        odds = 0.5 * steps**2 * size - steps * (rest[:, channels] * columns).sum(0) + costs - paid
+        odds, level = odds.masked_fill(levels[:, None] == values, torch.inf).min(0)
         least = rest.new_zeros(rest.shape[1]).scatter_reduce(0, channels, odds, "amin")
         (flip,) = torch.nonzero((odds < 0) & (odds == least[channels]), as_tuple=True)
         if not len(flip):
             break
-        rest.index_add_(1, channels[flip], -step[flip] * columns[:, flip])
-        values = values.index_copy(0, flip, 1 + slope - values[flip])
+        level = level[flip]
+        rest.index_add_(1, channels[flip], -steps[level, flip] * columns[:, flip])
+        values, paid = values.index_copy(0, flip, levels[level]), paid.index_copy(0, flip, costs[level, flip])
     return values, odds
 
 
@@ -175,7 +182,7 @@ def project_to_pattern(
     if not layers or not len(images):
         return images
     named = [layer.name for layer in layers if layer.name in positive]
-    signs = torch.cat([positive[name].flatten(1) for name in named], 1)
+    signs = torch.cat([positive[name].flatten(1) > 0 for name in named], 1)
     return torch.cat([_project(layers, named, *one, max_flips) for one in zip(images.split(1), signs, strict=True)])
 
 

@@ -21,6 +21,10 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of batch normalisation's buffers, which no gradient moves."""
 
 
+SHARE_DIGITS = 12
+"""Decimals to which sums of steps' shares are told apart."""
+
+
 class UpdateGradients(dict[str | int, Tensor]):
     """Gradients read off an update, with the precision to which it determines them.
 
@@ -60,16 +64,40 @@ class LocalTraining:
         check_number("weight_decay", self.weight_decay)
 
     @cached_property
-    def coefficients(self) -> tuple[float, tuple[float, ...]]:
-        """α and d_1 … d_k of w_k = α w_0 − Σ_j d_j g_j, with g_j the gradient at the weights of step j.
+    def path(self) -> np.ndarray:
+        """The weights before every step and after the last, (k + 1, k + 1): factors of w_0, g_1, …, g_k.
 
         v ← momentum v + g_j + λ w and w ← w − rate v are linear in w_0 and the g_j, decay and momentum included.
         """
-        w, v = np.eye(1, self.steps + 1)[0], np.zeros(self.steps + 1)
+        path, v = [np.eye(1, self.steps + 1)[0]], np.zeros(self.steps + 1)
         for g in np.eye(self.steps + 1)[1:]:
-            v = self.momentum * v + g + self.weight_decay * w
-            w = w - self.learning_rate * v
-        return float(w[0]), tuple((-w[1:]).tolist())
+            v = self.momentum * v + g + self.weight_decay * path[-1]
+            path.append(path[-1] - self.learning_rate * v)
+        return np.stack(path)
+
+    @property
+    def coefficients(self) -> tuple[float, tuple[float, ...]]:
+        """α and d_1 … d_k of w_k = α w_0 − Σ_j d_j g_j, with g_j the gradient at the weights of step j."""
+        return float(self.path[-1, 0]), tuple((-self.path[-1, 1:]).tolist())
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """d_j / Σ_j d_j: what each step's gradient contributes to the mean."""
+        return tuple(d / self.total for d in self.coefficients[1])
+
+    @property
+    def positive_shares(self) -> tuple[float, ...]:
+        """For which part of the shares a unit may be positive that flips once at most: their sums, ascending."""
+        sums = np.cumsum(self.shares).round(SHARE_DIGITS)
+        return tuple(np.unique([0.0, 1.0, *sums, *(1 - sums).round(SHARE_DIGITS)]).tolist())
+
+    def mean_weights(self, before: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean over the steps of the weights at which gradients were taken, were each of these the mean gradient.
+
+        The gradient at these weights is the mean of the steps' but for terms of second order in the drift.
+        """
+        kept, *moved = np.array(self.shares) @ self.path[:-1]
+        return {name: kept * w + sum(moved) * mean[name] for name, w in before.items()}
 
     @property
     def total(self) -> float:
