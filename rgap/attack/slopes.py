@@ -13,12 +13,10 @@ from torch.overrides import TorchFunctionMode
 from rgap.attack.update import UpdateTask
 from rgap.client import gradients_of
 
-REACH_FACTOR = 1.5
-"""Multiple of what a unit moves in the simulation up to which it may have moved."""
+REACH_FACTOR = 1.5  # multiple of what a unit moves in the simulation up to which it may have moved
 
 
-MAX_SETTLED_UNITS = 12
-"""Units about which two patterns may disagree for each of them to be decided by a simulation."""
+MAX_SETTLED_UNITS = 12  # units about which two patterns may disagree for each of them to be decided by a simulation
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ def simulated_steps(task: UpdateTask, image: Tensor, label: Tensor, shares: Sequ
 
     Of a unit that flips the steps are positive at which it is largest.
     """
-    with _Slopes() as slopes:
+    with _KinkSlopes() as slopes:
         mean = task.simulate(image, label)
     calls = len(slopes.outputs) // task.training.steps
     paths = [torch.stack(slopes.outputs[i::calls]) for i in range(calls)]
@@ -50,7 +48,7 @@ def simulated_steps(task: UpdateTask, image: Tensor, label: Tensor, shares: Sequ
 
 def _on_pattern(task: UpdateTask, image: Tensor, label: Tensor, steps: KinkedSteps) -> KinkedSteps:
     """The client's steps where units are positive as they are in others."""
-    with _Slopes([one[step] for step in range(task.training.steps) for one in steps.positive]):
+    with _KinkSlopes([one[step] for step in range(task.training.steps) for one in steps.positive]):
         return replace(steps, mean=task.simulate(image, label))
 
 
@@ -83,11 +81,11 @@ def mean_gradient(
 ) -> dict[str, Tensor]:
     """The gradient at other parameters, with the units' mean slopes over steps at which they are `positive`."""
     weights = torch.tensor(task.training.shares, dtype=torch.float64)
-    with _Slopes([torch.tensordot(weights, one, 1) for one in positive]):
+    with _KinkSlopes([torch.tensordot(weights, one, 1) for one in positive]):
         return gradients_of(task.network.model, parameters, image, label, task.loss)
 
 
-class _Slopes(TorchFunctionMode):
+class _KinkSlopes(TorchFunctionMode):
     """Records the outputs of every LeakyReLU; given `shares`, it gives one call after the other a pattern.
 
     With share 1 or 0 a unit has the upper or lower piece; in between its value stays, and its slope is the mean.
