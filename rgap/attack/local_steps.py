@@ -7,11 +7,11 @@ An update of k steps of SGD is a weighted sum of the gradients at k different we
     as they are: of a vision transformer's patches, Ḡ_1 = Δ̄ᵀ P, and of a fully connected first layer, Ḡ_1 = h̄ xᵀ with
     h̄ the bias's;
     for several images, units of that layer that one image alone switches on at every step have Ḡ_j / h̄_j = x;
-    a chain of smooth activations has a drift Ḡ(x) − g(x) that is small and smooth in x: a fixed point takes it off.
+    a chain has a drift Ḡ(x) − g(x) from the gradient at the mean weights that is small: a fixed point takes it off.
 
 The verdict is a simulation: the images, run through the client's steps, must reproduce the update to within the
-rounding of its weights. Where activations have kinks, single units flip between the steps, which no approximate image
-predicts; the fixed point then does not contract, and nothing is certified.
+rounding of its weights. Where activations have kinks, units that flip between the steps are read as mean slopes; where
+too many do, the fixed point does not contract, and nothing is certified.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class SharedGradient:
     unit: float = 1.0
     # standard normal numbers by parameter name, where the network keeps them
     draws: Callable[[], dict[str, Tensor]] | None = field(default=None, repr=False)
-    # shares of the gradient for which a unit may have been positive, ascending; a mean over local steps has more of them
+    # shares of the gradient for which a unit may have been positive, ascending; more of them of a mean over local steps
     positive_shares: tuple[float, ...] = (0.0, 1.0)
     # layer name -> how far its outputs may have moved meanwhile, (1, O, H′, W′)
     reach: Mapping[str, Tensor] = field(default_factory=dict, repr=False)

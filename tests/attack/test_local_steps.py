@@ -74,6 +74,16 @@ def test_a_chain_with_kinks_gives_the_image_at_small_rates():
     assert result.verdict == "exact" and psnr_db(result.images, image).item() > 100
 
 
+@pytest.mark.parametrize(("steps", "momentum", "rate"), [(2, 0.0, 3e-3), (3, 0.9, 1e-3)])
+def test_units_that_flip_between_the_steps_are_read_as_mean_slopes(steps, momentum, rate):
+    image, label, network = rand(1, *CHAIN_SHAPE, seed=2), torch.tensor([1]), chain(nn.LeakyReLU(0.2))
+    after = trained(network, image, label, "logistic", steps, lr=rate, momentum=momentum)
+    units = [rgap.prepare(one, CHAIN_SHAPE).layer_inputs(image) for one in (network, after)]
+    assert any(bool(((units[0][n] > 0) != (units[1][n] > 0)).any()) for n in units[0])
+    result = attacked(network, image, label, "logistic", steps=steps, lr=rate, momentum=momentum)
+    assert result.verdict == "exact" and psnr_db(result.images, image).item() > 150
+
+
 def test_a_chain_with_kinks_is_refused_honestly():
     image, label = rand(1, *CHAIN_SHAPE), torch.tensor([1])
     result = attacked(chain(nn.LeakyReLU(0.2)), image, label, "logistic", steps=5, lr=0.3, momentum=0.9)

@@ -154,3 +154,16 @@ def test_local_training_is_torchs_sgd_and_its_update_a_mean_of_gradients(trainin
             mean[name] = mean[name] + d / training.total * g
     for name, g in mean_gradients(NETWORK, after, training).items():
         assert_close(g, mean[name], rtol=0, atol=1e-12)
+
+
+def test_the_gradient_at_the_mean_weights_is_the_mean_gradient_to_second_order():
+    start = {name: p.detach() for name, p in NETWORK.named_parameters()}
+    misses = []
+    for rate in (1e-3, 1e-4):
+        training = LocalTraining(rate, 3, 0.5, 1e-3)
+        mean = mean_gradients(NETWORK, training.run(NETWORK, start, IMAGE, LABEL, "logistic"), training)
+        there = training.mean_weights(start, mean)
+        mine = gradients_of(NETWORK, there, IMAGE, LABEL, "logistic")
+        misses.append(max(((mine[name] - g).norm() / g.norm()).item() for name, g in mean.items()))
+    assert misses[1] < 0.02 * misses[0] < 1e-4
+    assert LocalTraining(0.1, 2).positive_shares == (0.0, 0.5, 1.0)
