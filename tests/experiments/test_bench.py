@@ -36,6 +36,7 @@ def test_a_round_times_pass_first_attack_and_prepared_attack_and_audits(small):
     )
     assert 0 < prepared["floor_share"] < 1 and attacks["floor_gflop"].notna().sum() == 1
     assert table["ratio"].isna().tolist() == [False] * 3 + [True] and table["verdict"].iloc[-1] in {"leaks", "stops"}
+    assert bench.bench(["audit"], rounds=1)["method"].tolist() == [bench.AUDIT]
 
 
 def test_the_floor_counts_each_dense_system_once():
