@@ -29,6 +29,7 @@ from rgap.head.hypothesis import (
 )
 
 MAX_TARGETS_SHOWN = 4  # entries of a real-valued target that a note shows
+SUPPOSED_CLASS = "one output and no bias's gradient: the target was taken for a class, -1 or 1; labels= gives another"
 MAX_LABELS_TRIED = 3  # labels solved for, those with the smallest bounds on the residual, and hypotheses kept
 
 
@@ -120,8 +121,8 @@ def _one_output(head: HeadGradient) -> HeadReading:
     the label follows from the gradient of a bias-free homogeneous network.
     """
     G, c = head.G, (head.G * head.W).sum().item()
-    notes = []
-    if c < -0.5 - 1e-6:
+    notes = [] if head.known is not None else [SUPPOSED_CLASS]
+    if altered := c < -0.5 - 1e-6:
         notes = [
             f"⟨G, W⟩ of the last layer is {c:.4g}, below -0.5, the smallest of any single sample: the gradient was "
             "altered or belongs to a batch, or to a real-valued target; the nearest possible output was used"
@@ -134,7 +135,7 @@ def _one_output(head: HeadGradient) -> HeadReading:
         for label in (0, 1):
             dz = 2 * (2 * label - 1) * gap
             if abs(dz) > 1e-300:
-                miss = abs(2 * mu * gap - c) / max(abs(c), 1e-300) if notes else 0.0
+                miss = abs(2 * mu * gap - c) / max(abs(c), 1e-300) if altered else 0.0
                 found.append(Hypothesis(label, 1 / dz, G.new_tensor([dz]), G[0] / dz, miss))
     misfits = {k: min(h.residual for h in found if h.label == k) for k in (0, 1)}
     return reading(head, found, misfits, notes)

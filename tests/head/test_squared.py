@@ -29,6 +29,7 @@ def test_one_output_has_two_roots_for_either_label(f, label):
         return  # roots that meet, or a twin at infinity
     model, x, found, (G,) = with_output(f, label)
     assert min((h.x - x).norm() for h in found.hypotheses if h.label == label) < 1e-6 * x.norm()
+    assert "the target was taken for a class" in found.notes[0]
     for h in found.hypotheses:
         y = 2 * h.label - 1
         output = (model[1].weight @ h.x).item()
