@@ -18,8 +18,7 @@ from rgap.krylov import largest_eigenvalue
 CHOLESKY_MIN_RATIO = 1e-4
 """Smallest σ_min / σ_max for which the normal equations, refined once, are as good as a singular decomposition."""
 
-GRAM_RESOLUTION = 1e-6
-"""Smallest cutoff at which the squares of singular values still resolve them."""
+GRAM_RESOLUTION = 1e-6  # smallest cutoff at which the squares of singular values still resolve them
 
 PIVOTED_GAP = 10.0
 """Smallest singular value kept, in units of the cutoff, from which a pivoted Cholesky factor shows the rank."""
@@ -28,35 +27,22 @@ ILL_CONDITIONED_RATIO = 1e-1
 """Where the rank is not full, kept directions with σ / σ_max below this are reported, for other equations to decide."""
 
 
-WIDE_RATIO = 8
-"""Columns over rows from which a Gram matrix is made without use of its symmetry."""
-
-MIN_ON_ACCELERATOR = 256
-"""Unknowns from which a system is worth the way to an accelerator and back."""
-
-WEAK_SURPLUS = 16
-"""Directions iterated beside those that are expected to be ill-conditioned."""
+WIDE_RATIO = 8  # columns over rows from which a Gram matrix is made without use of its symmetry
+MIN_ON_ACCELERATOR = 256  # unknowns from which a system is worth the way to an accelerator and back
+WEAK_SURPLUS = 16  # directions iterated beside those that are expected to be ill-conditioned
 
 INVERSE_ITERATIONS = 2
 """Block inverse iterations for ill-conditioned directions, from those that the smallest pivots show."""
 
-DROPPED_STEPS = 4
-"""Lanczos steps for the largest singular value dropped: of rounding, only its size counts."""
+DROPPED_STEPS = 4  # Lanczos steps for the largest singular value dropped: of rounding, only its size counts
 
 MAX_NEIGHBOUR_STEPS = 40
 """Steps of conjugate gradients with a neighbour's inverse up to which they are quicker than factors of its own."""
 
-NEIGHBOUR_TOLERANCE = 1e-6
-"""Relative residual down to which they are led, in each of the rounds."""
-
-NEIGHBOUR_ROUNDS = 3
-"""Solves, each with the residual that the last one has left."""
-
-SKETCH_SIZE = 24
-"""Columns of a random sketch at first."""
-
-SKETCH_SURPLUS = 12
-"""Columns that it must have beyond the singular values that count."""
+NEIGHBOUR_TOLERANCE = 1e-6  # relative residual down to which they are led, in each of the rounds
+NEIGHBOUR_ROUNDS = 3  # solves, each with the residual that the last one has left
+SKETCH_SIZE = 24  # columns of a random sketch at first
+SKETCH_SURPLUS = 12  # columns that it must have beyond the singular values that count
 
 
 @dataclass(frozen=True)

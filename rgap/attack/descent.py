@@ -31,14 +31,12 @@ from rgap.virtual.range import close_by_range, range_factor
 MAX_PRECISION_CONDITION = 1e-5
 """Precision times condition number above which range constraints join a batch's system even without a deficit."""
 
-DOUBT_RATIO = 1e4
-"""Outputs smaller than this times the precision times their root mean square may have the wrong sign."""
+DOUBT_RATIO = 1e4  # outputs smaller than this times the precision times their root mean square may have the wrong sign
 
 MAX_ZERO_INPUT = 1e-6
 """Size of z − b relative to z up to which a layer's input is taken for zero where its weight's gradient is."""
 
-MIN_DOUBT = 1e-8
-"""Smallest such size, relative to the root mean square."""
+MIN_DOUBT = 1e-8  # smallest such size, relative to the root mean square
 
 Closer = Callable[[Layer, SharedGradient, LayerSolution, Tensor, Tensor], VirtualSolution | None]
 """(layer before, gradients, a layer's solution, its z, δx by its input) -> the closed solution, None where none is."""
@@ -46,19 +44,12 @@ Closer = Callable[[Layer, SharedGradient, LayerSolution, Tensor, Tensor], Virtua
 
 @dataclass(frozen=True)
 class NoiseProbe:
-    """One draw of the noise, and how it changes a layer's output.
+    """One draw of the noise, and how it changes a layer's output."""
 
-    Attributes:
-        x: Change of the output, (B, …).
-        dx: Change of the gradient by it, (B, …).
-        noise: Parameter name -> change of its gradient.
-        generator: Source of the random numbers drawn on the way.
-    """
-
-    x: Tensor
-    dx: Tensor
-    noise: Mapping[str, Tensor]
-    generator: torch.Generator
+    x: Tensor  # change of the output, (B, …)
+    dx: Tensor  # change of the gradient by it, (B, …)
+    noise: Mapping[str, Tensor]  # parameter name -> change of its gradient
+    generator: torch.Generator  # source of the random numbers drawn on the way
 
     @property
     def error(self) -> float:
@@ -69,34 +60,24 @@ class NoiseProbe:
 
 @dataclass(frozen=True)
 class Descent:
-    """A start that was followed down the chain.
+    """A start that was followed down the chain."""
 
-    Attributes:
-        start: The start.
-        layer_inputs: Layer name -> recovered input, (B, *feature_shape), from the image to the head.
-        reports: From the last layer to the first.
-        mismatch: The largest identity residual met on the way.
-        complete: Whether the images were reached.
-        open_layers: Names of rank-deficient layers whose null space nothing closed.
-        beliefs: Name of a layer that virtual constraints closed -> belief on its input after each step, (steps, n).
-        noise_stds: Noise on the gradient's entries, from the surplus equations of each layer that its gradient
-            equations alone overdetermine, from the last on.
-        probe: How a draw of the noise changes the image.
-        positive: Name of a layer whose activation has two slopes -> which of its pre-activations are positive, (B, …);
-            of a mean of gradients, for which part of them.
-        solutions: Of a batch, layer name -> its own solution.
-    """
-
-    start: Start
-    layer_inputs: Mapping[str, Tensor]
-    reports: tuple[LayerReport, ...]
-    mismatch: float
-    complete: bool
-    open_layers: tuple[str, ...] = ()
+    start: Start  # the start
+    layer_inputs: Mapping[str, Tensor]  # layer name -> recovered input, (B, *feature_shape), from the image to the head
+    reports: tuple[LayerReport, ...]  # from the last layer to the first
+    mismatch: float  # the largest identity residual met on the way
+    complete: bool  # whether the images were reached
+    open_layers: tuple[str, ...] = ()  # names of rank-deficient layers whose null space nothing closed
+    # name of a layer that virtual constraints closed -> belief on its input after each step, (steps, n)
     beliefs: Mapping[str, Tensor] = field(default_factory=dict)
+    # noise on the gradient's entries, from the surplus equations of each layer that its gradient equations alone
+    # overdetermine, from the last on
     noise_stds: tuple[float, ...] = ()
-    probe: NoiseProbe | None = None
+    probe: NoiseProbe | None = None  # how a draw of the noise changes the image
+    # name of a layer whose activation has two slopes -> which of its pre-activations are positive, (B, …); of a mean of
+    # gradients, for which part of them
     positive: Mapping[str, Tensor] = field(default_factory=dict)
+    # of a batch, layer name -> its own solution
     solutions: Mapping[str, LayerSolution] = field(default_factory=dict, repr=False)
 
 

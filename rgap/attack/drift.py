@@ -37,17 +37,11 @@ FIRST_NOISE_RATIO = 1e-2
 """Noise, relative to the update's root mean square, that leaves units in doubt before anything is simulated."""
 
 MIN_NOISE_RATIO = 1e-12  # the same where the simulation agrees
-
 NOISE_SHARES = (0.3, 1.0, 0.1)  # shares of the simulation's miss that are tried as noise later, one after the other
-
 ANDERSON_DEPTH = 6  # earlier steps from which the next one is extrapolated
-
 MIN_GAIN = 0.7  # miss relative to the last from which a step is no gain
-
 CONTRACTED_MISS = 1e-3  # miss of the simulated update above which the fixed point has not contracted
-
 MAX_LAST_STEPS = 4  # attacks at the weights that were sent out that end the iterations, on the image's own pattern
-
 MAX_PIXEL_SIZE = 100.0  # pixels, in widths of the range, from which the fixed point has diverged
 
 

@@ -18,35 +18,23 @@ from torch import Tensor
 from rgap.linalg import largest_entry
 from rgap.network.layer import Chain, Layer
 
-DOUBT_STDS = 5.0
-"""Entries further from zero than this many standard deviations have the sign they show."""
-
-MAX_FLIPS = 50
-"""Most rounds in which signs are flipped, one in every channel at a time."""
+DOUBT_STDS = 5.0  # entries further from zero than this many standard deviations have the sign they show
+MAX_FLIPS = 50  # most rounds in which signs are flipped, one in every channel at a time
 
 FLIP_GAIN = 0.7
 """Residual of a channel's identities after a flip, relative to that before, below which the flip is right."""
 
-MAX_PATTERN_FLIPS = 400
-"""Units of an image of a batch that may disagree with the recovered signs."""
-
-MAX_PROJECTIONS = 6
-"""Most linearised moves of an image; signs of units next to zero need one or two."""
+MAX_PATTERN_FLIPS = 400  # units of an image of a batch that may disagree with the recovered signs
+MAX_PROJECTIONS = 6  # most linearised moves of an image; signs of units next to zero need one or two
 
 
 @dataclass(frozen=True)
 class Slopes:
-    """σ′(z) with the signs that the equations prefer.
+    """σ′(z) with the signs that the equations prefer."""
 
-    Attributes:
-        values: (B, O, H′, W′).
-        flip_probability: Probability that an entry lies on the other piece all the same, (B, O, H′, W′).
-        negative: The slope for z < 0.
-    """
-
-    values: Tensor
-    flip_probability: Tensor
-    negative: float
+    values: Tensor  # (B, O, H′, W′)
+    flip_probability: Tensor  # probability that an entry lies on the other piece all the same, (B, O, H′, W′)
+    negative: float  # the slope for z < 0
 
     @property
     def positive(self) -> Tensor:

@@ -22,8 +22,7 @@ from rgap.shared_gradient.rounding import INT8_LEVELS
 
 Gradients = TypeVar("Gradients", Sequence[Tensor], Mapping[str, Tensor])
 
-FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-"""The floating-point formats of `quantise`."""
+FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # the floating-point formats of `quantise`
 
 
 def gaussian_noise(gradients: Gradients, std: float, seed: int = 0) -> Gradients:

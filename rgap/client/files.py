@@ -16,8 +16,7 @@ from rgap.artifact.outputs import write_atomically
 from rgap.client.gradients import named_tensors
 from rgap.results import GradientMismatchError
 
-SUFFIXES = (".safetensors", ".pt", ".pth")
-"""Supported formats; the last two are those of `torch.save`."""
+SUFFIXES = (".safetensors", ".pt", ".pth")  # supported formats; the last two are those of `torch.save`
 
 
 WAYS_OUT = {
