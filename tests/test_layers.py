@@ -10,7 +10,7 @@ import rgap
 ROOT = Path(rgap.__file__).parent
 
 FLOORS = (
-    "arguments isolation krylov",
+    "arguments isolation",
     "artifact linalg models results",
     "data metrics",
     "network",

@@ -18,8 +18,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from rgap.krylov import largest_eigenvalue
-from rgap.linalg import distance, largest_entry, norm
+from rgap.linalg import distance, largest_eigenvalue, largest_entry, norm
 from rgap.shared_gradient import SharedGradient
 
 NOISE_RESIDUAL_FACTOR = 5.0  # multiple of its prediction up to which a tensor's misfit is attributed to noise

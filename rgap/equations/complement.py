@@ -16,8 +16,7 @@ from torch import Tensor
 from rgap.equations.block_cholesky import BlockCholesky, block_cholesky
 from rgap.equations.limits import DEFAULT_LIMITS
 from rgap.equations.weights import weight_matrix
-from rgap.krylov import largest_eigenvalue
-from rgap.linalg import orthonormal
+from rgap.linalg import largest_eigenvalue, orthonormal
 from rgap.network.layer import Layer
 
 MIN_PIVOT_RATIO = 1e-6

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rgap.equations.limits import DEFAULT_LIMITS
-from rgap.krylov import Iterated, conjugate_gradients
-from rgap.linalg import norm
+from rgap.linalg import Iterated, conjugate_gradients, norm
 from rgap.network.layer import Layer
 
 REFINED_SHARE = 1e-4  # share of a residual that a refinement leaves
@@ -122,7 +121,7 @@ class ConjugateGradients:
         """Least-squares solution of minimum norm: x (C·H·W,), ‖residual‖ / ‖right-hand side‖, iterations.
 
         For z (O, H′, W′) and, where K belongs to the system, G shaped as the weight; the limits are those of
-        `rgap.krylov.conjugate_gradients`. Ends early where x is as close to `truth` as `FULL_RANK_RTOL`.
+        `rgap.linalg.conjugate_gradients`. Ends early where x is as close to `truth` as `FULL_RANK_RTOL`.
         """
 
         def done(x: Tensor) -> bool:

@@ -22,7 +22,7 @@ from rgap.equations.complement import RangeComplement, complement, weak_subspace
 from rgap.equations.gradient import blocks, gradient_matrix
 from rgap.equations.limits import DEFAULT_LIMITS, SolverLimits
 from rgap.equations.weights import weight_matrix
-from rgap.krylov import largest_eigenvalue
+from rgap.linalg import largest_eigenvalue
 from rgap.network.layer import Layer
 
 MAX_PLAIN_CONDITION = 1e4

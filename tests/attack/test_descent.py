@@ -9,14 +9,13 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap import linalg
 from rgap.attack import descent as descent_module
 from rgap.attack.descent import close_by_virtual_constraints, descend
 from rgap.attack.reconstruct import MAX_IDENTITY_RESIDUAL
 from rgap.equations.systems import ReducedSystem
 from rgap.head import read_head
 from rgap.head.hypothesis import Hypothesis, Start, Twin, starts_of
-from rgap.linalg import Operator
+from rgap.linalg import Operator, solve
 from rgap.results import LayerReport
 from rgap.shared_gradient import receive
 from rgap.virtual.range import _change, close_by_range, range_factor
@@ -186,8 +185,8 @@ def test_every_image_of_a_batch_comes_back(count, bias):
 
 
 def test_a_second_descent_by_almost_the_same_gradient_takes_the_factors_of_the_first(monkeypatch):
-    first, by_neighbour, taken = attack(deep_cnn(*SECOND), 3)[2], linalg._by_neighbour, []
-    monkeypatch.setattr(linalg, "_by_neighbour", lambda *system: taken.append(by_neighbour(*system)) or taken[-1])
+    first, by_neighbour, taken = attack(deep_cnn(*SECOND), 3)[2], solve._by_neighbour, []
+    monkeypatch.setattr(solve, "_by_neighbour", lambda *system: taken.append(by_neighbour(*system)) or taken[-1])
     again = attack(deep_cnn(*SECOND), 3, like=first)[2]
     assert [found is not None for found in taken] == [True]  # the other system is deficient
     assert_close(again.layer_inputs["0"], first.layer_inputs["0"], rtol=0, atol=1e-9)

@@ -455,7 +455,7 @@ def test_a_network_that_branches_on_data_is_refused_once():
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))],
 )
 def test_dense_systems_on_another_device_give_the_same_image(device, monkeypatch):
-    monkeypatch.setattr("rgap.linalg.MIN_ON_ACCELERATOR", 64)
+    monkeypatch.setattr("rgap.linalg.matrices.MIN_ON_ACCELERATOR", 64)
     model = rgap.models.cnn6()
     images, labels = rgap.data.load_images(count=1, classes=2)
     shared = rgap.client_gradients(model, images, labels)

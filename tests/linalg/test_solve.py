@@ -8,16 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from rgap import linalg as dense
-from rgap.isolation import dense_systems_on
-from rgap.linalg import Operator, dense_operator, gram_matrix, leading_svd, least_squares, svd
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(7, 4), (3, 9), (0, 3), (3, 0)])
-def test_the_gram_matrix_is_the_product_whole_and_symmetric(rows, columns):
-    for A in (randn(rows, columns), randn(columns, rows, seed=1).T):  # rows first in memory, and columns first
-        assert_close(gram_matrix(A), A.T @ A, rtol=1e-13, atol=1e-13)
-        assert gram_matrix(A).equal(gram_matrix(A).T)
+from rgap.isolation import accelerator, dense_systems_on
+from rgap.linalg import Operator, dense_operator, least_squares
+from rgap.linalg.solve import _by_decomposition
+from rgap.linalg.systems import NormalEquations
 
 
 @drawn
@@ -81,43 +75,11 @@ def test_a_matrix_of_zeros_has_rank_zero(shape):
     assert found.null.shape == (shape[1], shape[1])
 
 
-@pytest.mark.parametrize("full_matrices", [False, True])
-def test_the_other_driver_takes_over_where_the_first_does_not_converge(monkeypatch, full_matrices):
-    def gives_up(*_, **__):
-        raise torch.linalg.LinAlgError("did not converge")
-
-    A = randn(3, 6)
-    expected = torch.linalg.svd(A, full_matrices=full_matrices)
-    monkeypatch.setattr(dense.torch.linalg, "svd", gives_up)
-    U, S, Vh = svd(A, full_matrices=full_matrices)
-    assert Vh.shape == expected[2].shape
-    assert_close(S, expected[1])
-    assert_close(U * S @ Vh[:3], A)
-
-
-@pytest.mark.parametrize(
-    ("shape", "values"), [((400, 300), (1.0, 1e-3, 2e-6)), ((90, 400), (1.0,)), ((40, 30), (1.0,))]
-)
-def test_the_leading_singular_values_of_a_low_rank_are_those_of_the_whole_decomposition(shape, values):
-    A = matrix(*shape, [*values, *[0.0] * (min(shape) - len(values))]) + 1e-10 * randn(*shape, seed=5)
-    (U, S, Vh), (_, whole, right) = leading_svd(A, 1e-7), svd(A)
-    count = len(values)
-    assert int((S > 1e-7 * S[0]).sum()) == count
-    assert_close(S[:count], whole[:count], rtol=1e-9, atol=0)
-    assert 0.8 * whole[count] < S[count] < 1.001 * whole[count]
-    assert_close((U[:, :count] * S[:count]) @ Vh[:count], A, rtol=0, atol=1e-8)
-    assert (right[:count] - right[:count] @ Vh[:count].T @ Vh[:count]).norm() < 1e-8
-
-
-def test_more_singular_values_than_the_sketch_holds_enlarge_it():
-    assert (leading_svd(matrix(420, 410, [1.0] * 60 + [0.0] * 350), 1e-7)[1] > 0.5).sum() == 60
-
-
 def test_ill_conditioned_directions_beside_a_null_space_are_those_of_the_decomposition():
     values = [*np.geomspace(1, 0.2, 150), *np.geomspace(0.06, 2e-3, 40), *[0.0] * 10]
     A, b = dense_operator(matrix(260, 200, values)), randn(260)
-    found, normal = least_squares(A, b, 1e-5), dense._Normal(A, b[:, None], b.new_zeros(200), 1e-5, False)
-    whole = dense._by_decomposition(normal)
+    found, normal = least_squares(A, b, 1e-5), NormalEquations(A, b[:, None], b.new_zeros(200), 1e-5, False)
+    whole = _by_decomposition(normal)
     assert found.rank == whole.rank == 190 and found.ill_conditioned.shape == whole.ill_conditioned.shape == (200, 40)
     assert_close(found.y, whole.y, rtol=0, atol=1e-8 * whole.y.abs().max().item())
     assert_close(found.ill_conditioned_sigmas, whole.ill_conditioned_sigmas, rtol=1e-3, atol=0)
@@ -135,13 +97,13 @@ DEVICES = [
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("lost", [0, 3])
 def test_a_system_factored_on_an_accelerator_has_the_solution_of_the_cpu(device, lost, monkeypatch):
-    monkeypatch.setattr(dense, "MIN_ON_ACCELERATOR", 1)
+    monkeypatch.setattr("rgap.linalg.matrices.MIN_ON_ACCELERATOR", 1)
     A, b = matrix(60, 30, [*np.geomspace(1, 0.1, 30 - lost), *[0.0] * lost]), randn(60)
     expected = least_squares(dense_operator(A), b, 1e-5)
     with dense_systems_on(torch.device(device)):
-        assert dense.accelerator.get() == torch.device(device)
+        assert accelerator.get() == torch.device(device)
         found = least_squares(dense_operator(A), b, 1e-5)
-    assert dense.accelerator.get() is None
+    assert accelerator.get() is None
     assert found.rank == expected.rank == 30 - lost and found.y.device.type == "cpu"
     assert_close(found.y, expected.y, rtol=1e-10, atol=1e-12)
     assert_close(found.invert(b[:30, None]), expected.invert(b[:30, None]), rtol=1e-8, atol=1e-10)

@@ -1,19 +1,16 @@
-"""Least squares with its rank, Gram matrices, orthonormal bases and norms; knows no network."""
+"""Least squares with its rank: by the factors that its condition allows, the cheapest first."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
 
-from rgap.isolation import accelerator
-from rgap.krylov import largest_eigenvalue
+from rgap.linalg.matrices import accelerator_for, orthonormal, svd
+from rgap.linalg.systems import ILL_CONDITIONED_RATIO, LeastSquares, NormalEquations, Operator
 
 CHOLESKY_MIN_RATIO = 1e-4
 """Smallest σ_min / σ_max for which the normal equations, refined once, are as good as a singular decomposition."""
@@ -23,122 +20,16 @@ GRAM_RESOLUTION = 1e-6  # smallest cutoff at which the squares of singular value
 PIVOTED_GAP = 10.0
 """Smallest singular value kept, in units of the cutoff, from which a pivoted Cholesky factor shows the rank."""
 
-ILL_CONDITIONED_RATIO = 1e-1
-"""Where the rank is not full, kept directions with σ / σ_max below this are reported, for other equations to decide."""
-
-
-WIDE_RATIO = 8  # columns over rows from which a Gram matrix is made without use of its symmetry
-MIN_ON_ACCELERATOR = 256  # unknowns from which a system is worth the way to an accelerator and back
 WEAK_SURPLUS = 16  # directions iterated beside those that are expected to be ill-conditioned
 
 INVERSE_ITERATIONS = 2
 """Block inverse iterations for ill-conditioned directions, from those that the smallest pivots show."""
-
-DROPPED_STEPS = 4  # Lanczos steps for the largest singular value dropped: of rounding, only its size counts
 
 MAX_NEIGHBOUR_STEPS = 40
 """Steps of conjugate gradients with a neighbour's inverse up to which they are quicker than factors of its own."""
 
 NEIGHBOUR_TOLERANCE = 1e-6  # relative residual down to which they are led, in each of the rounds
 NEIGHBOUR_ROUNDS = 3  # solves, each with the residual that the last one has left
-SKETCH_SIZE = 24  # columns of a random sketch at first
-SKETCH_SURPLUS = 12  # columns that it must have beyond the singular values that count
-
-
-@dataclass(frozen=True)
-class Operator:
-    """A matrix A of m rows and k columns that need not be formed."""
-
-    columns: int  # k
-    make_gram: Callable[[], Tensor]
-    apply: Callable[[Tensor], Tensor]  # Y -> A Y, (k, p) -> (m, p)
-    adjoint: Callable[[Tensor], Tensor]  # R -> Aᵀ R, (m, p) -> (k, p)
-
-    @cached_property
-    def gram(self) -> Tensor:
-        """AᵀA, (k, k)."""
-        return self.make_gram()
-
-    def matrix(self) -> Tensor:
-        """A itself, column by column."""
-        return self.apply(torch.eye(self.columns, dtype=torch.float64))
-
-
-@dataclass(frozen=True)
-class LeastSquares:
-    """The minimum-norm minimiser of ‖A y − b‖ and the null space of A.
-
-    Where the rank is not full, `ill_conditioned` is an orthonormal basis of the directions kept whose singular value is
-    below ILL_CONDITIONED_RATIO of the largest.
-    """
-
-    y: Tensor  # (k,)
-    null: Tensor | None  # orthonormal basis of the numerical null space, (k, k − rank), None where it is empty
-    ill_conditioned: Tensor  # (k, w)
-    ill_conditioned_sigmas: Tensor  # (w,)
-    rank: int  # number of singular values kept
-    sigma_min_kept: float  # relative to the largest; an estimate unless a decomposition was made
-    sigma_max_dropped: float | None  # relative to the largest; None where none was dropped
-    invert: Callable[[Tensor], Tensor]  # pseudo-inverse of AᵀA, damping included, (k, p): y = invert(Aᵀ b)
-
-    @property
-    def condition(self) -> float:
-        """Largest over smallest singular value kept; infinite where none is."""
-        return 1 / self.sigma_min_kept if self.sigma_min_kept else float("inf")
-
-
-def svd(A: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular decomposition A = U diag(S) Vh, by a second LAPACK driver where MKL's fast one does not converge."""
-    try:
-        return torch.linalg.svd(A, full_matrices=full_matrices)
-    except torch.linalg.LinAlgError:
-        factors = scipy.linalg.svd(A.numpy(), full_matrices=full_matrices, lapack_driver="gesvd")
-        return tuple(torch.from_numpy(f) for f in factors)
-
-
-def leading_svd(A: Tensor, cut: float) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, Vh of A with every singular value above cut · σ_max, and some below: of low rank in a few products.
-
-    A random sketch (Halko, Martinsson & Tropp 2011, with a power iteration) is enlarged until it holds them all; the
-    largest value below the cut may come out some per cent too small. The whole decomposition where that is cheaper.
-    """
-    generator, size = torch.Generator().manual_seed(0), SKETCH_SIZE
-    while 4 * size < min(A.shape):
-        Q = A @ torch.randn(A.shape[1], size, generator=generator, dtype=A.dtype)
-        Q = torch.linalg.qr(A @ torch.linalg.qr(A.T @ torch.linalg.qr(Q)[0])[0])[0]
-        U, S, Vh = svd(Q.T @ A)
-        if S[-SKETCH_SURPLUS] <= cut * S[0]:
-            return Q @ U, S, Vh
-        size *= 4
-    return svd(A)
-
-
-def gram_matrix(A: Tensor) -> Tensor:
-    """AᵀA at half the multiplications of a product, for it is symmetric: (m, k) -> (k, k)."""
-    if not A.numel():
-        return A.new_zeros(A.shape[1], A.shape[1])
-    if (device := accelerator.get()) is not None and A.shape[1] >= MIN_ON_ACCELERATOR:
-        there = A.to(device)
-        return (there.T @ there).to(A.device)
-    if WIDE_RATIO * len(A) < A.shape[1]:  # mirroring would cost more than it saves
-        return A.T @ A
-    upper = torch.from_numpy(scipy.linalg.blas.dsyrk(1.0, A.T.numpy())).triu()
-    return upper + upper.triu(1).T
-
-
-def orthonormal(A: Tensor, times: int = 2) -> Tensor:
-    """Orthonormal columns with the span of A's, by Cholesky factors of Gram matrices; QR where A is ill-conditioned."""
-    for _ in range(times if A.shape[1] else 0):
-        factor, failed = torch.linalg.cholesky_ex(gram_matrix(A))
-        if failed:
-            return torch.linalg.qr(A)[0]
-        A = torch.linalg.solve_triangular(factor.T, A, upper=True, left=False)
-    return A
-
-
-def dense_operator(A: Tensor) -> Operator:
-    """A matrix (m, k) as an operator."""
-    return Operator(A.shape[1], lambda: gram_matrix(A), lambda Y: A @ Y, lambda R: A.T @ R)
 
 
 def least_squares(
@@ -165,9 +56,8 @@ def least_squares(
     damping = b.new_zeros(A.columns) if damping is None else damping
     if near is not None and (found := _by_neighbour(A, b[:, None], damping, *near)) is not None:
         return found
-    normal = _Normal(A, b[:, None], damping, max(rcond, GRAM_RESOLUTION) if gram_only else rcond, gram_only)
-    device = accelerator.get()
-    if device is not None and A.columns >= MIN_ON_ACCELERATOR:
+    normal = NormalEquations(A, b[:, None], damping, max(rcond, GRAM_RESOLUTION) if gram_only else rcond, gram_only)
+    if (device := accelerator_for(A.columns)) is not None:
         return _by_cholesky_on(device, normal) or _by_decomposition(normal, device)
     full = None if deficient else _by_cholesky(normal)
     return full or _by_pivoted_cholesky(normal) or _by_decomposition(normal)
@@ -202,62 +92,7 @@ def _by_neighbour(
     return LeastSquares(y[:, 0], None, none, none[0], A.columns, ratio, None, invert)
 
 
-@dataclass(frozen=True)
-class _Normal:
-    """The system, b (m, 1), and its normal equations."""
-
-    A: Operator
-    b: Tensor
-    damping: Tensor
-    rcond: float
-    gram_only: bool
-
-    @property
-    def unknowns(self) -> int:
-        """Columns of A."""
-        return len(self.damping)
-
-    def gram(self) -> Tensor:
-        """AᵀA + diag(damping²), for a factor to overwrite."""
-        gram = self.A.gram.clone()
-        gram.diagonal().add_(self.damping.square())
-        return gram
-
-    def multiply(self, v: Tensor) -> Tensor:
-        """The same times v, (k, p)."""
-        return torch.addcmul(self.A.gram @ v, self.damping.square()[:, None], v)
-
-    def solve(self, invert: Callable[[Tensor], Tensor]) -> Tensor:
-        """By the pseudo-inverse of the Gram matrix, refined with the residual of the matrix itself."""
-        y = invert(self.A.adjoint(self.b))
-        for _ in range(2 if self.gram_only else 1):
-            rest = self.A.adjoint(self.b - self.A.apply(y)) - self.damping.square()[:, None] * y
-            y = y + invert(rest)
-        return y[:, 0]
-
-    @cached_property
-    def largest(self) -> float:
-        """σ_max, by Lanczos on the Gram matrix."""
-        return largest_eigenvalue(self.multiply, self.unknowns) ** 0.5
-
-    def smallest(self, invert: Callable[[Tensor], Tensor]) -> float:
-        """The smallest σ above zero relative to σ_max, by Lanczos on the Gram matrix's inverse."""
-        inverse = largest_eigenvalue(invert, self.unknowns) ** 0.5 * self.largest
-        return 1 / inverse if inverse > 0 else 0.0
-
-    def largest_dropped(self, null: Tensor) -> float:
-        """About the largest σ of a null space, damping included, relative to σ_max."""
-        if self.gram_only:
-            return self.multiply(null).norm(dim=0).max().item() ** 0.5 / self.largest
-
-        def multiply(v: Tensor) -> Tensor:
-            v = null @ v
-            return null.T @ (self.A.adjoint(self.A.apply(v)) + self.damping.square()[:, None] * v)
-
-        return max(largest_eigenvalue(multiply, null.shape[1], DROPPED_STEPS), 0.0) ** 0.5 / self.largest
-
-
-def _by_cholesky(normal: _Normal) -> LeastSquares | None:
+def _by_cholesky(normal: NormalEquations) -> LeastSquares | None:
     """By Cholesky factors of the normal equations; None where the rank is not full, or the condition not safe."""
     factor, failed = scipy.linalg.lapack.dpotrf(normal.gram().numpy().T, lower=1, overwrite_a=1)
     if failed or not len(factor):
@@ -269,7 +104,7 @@ def _by_cholesky(normal: _Normal) -> LeastSquares | None:
     return _of_full_rank(normal, invert)
 
 
-def _by_cholesky_on(device: torch.device, normal: _Normal) -> LeastSquares | None:
+def _by_cholesky_on(device: torch.device, normal: NormalEquations) -> LeastSquares | None:
     """The same with the factors on another device."""
     factor, failed = torch.linalg.cholesky_ex(normal.gram().to(device))
     if failed:
@@ -277,7 +112,7 @@ def _by_cholesky_on(device: torch.device, normal: _Normal) -> LeastSquares | Non
     return _of_full_rank(normal, lambda v: torch.cholesky_solve(v.to(device), factor).to(v.device))
 
 
-def _of_full_rank(normal: _Normal, invert: Callable[[Tensor], Tensor]) -> LeastSquares | None:
+def _of_full_rank(normal: NormalEquations, invert: Callable[[Tensor], Tensor]) -> LeastSquares | None:
     """The solution by factors of a Gram matrix, None where its condition is not safe."""
     ratio = normal.smallest(invert)
     if not ratio >= max(0.0 if normal.gram_only else CHOLESKY_MIN_RATIO, 2 * normal.rcond):
@@ -286,7 +121,7 @@ def _of_full_rank(normal: _Normal, invert: Callable[[Tensor], Tensor]) -> LeastS
     return LeastSquares(normal.solve(invert), None, none, none[0], len(none), ratio, None, invert)
 
 
-def _by_pivoted_cholesky(normal: _Normal) -> LeastSquares | None:
+def _by_pivoted_cholesky(normal: NormalEquations) -> LeastSquares | None:
     """By pivoted Cholesky of the normal equations, or None where singular values show no wide gap at the cutoff.
 
     The systems of layers either determine a direction or do not see it at all (by the rank laws), so that squaring
@@ -361,7 +196,7 @@ def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.eigh(gram) if gram.any() else (gram[0], torch.eye(len(gram), dtype=gram.dtype))
 
 
-def _by_decomposition(normal: _Normal, device: torch.device | str = "cpu") -> LeastSquares:
+def _by_decomposition(normal: NormalEquations, device: torch.device | str = "cpu") -> LeastSquares:
     """By every singular direction: from AᵀA, which holds σ down to 1e-8 of the largest, or from A below that."""
     if normal.rcond >= GRAM_RESOLUTION:
         values, V = (t.cpu() for t in _eigen(normal.gram().to(device)))
@@ -383,28 +218,3 @@ def _by_decomposition(normal: _Normal, device: torch.device | str = "cpu") -> Le
     dropped = None if full else (S[rank].item() / largest if largest > 0 else 0.0)
     null = None if full else V[:, rank:]
     return LeastSquares(normal.solve(invert), null, V[:, weak], S[weak], rank, kept, dropped, invert)
-
-
-def largest_entry(g: Tensor) -> float:
-    """The largest absolute value, NaN where an entry is, 0 without entries; several times as fast as `abs().max()`."""
-    return max(end.abs().item() for end in torch.aminmax(g)) if g.numel() else 0.0
-
-
-def norm(g: Tensor) -> float:
-    """The root of the sum of squares, which neither underflow nor overflow."""
-    size = g.norm().item()
-    if 1e-140 < size < 1e140:
-        return size
-    unit = largest_entry(g)
-    return unit * (g / unit).norm().item() if 0 < unit < math.inf else unit
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    """`norm(a - b)`, mostly without the difference."""
-    size = torch.dist(a, b).item()
-    return size if 1e-140 < size < 1e140 else norm(a - b)
-
-
-def rms(g: Tensor) -> Tensor:
-    """Root mean square."""
-    return g.new_tensor(norm(g) / g.numel() ** 0.5)

@@ -4,7 +4,7 @@ import torch
 from cases import matrix, randn
 from torch.testing import assert_close
 
-from rgap.krylov import conjugate_gradients, largest_eigenvalue
+from rgap.linalg import conjugate_gradients, largest_eigenvalue
 
 
 def test_the_largest_eigenvalue_is_found_from_below():

@@ -1,0 +1,120 @@
+"""A least-squares problem: its matrix, its normal equations, its solution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rgap.linalg.krylov import largest_eigenvalue
+from rgap.linalg.matrices import gram_matrix
+
+ILL_CONDITIONED_RATIO = 1e-1
+"""Where the rank is not full, kept directions with σ / σ_max below this are reported, for other equations to decide."""
+
+DROPPED_STEPS = 4  # Lanczos steps for the largest singular value dropped: of rounding, only its size counts
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A matrix A of m rows and k columns that need not be formed."""
+
+    columns: int  # k
+    make_gram: Callable[[], Tensor]
+    apply: Callable[[Tensor], Tensor]  # Y -> A Y, (k, p) -> (m, p)
+    adjoint: Callable[[Tensor], Tensor]  # R -> Aᵀ R, (m, p) -> (k, p)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """AᵀA, (k, k)."""
+        return self.make_gram()
+
+    def matrix(self) -> Tensor:
+        """A itself, column by column."""
+        return self.apply(torch.eye(self.columns, dtype=torch.float64))
+
+
+def dense_operator(A: Tensor) -> Operator:
+    """A matrix (m, k) as an operator."""
+    return Operator(A.shape[1], lambda: gram_matrix(A), lambda Y: A @ Y, lambda R: A.T @ R)
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """The system, b (m, 1), and its normal equations."""
+
+    A: Operator
+    b: Tensor
+    damping: Tensor
+    rcond: float
+    gram_only: bool
+
+    @property
+    def unknowns(self) -> int:
+        """Columns of A."""
+        return len(self.damping)
+
+    def gram(self) -> Tensor:
+        """AᵀA + diag(damping²), for a factor to overwrite."""
+        gram = self.A.gram.clone()
+        gram.diagonal().add_(self.damping.square())
+        return gram
+
+    def multiply(self, v: Tensor) -> Tensor:
+        """The same times v, (k, p)."""
+        return torch.addcmul(self.A.gram @ v, self.damping.square()[:, None], v)
+
+    def solve(self, invert: Callable[[Tensor], Tensor]) -> Tensor:
+        """By the pseudo-inverse of the Gram matrix, refined with the residual of the matrix itself."""
+        y = invert(self.A.adjoint(self.b))
+        for _ in range(2 if self.gram_only else 1):
+            rest = self.A.adjoint(self.b - self.A.apply(y)) - self.damping.square()[:, None] * y
+            y = y + invert(rest)
+        return y[:, 0]
+
+    @cached_property
+    def largest(self) -> float:
+        """σ_max, by Lanczos on the Gram matrix."""
+        return largest_eigenvalue(self.multiply, self.unknowns) ** 0.5
+
+    def smallest(self, invert: Callable[[Tensor], Tensor]) -> float:
+        """The smallest σ above zero relative to σ_max, by Lanczos on the Gram matrix's inverse."""
+        inverse = largest_eigenvalue(invert, self.unknowns) ** 0.5 * self.largest
+        return 1 / inverse if inverse > 0 else 0.0
+
+    def largest_dropped(self, null: Tensor) -> float:
+        """About the largest σ of a null space, damping included, relative to σ_max."""
+        if self.gram_only:
+            return self.multiply(null).norm(dim=0).max().item() ** 0.5 / self.largest
+
+        def multiply(v: Tensor) -> Tensor:
+            v = null @ v
+            return null.T @ (self.A.adjoint(self.A.apply(v)) + self.damping.square()[:, None] * v)
+
+        return max(largest_eigenvalue(multiply, null.shape[1], DROPPED_STEPS), 0.0) ** 0.5 / self.largest
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """The minimum-norm minimiser of ‖A y − b‖ and the null space of A.
+
+    Where the rank is not full, `ill_conditioned` is an orthonormal basis of the directions kept whose singular value is
+    below ILL_CONDITIONED_RATIO of the largest.
+    """
+
+    y: Tensor  # (k,)
+    null: Tensor | None  # orthonormal basis of the numerical null space, (k, k − rank), None where it is empty
+    ill_conditioned: Tensor  # (k, w)
+    ill_conditioned_sigmas: Tensor  # (w,)
+    rank: int  # number of singular values kept
+    sigma_min_kept: float  # relative to the largest; an estimate unless a decomposition was made
+    sigma_max_dropped: float | None  # relative to the largest; None where none was dropped
+    invert: Callable[[Tensor], Tensor]  # pseudo-inverse of AᵀA, damping included, (k, p): y = invert(Aᵀ b)
+
+    @property
+    def condition(self) -> float:
+        """Largest over smallest singular value kept; infinite where none is."""
+        return 1 / self.sigma_min_kept if self.sigma_min_kept else float("inf")
