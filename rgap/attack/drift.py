@@ -13,25 +13,31 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rgap.attack.arguments import checked_network
 from rgap.attack.candidates import Attack
 from rgap.attack.descent import Descent
 from rgap.attack.reconstruct import follow, read, reconstruct
 from rgap.attack.slopes import KinkedSteps, mean_gradient, settled_steps, simulated_steps
 from rgap.attack.update import FoundImages, UpdateTask
-from rgap.client import UpdateGradients
+from rgap.client import UpdateGradients, gradients_of
 from rgap.linalg import rms
 from rgap.network.chain import prepare
-from rgap.results import GradientMismatchError
+from rgap.results import GradientMismatchError, Reconstruction
 from rgap.shared_gradient import receive
 
 MAX_ITERATIONS = 40  # most steps of the fixed point
+WALK_NOISE_RATIOS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)  # noise of which the first walk through a residual network is told
+MAX_WALK_MISS = 1e-2  # miss of the simulated update below which that walk has found the image
+LAST_WALK_SLACK = 10.0  # miss of a walk that is told of no noise, relative to the last, up to which it counts
+WALK_NOISE_SHARE = 0.3  # share of the simulation's miss of which later walks are told
 
 FIRST_NOISE_RATIO = 1e-2
 """Noise, relative to the update's root mean square, that leaves units in doubt before anything is simulated."""
@@ -60,7 +66,7 @@ def by_fixed_point(task: UpdateTask) -> FoundImages:
             gradient = UpdateGradients({n: g - drift[n] for n, g in task.update.items()}, task.update.noise_std)
             result = reconstruct(task.network, gradient, None, task.loss, virtual_constraints=False, **options)
             new = min(result.candidates, key=lambda one: (one.images - best.image).norm().item())  # not its twin
-            miss = loop.miss(task.simulate(new.images, new.labels))
+            miss = _miss(task, task.simulate(new.images, new.labels))
             if found is not None and not miss < MIN_GAIN * least:
                 break
             found, least, image = new, miss, new.images
@@ -74,6 +80,60 @@ def by_fixed_point(task: UpdateTask) -> FoundImages:
     why = f"; units of {', '.join(kinks)} flip between the steps" if kinks else ""
     notes.append(f"the fixed point does not contract{missed}{why}")
     return FoundImages(best.image, (best.label,), None, best.descent.reports, tuple(notes), beliefs)
+
+
+def by_walks(task: UpdateTask) -> FoundImages:
+    """The same fixed point for a residual network: R enters it at a blind layer, told of what is left of the drift."""
+    start = {name: p.to("cpu", torch.float64) for name, p in task.parameters.items()}
+    network = checked_network(_at_mean_weights(task, start), task.network.image_shape)
+    options = {"labels": task.labels, "pixel_range": (task.pixels.low, task.pixels.high), "seed": task.seed}
+
+    def walked(ratio: float | None, drift: Mapping[str, Tensor]) -> tuple[float, Reconstruction, dict[str, Tensor]]:
+        """How far the update simulated with the image misses, the image, and the drift that it has."""
+        gradients = {name: g - drift.get(name, 0.0) for name, g in task.update.items()}
+        size = rms(torch.cat([g.flatten() for g in task.update.values()])).item()
+        noise, gradients = ratio and ratio * size, UpdateGradients(gradients, task.update.noise_std)
+        found = reconstruct(network, gradients, None, task.loss, noise_std=noise, gradient_scale=1.0, **options)
+        if not found.images.abs().max().item() <= MAX_PIXEL_SIZE * task.pixels.width:
+            return math.inf, found, {}
+        mean = task.simulate(found.images, found.labels)
+        at = task.training.mean_weights(start, mean)
+        mine = gradients_of(network.model, at, found.images, found.labels, task.loss)
+        return _miss(task, mean), found, {name: g - mine[name] for name, g in mean.items()}
+
+    walks = []
+    for ratio in WALK_NOISE_RATIOS:
+        walks = [min([*walks, walked(ratio, {})], key=lambda one: one[0])]
+        if walks[0][0] <= MAX_WALK_MISS:
+            break
+    while len(walks) < MAX_ITERATIONS and walks[-1][2]:
+        new = walked(max(WALK_NOISE_SHARE * walks[-1][0], MIN_NOISE_RATIO), walks[-1][2])
+        if not new[0] < MIN_GAIN * walks[-1][0]:
+            break
+        walks.append(new)
+    last = walked(None, walks[-1][2])  # told of nothing but the weights' rounding: what it predicts may be certified
+    certain = last[0] <= LAST_WALK_SLACK * walks[-1][0]
+    walks += [last] if certain else []
+    miss, found, _ = walks[-1]
+    notes = [f"{len(walks)} walks through the network at the mean weights of the steps"]
+    if miss > CONTRACTED_MISS:
+        notes += [f"the fixed point does not contract: the simulated update misses by {miss:.2g}", *found.notes]
+    iterates = {found.layers[-1].name: torch.stack([one.images[0] for _, one, _ in walks]).flatten(1)}
+    error = found.candidates[0].predicted_error if certain else None
+    return FoundImages(found.images, (found.labels,), error, found.layers, tuple(notes), iterates)
+
+
+def _at_mean_weights(task: UpdateTask, start: Mapping[str, Tensor]) -> nn.Module:
+    """The network, float64, at the mean weights of the steps."""
+    model = copy.deepcopy(task.network.model).to("cpu", torch.float64)
+    model.load_state_dict(task.training.mean_weights(start, task.update), strict=False)
+    return model
+
+
+def _miss(task: UpdateTask, mean: Mapping[str, Tensor]) -> float:
+    """How far a mean gradient is from Ḡ: the root of the parameters' squared relative misses."""
+    pairs = [(mean[name] - g, g) for name, g in task.update.items()]
+    return math.hypot(*(rest.norm().item() / max(g.norm().item(), 1e-300) for rest, g in pairs))
 
 
 @dataclass(frozen=True)
@@ -97,9 +157,7 @@ class _FixedPoint:
         """Takes the network to the mean weights."""
         self.task = task
         self.start = {name: p.to("cpu", torch.float64) for name, p in task.parameters.items()}
-        model = copy.deepcopy(task.network.model).to("cpu", torch.float64)
-        model.load_state_dict(task.training.mean_weights(self.start, task.update), strict=False)
-        self.chain = prepare(model, task.network.image_shape)
+        self.chain = prepare(_at_mean_weights(task, self.start), task.network.image_shape)
         self.kinked = [layer.name for layer in self.chain.layers if layer.activation.has_kink]
 
     def run(self) -> list[_Iterate]:
@@ -160,13 +218,8 @@ class _FixedPoint:
             return one
         read_shares = [one.descent.positive[name] for name in self.kinked]
         steps = simulated_steps(self.task, one.image, one.label, read_shares)
-        steps.sort(key=lambda each: self.miss(each.mean))
+        steps.sort(key=lambda each: _miss(self.task, each.mean))
         if len(steps) > 1:
-            settled = settled_steps(self.task, one.image, one.label, *steps, self.miss)
+            settled = settled_steps(self.task, one.image, one.label, *steps, partial(_miss, self.task))
             steps = [settled, *steps] if settled is not steps[0] else steps
-        return replace(one, steps=tuple(steps), miss=self.miss(steps[0].mean))
-
-    def miss(self, mean: dict[str, Tensor]) -> float:
-        """How far a mean gradient is from Ḡ: the root of the parameters' squared relative misses."""
-        pairs = [(mean[name] - g, g) for name, g in self.task.update.items()]
-        return math.hypot(*(rest.norm().item() / max(g.norm().item(), 1e-300) for rest, g in pairs))
+        return replace(one, steps=tuple(steps), miss=_miss(self.task, steps[0].mean))

@@ -7,7 +7,8 @@ An update of k steps of SGD is a weighted sum of the gradients at k different we
     as they are: of a vision transformer's patches, Ḡ_1 = Δ̄ᵀ P, and of a fully connected first layer, Ḡ_1 = h̄ xᵀ with
     h̄ the bias's;
     for several images, units of that layer that one image alone switches on at every step have Ḡ_j / h̄_j = x;
-    a chain has a drift Ḡ(x) − g(x) from the gradient at the mean weights that is small: a fixed point takes it off.
+    a chain or a residual network has a drift Ḡ(x) − g(x) from the gradient at the mean weights that is small: a fixed
+    point takes it off.
 
 The verdict is a simulation: the images, run through the client's steps, must reproduce the update to within the
 rounding of its weights. Where activations have kinks, units that flip between the steps are read as mean slopes; where
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.attack.arguments import check_options, checked_network
-from rgap.attack.drift import by_fixed_point
+from rgap.attack.drift import by_fixed_point, by_walks
 from rgap.attack.reconstruct import reconstruct
 from rgap.attack.update import FoundImages, UpdateTask, by_first_layer, by_patches
 from rgap.client import LocalTraining, mean_gradients
@@ -151,20 +152,15 @@ def _one_step(task: UpdateTask, gradient_scale: float | None) -> Reconstruction:
 def _several_steps(task: UpdateTask) -> Reconstruction:
     if isinstance(task.network, PatchEmbedding):
         found = by_patches(task)
-    elif not isinstance(task.network, Chain):
-        raise UnsupportedLayerError(
-            f"{task.training.steps} local steps: the inputs of the layers at which a residual network is entered drift "
-            "between them; one step is supported, and several of chains and vision transformers"
-        )
-    elif task.network.layers[0].is_dense and task.network.layers[0].bias_name:
+    elif isinstance(task.network, Chain) and task.network.layers[0].is_dense and task.network.layers[0].bias_name:
         found = by_first_layer(task)
     elif task.batch_size > 1:
         raise UnsupportedLayerError(
-            f"{task.batch_size} images and several local steps: the first layer {task.network.layers[0].name!r} must "
-            "be a Linear with a bias; the inputs of all other layers drift between the steps"
+            f"{task.batch_size} images and several local steps: the first layer of a chain must be a Linear with a "
+            "bias; the inputs of all other layers drift between the steps"
         )
     else:
-        found = by_fixed_point(task)
+        found = by_fixed_point(task) if isinstance(task.network, Chain) else by_walks(task)
     return _certified(task, found)
 
 

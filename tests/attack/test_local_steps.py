@@ -187,8 +187,22 @@ def test_what_is_no_such_update_is_refused_by_name():
         rgap.reconstruct_update(silent, moved, MLP_SHAPE, "cross_entropy", **options)
 
 
-def test_several_steps_of_a_residual_network_are_refused_by_name():
-    network = rgap.models.resnet(0, (16, 16), 1).double().eval()
+@pytest.mark.slow
+@pytest.mark.parametrize(("activation", "believed", "verdict"), [
+    (nn.ELU, 0.001, "exact"), (nn.ReLU, 0.0001, "exact"), (nn.ELU, 0.002, "inconsistent"),
+])  # fmt: skip
+def test_several_steps_of_a_residual_network_are_walked_at_the_mean_weights(activation, believed, verdict):
+    network = rgap.models.resnet(0, (48, 96), activation=activation).double().eval()
     image, label = rand(1, 3, 8, 8), torch.tensor([1])
-    with pytest.raises(rgap.UnsupportedLayerError, match="2 local steps: the inputs of the layers at which a residual"):
-        attacked(network, image, label, steps=2, lr=0.01)
+    rate = 0.0001 if activation is nn.ReLU else 0.001
+    found = attacked(network, image, label, steps=2, lr=rate, known={"learning_rate": believed})
+    assert found.verdict == verdict and "walks through the network" in found.notes[0]
+    assert verdict != "exact" or psnr_db(found.images, image).item() > 180
+
+
+def test_a_residual_network_whose_image_is_open_is_not_certified_and_a_batch_is_refused():
+    network, image, label = rgap.models.resnet(0, (6, 48)).double().eval(), rand(1, 3, 8, 8), torch.tensor([1])
+    found = attacked(network, image, label, steps=2, lr=1e-4)
+    assert found.verdict == "inconsistent" and "the fixed point does not contract" in found.notes[1]
+    with pytest.raises(rgap.UnsupportedLayerError, match="2 images and several local steps"):
+        attacked(network, rand(2, 3, 8, 8), torch.tensor([1, 0]), steps=2, lr=1e-4)
