@@ -94,7 +94,10 @@ def by_walks(task: UpdateTask) -> FoundImages:
         size = rms(torch.cat([g.flatten() for g in task.update.values()])).item()
         noise, gradients = ratio and ratio * size, UpdateGradients(gradients, task.update.noise_std)
         found = reconstruct(network, gradients, None, task.loss, noise_std=noise, gradient_scale=1.0, **options)
-        if not found.images.abs().max().item() <= MAX_PIXEL_SIZE * task.pixels.width:
+        diverged = not found.images.abs().max().item() <= MAX_PIXEL_SIZE * task.pixels.width
+        if diverged or (
+            found.labels.min().item() < 0 and not found.labels.is_floating_point()
+        ):  # or no label is decided
             return math.inf, found, {}
         mean = task.simulate(found.images, found.labels)
         at = task.training.mean_weights(start, mean)

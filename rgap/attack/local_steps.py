@@ -169,7 +169,7 @@ def _certified(task: UpdateTask, found: FoundImages) -> Reconstruction:
     images, complete = found.images, len(found.images) == task.batch_size
     residual, allowed, labels = math.inf, 0.0, found.labels[0]
     if complete and torch.isfinite(images).all():
-        for one in found.labels:
+        for one in (labels for labels in found.labels if labels.is_floating_point() or labels.min() >= 0):
             miss, limit = _simulated_miss(task, found, one)
             if miss < residual:
                 residual, allowed, labels = miss, limit, one
