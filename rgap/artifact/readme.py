@@ -1,4 +1,4 @@
-"""What README.md and docs/claims.md say of notebooks and claims, written from these and from the committed run."""
+"""What pages and forms say of notebooks and claims: README, guide, docs/claims.md, codecheck.yml and the appendix."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+import yaml
 
-from rgap.artifact import manifest, outputs
-from rgap.artifact.claims import CLAIM_TABLES, read_claims, usual_seconds
+from rgap.artifact import outputs
+from rgap.artifact.claims import CLAIM_TABLES, expected_outputs, read_claims, usual_seconds
 from rgap.artifact.outputs import write_atomically
 from rgap.artifact.schedule import minutes
+
+CODECHECK_VERSION = "https://codecheck.org.uk/spec/config/2.0/"
+
+HEAD = """---
+# Written by `python -m rgap report --readme` from notebooks/claims.yml. `make figures` writes the files of the manifest
+# into build/figures/ and compares them with these. Codechecker, summary, report and certificate are the checker's to
+# add, ORCIDs the authors'.
+"""
 
 PAGE = """# Every claim
 
@@ -21,6 +30,41 @@ rests on in the default run, *expected* what the check demands, *measured* what 
 means that the paper claims the direction, as the authors' program and later work have it; its text was not at hand,
 and no number here is taken from it. Written by `python -m rgap report --readme`.
 """
+
+
+def codecheck() -> str:
+    """codecheck.yml: the paper, and every figure and table with the notebook that writes it and what it supports."""
+    citation = yaml.safe_load((outputs.ROOT / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
+    authors = [{"name": f"{author['given-names']} {author['family-names']}"} for author in citation["authors"]]
+    paper = {"title": citation["title"], "authors": authors, "reference": f"https://doi.org/{citation['doi']}"}
+    titles = notebook_titles()
+    manifest = [
+        {"file": f"figures/{name}", "comment": f"notebooks/{notebook}.ipynb: {titles[notebook]}"}
+        for notebook, names in sorted(expected_outputs().items())
+        for name in names
+    ]
+    content = {"version": CODECHECK_VERSION, "paper": paper, "manifest": manifest}
+    return HEAD + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=200)
+
+
+def experiments() -> str:
+    """The appendix's experiments, one row a notebook: how to run it alone, how long it takes, what must come out."""
+    rows = ["| result | command | minutes | claims |", "|---|---|---|---|"]
+    claims, seconds, titles = read_claims(), usual_seconds(), notebook_titles()
+    for notebook in sorted(expected_outputs()):
+        own = [
+            f"{c['short']}: {c['expected']} {c['unit']}".strip() for c in claims.values() if c["notebook"] == notebook
+        ]
+        taken = minutes(seconds[notebook]) if notebook in seconds else "–"
+        rows.append(f"| {titles[notebook]} | `make build/default/{notebook}.ipynb` | {taken} | {'; '.join(own)} |")
+    return "\n".join(rows)
+
+
+def notebook_titles() -> dict[str, str]:
+    """Name of a notebook -> its title, without the number."""
+    paths = sorted((outputs.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    heads = {path.stem: nbformat.read(path, 4).cells[0].source.partition("\n")[0] for path in paths}
+    return {name: head.removeprefix("# ").partition(" · ")[2] for name, head in heads.items()}
 
 
 def update() -> list[Path]:
@@ -34,8 +78,8 @@ def update() -> list[Path]:
     timed = with_block(guide.read_text(encoding="utf-8"), "times", times())
     pages = {readme: with_block(text, "claims", summary()), guide: timed, claims: page()}
     appendix = outputs.ROOT / "ARTIFACT-APPENDIX.md"
-    pages[appendix] = with_block(appendix.read_text(encoding="utf-8"), "experiments", manifest.experiments())
-    pages[outputs.ROOT / "codecheck.yml"] = manifest.codecheck()
+    pages[appendix] = with_block(appendix.read_text(encoding="utf-8"), "experiments", experiments())
+    pages[outputs.ROOT / "codecheck.yml"] = codecheck()
     return [write_atomically(path, lambda file, new=new: file.write(new.encode())) for path, new in pages.items()]
 
 
@@ -63,9 +107,7 @@ def summary() -> str:
 
 def index() -> str:
     """README's list of notebooks: their titles, which say what each finds."""
-    paths = sorted((outputs.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    titles = {path: nbformat.read(path, 4).cells[0].source.partition("\n")[0].removeprefix("# ") for path in paths}
-    return "\n".join(f"- [{title}](notebooks/{path.name})" for path, title in titles.items())
+    return "\n".join(f"- [{name[:2]} · {title}](notebooks/{name}.ipynb)" for name, title in notebook_titles().items())
 
 
 def times() -> str:

@@ -14,10 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rgap.attack.candidates import Attack, Weighed
 from rgap.attack.descent import Descent, descend
 from rgap.attack.misfit import NOISE_RESIDUAL_FACTOR, Misfit, misfit
 from rgap.attack.pattern import batch_on_pattern
-from rgap.attack.problem import Attack, Weighed
 from rgap.client import gradients_of
 from rgap.head.hypothesis import Start, Twin
 from rgap.linalg import rms

@@ -7,27 +7,98 @@ format explains, either it is wrong or the layers amplify those errors; the nois
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from rgap.attack.batch import weigh_batch
-from rgap.attack.descent import Descent
+from rgap.attack.descent import Closer, Descent
 from rgap.attack.misfit import NOISE_RESIDUAL_FACTOR, Misfit, misfit
 from rgap.attack.pattern import project_to_pattern
-from rgap.attack.problem import Attack, Weighed
+from rgap.client import gradients_of
+from rgap.head.hypothesis import REAL_TARGET, Start, Twin
 from rgap.network.layer import Chain
-from rgap.results import Candidate
-from rgap.shared_gradient import FLOAT64_FLOOR
+from rgap.results import Candidate, PixelRange
+from rgap.shared_gradient import FLOAT64_FLOOR, SharedGradient
 
+PIXEL_SLACK_FACTOR = 5.0  # times its predicted error by which a pixel may lie outside the range
+MIN_PIXEL_SLACK = 1e-8  # the same in widths of the range, for errors of float64 arithmetic
 MAX_PATTERN_FLIPS = 30  # units of an image that may lie on another piece than was decided; noise flips more
 
 
-def weigh(attack: Attack, descent: Descent) -> Weighed:
-    """Compares the gradient of a descent's images with the shared one, and with the effect of noise on both."""
-    if descent.start.batch_size > 1:
-        return weigh_batch(attack, descent)
+@dataclass(frozen=True)
+class Attack:
+    """What all steps of one attack share."""
+
+    chain: Chain  # the prepared network
+    received: SharedGradient  # the gradients
+    loss: str  # a name in `rgap.client.LOSSES`
+    close: Closer | None = None  # what may close rank-deficient layers; None leaves them open
+    pixels: PixelRange = field(default_factory=PixelRange)  # the values that a pixel may have
+    # whether the gradient's noise was inferred from surplus equations, not declared or seen by its format
+    inferred: bool = False
+    gradient_scale: float | None = 1.0  # factor κ of the shared gradient κ ∇ℓ; None to estimate it
+    label_smoothing: float | None = 0.0  # ε of the client's labels; None to estimate it
+
+    def gradients(self, images: Tensor, labels: Tensor, start: Start) -> dict[str, Tensor]:
+        """The gradient that a client with these images (B, C, H, W) and the loss of a start would share, by name."""
+        return gradients_of(self.chain.model, self.chain.parameters, images, labels, self.loss, **start.client_loss)
+
+    def images(self, descent: Descent) -> Tensor:
+        """The recovered input of the first layer, (B, C, H, W)."""
+        return descent.layer_inputs[self.chain.layers[0].name].reshape(len(descent.start.x), *self.chain.image_shape)
+
+    def inputs(self, descent: Descent, images: Tensor) -> dict[str, Tensor]:
+        """The recovered inputs by layer name, with these images in place of the first layer's."""
+        name = self.chain.layers[0].name
+        return {**descent.layer_inputs, name: images.reshape(descent.layer_inputs[name].shape)}
+
+    def slack(self, largest_error: float) -> float:
+        """How far outside the range a pixel may lie where the largest error of a pixel is predicted to be this."""
+        return PIXEL_SLACK_FACTOR * largest_error + MIN_PIXEL_SLACK * self.pixels.width
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """The candidates of a descent, compared with the shared gradient."""
+
+    start: Start  # where the descent started
+    joint: Candidate  # the candidate of all images together
+    # for each image of a batch its candidates, one for each of its twins, those in the pixel range first
+    each: tuple[tuple[Candidate, ...], ...] = ()
+    # whether the scales of a batch rest on its size alone, without confirmation by the gradient's rank
+    unconfirmed: bool = False
+    doubt: str = ""  # why noise that was inferred does not explain the misfit; empty where it does
+
+
+def twins(descent: Descent) -> Iterator[Descent]:
+    """A single image's twins: with positively homogeneous activations every layer's input scales with the image."""
+    yield descent
+    for twin in descent.start.twins[0][1:]:
+        factor = twin.factor
+        scaled = {
+            key: {name: factor * x for name, x in getattr(descent, key).items()} for key in ("layer_inputs", "beliefs")
+        }
+        errors = [None if r.predicted_error is None else abs(factor) * r.predicted_error for r in descent.reports]
+        reports = tuple(replace(r, predicted_error=e) for r, e in zip(descent.reports, errors, strict=True))
+        probe = None if descent.probe is None else replace(descent.probe, x=factor * _relengthened(descent, twin))
+        label = descent.start.labels if twin.label == REAL_TARGET else torch.tensor([twin.label])
+        start = replace(descent.start, labels=label, length_errors=(twin.length_error,))
+        yield replace(descent, start=start, **scaled, reports=reports, probe=probe)
+
+
+def _relengthened(descent: Descent, twin: Twin) -> Tensor:
+    """The change of the image by the noise, where its length has the error of a twin's."""
+    before, after = (
+        error if math.isfinite(error) else 0.0 for error in (*descent.start.length_errors, twin.length_error)
+    )
+    image = descent.layer_inputs[descent.reports[-1].name]
+    return descent.probe.x + (after - before) * image.reshape(descent.probe.x.shape)
+
+
+def weigh_image(attack: Attack, descent: Descent) -> Weighed:
+    """Compares the gradient of a single image with the shared one, and with the effect of noise on both."""
     received, labels, image = attack.received, descent.start.labels, attack.images(descent)
     match = Misfit(math.inf, received.arithmetic)
     if torch.isfinite(image).all():

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from rgap.attack.problem import Attack, Weighed
+from rgap.attack.candidates import Attack, Weighed
 from rgap.equations.limits import DEFAULT_LIMITS
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS, RankLaws, layer_laws
 from rgap.head.hypothesis import Start

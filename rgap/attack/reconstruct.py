@@ -18,7 +18,7 @@ ICLR 2021); scales, twins, batches, predicted errors and verdicts are ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -34,14 +34,14 @@ from rgap.attack.arguments import (
     checked_batch_labels,
     checked_network,
 )
-from rgap.attack.candidates import weigh
+from rgap.attack.batch import weigh_batch
+from rgap.attack.candidates import Attack, Weighed, twins, weigh_image
 from rgap.attack.descent import Descent, close_by_virtual_constraints, descend, start_probe
 from rgap.attack.foreseen import EFFORTS, foreseen_deficits, without_solving
-from rgap.attack.problem import Attack, Weighed
 from rgap.attack.verdict import judge
 from rgap.client import check_label
 from rgap.head import read_head
-from rgap.head.hypothesis import REAL_TARGET, Start, Twin, starts_of
+from rgap.head.hypothesis import Start, starts_of
 from rgap.isolation import dense_systems_on, isolated
 from rgap.linalg import rms
 from rgap.network.layer import Chain
@@ -169,6 +169,7 @@ def reconstruct(
         descents, found = follow(attack, starts)
         if noise_std is None:
             attack, descents, found = _with_noise_found(attack, starts, rcond, descents, found)
+        weigh = weigh_image if starts[0].batch_size == 1 else weigh_batch
         weighed = [weigh(attack, descent) for descent in descents]
         if starts[0].batch_size == 1 and attack.received.is_half and not any(one.joint.consistent for one in weighed):
             weighed, found = _with_coarse_arithmetic(attack, starts, weighed, found)
@@ -225,7 +226,7 @@ def follow(attack: Attack, starts: Sequence[Start]) -> tuple[list[Descent], list
         return descend(chain, received, start, probe=probe, close=close, give_up=give_up)
 
     every = [down(start, MAX_IDENTITY_RESIDUAL) for start in starts]
-    complete = [twin for descent in every if descent.complete for twin in _twins(descent)]
+    complete = [twin for descent in every if descent.complete for twin in twins(descent)]
     if not complete:
         best = min(every, key=lambda descent: descent.mismatch)
         close = None  # nothing closes a null space of equations that no image fulfils
@@ -238,31 +239,6 @@ def follow(attack: Attack, starts: Sequence[Start]) -> tuple[list[Descent], list
     others = ", ".join(f"{mismatch:.2g} for label {label}" for label, mismatch in refuted.items())
     labels = " and ".join(f"label {label}" for label in sorted(kept))
     return complete, [f"{labels}, decided by the layers' identities: residual {least:.2g}, against {others}"]
-
-
-def _twins(descent: Descent) -> Iterator[Descent]:
-    """A single image's twins: with positively homogeneous activations every layer's input scales with the image."""
-    yield descent
-    for twin in descent.start.twins[0][1:]:
-        factor = twin.factor
-        scaled = {
-            key: {name: factor * x for name, x in getattr(descent, key).items()} for key in ("layer_inputs", "beliefs")
-        }
-        errors = [None if r.predicted_error is None else abs(factor) * r.predicted_error for r in descent.reports]
-        reports = tuple(replace(r, predicted_error=e) for r, e in zip(descent.reports, errors, strict=True))
-        probe = None if descent.probe is None else replace(descent.probe, x=factor * _relengthened(descent, twin))
-        label = descent.start.labels if twin.label == REAL_TARGET else torch.tensor([twin.label])
-        start = replace(descent.start, labels=label, length_errors=(twin.length_error,))
-        yield replace(descent, start=start, **scaled, reports=reports, probe=probe)
-
-
-def _relengthened(descent: Descent, twin: Twin) -> Tensor:
-    """The change of the image by the noise, where its length has the error of a twin's."""
-    before, after = (
-        error if math.isfinite(error) else 0.0 for error in (*descent.start.length_errors, twin.length_error)
-    )
-    image = descent.layer_inputs[descent.reports[-1].name]
-    return descent.probe.x + (after - before) * image.reshape(descent.probe.x.shape)
 
 
 def _with_noise_found(
@@ -289,7 +265,7 @@ def _with_coarse_arithmetic(
     """Follows and weighs the starts once more, for a client that not only shared but computed in 16 bits."""
     coarse = replace(attack, received=replace(attack.received, coarse=True))
     descents, others = follow(coarse, starts)
-    again = [weigh(coarse, descent) for descent in descents]
+    again = [weigh_image(coarse, descent) for descent in descents]
     if not any(one.joint.consistent for one in again):
         return weighed, notes
     return again, [*others, "the gradient fits a client that computed in 16 bits, not one that rounded to them"]

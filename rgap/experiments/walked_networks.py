@@ -19,7 +19,7 @@ from rgap.experiments.common import progress, seeded
 from rgap.experiments.residual_networks import vgg
 from rgap.metrics import psnr_db
 from rgap.residual.cut import prepare_residual
-from rgap.residual.descent import begin
+from rgap.residual.reconstruct import begin
 from rgap.shared_gradient import receive_gradients
 
 RESNET18_WIDTHS = (64, 128, 256, 512)

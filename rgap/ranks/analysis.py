@@ -21,11 +21,10 @@ from rgap.network.steps import Step
 from rgap.network.tracing import trace
 from rgap.ranks.exposure import judge
 from rgap.ranks.largest_batch import separable_images
+from rgap.ranks.no_chains import BYPASSED, blind_layers, patch_ranks, walk_by_law
 from rgap.ranks.numbers import MAX_UNKNOWNS
-from rgap.ranks.patches import BYPASSED, patch_ranks
 from rgap.ranks.ranking import Ranking
 from rgap.ranks.steps import CountedStep, counted_steps
-from rgap.ranks.walked import blind_layers, walk_by_law
 from rgap.results import LayerRank, RankAnalysis, UnsupportedLayerError
 
 MAX_WALKED_PARAMETERS = 100_000_000  # parameters up to which blind layers are looked for: copies take 16 bytes each
@@ -46,7 +45,7 @@ def rank_analysis(
     The network is analysed in eval mode. Parameters without `requires_grad` share no gradient and give no gradient
     constraints, unless none has it. Ranks assume that z and ∂ℓ/∂z are known at the layer's output; those by law
     also assume generic weights. Under activations that are not invertible they are upper bounds. Of a transformer with
-    learned position embeddings the patches are analysed (`rgap.ranks.patches`); what follows them is only listed.
+    learned position embeddings the patches are analysed (`rgap.ranks.no_chains`); what follows them is only listed.
 
     Args:
         model: Any module that `torch.fx` can trace, or such a transformer.

@@ -1,34 +1,167 @@
-"""The audit of a network: its rank analysis, what follows from it, and what would stop the leak. It needs no data."""
+"""The audit of a network, without data: its rank analysis, what follows from it, and what would stop the leak.
+
+Advice is the outcome of the rank analysis of changed copies that were built. It concerns the linear equations, layer by
+layer, and is no guarantee: an attacker may also use a prior on natural images.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from rgap.ranks.advice import Change, advise
 from rgap.ranks.analysis import rank_analysis
 from rgap.ranks.exposure import LEAST_SHARE, Exposure, exposure
 from rgap.ranks.numbers import MAX_UNKNOWNS
-from rgap.results import LayerRank, RankAnalysis
+from rgap.ranks.rebuild import chain_steps, with_convolution
+from rgap.ranks.steps import is_layer
+from rgap.results import LayerRank, RankAnalysis, UnsupportedLayerError, reports_frame
 
 if TYPE_CHECKING:
     import pandas as pd
 
+CONVOLUTIONS_CHANGED = 3  # number of convolutions that are changed, counted from the image
+STRIDES_TRIED = 3  # number of strides above its own with which a convolution is tried
+MAX_BATCH_ADVISED = 1024  # largest batch size tried
+
+ARGUMENTS = {"output channels": "out_channels", "stride": "stride"}
+"""Kind of a change of a convolution -> the argument of `with_convolution`."""
+
 COLUMNS = [
-    "name",
-    "kind",
-    "unknowns",
-    "weight_rows",
-    "gradient_rows",
-    "ra_index",
-    "deficit",
-    "law_proved",
-    "supply",
-    "status",
-]
+    "name", "kind", "unknowns", "weight_rows", "gradient_rows", "ra_index", "deficit", "law_proved", "supply", "status",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of a network after which the image no longer follows from the linear equations."""
+
+    what: str  # "output channels", "stride" or "batch size"
+    layer: str  # path of the layer, empty for the batch size
+    before: int  # the present value
+    after: int  # the nearest value at which the analysis says "stops", with enough equations missing
+    stops_at: str  # the step that then lacks the largest share of its equations
+    unknowns: int  # of that step, as in `StepExposure`
+    deficit: int
+    supply: int
+
+    @property
+    def sentence(self) -> str:
+        """The change and what follows, in words."""
+        place = f"{self.what} of {self.layer!r}" if self.layer else self.what
+        return (
+            f"{place}: with {self.after} instead of {self.before}, {self.stops_at!r} would lack {self.deficit} of "
+            f"{self.unknowns} equations, and the step before it could add {self.supply} at most"
+        )
+
+
+def advise(
+    model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 1, least_share: float = LEAST_SHARE
+) -> list[Change]:
+    """Finds the smallest changes after which the rank analysis says that a network stops a leak, by a margin.
+
+    At least `least_share` of the unknowns of a step must then be missing; of fewer a prior on images makes up.
+
+    Larger batches are tried and, if the network is a chain of layers, fewer output channels and larger strides of the
+    convolutions nearest to the image, one change at a time. Ranks are those by law, so that weights do not matter.
+    The model stays unchanged; raises what `rgap.rank_analysis` raises.
+
+    Returns:
+        At most one change for each layer and kind, widths first, from the image on; none if the analysis does not know
+        whether the network leaks, if so much is missing already, or if no change that was tried closes the leak.
+    """
+    found, stops = [], partial(_stops, least_share=least_share)
+    now = _judge(model, image_shape, batch_size)
+    if now.outcome == "unknown" or stops(now):
+        return []
+    convolutions = [s for s in chain_steps(model, image_shape) if is_layer(s) and not isinstance(s.module, nn.Linear)]
+    for what in ARGUMENTS:
+        for step in convolutions[:CONVOLUTIONS_CHANGED]:
+            built = partial(_changed, model, image_shape, batch_size, step.path, what)
+            if what == "stride":
+                before = max(step.module.stride)
+                tried = ((value, built(value)) for value in range(before + 1, before + 1 + STRIDES_TRIED))
+                best = next((pair for pair in tried if stops(pair[1])), None)
+            else:
+                before = step.module.out_channels
+                best = _bisect(before, 0, built, stops)
+            found.append(_change(what, step.path, before, best))
+    best = _first_batch(batch_size, partial(_judge, model, image_shape), stops)
+    found.append(_change("batch size", "", batch_size, best))
+    return [change for change in found if change is not None]
+
+
+def changed(model: nn.Module, image_shape: tuple[int, ...], change: Change, seed: int = 0) -> nn.Module:
+    """A copy of a network with the new width or stride, or the network itself where the change is a batch size.
+
+    The seed is that of the weights of the layers that change.
+    """
+    if change.what not in ARGUMENTS:
+        return model
+    return with_convolution(model, image_shape, change.layer, seed=seed, **{ARGUMENTS[change.what]: change.after})
+
+
+def advice_frame(changes: Iterable[Change]) -> pd.DataFrame:
+    """Changes as a table, columns as in `Change`."""
+    return reports_frame(list(changes), Change)
+
+
+def _judge(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> Exposure:
+    return exposure(rank_analysis(model, image_shape, batch_size, limit=0))
+
+
+def _changed(
+    model: nn.Module, image_shape: tuple[int, ...], batch_size: int, path: str, what: str, value: int
+) -> Exposure | None:
+    """The exposure of a changed copy; None where there is no such network."""
+    try:
+        return _judge(with_convolution(model, image_shape, path, **{ARGUMENTS[what]: value}), image_shape, batch_size)
+    except (UnsupportedLayerError, ValueError):
+        return None
+
+
+def _stops(found: Exposure | None, least_share: float) -> bool:
+    return found is not None and found.outcome == "stops" and found.missing_share >= least_share
+
+
+def _bisect(
+    start: int, end: int, judge: Callable[[int], Exposure | None], stops: Callable[[Exposure | None], bool]
+) -> tuple[int, Exposure] | None:
+    """The value nearest to `start` at which the leak stops, between it and `end` (both excluded), by bisection."""
+    step = 1 if end > start else -1
+    near, far = start, end - step  # near leaks, far stops
+    if far == start or not stops(best := judge(far)):
+        return None
+    while abs(far - near) > 1:
+        middle = (near + far) // 2
+        if stops(outcome := judge(middle)):
+            far, best = middle, outcome
+        else:
+            near = middle
+    return far, best
+
+
+def _first_batch(
+    batch_size: int, judge: Callable[[int], Exposure | None], stops: Callable[[Exposure | None], bool]
+) -> tuple[int, Exposure] | None:
+    """Doubles the size until the leak stops, then bisects between the last two sizes."""
+    size = batch_size
+    while size < MAX_BATCH_ADVISED:
+        if stops(judge(2 * size)):
+            return _bisect(size, 2 * size + 1, judge, stops)
+        size *= 2
+    return None
+
+
+def _change(what: str, layer: str, before: int, found: tuple[int, Exposure] | None) -> Change | None:
+    if found is None:
+        return None
+    step = found[1].open_step
+    return Change(what, layer, before, found[0], step.name, step.unknowns, step.deficit, step.supply)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from rgap.equations.tap_splits import TapSplit, tap_splits
 from rgap.linalg import svd
-from rgap.residual.factors import Factors
-from rgap.residual.shifts import ShiftSpace
+from rgap.residual.factors import Factors, ShiftSpace
 from rgap.shared_gradient import entry_noise
 
 SKETCH_SURPLUS = 32  # singular values computed beyond those that a split has: they show the noise

@@ -22,12 +22,12 @@ from rgap.results import (
     with_accuracy,
 )
 from rgap.shared_gradient import SharedGradient, receive_gradients
-from rgap.tokens.closure import close_by_gradient
 from rgap.tokens.embedding import PatchEmbedding
 from rgap.tokens.replay import MIN_RELATIVE_RMS, Replay
 from rgap.tokens.solve import (
     PatchSolution,
     PatchSystem,
+    close_by_gradient,
     patch_system,
     regularised_patches,
     ridge_prior,

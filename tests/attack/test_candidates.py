@@ -7,9 +7,8 @@ from cases import CNN_SHAPE, SHAPE, batch, batch_cnn, fcn, gradients, quality, r
 import rgap
 from rgap import client
 from rgap.attack import batch as batches
-from rgap.attack.candidates import weigh
+from rgap.attack.candidates import Attack, weigh_image
 from rgap.attack.descent import descend, start_probe
-from rgap.attack.problem import Attack
 from rgap.head import read_head
 from rgap.head.hypothesis import Start, starts_of
 from rgap.results import PixelRange
@@ -119,7 +118,7 @@ def test_a_unit_that_flips_when_the_image_goes_forward_says_nothing_against_it(r
     turned, by = with_one_unit_turned(attack.chain, descent)
     close = replace(turned, probe=replace(turned.probe, x=(by / turned.probe.error) * turned.probe.x))
     assert close.probe.error == pytest.approx(by.item())
-    candidate = weigh(attack, close).joint
+    candidate = weigh_image(attack, close).joint
     assert candidate.gradient_residual < candidate.residual_allowed < 1e-3
     assert (candidate.images - descent.layer_inputs[name]).square().mean().sqrt() < by
     assert torch.equal(candidate.layer_inputs[name], candidate.images)
@@ -129,6 +128,6 @@ def test_an_image_is_not_moved_beyond_its_error(recovered):
     attack, descent = recovered
     turned, by = with_one_unit_turned(attack.chain, descent)
     assert turned.probe.error < by / 50
-    candidate = weigh(attack, turned).joint
+    candidate = weigh_image(attack, turned).joint
     assert not candidate.consistent and candidate.gradient_residual > 1e-3
     assert torch.equal(candidate.images, turned.layer_inputs[attack.chain.layers[0].name])

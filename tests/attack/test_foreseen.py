@@ -7,9 +7,9 @@ from cases import rand
 from torch import nn
 
 import rgap
+from rgap.attack.candidates import Attack
 from rgap.attack.descent import close_by_virtual_constraints
 from rgap.attack.foreseen import foreseen_deficits
-from rgap.attack.problem import Attack
 from rgap.shared_gradient import receive
 
 

@@ -7,9 +7,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
-from rgap.attack.candidates import weigh
+from rgap.attack.batch import weigh_batch
+from rgap.attack.candidates import Attack
 from rgap.attack.descent import descend
-from rgap.attack.problem import Attack
 from rgap.attack.verdict import judge
 from rgap.experiments.batch_fcn import combination
 from rgap.network.chain import Chain
@@ -24,7 +24,7 @@ def recovered(network, images, labels, loss="logistic", size=None, dtype=torch.f
     chain = chain or rgap.prepare(network, SHAPE)
     received = receive(chain, gradients(network, images, labels, loss, dtype))
     start, notes = read_batch(chain, received, find_batch_size(chain, received, size or len(images)), loss, None, 0)
-    weighed = weigh(Attack(chain, received, loss), descend(chain, received, start))
+    weighed = weigh_batch(Attack(chain, received, loss), descend(chain, received, start))
     return judge([weighed], notes, PixelRange())
 
 

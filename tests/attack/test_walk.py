@@ -29,7 +29,7 @@ def modules_crossed(call):
     return sorted(str(Path(file).relative_to(ROOT)) for file in files if Path(file).is_relative_to(ROOT))
 
 
-@pytest.mark.parametrize(("count", "most"), [(1, 35), (3, 40)])
+@pytest.mark.parametrize(("count", "most"), [(1, 33), (3, 38)])
 def test_an_attack_on_a_prepared_chain_crosses_few_modules(count, most):
     model = small_cnn() if count == 1 else batch_cnn()
     chain = rgap.prepare(model, CNN_SHAPE)
@@ -47,4 +47,4 @@ def test_the_fully_connected_layers_alone_need_no_descent():
     images = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0)) ** 3
     gradients = rgap.client_gradients(chain.model, images, torch.tensor([0, 1, 0]))
     crossed = modules_crossed(lambda: reconstruct(chain, gradients, batch_size=3, gradient_scale=1.0))
-    assert len(crossed) <= 32 and not any(name.startswith("equations/") for name in crossed), crossed
+    assert len(crossed) <= 30 and not any(name.startswith("equations/") for name in crossed), crossed
