@@ -209,7 +209,7 @@ def _simulated_miss(task: UpdateTask, found: FoundImages, labels: Tensor) -> tup
     That far the client's own arithmetic, in the format of the weights, and the predicted error of the images move it,
     by one draw of the latter, and the rounding of the weights that were subtracted.
     """
-    dtype = next(iter(task.parameters.values())).dtype
+    dtype = next(task.network.model.parameters()).dtype
     mine = task.simulate(found.images, labels)
     generator = torch.Generator().manual_seed(task.seed)
     drawn = found.images + (found.error or 0.0) * torch.randn(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,7 +53,7 @@ def _on_pattern(task: UpdateTask, image: Tensor, label: Tensor, steps: KinkedSte
 
 
 def settled_steps(
-    task: UpdateTask, image: Tensor, label: Tensor, first: KinkedSteps, second: KinkedSteps, miss: Callable
+    task: UpdateTask, image: Tensor, label: Tensor, first: KinkedSteps, second: KinkedSteps
 ) -> KinkedSteps:
     """Steps on the first pattern with those units as in the second that bring the simulation closer, one by one."""
     pairs = list(zip(first.positive, second.positive, strict=True))
@@ -63,7 +63,7 @@ def settled_steps(
         positive[i] = positive[i].clone()
         positive[i][at] = second.positive[i][at]
         trial = _on_pattern(task, image, label, replace(first, positive=positive))
-        if miss(trial.mean) < miss(first.mean):
+        if task.miss(trial.mean) < task.miss(first.mean):
             first = trial
     return first
 

@@ -36,23 +36,26 @@ class UpdateTask:
     seed: int
     device: torch.device | str | None
 
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """The weights that were sent out, in the client's format."""
-        return {name: p.detach() for name, p in self.network.model.named_parameters()}
+    def weights(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        """The weights that were sent out, by name."""
+        return {name: p.detach().to("cpu", dtype) for name, p in self.network.model.named_parameters()}
 
     def simulate(self, images: Tensor, labels: Tensor, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """Ḡ of a client with these images (B, C, H, W), computed in `dtype`."""
-        start = {name: p.to("cpu", dtype) for name, p in self.parameters.items()}
+        start = self.weights(dtype)
         end = self.training.run(self.network.model, start, images, labels, self.loss)
         kept, total = self.training.coefficients[0], self.training.total
         return {n: (w.double() - end[n].double() - (1 - kept) * w.double()) / total for n, w in start.items()}
 
     def drift(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """How far Ḡ of these images is from their gradient at the weights that were sent out."""
-        start = {name: p.to("cpu", torch.float64) for name, p in self.parameters.items()}
-        gradient = gradients_of(self.network.model, start, images, labels, self.loss)
+        gradient = gradients_of(self.network.model, self.weights(), images, labels, self.loss)
         return {name: g - gradient[name] for name, g in self.simulate(images, labels).items()}
+
+    def miss(self, mean: Mapping[str, Tensor]) -> float:
+        """How far a mean gradient is from Ḡ: the root of the parameters' squared relative misses."""
+        pairs = [(mean[name] - g, g) for name, g in self.update.items()]
+        return math.hypot(*(rest.norm().item() / max(g.norm().item(), 1e-300) for rest, g in pairs))
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def _agreeing_units(G: Tensor, h: Tensor, G_std: Tensor, h_std: Tensor, seed: in
 
 def likely_labels(task: UpdateTask, image: Tensor) -> tuple[Tensor, ...]:
     """Labels (1,) of one image, by the angle between its gradient with each of them and Ḡ; a few."""
-    start = {name: p.to("cpu", torch.float64) for name, p in task.parameters.items()}
+    start = task.weights()
     with torch.no_grad():
         outputs = torch.func.functional_call(task.network.model, start, image)
     if (classes := max(outputs.shape[-1], 2)) > MAX_CLASSES:
