@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
-from rgap.virtual.inference import DeficientLayer, assemble, independent_gradients
+from rgap.virtual.inference import DeficientLayer, assemble, gradient_rows, independent_gradients
 from rgap.virtual.linearisation import fit, slope
 
 MAX_CERTIFIED_RESIDUAL = 20.0  # largest certified residual, in units of the data's noise; a wrong sign gives thousands
 MAX_CERTIFIED_CONDITION = 1e5  # largest certified condition number of the final system
+WEAK_SHARE = 0.1  # eigenvalue, over the largest, up to which the range alone sees a direction badly
 MAX_PIECES = 2  # systems on one piece of σ solved at the end; each corrects signs of entries near zero
 MAX_SIGN_TRIALS = 4  # entries closest to zero whose signs are flipped, one at a time, where the solution does not fit
 
@@ -42,7 +44,8 @@ def certify(problem: DeficientLayer, t: NDArray, image: NDArray, channels: NDArr
     """
     belief = problem.x + problem.N @ t
     piece = _solve_pieces(problem, belief, image, channels)
-    if not piece.fits and problem.activation.homogeneous:
+    determined = piece.condition <= MAX_CERTIFIED_CONDITION  # a sign must not decide what the equations leave open
+    if determined and not piece.fits and problem.activation.homogeneous:
         flips = (np.arange(len(belief)) == entry for entry in np.argsort(np.abs(belief))[:MAX_SIGN_TRIALS])
         trials = (_solve_pieces(problem, np.where(flip, -belief, belief), image, channels) for flip in flips)
         piece = next((trial for trial in trials if trial.fits), piece)
@@ -70,32 +73,68 @@ def _solve_pieces(problem: DeficientLayer, m: NDArray, image: NDArray, channels:
     """Solves on the piece of σ on which m lies, then on the one on which the solution lies, and so on."""
     for _ in range(MAX_PIECES):
         piece = _solve_piece(problem, m, image, channels)
-        if piece.stays:
+        if piece.stays or piece.condition > MAX_CERTIFIED_CONDITION:
             break
         m = piece.x
     return piece
 
 
 def _solve_piece(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
-    """Solves the linear system on the piece of σ on which m lies, for (t, y), columns scaled."""
+    """Solves the linear system on the piece of σ on which m lies, for θ = (t, y).
+
+    Where the range of the layer before and what is `known` determine θ, its gradient corrects it in the directions P
+    that they see worst, and is tested as a whole; elsewhere both kinds of equations are solved together.
+    """
     fitted, N = fit(problem.activation, m, np.full(len(m), 1e-60)), problem.N
-    rows = assemble(problem, fitted, m, image, channels, None, problem.noise, certain=True)
+    d, r = N.shape[1], problem.previous.null.shape[1]
+    rows = assemble(problem, fitted, m, image, channels[:0], None, problem.noise)
     known = np.flatnonzero(np.isfinite(rows.known))  # the deficient layer's own values of ill-conditioned directions
-    floor = np.concatenate([rows.floor, rows.known[known]])
-    weight = floor.min() / floor
-    A = np.vstack([rows.A, np.eye(rows.A.shape[1])[known]]) * weight[:, None]
+    unit = problem.noise * np.sqrt(np.mean((fitted.alpha + fitted.beta * m) ** 2))
+    weight = unit / np.concatenate([rows.floor, rows.known[known]])
+    A = np.vstack([rows.A, np.eye(d + r)[known]]) * weight[:, None]
     b = np.concatenate([rows.b, np.zeros(known.size)]) * weight
-    norms = np.linalg.norm(A, axis=0) + 1e-300
-    scaled = A / norms
-    values, Q = np.linalg.eigh(scaled.T @ scaled)
-    kept = np.maximum(values, 1e-14 * values[-1])
-    theta = (Q @ ((Q.T @ (scaled.T @ b)) / kept)) / norms
-    rest = b - A @ theta
-    residual = float(problem.noise * np.sqrt(np.mean((rest / floor.min()) ** 2)))
-    std = np.linalg.norm(rest) / np.sqrt(max(len(rest) - len(theta), 1))
-    error = std * (Q @ (np.random.default_rng(0).standard_normal(len(theta)) / np.sqrt(kept))) / norms
-    x, draw = problem.x + N @ theta[: N.shape[1]], N @ error[: N.shape[1]]
+    theta, P, strong, draw, generator = np.zeros(d + r), np.eye(d + r), [], 0.0, np.random.default_rng(0)
+    if not r and len(A) - d >= CERTIFICATE_SURPLUS and channels.size:
+        own = _least_squares(A, b, np.linalg.norm(A, axis=0), generator)
+        seen = own.values > WEAK_SHARE * own.values[-1]
+        strong, P = own.values[seen], own.directions[:, ~seen]
+        theta, draw = own.directions[:, seen] @ own.x[seen], own.directions[:, seen] @ own.draw[seen]
+    A, b, norms = A @ P, b - A @ theta, np.ones(P.shape[1])
+    if channels.size:
+        own = gradient_rows(problem, fitted, m, image, channels, problem.x + N @ theta[:d], N @ P[:d])
+        weight = unit / np.maximum(unit, problem.noise * own.size)
+        A = np.vstack([A, (own.A + own.null @ P[d:]) * weight[:, None]])
+        b = np.concatenate([b, (own.b - own.null @ theta[d:]) * weight])
+    if not len(strong):  # P's columns, which one system has singled out, show by their length what neither sees
+        norms = np.linalg.norm(A, axis=0)
+    found = _least_squares(A, b, norms, generator)
+    P = P @ found.directions
+    x, draw = problem.x + N @ (theta + P @ found.x)[:d], N @ (draw + P @ found.draw)[:d]
+    residual = float(problem.noise * np.sqrt(np.mean((found.rest / unit) ** 2)))
     stays = not problem.activation.homogeneous
     stays = stays or np.array_equal(slope(problem.activation, x), slope(problem.activation, m))
     fits = stays and residual <= MAX_CERTIFIED_RESIDUAL * problem.noise
-    return _Piece(x, draw, residual, float(np.sqrt(values[-1] / max(values[0], 1e-300))), stays, fits)
+    values = np.concatenate([found.values, strong])
+    return _Piece(x, draw, residual, float(np.sqrt(values.max() / max(values.min(), 1e-300))), stays, fits)
+
+
+class _Solution(NamedTuple):
+    """A least-squares solution in the singular directions of A, whose columns are divided by their norms."""
+
+    values: NDArray  # squares of the singular values, ascending
+    directions: NDArray  # columns, of unit length once they are multiplied with the norms
+    x: NDArray  # the solution's coefficients
+    draw: NDArray  # a draw of their errors, from the residual
+    rest: NDArray  # b − A x
+
+
+def _least_squares(A: NDArray, b: NDArray, norms: NDArray, generator: np.random.Generator) -> _Solution:
+    scaled = A / (norms + 1e-300)
+    values, Q = np.linalg.eigh(scaled.T @ scaled)
+    kept = np.maximum(values, 1e-14 * values[-1:])
+    x = (Q.T @ (scaled.T @ b)) / kept
+    rest = b - scaled @ (Q @ x)
+    std = np.linalg.norm(rest) / np.sqrt(max(len(rest) - len(x), 1))
+    return _Solution(
+        values, Q / (norms + 1e-300)[:, None], x, std * generator.standard_normal(len(x)) / np.sqrt(kept), rest
+    )

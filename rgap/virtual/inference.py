@@ -90,71 +90,88 @@ class Rows:
     b: NDArray
     floor: NDArray  # standard deviation from the data
     known: NDArray  # standard deviation of what the deficient layer knows of its unknowns, all 0, (unknowns,)
-    eps: NDArray  # response of the rows to ε, (n, rows); of the range alone where all is certain
+    eps: NDArray  # response of the rows to ε, (n, rows)
     eta: list[tuple[slice, slice, NDArray]]  # for each output channel: rows, entries, response of the rows to η
 
 
 def assemble(
-    problem: DeficientLayer,
-    fitted: Fit,
-    m: NDArray,
-    image: NDArray,
-    channels: NDArray,
-    prior,
-    noise: float,
-    certain: bool = False,
+    problem: DeficientLayer, fitted: Fit, m: NDArray, image: NDArray, channels: NDArray, prior, noise: float
 ) -> Rows:
-    """The rows of one step: range of W, gradient of the layer before in rows of about unit norm, and a prior.
+    """The rows of one step: range of W, gradient of the layer before, and a prior.
 
     `fitted` are the fits to σ⁻¹ and σ′ under the present belief with means m (n,), `image` (n_x,) is the present input
     of the layer before, `channels` are the output channels whose gradient is used, and `prior` gives the rows of
-    `smooth_image_rows` or is None; where all is `certain` no response to ε is made. Raises LinAlgError if the belief is
-    so far off that the equations overflow.
+    `smooth_image_rows` or is None. Raises LinAlgError if the belief is so far off that the equations overflow.
     """
     previous, N, d = problem.previous, problem.N, problem.N.shape[1]
     q = previous.left.shape[1]
     z = fitted.alpha + fitted.beta * problem.x - previous.bias
     scale = np.sqrt(np.mean((fitted.alpha + fitted.beta * m) ** 2))
-    eps, parts, right = [previous.left], [problem.range_rows.at(fitted.beta)], [-(z @ previous.left)]
-    null, floor, eta = [-previous.gains], [np.full(q, noise * scale)], []
+    parts, right = [np.hstack([problem.range_rows.at(fitted.beta), -previous.gains])], [-(z @ previous.left)]
+    eps, floor, eta = [previous.left], [np.full(q, noise * scale)], []
     if channels.size:
-        dz = (fitted.pi.reshape(problem.dx.shape) * problem.dx)[channels]
-        lifted = previous.invert(np.column_stack([fitted.beta[:, None] * N, z]))
-        K = previous.gradient_rows(dz, np.hstack([lifted, previous.sketch]))
-        size = np.linalg.norm(K[:, d + 1 :], axis=1)
-        nonzero = size > MIN_ROW_NORM_RATIO * size.max()
-        weight = np.where(nonzero, 1 / np.where(nonzero, size, 1.0), 0.0)
-        K *= weight[:, None]
-        g = problem.G[channels].ravel() * weight
-        parts, right = [*parts, K[:, :d]], [*right, g - K[:, d]]
-        null.append(K[:, K.shape[1] - previous.null.shape[1] :])
-        floor.append(noise * np.maximum(scale, np.abs(g)))
-        eta = _responses(problem, image, channels, weight, q) if fitted.rho.any() or fitted.var_eta.any() else []
-        eps += [(previous.gradient_rows(dz, previous.pinv) * weight[:, None]).T] if not certain else []
+        own = gradient_rows(problem, fitted, m, image, channels, problem.x, N)
+        parts, right = [*parts, np.hstack([own.A, own.null])], [*right, own.b]
+        floor.append(noise * np.maximum(scale, own.size))
+        eps.append((previous.gradient_rows(own.dz, previous.pinv) * own.weight[:, None]).T)
+        eta = [(slice(q + at.start, q + at.stop), entries, R) for at, entries, R in own.eta]
     if prior is not None:
         F, target, FP = prior
-        eps, parts, null = [*eps, FP.T], [*parts, FP @ (fitted.beta[:, None] * N)], [*null, F @ previous.null]
+        eps, parts = [*eps, FP.T], [*parts, np.hstack([FP @ (fitted.beta[:, None] * N), F @ previous.null])]
         right, floor = [*right, target - FP @ z], [*floor, np.ones(len(target))]
-    A, b = np.hstack([np.vstack(parts), np.vstack(null)]), np.concatenate(right)
+    A, b = np.vstack(parts), np.concatenate(right)
     if not (np.isfinite(A).all() and np.isfinite(b).all()):
         raise np.linalg.LinAlgError("the equations of this belief overflow")
-    for rows, entries, R in eta:
-        A[rows, :d] += R @ (fitted.rho[entries, None] * N[entries])
-        b[rows] -= R @ (fitted.rho * (problem.x - m))[entries]
     known = np.full(A.shape[1], np.inf)
     known[d - problem.known.size : d] = problem.known
-    response = eps[0] if certain or len(eps) == 1 else np.hstack(eps)
-    return Rows(A, b, np.concatenate(floor), known, response, eta)
+    return Rows(A, b, np.concatenate(floor), known, np.hstack(eps) if len(eps) > 1 else eps[0], eta)
 
 
-def _responses(problem: DeficientLayer, image: NDArray, channels: NDArray, weight: NDArray, first: int) -> list:
+@dataclass(frozen=True)
+class GradientRows:
+    """Equations of the layer before's own gradient for x + N t and y, in rows of about unit norm: A t + null y = b."""
+
+    A: NDArray
+    null: NDArray
+    b: NDArray
+    size: NDArray  # of the gradient itself, in each row
+    weight: NDArray  # what the rows were multiplied with
+    dz: NDArray  # of the channels used, (channels, H′, W′)
+    eta: list[tuple[slice, slice, NDArray]]  # as `Rows` has it
+
+
+def gradient_rows(
+    problem: DeficientLayer, fitted: Fit, m: NDArray, image: NDArray, channels: NDArray, x: NDArray, N: NDArray
+) -> GradientRows:
+    """The gradient's equations, linearised as `assemble` does it, about x (n,) along the columns of N (n, k)."""
+    previous, k = problem.previous, N.shape[1]
+    dz = (fitted.pi.reshape(problem.dx.shape) * problem.dx)[channels]
+    z = fitted.alpha + fitted.beta * x - previous.bias
+    K = previous.gradient_rows(
+        dz, np.hstack([previous.invert(np.column_stack([fitted.beta[:, None] * N, z])), previous.sketch])
+    )
+    size = np.linalg.norm(K[:, k + 1 :], axis=1)
+    nonzero = size > MIN_ROW_NORM_RATIO * size.max()
+    weight = np.where(nonzero, 1 / np.where(nonzero, size, 1.0), 0.0)
+    K *= weight[:, None]
+    g = problem.G[channels].ravel() * weight
+    A, b, eta = K[:, :k], g - K[:, k], []
+    if fitted.rho.any() or fitted.var_eta.any():
+        eta = _responses(problem, image, channels, weight)
+    for rows, entries, R in eta:
+        A[rows] += R @ (fitted.rho[entries, None] * N[entries])
+        b[rows] -= R @ (fitted.rho * (x - m))[entries]
+    return GradientRows(A, K[:, K.shape[1] - previous.null.shape[1] :], b, np.abs(g), weight, dz, eta)
+
+
+def _responses(problem: DeficientLayer, image: NDArray, channels: NDArray, weight: NDArray) -> list:
     """Derivatives of a channel's gradient rows by σ′ at each of its entries: δx times the patch that it reads."""
     patches = problem.previous.patches(image)
     taps, pixels = patches.shape
     result = []
     for i, channel in enumerate(channels):
-        rows, entries = slice(first + i * taps, first + (i + 1) * taps), slice(channel * pixels, (channel + 1) * pixels)
-        result.append((rows, entries, patches * weight[i * taps : (i + 1) * taps, None] * problem.dx[channel].ravel()))
+        rows, entries = slice(i * taps, (i + 1) * taps), slice(channel * pixels, (channel + 1) * pixels)
+        result.append((rows, entries, patches * weight[rows, None] * problem.dx[channel].ravel()))
     return result
 
 

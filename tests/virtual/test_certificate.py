@@ -8,6 +8,7 @@ from numpy.testing import assert_allclose
 from rgap.network.activations import IDENTITY
 from rgap.virtual import certificate as virtual
 from rgap.virtual.closure import solve_virtual
+from rgap.virtual.linearisation import slope
 
 
 def relative(found, truth):
@@ -73,3 +74,15 @@ def test_a_system_too_ill_conditioned_is_not_certified(monkeypatch):
     problem, x = open_problem(30)
     monkeypatch.setattr(virtual, "MAX_CERTIFIED_CONDITION", 1.0)
     assert not certify(problem, x).certified
+
+
+def test_a_direction_that_no_equation_sees_is_not_certified():
+    """A change of x along the range of W: the range says nothing of it, and δx = 0 leaves the gradient silent."""
+    problem, x = open_problem(30)
+    layer = problem.previous.layer
+    change = (slope(problem.activation, x) * layer.apply(randn(*layer.input_shape, seed=3)).flatten().numpy())[:, None]
+    N = np.linalg.qr(np.hstack([problem.N[:, 1:], change]))[0]
+    blind = replace(problem, x=x - N @ (N.T @ x), N=N, G=0 * problem.G, dx=0 * problem.dx)
+    refused = certify(blind, x)
+    assert not refused.certified and refused.condition > virtual.MAX_CERTIFIED_CONDITION
+    assert certify(replace(problem, G=blind.G, dx=blind.dx), x).certified
