@@ -40,8 +40,8 @@ class StrideBlock:
 
 
 def blocks(layer: Layer) -> list[StrideBlock]:
-    """The independent blocks of M; pixels that no tap ever reads belong to none. Made once."""
-    return layer.cached("blocks", lambda: _blocks(layer))
+    """The independent blocks of M, from most taps to fewest; pixels that no tap reads belong to none. Made once."""
+    return layer.cached("blocks", lambda: sorted(_blocks(layer), key=lambda b: (-len(b.taps), len(b.pixels))))
 
 
 def _blocks(layer: Layer) -> list[StrideBlock]:
@@ -152,6 +152,8 @@ class GradientSolution:
     residual: float  # ‖K x − vec(G)‖ / ‖G‖
     noise_std: float | None  # of G's entries, from the residual of surplus equations; None where there are too few
     sensitivity: Callable[[Tensor], Tensor]  # how x0 changes with G, (O, C, kh, kw) -> (B, C, H, W)
+    # how many of V's last columns, all cut off, lie on pixels that one tap reads, each at one output position
+    apart: int = 0
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_r
     sigma = torch.cat([f.S * f.unit for f in factors])
     sigma = sigma / largest if largest > 0 else sigma
     kept, dropped = sigma[sigma > rcond], sigma[sigma <= rcond]
-    V, sigmas = _open(factors, sigma, shape, rcond, trusted_ratio)
+    V, sigmas, apart = _open(layer, factors, sigma, shape, rcond, trusted_ratio)
     return GradientSolution(
         on_input(parts),
         V,
@@ -218,6 +220,7 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_r
         dropped.max().item() if len(dropped) else None,
         *_misfit(missed**0.5, surplus, G),
         sensitivity,
+        apart,
     )
 
 
@@ -258,9 +261,9 @@ def _factor(layer: Layer, block: StrideBlock, dz: Tensor, rcond: float) -> _Fact
 
 
 def _open(
-    factors: list[_Factor], sigma: Tensor, shape: tuple[int, int], rcond: float, trusted_ratio: float
-) -> tuple[Tensor, Tensor]:
-    """Basis (B, H·W, k) of what is left to the weight equations, and its singular values, 0 below the cutoff.
+    layer: Layer, factors: list[_Factor], sigma: Tensor, shape: tuple[int, int], rcond: float, trusted_ratio: float
+) -> tuple[Tensor, Tensor, int]:
+    """Basis (B, H·W, k) of what is left to the weight equations, its singular values, 0 below the cutoff, and `apart`.
 
     Pixels that no tap reads belong to it. Where one image is determined, nothing does, however small a singular value.
     """
@@ -272,6 +275,8 @@ def _open(
     unread = torch.ones(shape[1], dtype=torch.bool)
     unread[torch.cat([f.block.pixels for f in factors])] = False
     image, pixel = (torch.eye(n, dtype=sigma.dtype) for n in shape)
-    V = torch.cat([*bases, (image[:, None, :, None] * pixel[:, None, unread]).flatten(2)], 2)
+    V = torch.cat([(image[:, None, :, None] * pixel[:, None, unread]).flatten(2), *bases], 2)
     seen = torch.where(sigma > rcond, sigma, 0.0)[left]
-    return V, F.pad(seen, (0, V.shape[2] - len(seen)))
+    single = len(factors[-1].block.taps) == 1 and layer.before is layer.after is None
+    apart = int((left & (sigma <= rcond))[-len(factors[-1].S) :].sum()) if single else 0
+    return V, F.pad(seen, (V.shape[2] - len(seen), 0)), apart

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rgap.equations.complement import WeakSubspace
 from rgap.equations.gradient import GradientSolution, blocks, gradient_matrix, gradient_values
-from rgap.linalg import GRAM_RESOLUTION, LeastSquares, Operator, dense_operator, gram_matrix, rms
+from rgap.linalg import GRAM_RESOLUTION, BorderedGram, LeastSquares, Operator, dense_operator, gram_matrix, rms
 from rgap.network.layer import Layer
 from rgap.results import LayerReport
 
@@ -99,8 +99,8 @@ def gradients_first(
     Both kinds of rows are scaled by the size of their right-hand side: K's entries carry δz, which is tiny.
     """
     V, channels, right = found.V, layer.input_shape[0], rows_known(z, known)
-    A = weights_on(layer, V) if known is None else dense_operator(weight_columns(layer, V[0])[known.flatten()])
-    A = _without_rounding(A, layer, rcond)
+    on_known = None if known is None else dense_operator(weight_columns(layer, V[0])[known.flatten()])
+    A = _without_rounding(on_known or weights_on(layer, V, found.apart), layer, rcond)
 
     def seen_by(image: int, L: Tensor) -> tuple[slice, Tensor]:
         return slice(None), torch.einsum("qcp,pk->qck", L.reshape(len(L), channels, -1), V[image]).flatten(1)
@@ -158,8 +158,11 @@ def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, weak: WeakSubs
     )
 
 
-def weights_on(layer: Layer, V: Tensor) -> Operator:
-    """W (I ⊗ V_b) of all images, one below the other, for V (B, H·W, k): (C·k,) -> (B·O·H′·W′,), channels first."""
+def weights_on(layer: Layer, V: Tensor, apart: int = 0) -> Operator:
+    """W (I ⊗ V_b) of all images, one below the other, for V (B, H·W, k): (C·k,) -> (B·O·H′·W′,), channels first.
+
+    The last columns of V may stand apart, as those of a `GradientSolution`.
+    """
     count, channels = len(V), layer.input_shape[0]
 
     def apply(Y: Tensor) -> Tensor:
@@ -170,7 +173,8 @@ def weights_on(layer: Layer, V: Tensor) -> Operator:
         images = layer.adjoint(R.T.reshape(-1, count, *layer.output_shape))
         return (images.flatten(3) @ V[None]).sum(1).flatten(1).T
 
-    return Operator(channels * V.shape[2], lambda: weight_gram(layer, V), apply, adjoint)
+    make = partial(bordered_gram, layer, V, apart) if apart else partial(weight_gram, layer, V)
+    return Operator(channels * V.shape[2], make, apply, adjoint)
 
 
 def spread(V: Tensor, Y: Tensor, channels: int) -> Tensor:
@@ -194,11 +198,26 @@ def weight_gram(layer: Layer, V: Tensor) -> Tensor:
     inner = inner.permute(0, 2, 1, 3).reshape(taps * taps, count * count)
     outer = gram_matrix(layer.weight.reshape(-1, channels * taps)).reshape(channels, taps, channels, taps)
     first, second = torch.triu_indices(channels, channels)
-    upper = (outer.transpose(1, 2)[first, second].flatten(1) @ inner).reshape(-1, count, count)
+    upper = (outer.transpose(1, 2)[first, second].flatten(1) @ inner).reshape(len(first), count, count)
     result = V.new_empty(channels, count, channels, count)
     by_channels = result.transpose(1, 2)
     by_channels[second, first], by_channels[first, second] = upper.mT, upper
     return result.reshape(channels * count, channels * count)
+
+
+def bordered_gram(layer: Layer, V: Tensor, apart: int) -> BorderedGram:
+    """The same by its parts, where one tap t alone reads what the last columns of V, orthonormal, are not zero on.
+
+    It reads each pixel at one position: (S_t V)ᵀ (S_t V) = I, and these columns have the same R_tt, one by one.
+    """
+    channels, (rest, last) = layer.input_shape[0], V.split([V.shape[2] - apart, apart], 2)
+    (tap,) = blocks(layer)[-1].taps.tolist()
+    seen = F.pad(last, (0, 0, 0, 1))[:, layer.tap_pixels()[tap]].flatten(0, 1)
+    read = torch.cat([_read_by_taps(layer, image) for image in rest], 1)
+    weights = layer.weight.flatten(2)
+    R = torch.einsum("oc,odt->cdt", weights[:, :, tap], weights)
+    border = torch.einsum("cdt,tjk->cjdk", R, seen.T @ read).reshape(channels * apart, -1)
+    return BorderedGram(R[:, :, tap].contiguous(), border, weight_gram(layer, rest))
 
 
 def _read_by_taps(layer: Layer, V: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.linalg import eigvalsh_tridiagonal
+from scipy.linalg.lapack import dsterf
 from torch import Tensor
 
 LANCZOS_RTOL = 0.01
@@ -17,17 +18,16 @@ LANCZOS_RTOL = 0.01
 def largest_eigenvalue(multiply: Callable[[Tensor], Tensor], size: int, steps: int = 30) -> float:
     """Of a positive semidefinite matrix v -> A v, from below: Lanczos until a step gains less than `LANCZOS_RTOL`."""
     v = torch.randn(size, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    basis, diagonal, beside, found = v / v.norm(), [], [], 0.0
+    v, before, diagonal, beside, found = v / v.norm(), torch.zeros_like(v), [], [0.0], 0.0
     for _ in range(min(steps, size)):
-        w = multiply(basis[:, -1:])
-        diagonal.append((basis[:, -1] @ w[:, 0]).item())
-        last, found = found, eigvalsh_tridiagonal(diagonal, beside)[-1] if beside else diagonal[0]
-        w = w - basis @ (basis.T @ w)
-        w = w - basis @ (basis.T @ w)
+        w = multiply(v)
+        diagonal.append(torch.vdot(v[:, 0], w[:, 0]).item())
+        last, found = found, dsterf(diagonal, beside[1:])[0][-1] if beside[1:] else diagonal[0]
+        w = w - diagonal[-1] * v - beside[-1] * before
         beside.append(w.norm().item())
         if not found * (1 - LANCZOS_RTOL) > last or not beside[-1] > 1e-12 * found:
             break
-        basis = torch.cat([basis, w / beside[-1]], 1)
+        v, before = w / beside[-1], v
     return float(found)
 
 

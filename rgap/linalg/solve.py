@@ -9,6 +9,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from rgap.linalg.bordered import BorderedGram
 from rgap.linalg.matrices import accelerator_for, orthonormal, svd
 from rgap.linalg.systems import ILL_CONDITIONED_RATIO, LeastSquares, NormalEquations, Operator
 
@@ -94,6 +95,9 @@ def _by_neighbour(
 
 def _by_cholesky(normal: NormalEquations) -> LeastSquares | None:
     """By Cholesky factors of the normal equations; None where the rank is not full, or the condition not safe."""
+    if isinstance(normal.A.made_gram, BorderedGram):
+        invert = normal.A.made_gram.factored(normal.damping)
+        return None if invert is None else _of_full_rank(normal, invert)
     factor, failed = scipy.linalg.lapack.dpotrf(normal.gram().numpy().T, lower=1, overwrite_a=1)
     if failed or not len(factor):
         return None
@@ -117,7 +121,7 @@ def _of_full_rank(normal: NormalEquations, invert: Callable[[Tensor], Tensor]) -
     ratio = normal.smallest(invert)
     if not ratio >= max(0.0 if normal.gram_only else CHOLESKY_MIN_RATIO, 2 * normal.rcond):
         return None
-    none = normal.A.gram[:, :0]
+    none = normal.b.new_zeros(normal.unknowns, 0)
     return LeastSquares(normal.solve(invert), None, none, none[0], len(none), ratio, None, invert)
 
 

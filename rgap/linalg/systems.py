@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rgap.linalg.bordered import BorderedGram
 from rgap.linalg.krylov import largest_eigenvalue
 from rgap.linalg.matrices import gram_matrix
 
@@ -23,14 +24,19 @@ class Operator:
     """A matrix A of m rows and k columns that need not be formed."""
 
     columns: int  # k
-    make_gram: Callable[[], Tensor]
+    make_gram: Callable[[], Tensor | BorderedGram]
     apply: Callable[[Tensor], Tensor]  # Y -> A Y, (k, p) -> (m, p)
     adjoint: Callable[[Tensor], Tensor]  # R -> Aᵀ R, (m, p) -> (k, p)
 
     @cached_property
+    def made_gram(self) -> Tensor | BorderedGram:
+        """AᵀA, (k, k), in the form in which it is made."""
+        return self.make_gram()
+
+    @cached_property
     def gram(self) -> Tensor:
         """AᵀA, (k, k)."""
-        return self.make_gram()
+        return self.made_gram.dense() if isinstance(self.made_gram, BorderedGram) else self.made_gram
 
     def matrix(self) -> Tensor:
         """A itself, column by column."""
@@ -65,7 +71,7 @@ class NormalEquations:
 
     def multiply(self, v: Tensor) -> Tensor:
         """The same times v, (k, p)."""
-        return torch.addcmul(self.A.gram @ v, self.damping.square()[:, None], v)
+        return torch.addcmul(self.A.made_gram @ v, self.damping.square()[:, None], v)
 
     def solve(self, invert: Callable[[Tensor], Tensor]) -> Tensor:
         """By the pseudo-inverse of the Gram matrix, refined with the residual of the matrix itself."""

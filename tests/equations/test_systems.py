@@ -7,8 +7,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import rgap
+from rgap.equations.gradient import solve_gradients
 from rgap.equations.systems import spread, weight_columns, weight_gram, weights_on
 from rgap.equations.weights import weight_matrix
+from rgap.linalg import BorderedGram
 
 
 def dense(layer, V):
@@ -29,6 +31,31 @@ def test_the_operator_is_that_of_the_dense_matrix(layer, images, count, seed):
         assert_close(operator.adjoint(R), A.T @ R, rtol=0, atol=1e-11)
         assert_close(operator.matrix(), A, rtol=0, atol=1e-11)
         assert_close(torch.cat([weight_columns(part, image) for image in V]), A, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("case", [(3, 2, 1, 5), (1, 1, 0, 6), (1, 2, 0, 6), (2, 2, 0, 4)])
+def test_what_one_tap_alone_reads_stands_apart(case, images):
+    kernel, stride, padding, outputs = case
+    conv = nn.Conv2d(4, outputs, kernel, stride, padding, bias=False)
+    positions = conv(torch.zeros(1, 4, 9, 9)).numel()
+    network = sequential(conv, nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(positions, 1))
+    layer = rgap.prepare(network, (4, 9, 9)).layers[0]
+    found = solve_gradients(layer, randn(*layer.weight.shape), randn(images, *layer.output_shape), 1e-5, 0.05)
+    A, operator = dense(layer, found.V), weights_on(layer, found.V, found.apart)
+    assert 0 < found.apart < found.V.shape[2] or kernel == stride == 1
+    assert_close(operator.gram, A.T @ A, rtol=0, atol=1e-11)
+    damping, v = torch.full((4, found.V.shape[2]), 0.5).double(), randn(A.shape[1], 2)
+    damping[:, found.V.shape[2] - found.apart :] = 0
+    inverse = operator.made_gram.factored(damping.flatten())
+    assert_close(operator.made_gram @ v, A.T @ (A @ v), rtol=0, atol=1e-11)
+    assert_close(inverse(A.T @ (A @ v) + damping.reshape(-1, 1).square() * v), v, rtol=0, atol=1e-9)
+
+
+def test_a_block_that_is_not_positive_definite_has_no_factors():
+    R, none = torch.zeros(2, 2).double(), torch.zeros(2, 2).double()
+    assert BorderedGram(R, none, torch.eye(2).double()).factored(torch.zeros(4).double()) is None
+    assert BorderedGram(torch.eye(2).double(), none, none).factored(torch.zeros(4).double()) is None
 
 
 @pytest.mark.parametrize("channels", [2, 12])
