@@ -29,6 +29,11 @@ def gradients_for(network, image=IMAGE, label=1, dtype=None, loss="logistic"):
     return gradients if dtype is None else [g.to(dtype) for g in gradients]
 
 
+def attack(network, gradients, loss="logistic", **options):
+    """The attack on a client whose loss is by the book."""
+    return rgap.reconstruct(network, gradients, SHAPE, loss, gradient_scale=1.0, **options)
+
+
 def with_margin(mu, image=IMAGE, label=1):
     """A bias-free network whose margin on the image is mu, by the scale of its last layer."""
     network = small_cnn()
@@ -38,25 +43,18 @@ def with_margin(mu, image=IMAGE, label=1):
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 90), (torch.float64, 160)])
-def test_cnn6_gives_real_images_back(dtype, least):
-    images, labels = rgap.data.load_images("embedded", index=range(3), classes=2)
-    for seed in range(3):
-        model = rgap.models.cnn6(seed=seed).to(dtype)
-        gradients = rgap.client_gradients(model, images[seed : seed + 1], labels[seed : seed + 1])
+@pytest.mark.parametrize(("name", "indices"), [("cnn6", [0, 1, 2]), ("fcn3", [0, 99])])
+def test_the_papers_networks_give_real_images_back(name, indices, dtype, least):
+    shape = rgap.models.IMAGE_SHAPES[name]
+    images, labels = rgap.data.load_images("embedded", image_shape=shape, index=indices, classes=2)
+    for seed, (image, label) in enumerate(zip(images.split(1), labels.split(1), strict=True)):
+        chain = rgap.prepare(getattr(rgap.models, name)(seed=seed).to(dtype), shape)
+        gradients = rgap.client_gradients(chain.model, image, label)
         assert {g.dtype for g in gradients} == {dtype}
-        result = rgap.reconstruct(model, gradients, (3, 32, 32), gradient_scale=1.0)
-        assert rgap.metrics.psnr_db(result.images, images[seed : seed + 1]).item() >= least
-        assert result.verdict == "exact" and result.labels.equal(labels[seed : seed + 1])
-        assert result.images.dtype == torch.float64
-
-
-def test_fcn3_gives_faces_back():
-    images, labels = rgap.data.load_images("embedded", image_shape=(1, 28, 28), index=[0, 99])
-    chain = rgap.prepare(rgap.models.fcn3(), (1, 28, 28))
-    for image, label in zip(images.split(1), labels.split(1), strict=True):
-        result = rgap.reconstruct(chain, rgap.client_gradients(chain.model, image, label), gradient_scale=1.0)
-        assert rgap.metrics.psnr_db(result.images, image).item() >= 90
+        result = rgap.reconstruct(chain, gradients, gradient_scale=1.0)
+        assert rgap.metrics.psnr_db(result.images, image).item() >= least
         assert result.verdict == "exact" and result.labels.equal(label)
+        assert result.images.dtype == torch.float64
 
 
 @pytest.mark.slow
@@ -72,11 +70,11 @@ def test_cnn6_d_is_rank_deficient_and_says_where():
 
 def test_the_ways_to_give_model_and_gradients_agree():
     gradients = gradients_for(NETWORK, dtype=torch.float32)
-    expected = rgap.reconstruct(NETWORK, gradients, SHAPE, device="cpu", gradient_scale=1.0)
+    expected = attack(NETWORK, gradients, device="cpu")
     chain = rgap.prepare(NETWORK, SHAPE)
     named = dict(zip(dict(NETWORK.named_parameters()), gradients, strict=True))
     for model, given in [(chain, gradients), (NETWORK, named), (NETWORK, [g.double() for g in gradients])]:
-        result = rgap.reconstruct(model, given, SHAPE, gradient_scale=1.0)
+        result = attack(model, given)
         assert result.images.equal(expected.images) and result.verdict == expected.verdict == "exact"
     assert rgap.reconstruct(chain, gradients, gradient_scale=1.0).images.equal(expected.images)
 
@@ -98,7 +96,7 @@ def test_the_second_attack_on_a_chain_finds_its_factors_made():
 
 
 def test_every_layers_input_is_in_the_candidate_and_every_layer_has_a_report():
-    result = rgap.reconstruct(NETWORK, gradients_for(NETWORK), SHAPE, gradient_scale=1.0)
+    result = attack(NETWORK, gradients_for(NETWORK))
     best = result.candidates[0]
     truth = rgap.prepare(NETWORK, SHAPE).layer_inputs(IMAGE)
     for name, expected in truth.items():
@@ -117,11 +115,11 @@ def test_every_loss_gives_its_image_and_label_back(loss, outputs, bias):
         label = (seed + 1) % max(outputs, 2)
         for dtype, least in ((torch.float64, 160), (torch.float32, 85)):
             gradients = gradients_for(network.to(dtype), label=label, loss=loss)
-            result = rgap.reconstruct(network, gradients, SHAPE, loss, gradient_scale=1.0)
+            result = attack(network, gradients, loss)
             found = [c for c in result.candidates if c.labels.tolist() == [label]]
             assert max(rgap.metrics.psnr_db(c.images, IMAGE).item() for c in found) > least
             assert result.verdict in (("exact", "ambiguous") if outputs < 3 and not bias else ("exact",))
-            right = rgap.reconstruct(network, gradients, SHAPE, loss, labels=[label], gradient_scale=1.0)
+            right = attack(network, gradients, loss, labels=[label])
             assert right.verdict in ("exact", "ambiguous") and right.labels.tolist() == [label]
 
 
@@ -130,7 +128,7 @@ def test_a_squared_errors_twins_may_have_either_label():
     with torch.no_grad():
         network[-1].weight.mul_(1.6 / network(IMAGE).item())
     gradients = gradients_for(network, loss="mse")
-    result = rgap.reconstruct(network, gradients, SHAPE, "mse", gradient_scale=1.0)
+    result = attack(network, gradients, "mse")
     assert {c.labels.item() for c in result.candidates} == {0, 1} and result.verdict == "ambiguous"
     for c in result.candidates:
         for one, shared in zip(gradients_for(network, c.images, c.labels.item(), loss="mse"), gradients, strict=True):
@@ -141,7 +139,7 @@ def test_the_notes_say_on_what_evidence_the_label_was_decided():
     by_head = rgap.reconstruct(TEN, gradients_for(TEN, label=7, loss="cross_entropy"), SHAPE, "cross_entropy").notes
     assert by_head[0].startswith("label 7 by the head's equations, missed by") and "the next best" in by_head[0]
     network = small_cnn()
-    by_layers = rgap.reconstruct(network, gradients_for(network), SHAPE, gradient_scale=1.0).notes
+    by_layers = attack(network, gradients_for(network)).notes
     assert by_layers[0].startswith("label 1, decided by the layers' identities: residual")
     assert ", against" in by_layers[0] and by_layers[0].endswith("for label 0")
 
@@ -152,7 +150,7 @@ def test_a_client_that_computes_in_half_precision_is_attacked(loss, outputs, dty
     network = with_outputs(outputs).to(dtype)
     gradients = gradients_for(network, loss=loss)
     assert {g.dtype for g in gradients} == {dtype}
-    result = rgap.reconstruct(network, gradients, SHAPE, loss, gradient_scale=1.0)
+    result = attack(network, gradients, loss)
     assert result.images.dtype == torch.float64 and result.verdict == "exact"
     assert rgap.metrics.psnr_db(result.images, IMAGE).item() > least
 
@@ -162,12 +160,10 @@ def test_gradients_that_underflow_are_noted_and_never_certify(virtual_constraint
     network = with_outputs(1, size=1e-6).half()
     gradients = gradients_for(network)
     assert not gradients[2].any() or gradients[2].norm() < 1e-5
-    result = rgap.reconstruct(network, gradients, SHAPE, virtual_constraints=virtual_constraints, gradient_scale=1.0)
+    result = attack(network, gradients, virtual_constraints=virtual_constraints)
     assert result.notes[0].startswith("lost to underflow and not used: the gradient of '0.weight'")
     assert result.verdict == "rank-deficient" and result.images.isfinite().all()
-    cast = rgap.reconstruct(
-        network, [g.double() for g in gradients], SHAPE, virtual_constraints=virtual_constraints, gradient_scale=1.0
-    )
+    cast = attack(network, [g.double() for g in gradients], virtual_constraints=virtual_constraints)
     assert cast.verdict == "rank-deficient"
 
 
@@ -184,7 +180,7 @@ def test_what_a_client_does_not_train_is_not_used_however_it_says_so(frozen):
     network = sequential(*modules, nn.Flatten(), nn.Linear(320, 1))
     note = f"not shared, or zero, and not used: the gradient of {', '.join(map(repr, frozen))}"
     for given in three_ways(network, gradients_for(network), frozen):
-        result = rgap.reconstruct(network, given, SHAPE, gradient_scale=1.0)
+        result = attack(network, given)
         assert result.verdict == "exact" and note in result.notes
         assert rgap.metrics.psnr_db(result.images, IMAGE).item() > 150
 
@@ -231,14 +227,14 @@ def test_a_confident_softmax_in_float32_is_recovered():
 def test_the_label_is_found_and_a_wrong_one_is_refused_or_flagged(label, bias):
     network = small_cnn(bias=bias)
     gradients = gradients_for(network, label=label)
-    assert rgap.reconstruct(network, gradients, SHAPE, gradient_scale=1.0).labels.tolist() == [label]
-    right = rgap.reconstruct(network, gradients, SHAPE, labels=torch.tensor([label]), gradient_scale=1.0)
+    assert attack(network, gradients).labels.tolist() == [label]
+    right = attack(network, gradients, labels=torch.tensor([label]))
     assert_close(right.images, IMAGE, rtol=0, atol=1e-9)
     if bias:
         with pytest.raises(rgap.GradientMismatchError, match=f"label {1 - label} was given; .* is that of {label}"):
-            rgap.reconstruct(network, gradients, SHAPE, labels=[1 - label], gradient_scale=1.0)
+            attack(network, gradients, labels=[1 - label])
     else:
-        wrong = rgap.reconstruct(network, gradients, SHAPE, labels=[1 - label], gradient_scale=1.0)
+        wrong = attack(network, gradients, labels=[1 - label])
         assert wrong.verdict == "inconsistent" and wrong.labels.tolist() == [1 - label]
         assert "no hypothesis reproduces the gradient" in wrong.notes[-1]
 
@@ -248,7 +244,7 @@ def test_twins_have_one_gradient_and_only_the_pixel_range_can_choose(mu, largest
     image = IMAGE * largest / IMAGE.max()
     network = with_margin(mu, image)
     gradients = gradients_for(network, image)
-    result = rgap.reconstruct(network, gradients, SHAPE, gradient_scale=1.0)
+    result = attack(network, gradients)
     assert len(result.candidates) == 2
     first, second = (gradients_for(network, c.images) for c in result.candidates)
     for one, other, shared in zip(first, second, gradients, strict=True):
@@ -267,19 +263,17 @@ def test_twins_have_one_gradient_and_only_the_pixel_range_can_choose(mu, largest
 def test_the_pixel_range_is_an_argument():
     network = with_margin(0.9)
     gradients = gradients_for(network)
-    assert rgap.reconstruct(network, gradients, SHAPE, gradient_scale=1.0).verdict == "exact"
-    assert (
-        rgap.reconstruct(network, gradients, SHAPE, pixel_range=(0.0, 5.0), gradient_scale=1.0).verdict == "ambiguous"
-    )
-    nowhere = rgap.reconstruct(network, gradients, SHAPE, pixel_range=(-2.0, -1.0), gradient_scale=1.0)
+    assert attack(network, gradients).verdict == "exact"
+    assert attack(network, gradients, pixel_range=(0.0, 5.0)).verdict == "ambiguous"
+    nowhere = attack(network, gradients, pixel_range=(-2.0, -1.0))
     assert nowhere.verdict == "ambiguous" and "no consistent hypothesis lies inside" in nowhere.notes[-1]
-    alone = rgap.reconstruct(NETWORK, gradients_for(NETWORK), SHAPE, pixel_range=(-2.0, -1.0), gradient_scale=1.0)
+    alone = attack(NETWORK, gradients_for(NETWORK), pixel_range=(-2.0, -1.0))
     assert alone.verdict == "exact" and not alone.candidates[0].in_pixel_range
 
 
 def test_a_range_that_is_open_above_still_has_its_lower_end():
     gradients = gradients_for(NETWORK, IMAGE - 0.5)
-    result = rgap.reconstruct(NETWORK, gradients, SHAPE, pixel_range=(0.0, float("inf")), gradient_scale=1.0)
+    result = attack(NETWORK, gradients, pixel_range=(0.0, float("inf")))
     assert not result.candidates[0].in_pixel_range
 
 
@@ -287,21 +281,22 @@ def test_a_range_that_is_open_above_still_has_its_lower_end():
 def test_the_mean_gradient_of_a_batch_is_that_of_no_image(bias):
     network = small_cnn(bias=bias)
     gradients = rgap.client_gradients(network, rand(3, *SHAPE), torch.tensor([0, 1, 1]))
-    result = rgap.reconstruct(network, gradients, SHAPE, gradient_scale=1.0)
+    result = attack(network, gradients)
     assert result.verdict == "inconsistent" and len(result.candidates) == 1
     assert result.candidates[0].gradient_residual > 0.01
+    assert any("if it may be that of a batch, give batch_size, or None to find it" in note for note in result.notes)
 
 
 def test_a_gradient_below_the_smallest_c_is_noted_and_flagged():
     network = with_margin(3.0)
-    result = rgap.reconstruct(network, [20 * g for g in gradients_for(network)], SHAPE, gradient_scale=1.0)
+    result = attack(network, [20 * g for g in gradients_for(network)])
     assert result.verdict == "inconsistent" and "the smallest of any single sample" in result.notes[0]
 
 
 @pytest.mark.parametrize("declared", [None, 1e-6])
 def test_noise_is_found_or_declared_and_the_error_that_it_leaves_is_predicted(declared):
     noisy = client.gaussian_noise(gradients_for(NETWORK), 1e-6, seed=1)
-    result = rgap.reconstruct(NETWORK, noisy, SHAPE, noise_std=declared, gradient_scale=1.0)
+    result = attack(NETWORK, noisy, noise_std=declared)
     assert result.verdict == "exact" and rgap.metrics.psnr_db(result.images, IMAGE).item() > 30
     rmse = (result.images - IMAGE).square().mean().sqrt().item()
     assert rmse / 3 < result.candidates[0].predicted_error < 3 * rmse
@@ -311,14 +306,8 @@ def test_noise_is_found_or_declared_and_the_error_that_it_leaves_is_predicted(de
 
 def test_noise_that_drowns_the_image_leaves_no_certificate():
     noisy = client.gaussian_noise(gradients_for(NETWORK), 1e-2, seed=1)
-    result = rgap.reconstruct(NETWORK, noisy, SHAPE, gradient_scale=1.0)
+    result = attack(NETWORK, noisy)
     assert result.verdict == "inconsistent" and result.candidates[0].predicted_error > 0.1
-
-
-def test_a_gradient_that_vanishes_in_a_layer_is_measured_against_the_largest():
-    image = torch.zeros(1, *SHAPE)
-    result = rgap.reconstruct(NETWORK, gradients_for(NETWORK, image), SHAPE, gradient_scale=1.0)
-    assert result.verdict == "exact" and result.images.abs().max() < 1e-12
 
 
 def test_images_that_overflow_are_never_consistent():
@@ -326,18 +315,18 @@ def test_images_that_overflow_are_never_consistent():
     gradients = gradients_for(network)
     gradients[0] = gradients[0] * 1e308 / gradients[0].abs().max()
     gradients[2] = gradients[2] * 1e-300
-    assert rgap.reconstruct(network, gradients, SHAPE, gradient_scale=1.0).verdict == "inconsistent"
+    assert attack(network, gradients).verdict == "inconsistent"
 
 
 def test_the_smallest_gradients_of_confident_networks_are_attacked():
     network = with_margin(400.0)
-    assert rgap.reconstruct(network, gradients_for(network), SHAPE, gradient_scale=1.0).verdict == "ambiguous"
+    assert attack(network, gradients_for(network)).verdict == "ambiguous"
 
 
 def test_an_attack_runs_where_autograd_is_off():
     gradients = gradients_for(NETWORK)
     with torch.no_grad():
-        assert rgap.reconstruct(NETWORK, gradients, SHAPE, gradient_scale=1.0).verdict == "exact"
+        assert attack(NETWORK, gradients).verdict == "exact"
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -348,7 +337,7 @@ def test_model_gradients_mode_and_generator_stay(training):
     for p, mark in zip(network.parameters(), marks, strict=True):
         p.grad = mark
     before, copies = [p.clone() for p in network.parameters()], [g.clone() for g in gradients]
-    rgap.reconstruct(network, gradients, SHAPE, gradient_scale=1.0)
+    attack(network, gradients)
     assert network.training is training and torch.get_rng_state().equal(state)
     for p, mark, value in zip(network.parameters(), marks, before, strict=True):
         assert p.equal(value) and p.grad is mark and mark.equal(torch.ones_like(p))
@@ -368,36 +357,17 @@ def test_model_gradients_mode_and_generator_stay(training):
         ({"gradients": []}, "0 gradients for 6 parameters"),
         ({"loss": "hinge"}, "unknown loss 'hinge'; known: "),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"batch_size": 2.5}, "batch_size is 2.5"),
         ({"pixel_range": (1.0, 0.0)}, r"pixel_range is \(1.0, 0.0\); give .smallest, largest"),
-        ({"pixel_range": (0.0, float("nan"))}, "pixel_range is"),
-        ({"pixel_range": (0.0, 0.5, 1.0)}, "pixel_range is"),
         ({"rcond": -1e-3}, "rcond is -0.001; it must be at least 0 and below 1"),
-        ({"rcond": 1.0}, "rcond is 1.0"),
-        ({"rcond": float("nan")}, "rcond is nan"),
         ({"noise_std": -1.0}, "noise_std is -1.0; it must be at least 0"),
-        ({"noise_std": float("nan")}, "noise_std is nan"),
-        ({"labels": []}, r"labels are \[\]"),
         ({"labels": [2]}, r"labels are \[2\]; a single image of the logistic loss takes \[0\] or \[1\]"),
-        ({"labels": [0, 1]}, r"labels are \[0, 1\]"),
         ({"model": TEN, "loss": "mse", "labels": [10]}, r"\[10\]; a single image of the mse loss takes \[0\] to \[9\]"),
-        ({"labels": 1}, "labels are 1"),
-        ({"labels": torch.tensor([1.0])}, r"labels are \[1.0\]"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(arguments, message):
     given = {"model": NETWORK, "gradients": gradients_for(NETWORK), "image_shape": SHAPE, **arguments}
     with pytest.raises(ValueError, match=message):
         rgap.reconstruct(**given, gradient_scale=1.0)
-
-
-def test_a_batch_given_as_one_image_is_hinted_at_without_closing_anything():
-    model = small_cnn()
-    images = rand(3, 3, 8, 8)
-    gradients = rgap.client_gradients(model, images, torch.tensor([0, 1, 1]))
-    result = rgap.reconstruct(model, gradients, (3, 8, 8), gradient_scale=1.0)
-    assert result.verdict != "exact"
-    assert any("if it may be that of a batch, give batch_size, or None to find it" in note for note in result.notes)
 
 
 TARGET = torch.tensor([[0.3, -1.2, 0.8, 2.0]]).double()
@@ -419,7 +389,7 @@ def test_without_biases_a_regressions_brightness_is_open_until_its_target_is_giv
     for options in ({}, {"gradient_scale": 1.0}):
         found = rgap.reconstruct(network, gradients, SHAPE, "mse", **options)
         assert found.verdict == "ambiguous" and any("brightness is not determined" in note for note in found.notes)
-    found = rgap.reconstruct(network, gradients, SHAPE, "mse", labels=target, gradient_scale=1.0)
+    found = attack(network, gradients, "mse", labels=target)
     assert found.verdict == "exact" and rgap.metrics.psnr_db(found.images, IMAGE).item() > 150
 
 
