@@ -24,8 +24,7 @@ from torch import Tensor
 from rgap.attack.candidates import Attack
 from rgap.attack.descent import Descent
 from rgap.attack.reconstruct import follow, read, reconstruct
-from rgap.attack.slopes import KinkedSteps, mean_gradient, settled_steps, simulated_steps
-from rgap.attack.update import FoundImages, UpdateTask
+from rgap.attack.update import FoundImages, KinkedSteps, UpdateTask, mean_gradient, settled_steps, simulated_steps
 from rgap.client import UpdateGradients
 from rgap.linalg import rms
 from rgap.network.chain import Chain, prepare

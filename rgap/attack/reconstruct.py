@@ -35,9 +35,8 @@ from rgap.attack.arguments import (
     checked_network,
 )
 from rgap.attack.batch import weigh_batch
-from rgap.attack.candidates import Attack, Weighed, twins, weigh_image
+from rgap.attack.candidates import Attack, Weighed, foreseen_deficits, twins, weigh_image, without_solving
 from rgap.attack.descent import Descent, close_by_virtual_constraints, descend, start_probe
-from rgap.attack.foreseen import EFFORTS, foreseen_deficits, without_solving
 from rgap.attack.verdict import judge
 from rgap.client import check_label
 from rgap.head import read_head
@@ -52,6 +51,7 @@ from rgap.separation.subspaces import batch_given_as_one, find_batch_size
 from rgap.shared_gradient import receive
 from rgap.tokens import PatchEmbedding, reconstruct_tokens
 
+EFFORTS = ("auto", "full")
 NOISE_REESTIMATE_RATIO = 3.0  # noise in surplus equations, over that assumed so far, above which it replaces that
 
 REFUTED = (
@@ -144,16 +144,12 @@ def reconstruct(
     check_options(loss, batch_size, pixel_range, rcond, noise_std, gradient_scale, label_smoothing)
     chain = checked_network(model, image_shape, output, batch_size)
     asserted = {"gradient_scale": gradient_scale, "label_smoothing": label_smoothing}
+    given = asserted | {"batch_size": batch_size, "labels": labels, "pixel_range": pixel_range, "device": device}
+    given |= {"rcond": rcond, "noise_std": noise_std}
     if isinstance(chain, PatchEmbedding):
-        return reconstruct_tokens(
-            chain, gradients, loss, batch_size=batch_size, labels=labels, virtual_constraints=virtual_constraints,
-            pixel_range=pixel_range, rcond=rcond, noise_std=noise_std, device=device, **asserted,
-        )  # fmt: skip
+        return reconstruct_tokens(chain, gradients, loss, virtual_constraints=virtual_constraints, **given)
     if isinstance(chain, ResidualNetwork):
-        return reconstruct_residual(
-            chain, gradients, loss, batch_size=batch_size, labels=labels, pixel_range=pixel_range, rcond=rcond,
-            noise_std=noise_std, seed=seed, device=device, **asserted,
-        )  # fmt: skip
+        return reconstruct_residual(chain, gradients, loss, seed=seed, **given)
     check_arguments(chain, loss, batch_size, labels)
     close = partial(close_by_virtual_constraints, full=effort == "full") if virtual_constraints else None
     received = receive(chain, gradients, rcond, noise_std, any_scale=gradient_scale is None)
@@ -204,11 +200,8 @@ def read(
     starts = starts_of(chain, reading.hypotheses)
     if several := batch_given_as_one(chain, received) if batch_size == 1 else "":
         attack = replace(attack, close=None)  # nothing closes a null space of equations that no image fulfils
-    return (
-        replace(attack, received=received),
-        starts,
-        [*notes, *received.notes, *filter(None, [several]), *reading.notes],
-    )
+    notes = [*notes, *received.notes, *filter(None, [several]), *reading.notes]
+    return replace(attack, received=received), starts, notes
 
 
 def follow(attack: Attack, starts: Sequence[Start]) -> tuple[list[Descent], list[str]]:
