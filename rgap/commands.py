@@ -189,18 +189,8 @@ def bench(options: argparse.Namespace) -> int:
     earlier = benchmark.compared(table, options.against)
     save_csv(table, options.output)
     with pd.option_context("display.width", None, "display.max_rows", None):
-        digits = {
-            "median_s": 4,
-            "least_s": 4,
-            "ratio": 1,
-            "peak_mib": 0,
-            "psnr_db": 1,
-            "before_s": 4,
-            "speedup": 2,
-            "floor_gflop": 2,
-            "floor_share": 2,
-            "gemm_gflops": 0,
-        }
+        digits = dict.fromkeys(("median_s", "least_s", "before_s"), 4) | {"ratio": 1, "peak_mib": 0, "psnr_db": 1}
+        digits |= {"speedup": 2, "floor_gflop": 2, "floor_share": 2, "gemm_gflops": 0}
         print(table.drop(columns="torch").round(digits).to_string(index=False, na_rep="-"))
         print(f"\nseconds of {options.against.name} over those of this run:")
         print(earlier.round(digits).to_string(index=False) if len(earlier) else "it has none of these cases")

@@ -116,7 +116,7 @@ def check_batch(chain: Chain, loss: str) -> None:
 
 
 def check_shared(chain: Chain, received: SharedGradient) -> None:
-    """Refuses gradients of a batch that lack one of a fully connected layer, where the images are told apart."""
+    """Refuses gradients of a batch that lack one of a fully connected layer, by which the images are separated."""
     for layer in chain.layers[first_dense(chain) :]:
         missing = layer.bias_name in received.absent or not {layer.weight_name, layer.bias_name} & set(received.usable)
         if missing and not layer.is_fixed:

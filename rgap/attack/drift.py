@@ -2,7 +2,7 @@
 
 Ḡ is nearly the gradient at the mean weights W̄ of the steps, which follow from Ḡ itself: what is left, Ḡ(x) − g(W̄, x),
 is of second order in the drift. x ← R(Ḡ − [Ḡ(x) − g(W̄(x), x)]), with the attack R at W̄, takes that off as well. R
-descends a chain, or walks through a residual network from a blind layer, told that what is left of the drift is noise.
+descends a chain, or walks through a residual network from a blind layer; the rest of the drift is declared as noise.
 
 Units of a LeakyReLU that flip have mean slopes, one of finitely many. R reads them like signs, layer by layer from the
 top; the gradient at W̄ has them backwards, so that a flip that an approximate image does not predict cancels. The steps
@@ -34,15 +34,15 @@ from rgap.shared_gradient import receive
 
 MAX_ITERATIONS = 40  # most steps of the fixed point
 MAX_FIRST_MISS = 1e-2  # miss of the simulated update up to which no further first noise is tried
-MIN_NOISE_RATIO = 1e-12  # noise, relative to the update's root mean square, where the simulation agrees
+MIN_NOISE_RATIO = 1e-12  # smallest declared noise, relative to the root mean square of Ḡ
 MIN_GAIN = 0.7  # miss relative to the last from which a step is no gain
 CONTRACTED_MISS = 1e-3  # miss of the simulated update above which the fixed point has not contracted
 MAX_PIXEL_SIZE = 100.0  # pixels, in widths of the range, from which the fixed point has diverged
-DESCENT_NOISE = 1e-2  # largest noise, likewise: it leaves units in doubt before anything is simulated
-DESCENT_NOISE_SHARES = (0.3, 1.0, 0.1)  # shares of the simulation's miss that are tried as noise, one after the other
-WALK_NOISES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)  # noise of which the first walk is told
-WALK_NOISE_SHARES = (0.3,)  # share of the simulation's miss of which later walks are told
-LAST_WALK_SLACK = 10.0  # miss of a walk that is told of no noise, relative to the last, up to which it counts
+DESCENT_NOISE = 1e-2  # largest declared noise of a descent: it leaves units in doubt before anything is simulated
+DESCENT_NOISE_SHARES = (0.3, 1.0, 0.1)  # shares of the simulation's miss that later descents declare, in turn
+WALK_NOISES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)  # declared noise of the first walk, relative to the root mean square of Ḡ
+WALK_NOISE_SHARES = (0.3,)  # share of the simulation's miss that later walks declare as noise
+LAST_WALK_SLACK = 10.0  # miss of a walk without declared noise, relative to the last, up to which it counts
 ANDERSON_DEPTH = 6  # earlier steps from which the next one is extrapolated
 MAX_LAST_STEPS = 4  # attacks at the weights that were sent out that end the iterations, on the image's own pattern
 
@@ -78,7 +78,7 @@ def by_fixed_point(task: UpdateTask) -> FoundImages:
 
 
 def by_walks(task: UpdateTask) -> FoundImages:
-    """The same of a residual network; a last walk may be certified, told of nothing but the weights' rounding."""
+    """The same for a residual network; only a last walk, with no noise but rounding, may be certified."""
     loop = _Walks(task)
     walks = loop.run()
     last = loop.read(None, walks[-1], *walks[-1].steps)
@@ -107,7 +107,7 @@ class _Iterate:
 class _FixedPoint:
     """x ← R(Ḡ − [Ḡ(x) − g(W̄(x), x)]), with `read` as R."""
 
-    first_noises: tuple[float, ...]  # noise, relative to the update's root mean square, of which the first R is told
+    first_noises: tuple[float, ...]  # declared noise of the first R, relative to the root mean square of Ḡ, in turn
     noise_shares: tuple[float, ...]  # shares of the simulation's miss that are tried as noise later
 
     def __init__(self, task: UpdateTask):
@@ -154,7 +154,7 @@ class _Walks(_FixedPoint):
     first_noises, noise_shares = WALK_NOISES, WALK_NOISE_SHARES
 
     def read(self, noise: float | None, last: _Iterate | None = None, steps: KinkedSteps | None = None) -> _Iterate:
-        """What the walk finds behind Ḡ less the drift of the last image, told of noise, with its simulated steps."""
+        """What a walk with that declared noise finds behind Ḡ less the drift of the steps, and its own steps."""
         task = self.task
         found = reconstruct(
             self.network, self.less_drift(last, steps), None, task.loss, noise_std=noise and noise * _size(task.update),
@@ -181,7 +181,7 @@ class _Descents(_FixedPoint):
         return None if last.found.open_layers else super()._closer(last)
 
     def read(self, noise: float, last: _Iterate | None = None, steps: KinkedSteps | None = None) -> _Iterate:
-        """What the descent finds behind Ḡ less the drift of the steps, told of noise, or a point extrapolated by it."""
+        """What a descent with that declared noise finds behind Ḡ less the drift of the steps, or extrapolated."""
         task, gradients = self.task, self.less_drift(last, steps)
         reach = {} if steps is None else dict(zip(self.kinked, steps.reach, strict=False))
         try:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +41,12 @@ from rgap.results import (
     with_accuracy,
 )
 from rgap.tokens import PatchEmbedding
+from rgap.tokens.replay import gradient_sizes
 
 STEPS_TRIED = (1, 2, 3, 4, 5, 6, 8, 10)  # numbers of local steps that are tried where it is unknown
 NOISE_RESIDUAL_FACTOR = 5.0  # multiple of the expected residual up to which a simulated update counts as the shared one
 MIN_ALLOWED_RESIDUAL = 1e-10  # residual that float64 arithmetic of many steps explains
 MAX_ALLOWED_RESIDUAL = 1e-2  # residual from which a simulated update is not the shared one, whatever its rounding
-
-MIN_RELATIVE_RMS = 1e-3
-"""Smallest root mean square of a gradient, relative to the median over the parameters, to which a miss is compared."""
 
 
 def reconstruct_update(
@@ -216,12 +213,9 @@ def _simulated_miss(task: UpdateTask, found: FoundImages, labels: Tensor) -> tup
         found.images.shape, generator=generator, dtype=found.images.dtype
     )
     other = task.simulate(drawn, labels, dtype)
-    rms = {n: g.norm().item() / g.numel() ** 0.5 for n, g in task.update.items()}
-    least = MIN_RELATIVE_RMS * median(size for size in rms.values() if size > 0)
     miss = expected = 0.0
-    for name, g in task.update.items():
-        size = max(rms[name], least) * g.numel() ** 0.5
-        rounding = task.update.noise_std[name] * g.numel() ** 0.5
-        miss = max(miss, (mine[name] - g).norm().item() / size)
+    for name, size in gradient_sizes(task.update).items():
+        rounding = task.update.noise_std[name] * mine[name].numel() ** 0.5
+        miss = max(miss, (mine[name] - task.update[name]).norm().item() / size)
         expected = max(expected, math.hypot((other[name] - mine[name]).norm().item(), rounding) / size)
     return miss, min(max(NOISE_RESIDUAL_FACTOR * expected, MIN_ALLOWED_RESIDUAL), MAX_ALLOWED_RESIDUAL)

@@ -21,7 +21,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of batch normalisation's buffers, which no gradient moves."""
 
 
-SHARE_DIGITS = 12  # decimals to which sums of steps' shares are told apart
+SHARE_DIGITS = 12  # decimals from which on sums of steps' shares count as equal
 
 
 class UpdateGradients(dict[str | int, Tensor]):

@@ -84,11 +84,15 @@ def _margin(inside: Tensor, error: float) -> float:
     beyond = max(-inside.min().item(), 0.0)
     if (inside < 0).sum() < MIN_OUT_OF_BOUNDS:
         return max(beyond, error)
-    farthest = BOUND_ERROR_FACTOR * beyond
-    near = inside[(inside > beyond) & (inside < farthest)]
-    edges = torch.cat([inside.new_tensor([beyond]), near.sort().values, inside.new_tensor([farthest])])
+    return widest_gap(inside, beyond, BOUND_ERROR_FACTOR * beyond).item()
+
+
+def widest_gap(values: Tensor, low: float, high: float) -> Tensor:
+    """The middle of the widest gap (by ratio) that values leave between two positive limits, geometric."""
+    near = values[(values > low) & (values < high)]
+    edges = torch.cat([values.new_tensor([low]), near.sort().values, values.new_tensor([high])])
     gap = int((edges[1:] / edges[:-1]).argmax())
-    return (edges[gap] * edges[gap + 1]).sqrt().item()
+    return (edges[gap] * edges[gap + 1]).sqrt()
 
 
 IDENTITY = Activation("identity", lambda z: z, lambda x: x, torch.ones_like, homogeneous=True, negative_slope=1.0)

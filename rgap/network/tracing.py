@@ -31,7 +31,7 @@ from rgap.results import UnsupportedLayerError
 
 METADATA = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "type"}
 METADATA |= {"is_complex", "__len__", "element_size", "storage_offset", "get_device", "is_same_size", "data_ptr"}
-"""Names of functions that tell about a tensor, but not its values."""
+"""Names of functions that describe a tensor, but do not read its values."""
 
 OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
@@ -172,8 +172,8 @@ class _Recorder(TorchFunctionMode):
     def _record(self, operation: Any, func: Callable, args, kwargs, tensors: list[Tensor], result: Any) -> None:
         label = label_of(operation)
         module = functional_layer(operation, args, kwargs) if operation in LINEAR_FUNCTIONS else None
-        told = module is not None or operation in SHAPED_AS  # by the others' shapes and formats alone, or parameters
-        sources = self._sources(tensors[:1] if told else tensors)
+        alone = module is not None or operation in SHAPED_AS  # the others are parameters, or give shape and format only
+        sources = self._sources(tensors[:1] if alone else tensors)
         depends = {source for source in sources if source not in self.constants}
         if not depends and label not in RANDOM:
             if sources:

@@ -126,7 +126,7 @@ def exposure(analysis: RankAnalysis) -> Exposure:
 
 
 def judge(layers: Sequence[LayerRank], batch_size: int = 1, separable: int | None = None, entry: str = "") -> Exposure:
-    """The exposure of steps that were analysed, of a network whose last layers tell `separable` images apart.
+    """The exposure of steps that were analysed, of a network whose last layers separate `separable` images.
 
     `entry` is that of the analysis.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rgap.linalg import rms
-from rgap.network.activations import RELU
+from rgap.network.activations import RELU, widest_gap
 from rgap.network.graph import Graph
 from rgap.network.layer import Layer
 from rgap.residual.stacked import solve_changes
@@ -57,10 +57,7 @@ def zero_limit(known: Known, precision: float) -> Tensor:
     error = error.clamp(min=FLOAT64_FLOOR * rms(known.value))
     sizes = (known.value / error).flatten()
     least = max(ZERO_ERRORS, ZERO_MARGIN * -sizes.min().item())
-    near = sizes[(sizes > least) & (sizes < MAX_ZERO_GAP * least)].sort().values
-    edges = torch.cat([sizes.new_tensor([least]), near, sizes.new_tensor([MAX_ZERO_GAP * least])])
-    gap = int((edges[1:] / edges[:-1]).argmax())
-    return error * (edges[gap] * edges[gap + 1]).sqrt()
+    return error * widest_gap(sizes, least, MAX_ZERO_GAP * least)
 
 
 def activation_above(graph: Graph, reader: str) -> str | None:

@@ -2,7 +2,7 @@
 
 The network runs once, only as far as that addition, and is recognised by what it computes, not by its class: the first
 convolution or linear layer that reads the image is the patch embedding, and the adjoint of the addition, applied to
-numbered entries, tells which entry of the position embedding each output is added to.
+numbered entries, shows which entry of the position embedding each output is added to.
 """
 
 from __future__ import annotations

@@ -27,6 +27,13 @@ MAX_LABELS_TRIED = 16  # most labels whose gradients are compared where the head
 LABEL_MISFIT_RATIO = 1.01  # misfit of the head's gradient, relative to the smallest, up to which a label is tried
 
 
+def gradient_sizes(gradients: Mapping[str, Tensor]) -> dict[str, float]:
+    """Norm of each gradient, those that are nothing but rounding at that of the smallest that is more."""
+    rms = {n: g.norm().item() / g.numel() ** 0.5 for n, g in gradients.items()}
+    least = MIN_RELATIVE_RMS * median(size for size in rms.values() if size > 0)
+    return {n: max(rms[n], least) * g.numel() ** 0.5 for n, g in gradients.items()}
+
+
 @dataclass(frozen=True)
 class Replay:
     """The network with a loss, beside the gradients that were shared."""
@@ -57,10 +64,8 @@ class Replay:
 
     @cached_property
     def sizes(self) -> dict[str, float]:
-        """Norm of each shared gradient, those that are nothing but rounding at that of the smallest that is more."""
-        rms = {n: g.norm().item() / g.numel() ** 0.5 for n, g in self.shared.items()}
-        least = MIN_RELATIVE_RMS * median(size for size in rms.values() if size > 0)
-        return {n: max(rms[n], least) * g.numel() ** 0.5 for n, g in self.shared.items()}
+        """`gradient_sizes` of the shared gradients."""
+        return gradient_sizes(self.shared)
 
     def gradients(self, image: Tensor, label: Tensor) -> dict[str, Tensor]:
         """The gradient that an image has."""
