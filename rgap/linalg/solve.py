@@ -143,29 +143,20 @@ def _by_pivoted_cholesky(normal: NormalEquations) -> LeastSquares | None:
     null[left] = torch.eye(len(left), dtype=gram.dtype)
     null = orthonormal(null)
 
-    def beside_null(y: Tensor) -> Tensor:
-        return y - null @ (null.T @ y)
-
     def invert_beside(v: Tensor) -> Tensor:  # of vectors without a part in the null space
         y = torch.zeros_like(v)
         y[kept] = torch.from_numpy(scipy.linalg.lapack.dpotrs(square, v[kept].numpy(), lower=0)[0])
-        return beside_null(y)
+        return y - null @ (null.T @ y)
 
     def invert(v: Tensor) -> Tensor:  # the pseudo-inverse of the Gram matrix
-        return invert_beside(beside_null(v))
-
-    def weakest(count: int) -> Tensor:  # roughly, by the smallest pivots
-        y, last = torch.zeros(len(gram), count, dtype=gram.dtype), np.eye(rank, count, count - rank)
-        y[kept] = torch.from_numpy(scipy.linalg.blas.dtrsm(1.0, square, last))
-        return beside_null(y)
+        return invert_beside(v - null @ (null.T @ v))
 
     weak, sigmas = gram[:, :0], gram[0, :0]
-    guess = int(
-        (np.diag(square) < 2 * ILL_CONDITIONED_RATIO * square[0, 0]).sum()
-    )  # the factor nearly shows their number
+    pivots = np.diag(square)  # they nearly show how many directions are weak
+    guess = int((pivots < 2 * ILL_CONDITIONED_RATIO * pivots[0]).sum())
     ratio = normal.smallest(invert) if normal.gram_only or not guess else 0.0
     if ratio < ILL_CONDITIONED_RATIO and not normal.gram_only:
-        U, values = _weak_directions(invert_beside, weakest, rank, ILL_CONDITIONED_RATIO * normal.largest, guess)
+        U, values = _weak_directions(square, kept, null, ILL_CONDITIONED_RATIO * normal.largest, guess)
         low, ratio = values <= ILL_CONDITIONED_RATIO * normal.largest, (values[-1] / normal.largest).item()
         weak, sigmas = U[:, low], values[low]
     if not ratio >= max(safe, PIVOTED_GAP * normal.rcond):
@@ -176,22 +167,30 @@ def _by_pivoted_cholesky(normal: NormalEquations) -> LeastSquares | None:
     return LeastSquares(normal.solve(invert), null, weak, sigmas, rank, ratio, dropped, invert)
 
 
-def _weak_directions(
-    invert: Callable[[Tensor], Tensor], start: Callable[[int], Tensor], rank: int, limit: float, guess: int
-) -> tuple[Tensor, Tensor]:
+def _weak_directions(square: np.ndarray, kept: Tensor, null: Tensor, limit: float, guess: int) -> tuple[Tensor, Tensor]:
     """Singular directions and their σ, all up to a limit and some above, by block inverse iteration on a Gram matrix.
 
-    The weakest, which matter most, come out exactly, those near the limit roughly. The block that `start` makes is
-    doubled as long as all of it is below the limit.
+    `square` is the upper Cholesky factor of its rows and columns `kept`. The weakest directions, which matter most,
+    come out well, those near the limit roughly: float32 is enough. The block, what the smallest pivots show at first,
+    is doubled as long as all of it is below the limit.
     """
+    null, rank, unit = null.float(), len(square), square[0, 0]
+    square = np.asfortranarray(square / unit, np.float32)
+
+    def place(y: np.ndarray) -> Tensor:
+        placed = null.new_zeros(len(null), y.shape[1])
+        placed[kept] = torch.from_numpy(y)
+        return placed - null @ (null.T @ placed)
+
     while True:
         guess = min(guess + WEAK_SURPLUS, rank)
-        U = start(guess)
+        U = place(scipy.linalg.blas.strsm(1.0, square, np.eye(rank, guess, guess - rank, dtype=np.float32)))
         for _ in range(INVERSE_ITERATIONS):
-            U, T = torch.linalg.qr(invert(U))
+            U, T = torch.linalg.qr(place(scipy.linalg.lapack.spotrs(square, U[kept].numpy(), lower=0)[0]))
         turn, inverse, _ = torch.linalg.svd(T)
-        if inverse[-1].rsqrt() > limit or guess == rank:
-            return (U @ turn).flip(1), inverse.rsqrt().flip(0)
+        values = unit * inverse.double().rsqrt()
+        if values[-1] > limit or guess == rank:
+            return (U @ turn).double().flip(1), values.flip(0)
         guess *= 2
 
 

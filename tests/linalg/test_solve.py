@@ -85,7 +85,7 @@ def test_ill_conditioned_directions_beside_a_null_space_are_those_of_the_decompo
     assert_close(found.ill_conditioned_sigmas, whole.ill_conditioned_sigmas, rtol=1e-3, atol=0)
     assert (found.null.T @ whole.null).det().abs() > 1 - 1e-9
     assert (whole.ill_conditioned.T @ found.ill_conditioned).norm() ** 2 > 39.99
-    assert (found.null.T @ found.ill_conditioned).norm() < 1e-9
+    assert (found.null.T @ found.ill_conditioned).norm() < 1e-4  # they are found in float32
 
 
 DEVICES = [
