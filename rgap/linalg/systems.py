@@ -107,8 +107,8 @@ class NormalEquations:
 class LeastSquares:
     """The minimum-norm minimiser of ‖A y − b‖ and the null space of A.
 
-    Where the rank is not full, `ill_conditioned` is a basis, orthonormal to float32, of the directions kept whose singular
-    value is below ILL_CONDITIONED_RATIO of the largest.
+    Where the rank is not full, `ill_conditioned` is a basis, orthonormal to float32, of the directions kept whose
+    singular value is below ILL_CONDITIONED_RATIO of the largest.
     """
 
     y: Tensor  # (k,)
