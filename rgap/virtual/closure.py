@@ -33,6 +33,8 @@ ERROR_AMPLIFICATION = 5.0  # rough error of a pre-activation, over the gradient'
 MAX_STEPS = 40  # limit on the steps of one attempt
 PRIOR_WIDENING = 30.0  # standard deviation of the first belief on weak directions, in units of the layer's own for them
 SETTLED_SHARE = 0.01  # standard deviation, over a belief's noise, from which a layer needs no belief
+WIDE_SPREAD = 0.01  # standard deviation of a belief, over the spread of x, down to which its rows are made in float32
+SHARP_SPREAD = 1e-3  # the same at which hardly a sign is wrong, and none that the certificate would not correct
 MAX_HOPELESS_UNKNOWNS = 300  # unknowns up to which a system that is short of equations is approached within a second
 MAX_APPROACHED_UNKNOWNS = 1200  # the same of other systems, some ten seconds; no larger one has been closed
 
@@ -133,7 +135,7 @@ def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, 
     whole = problem
     if whole.known.size and whole.known.max() < SETTLED_SHARE * noise * rms:
         problem = replace(whole, N=whole.N[:, : -whole.known.size], known=whole.known[:0])
-    previous, N, rough = problem.previous, problem.N, problem.N.astype(np.float32)
+    previous, N, rough = problem.previous, problem.N, problem.rough
     m, t, y = problem.x, np.zeros(N.shape[1]), np.zeros(previous.null.shape[1])
     open_ = t.size - problem.known.size
     at_first = np.concatenate([np.full(open_, rms), np.minimum(PRIOR_WIDENING * problem.known, rms)])
@@ -147,7 +149,7 @@ def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, 
         if prior is not None and not hopeless and (step >= 10 or (step >= 4 and spread < 0.02 * rms)):
             prior = None
         fitted = fit(problem.activation, m, v)
-        rows = assemble(problem, fitted, m, image, channels, prior, noise)
+        rows = assemble(problem, fitted, m, image, channels, prior, noise, wide=spread > WIDE_SPREAD * rms)
         theta, v, chi2, eps = update(rows, fitted, rough, scales)
         move, t, y = np.linalg.norm(theta[: t.size] - t), theta[: t.size], theta[t.size :]
         v = v * max(1.0, chi2)
@@ -155,12 +157,12 @@ def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, 
         beliefs.append(m)
         if channels.size or not problem.activation.homogeneous:
             image = previous.lift(fitted.alpha + fitted.beta * m + eps, y)
-        sharp, still = spread < 20 * noise * rms, move < 0.1 * spread * np.sqrt(len(m))
+        sharp, still = spread < SHARP_SPREAD * rms, move < 0.1 * spread * np.sqrt(len(m))
         waited = 0 if spread < 0.9 * best else waited + 1
         best = min(best, spread)
         done = prior is None and chi2 < 100 and (sharp or still)
         if done or (hopeless and step >= 4 and still) or waited > 8:
             break
-    if problem is not whole:
+    if problem is not whole and problem.range_rows.rows is not None:
         whole.range_rows.extend(problem.range_rows)
     return np.pad(t, (0, whole.N.shape[1] - t.size)), image

@@ -20,6 +20,9 @@ from rgap.virtual.previous import PreviousLayer
 
 MIN_ROW_NORM_RATIO = 1e-12  # norm of a gradient row, over the largest, up to which it is zero and not scaled
 
+DEFINITE = {"float64": 1e-12, "float32": 1e-5}
+"""Relative increase of a covariance's diagonal that keeps it positive definite, by the precision of its making."""
+
 
 @dataclass(frozen=True)
 class DeficientLayer:
@@ -55,6 +58,11 @@ class DeficientLayer:
     def range_rows(self) -> RangeRows:
         """What the range of the layer before says of t, kept from step to step."""
         return RangeRows(self.previous.left, self.N)
+
+    @cached_property
+    def rough(self) -> NDArray:
+        """N in float32: enough for variances, and for beliefs that are wide."""
+        return self.N.astype(np.float32)
 
 
 @dataclass
@@ -95,20 +103,33 @@ class Rows:
 
 
 def assemble(
-    problem: DeficientLayer, fitted: Fit, m: NDArray, image: NDArray, channels: NDArray, prior, noise: float
+    problem: DeficientLayer,
+    fitted: Fit,
+    m: NDArray,
+    image: NDArray,
+    channels: NDArray,
+    prior,
+    noise: float,
+    wide: bool = False,
 ) -> Rows:
     """The rows of one step: range of W, gradient of the layer before, and a prior.
 
     `fitted` are the fits to σ⁻¹ and σ′ under the present belief with means m (n,), `image` (n_x,) is the present input
     of the layer before, `channels` are the output channels whose gradient is used, and `prior` gives the rows of
-    `smooth_image_rows` or is None. Raises LinAlgError if the belief is so far off that the equations overflow.
+    `smooth_image_rows` or is None. For a `wide` belief the range's rows are made in float32. Raises LinAlgError if the
+    belief is so far off that the equations overflow.
     """
     previous, N, d = problem.previous, problem.N, problem.N.shape[1]
     q = previous.left.shape[1]
     z = fitted.alpha + fitted.beta * problem.x - previous.bias
     scale = np.sqrt(np.mean((fitted.alpha + fitted.beta * m) ** 2))
-    parts, right = [np.hstack([problem.range_rows.at(fitted.beta), -previous.gains])], [-(z @ previous.left)]
-    eps, floor, eta = [previous.left], [np.full(q, noise * scale)], []
+    left = previous.rough_left if wide else previous.left
+    if wide:
+        by_range = left.T @ (fitted.beta.astype(np.float32)[:, None] * problem.rough)
+    else:
+        by_range = problem.range_rows.at(fitted.beta)
+    parts, right = [np.hstack([by_range, -previous.gains])], [-(z @ previous.left)]
+    eps, floor, eta = [left], [np.full(q, noise * scale)], []
     if channels.size:
         own = gradient_rows(problem, fitted, m, image, channels, problem.x, N)
         parts, right = [*parts, np.hstack([own.A, own.null])], [*right, own.b]
@@ -178,8 +199,8 @@ def _responses(problem: DeficientLayer, image: NDArray, channels: NDArray, weigh
 def _covariance(rows: Rows, fitted: Fit) -> NDArray:
     """Noise covariance of the rows: from the fits' residuals and from the data."""
     uncertain = np.flatnonzero(fitted.var_eps > 1e-6 * rows.floor.min() ** 2)
-    root = rows.eps[uncertain] * np.sqrt(fitted.var_eps[uncertain])[:, None]
-    S = root.T @ root
+    root = rows.eps[uncertain] * np.sqrt(fitted.var_eps[uncertain])[:, None].astype(rows.eps.dtype)
+    S = (root.T @ root).astype(float)
     for at, entries, R in rows.eta:
         on = np.flatnonzero(fitted.var_eta[entries] > 1e-12)
         if on.size:
@@ -189,7 +210,7 @@ def _covariance(rows: Rows, fitted: Fit) -> NDArray:
             S[:, at] += cross
             S[at] += cross.T
     diagonal = np.diag_indices_from(S)
-    S[diagonal] = S[diagonal] * (1 + 1e-12) + rows.floor**2  # 1e-12 keeps S positive definite
+    S[diagonal] = S[diagonal] * (1 + DEFINITE[rows.eps.dtype.name]) + rows.floor**2
     return S
 
 

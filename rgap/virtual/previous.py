@@ -59,6 +59,11 @@ class PreviousLayer:
         return max(self.left.shape[1] - self.null.shape[1], 0)
 
     @cached_property
+    def rough_left(self) -> NDArray:
+        """`left` in float32."""
+        return self.left.astype(np.float32)
+
+    @cached_property
     def pinv(self) -> NDArray:
         """W⁺, (n_x, n_z); only beliefs on gradient rows need it whole."""
         if self.strong is not None:
