@@ -74,9 +74,7 @@ def complement(layer: Layer, max_side: int = DEFAULT_LIMITS.max_pinv_side) -> Ra
 def _complement(layer: Layer) -> RangeComplement | None:
     W = weight_matrix(layer)
     wide = W.shape[0] <= W.shape[1]
-    channels = (layer.output_shape if wide else layer.input_shape)[0]
-    order = np.arange(min(W.shape)).reshape(channels, -1).T.ravel()  # channels of a pixel side by side
-    factor = block_cholesky(W @ W.T if wide else W.T @ W, order)
+    factor = block_cholesky(W @ W.T if wide else W.T @ W, _order(layer, wide))
     if factor is None or factor.pivots.min() < MIN_PIVOT_RATIO * factor.pivots.max():
         return None
     found = RangeComplement(layer, factor, torch.zeros(max(W.shape), 0, dtype=torch.float64))
@@ -86,6 +84,15 @@ def _complement(layer: Layer) -> RangeComplement | None:
         seen = found.lift(layer.apply(rest)) if wide else layer.apply(found.lift(rest))
         rest = orthonormal((rest - seen).flatten(1).T, times=1).T.reshape(rest.shape)
     return replace(found, basis=rest.flatten(1).T.contiguous())
+
+
+def _order(layer: Layer, wide: bool) -> NDArray:
+    """The channels of a pixel side by side, and the pixels of an input that a stride steps over at once."""
+    channels, *sides = layer.output_shape if wide else layer.input_shape
+    steps, (left, _, top, _) = (1, 1) if wide else layer.stride, layer.padding
+    i, j = (axis.ravel() for axis in np.indices(sides))
+    pixels = np.lexsort((j, i, (j + left) // steps[1], (i + top) // steps[0]))
+    return np.arange(channels * len(pixels)).reshape(channels, -1)[:, pixels].T.ravel()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,10 @@ MIN_ON_ACCELERATOR = 256  # unknowns from which a system is worth the way to an 
 SKETCH_SIZE = 24  # columns of a random sketch at first
 SKETCH_SURPLUS = 12  # columns that it must have beyond the singular values that count
 
+WELL_CONDITIONED = (
+    0.03  # smallest over largest pivot of a Gram matrix from which its columns come out orthonormal at once
+)
+
 
 def accelerator_for(unknowns: int) -> torch.device | None:
     """Where a system of so many unknowns is solved, None for here."""
@@ -61,12 +65,18 @@ def gram_matrix(A: Tensor) -> Tensor:
 
 
 def orthonormal(A: Tensor, times: int = 2) -> Tensor:
-    """Orthonormal columns with the span of A's, by Cholesky factors of Gram matrices; QR where A is ill-conditioned."""
+    """Orthonormal columns with the span of A's, by Cholesky factors of Gram matrices; QR where A is ill-conditioned.
+
+    A second time makes good what an A that is not `WELL_CONDITIONED` has lost.
+    """
     for _ in range(times if A.shape[1] else 0):
         factor, failed = torch.linalg.cholesky_ex(gram_matrix(A))
         if failed:
             return torch.linalg.qr(A)[0]
         A = torch.linalg.solve_triangular(factor.T, A, upper=True, left=False)
+        low, high = torch.aminmax(factor.diagonal())
+        if low > WELL_CONDITIONED * high:
+            break
     return A
 
 

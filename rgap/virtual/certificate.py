@@ -11,11 +11,11 @@ from torch import Tensor
 
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
 from rgap.virtual.inference import DeficientLayer, assemble, gradient_rows, independent_gradients
-from rgap.virtual.linearisation import fit, slope
+from rgap.virtual.linearisation import Fit, fit, slope
 
 MAX_CERTIFIED_RESIDUAL = 20.0  # largest certified residual, in units of the data's noise; a wrong sign gives thousands
 MAX_CERTIFIED_CONDITION = 1e5  # largest certified condition number of the final system
-WEAK_SHARE = 0.1  # eigenvalue, over the largest, up to which the range alone sees a direction badly
+WEAK_SHARE = 0.05  # eigenvalue, over the largest, up to which the range alone sees a direction badly
 MAX_PIECES = 2  # systems on one piece of σ solved at the end; each corrects signs of entries near zero
 MAX_SIGN_TRIALS = 4  # entries closest to zero whose signs are flipped, one at a time, where the solution does not fit
 
@@ -71,31 +71,31 @@ class _Piece:
 
 def _solve_pieces(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
     """Solves on the piece of σ on which m lies, then on the one on which the solution lies, and so on."""
-    for _ in range(MAX_PIECES):
-        piece = _solve_piece(problem, m, image, channels)
+    for left in reversed(range(MAX_PIECES)):
+        piece = _solve_piece(problem, m, image, channels, last=not left)
         if piece.stays or piece.condition > MAX_CERTIFIED_CONDITION:
             break
         m = piece.x
     return piece
 
 
-def _solve_piece(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
+def _solve_piece(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray, last: bool) -> _Piece:
     """Solves the linear system on the piece of σ on which m lies, for θ = (t, y).
 
     Where the range of the layer before and what is `known` determine θ, its gradient corrects it in the directions P
-    that they see worst, and is tested as a whole; elsewhere both kinds of equations are solved together.
+    that they see worst, and is tested as a whole; elsewhere both kinds of equations are solved together. On any piece
+    but the `last` the gradient is spared where the range alone leads to another one.
     """
     fitted, N = fit(problem.activation, m, np.full(len(m), 1e-60)), problem.N
     d, r = N.shape[1], problem.previous.null.shape[1]
-    rows = assemble(problem, fitted, m, image, channels[:0], None, problem.noise)
-    known = np.flatnonzero(np.isfinite(rows.known))  # the deficient layer's own values of ill-conditioned directions
     unit = problem.noise * np.sqrt(np.mean((fitted.alpha + fitted.beta * m) ** 2))
-    weight = unit / np.concatenate([rows.floor, rows.known[known]])
-    A = np.vstack([rows.A, np.eye(d + r)[known]]) * weight[:, None]
-    b = np.concatenate([rows.b, np.zeros(known.size)]) * weight
+    A, b = _own_rows(problem, fitted, m, unit)
     theta, P, strong, draw, generator = np.zeros(d + r), np.eye(d + r), [], 0.0, np.random.default_rng(0)
     if not r and len(A) - d >= CERTIFICATE_SURPLUS and channels.size:
         own = _least_squares(A, b, np.linalg.norm(A, axis=0), generator)
+        hasty = _piece(problem, m, (own.directions @ own.x)[:d], np.zeros(d), own.rest / unit, own.values)
+        if not (last or hasty.stays or hasty.condition > MAX_CERTIFIED_CONDITION):
+            return hasty
         seen = own.values > WEAK_SHARE * own.values[-1]
         strong, P = own.values[seen], own.directions[:, ~seen]
         theta, draw = own.directions[:, seen] @ own.x[seen], own.directions[:, seen] @ own.draw[seen]
@@ -109,13 +109,27 @@ def _solve_piece(problem: DeficientLayer, m: NDArray, image: NDArray, channels: 
         norms = np.linalg.norm(A, axis=0)
     found = _least_squares(A, b, norms, generator)
     P = P @ found.directions
-    x, draw = problem.x + N @ (theta + P @ found.x)[:d], N @ (draw + P @ found.draw)[:d]
-    residual = float(problem.noise * np.sqrt(np.mean((found.rest / unit) ** 2)))
+    t, error = (theta + P @ found.x)[:d], (draw + P @ found.draw)[:d]
+    return _piece(problem, m, t, error, found.rest / unit, np.concatenate([found.values, strong]))
+
+
+def _own_rows(problem: DeficientLayer, fitted: Fit, m: NDArray, unit: float) -> tuple[NDArray, NDArray]:
+    """The range's equations, and what the deficient layer knows of ill-conditioned directions, in the same units."""
+    rows = assemble(problem, fitted, m, problem.x[:0], np.arange(0), None, problem.noise)
+    known = np.flatnonzero(np.isfinite(rows.known))
+    weight = unit / np.concatenate([rows.floor, rows.known[known]])
+    A, b = np.vstack([rows.A, np.eye(rows.A.shape[1])[known]]), np.concatenate([rows.b, np.zeros(known.size)])
+    return A * weight[:, None], b * weight
+
+
+def _piece(problem: DeficientLayer, m: NDArray, t: NDArray, error: NDArray, rest: NDArray, values: NDArray) -> _Piece:
+    """What a solution t shows, its draw of an error, its residuals, and squares of the system's singular values."""
+    x, residual = problem.x + problem.N @ t, float(problem.noise * np.sqrt(np.mean(rest**2)))
     stays = not problem.activation.homogeneous
     stays = stays or np.array_equal(slope(problem.activation, x), slope(problem.activation, m))
+    condition = float(np.sqrt(values.max() / max(values.min(), 1e-300)))
     fits = stays and residual <= MAX_CERTIFIED_RESIDUAL * problem.noise
-    values = np.concatenate([found.values, strong])
-    return _Piece(x, draw, residual, float(np.sqrt(values.max() / max(values.min(), 1e-300))), stays, fits)
+    return _Piece(x, problem.N @ error, residual, condition, stays, fits)
 
 
 class _Solution(NamedTuple):

@@ -13,6 +13,7 @@ falls the step becomes the linear system on one piece of σ, which is solved at 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +35,7 @@ MAX_STEPS = 40  # limit on the steps of one attempt
 PRIOR_WIDENING = 30.0  # standard deviation of the first belief on weak directions, in units of the layer's own for them
 SETTLED_SHARE = 0.01  # standard deviation, over a belief's noise, from which a layer needs no belief
 WIDE_SPREAD = 0.01  # standard deviation of a belief, over the spread of x, down to which its rows are made in float32
-SHARP_SPREAD = 1e-3  # the same at which hardly a sign is wrong, and none that the certificate would not correct
+SHARP_SPREAD = 1e-3  # the same from which hardly a sign is wrong, so that a certificate is tried
 MAX_HOPELESS_UNKNOWNS = 300  # unknowns up to which a system that is short of equations is approached within a second
 MAX_APPROACHED_UNKNOWNS = 1200  # the same of other systems, some ten seconds; no larger one has been closed
 
@@ -98,9 +99,11 @@ def solve_virtual(problem: DeficientLayer, *, reads_image: bool = False, full: b
         hopeless = room + problem.known.size - problem.unknowns < CERTIFICATE_SURPLUS
         if hopeless and not full and problem.unknowns > MAX_HOPELESS_UNKNOWNS:
             return None
-        t, image = _attempt(problem, channels, rows, hopeless, beliefs)
-        solution = certify(problem, t, image, _channels(problem), beliefs)
-        if solution.certified or hopeless:
+        for t, image in _attempt(problem, channels, rows, hopeless, beliefs):
+            solution = certify(problem, t, image, _channels(problem), beliefs)
+            if solution.certified:
+                return solution
+        if hopeless:
             break
     return solution
 
@@ -126,10 +129,13 @@ def _channels(problem: DeficientLayer, most: int = 4000) -> NDArray:
     return np.linspace(0, outputs - 1, enough).round().astype(int)
 
 
-def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, beliefs: list):
+def _attempt(
+    problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, beliefs: list
+) -> Iterator[tuple[NDArray, NDArray]]:
     """Steps until the belief is as narrow as the noise, or stalls; the prior takes part in the first steps.
 
-    Ill-conditioned directions that the layer itself knows better than that take no part.
+    Yields the belief's mean and the image before it: the last, and before it the first that is sharp enough for a
+    certificate. Ill-conditioned directions that the layer itself knows better than that take no part.
     """
     rms, noise = problem.spread, max(problem.noise, 1e-7)  # a lower one collapses the belief too soon
     whole = problem
@@ -141,7 +147,7 @@ def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, 
     at_first = np.concatenate([np.full(open_, rms), np.minimum(PRIOR_WIDENING * problem.known, rms)])
     v = (rough**2 @ at_first.astype(np.float32) ** 2).astype(float)
     scales = np.concatenate([np.full(t.size, rms), np.full(y.size, 3 * rms)])
-    image, spread, best, waited = np.full(previous.layer.unknowns, 0.5), rms, np.inf, 0
+    image, spread, best, waited, tried = np.full(previous.layer.unknowns, 0.5), rms, np.inf, 0, False
     if prior is None:
         first = fit(problem.activation, m, v)
         image = previous.lift(first.alpha + first.beta * m, y)
@@ -157,12 +163,15 @@ def _attempt(problem: DeficientLayer, channels: NDArray, prior, hopeless: bool, 
         beliefs.append(m)
         if channels.size or not problem.activation.homogeneous:
             image = previous.lift(fitted.alpha + fitted.beta * m + eps, y)
-        sharp, still = spread < SHARP_SPREAD * rms, move < 0.1 * spread * np.sqrt(len(m))
+        sharp, still = spread < 20 * noise * rms, move < 0.1 * spread * np.sqrt(len(m))
         waited = 0 if spread < 0.9 * best else waited + 1
         best = min(best, spread)
-        done = prior is None and chi2 < 100 and (sharp or still)
-        if done or (hopeless and step >= 4 and still) or waited > 8:
-            break
-    if problem is not whole and problem.range_rows.rows is not None:
-        whole.range_rows.extend(problem.range_rows)
-    return np.pad(t, (0, whole.N.shape[1] - t.size)), image
+        fits, early = prior is None and chi2 < 100, spread < SHARP_SPREAD * rms and problem.activation.homogeneous
+        done = (fits and (sharp or still)) or (hopeless and step >= 4 and still) or waited > 8 or step == MAX_STEPS - 1
+        if done or (fits and early and not tried):
+            if problem is not whole and problem.range_rows.rows is not None:
+                whole.range_rows.extend(problem.range_rows)
+            yield np.pad(t, (0, whole.N.shape[1] - t.size)), image
+            tried = True
+        if done:
+            return
