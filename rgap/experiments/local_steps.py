@@ -25,6 +25,8 @@ from rgap.results import Reconstruction
 MIN_SURE_PSNR_DB = 50.0
 """PSNR of a certified image below which, and beyond three times its predicted error, the certificate is false."""
 
+MAX_DRAWN_PSNR_DB = 200.0  # above, rounding decides, and another machine's differs
+
 MISTAKES = ("none", "none", "steps", "rate", "momentum", "decay")  # what a server may not know of a client's training
 
 
@@ -182,11 +184,15 @@ def _small_network(kind: str, seed: int) -> tuple[nn.Module, tuple[int, int, int
 
 
 def plot_iterations(series: Mapping[str, Sequence[float]]) -> Figure:
-    """PSNR (dB) of the fixed point's iterates, a line for each case."""
+    """PSNR (dB) of the fixed point's iterates, a line for each case, up to where rounding decides."""
     figure, axis = plt.subplots(figsize=(6.4, 3.2))
-    rows = [(name, step, value) for name, values in series.items() for step, value in enumerate(values)]
+    rows = []
+    for name, values in series.items():
+        drawn = values[: 1 + sum(value < MAX_DRAWN_PSNR_DB for value in values)]
+        rows += [(name, step, min(value, MAX_DRAWN_PSNR_DB)) for step, value in enumerate(drawn)]
     lines(axis, pd.DataFrame(rows, columns=["case", "iteration", "psnr"]), "iteration", "psnr", by="case", band=False)
-    axis.set(xlabel="iteration", ylabel="PSNR, dB")
+    axis.set(xlabel="iteration", xticks=range(1 + max(step for _, step, _ in rows)), ylim=(0, 1.05 * MAX_DRAWN_PSNR_DB))
+    axis.set_ylabel(f"PSNR, dB, up to {MAX_DRAWN_PSNR_DB:g}")
     name_lines(axis, in_margin=True)
     return finish(figure)
 
