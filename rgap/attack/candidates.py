@@ -12,16 +12,16 @@ little for a certificate, the verdict is certain, and only a rough picture is le
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from rgap.attack.descent import Closer, Descent
+from rgap.attack.descent import Closer, Descent, NoiseProbe
 from rgap.attack.misfit import NOISE_RESIDUAL_FACTOR, Misfit, misfit
 from rgap.attack.pattern import project_to_pattern
-from rgap.client import gradients_of
+from rgap.client.gradients import loss_gradients
 from rgap.equations.limits import DEFAULT_LIMITS
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS, RankLaws, layer_laws
 from rgap.head.hypothesis import REAL_TARGET, Start, Twin
@@ -52,7 +52,7 @@ class Attack:
 
     def gradients(self, images: Tensor, labels: Tensor, start: Start) -> dict[str, Tensor]:
         """The gradient that a client with these images (B, C, H, W) and the loss of a start would share, by name."""
-        return gradients_of(self.chain.model, self.chain.parameters, images, labels, self.loss, **start.client_loss)
+        return loss_gradients(self.chain.model, self.chain.parameters, images, labels, self.loss, **start.client_loss)
 
     def images(self, descent: Descent) -> Tensor:
         """The recovered input of the first layer, (B, C, H, W)."""
@@ -79,6 +79,7 @@ class Weighed:
     # whether the scales of a batch rest on its size alone, without confirmation by the gradient's rank
     unconfirmed: bool = False
     doubt: str = ""  # why noise that was inferred does not explain the misfit; empty where it does
+    match: Misfit | None = None  # of a single image as recovered; None where it is not finite
 
 
 def twins(descent: Descent) -> Iterator[Descent]:
@@ -106,12 +107,29 @@ def _relengthened(descent: Descent, twin: Twin) -> Tensor:
     return descent.probe.x + (after - before) * image.reshape(descent.probe.x.shape)
 
 
-def weigh_image(attack: Attack, descent: Descent) -> Weighed:
-    """Compares the gradient of a single image with the shared one, and with the effect of noise on both."""
+def weigh_images(attack: Attack, descents: Sequence[Descent]) -> list[Weighed]:
+    """Weighs single images, of twins the one in the pixel range first.
+
+    Twins have the same gradient: where its twin's is the shared one, an image outside the pixel range, by more than any
+    error explains, needs no comparison of its own. Nothing that may be certified goes without.
+    """
+    found: dict[int, Weighed] = {}
+    for place in sorted(
+        range(len(descents)), key=lambda i: not attack.pixels.contains(attack.images(descents[i]), 0.0)
+    ):
+        found[place] = weigh_image(attack, descents[place], list(found.values()))
+    return [found[place] for place in range(len(descents))]
+
+
+def weigh_image(attack: Attack, descent: Descent, others: Sequence[Weighed] = ()) -> Weighed:
+    """Compares the gradient of a single image with the shared one, and with the effect of noise on both.
+
+    The others were weighed before, and may be its twins.
+    """
     received, labels, image = attack.received, descent.start.labels, attack.images(descent)
-    match = Misfit(math.inf, received.arithmetic)
+    match, recovered = Misfit(math.inf, received.arithmetic), None
     if torch.isfinite(image).all():
-        match = _match(attack, descent, image)
+        match = recovered = _of_twin(attack, descent, image, others) or _match(attack, descent, image)
         moved = _on_decided_pattern(attack.chain, descent, image) if not match.residual <= match.allowed else None
         if moved is not None:
             pairs = (image, match), (moved, _match(attack, descent, moved))
@@ -124,7 +142,17 @@ def weigh_image(attack: Attack, descent: Descent) -> Weighed:
     return Weighed(descent.start, Candidate(
         image, labels, match.residual, inside, attack.inputs(descent, image), reports, descent.open_layers,
         descent.beliefs, match.allowed, max(match.errors, default=None), None, factor / received.unit, brightness,
-    ), doubt=match.doubt)  # fmt: skip
+    ), doubt=match.doubt, match=recovered)  # fmt: skip
+
+
+def _of_twin(attack: Attack, descent: Descent, image: Tensor, others: Sequence[Weighed]) -> Misfit | None:
+    """The comparison of a twin that was consistent as recovered, with this image's errors; None if these may matter."""
+    same = (one.match for one in others if one.match is not None and one.start.twins is descent.start.twins)
+    match = next((match for match in same if match.residual <= match.allowed), None)
+    if match is None:
+        return None
+    match = _with_errors(match, descent.probe)
+    return None if attack.pixels.contains(image, attack.slack(max(match.largest_errors, default=0.0))) else match
 
 
 def _match(attack: Attack, descent: Descent, image: Tensor) -> Misfit:
@@ -134,7 +162,13 @@ def _match(attack: Attack, descent: Descent, image: Tensor) -> Misfit:
     if probe is None:
         return misfit(attack.received, mine, mine)
     moved = attack.gradients(image + probe.x.reshape(image.shape), start.labels, start)
-    match = misfit(attack.received, mine, moved, inferred=attack.inferred)
+    return _with_errors(misfit(attack.received, mine, moved, inferred=attack.inferred), probe)
+
+
+def _with_errors(match: Misfit, probe: NoiseProbe | None) -> Misfit:
+    """The comparison with the errors of an image that the noise changes by this much, as far as it tells."""
+    if probe is None:
+        return match
     errors = (match.excess * probe.error,), (match.excess * probe.x.abs().max().item(),)
     return replace(match, errors=errors[0], largest_errors=errors[1])
 

@@ -186,14 +186,10 @@ def close_by_virtual_constraints(
     )
 
 
-def start_probe(chain: Chain, received: SharedGradient, start: Start) -> NoiseProbe:
-    """A single image's start with a draw of the noise on the last layer's gradient.
-
-    The draw turns x and δz. Their lengths are one number, of which a draw could be any small one: it has its standard
-    deviation, except where nothing determines it.
-    """
-    generator, head = torch.Generator().manual_seed(1), chain.layers[-1]
-    G, dz = (head.gradient(received.gradients) + head.gradient(received.noise)).flatten(1), None
+def drawn_head(chain: Chain, received: SharedGradient) -> tuple[Tensor, Tensor]:
+    """Directions of the last layer's input and of the gradient by it, after a draw of the noise on its gradient."""
+    head, dz = chain.layers[-1], None
+    G = (head.gradient(received.gradients) + head.gradient(received.noise)).flatten(1)
     if head.bias_name is not None:
         dz = received.gradients[head.bias_name] + received.noise[head.bias_name]
     if dz is None or not received.gradients[head.bias_name].any():
@@ -201,11 +197,22 @@ def start_probe(chain: Chain, received: SharedGradient, start: Start) -> NoisePr
         x, dz = factors.v, factors.u
     else:
         x = least_squares_input(G, dz)
-    dx = head.adjoint(dz[None, :, None, None]).flatten(1)
+    return x, head.adjoint(dz[None, :, None, None]).flatten(1)
+
+
+def start_probe(
+    chain: Chain, received: SharedGradient, start: Start, drawn: tuple[Tensor, Tensor] | None = None
+) -> NoiseProbe:
+    """A single image's start with a draw of the noise on the last layer's gradient, as by `drawn_head`.
+
+    The draw turns x and δz. Their lengths are one number, of which a draw could be any small one: it has its standard
+    deviation, except where nothing determines it.
+    """
+    x, dx = drawn or drawn_head(chain, received)
     (error,) = start.length_errors
     error = error if math.isfinite(error) else 0.0
     x, dx = _turned(x, start.x, error), _turned(dx, start.dx, -error)
-    return NoiseProbe(x, dx, received.noise, generator)
+    return NoiseProbe(x, dx, received.noise, torch.Generator().manual_seed(1))
 
 
 def _turned(drawn: Tensor, values: Tensor, error: float) -> Tensor:

@@ -35,8 +35,8 @@ from rgap.attack.arguments import (
     checked_network,
 )
 from rgap.attack.batch import weigh_batch
-from rgap.attack.candidates import Attack, Weighed, foreseen_deficits, twins, weigh_image, without_solving
-from rgap.attack.descent import Descent, close_by_virtual_constraints, descend, start_probe
+from rgap.attack.candidates import Attack, Weighed, foreseen_deficits, twins, weigh_images, without_solving
+from rgap.attack.descent import Descent, close_by_virtual_constraints, descend, drawn_head, start_probe
 from rgap.attack.verdict import judge
 from rgap.client import check_label
 from rgap.head import read_head
@@ -165,9 +165,9 @@ def reconstruct(
         descents, found = follow(attack, starts)
         if noise_std is None:
             attack, descents, found = _with_noise_found(attack, starts, rcond, descents, found)
-        weigh = weigh_image if starts[0].batch_size == 1 else weigh_batch
-        weighed = [weigh(attack, descent) for descent in descents]
-        if starts[0].batch_size == 1 and attack.received.is_half and not any(one.joint.consistent for one in weighed):
+        single = starts[0].batch_size == 1
+        weighed = weigh_images(attack, descents) if single else [weigh_batch(attack, descents[0])]
+        if single and attack.received.is_half and not any(one.joint.consistent for one in weighed):
             weighed, found = _with_coarse_arithmetic(attack, starts, weighed, found)
         return judge(weighed, [*notes, *found], attack.pixels, device)
 
@@ -214,8 +214,10 @@ def follow(attack: Attack, starts: Sequence[Start]) -> tuple[list[Descent], list
     if starts[0].batch_size > 1:
         return [descend(chain, received, starts[0], close=close)], []
 
+    drawn = drawn_head(chain, received)
+
     def down(start: Start, give_up: float) -> Descent:
-        probe = start_probe(chain, received, start)
+        probe = start_probe(chain, received, start, drawn)
         return descend(chain, received, start, probe=probe, close=close, give_up=give_up)
 
     every = [down(start, MAX_IDENTITY_RESIDUAL) for start in starts]
@@ -258,7 +260,7 @@ def _with_coarse_arithmetic(
     """Follows and weighs the starts once more, for a client that not only shared but computed in 16 bits."""
     coarse = replace(attack, received=replace(attack.received, coarse=True))
     descents, others = follow(coarse, starts)
-    again = [weigh_image(coarse, descent) for descent in descents]
+    again = weigh_images(coarse, descents)
     if not any(one.joint.consistent for one in again):
         return weighed, notes
     return again, [*others, "the gradient fits a client that computed in 16 bits, not one that rounded to them"]

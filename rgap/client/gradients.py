@@ -93,6 +93,13 @@ def gradients_of(
     images, labels = check_tensor("images", images), check_targets(labels)
     if not parameters or set(parameters) - set(dict(model.named_parameters())):
         raise ValueError(f"model has parameters {list(dict(model.named_parameters()))}, not {list(parameters)}")
+    return loss_gradients(model, parameters, images, labels, loss, label_smoothing=label_smoothing, weights=weights)
+
+
+def loss_gradients(
+    model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor, loss: str, **options
+) -> dict[str, Tensor]:
+    """The same of a model, parameters, images and labels that have been checked."""
     values = {name: for_autograd(p).requires_grad_() for name, p in parameters.items()}
     some = next(iter(values.values()))
     buffers = {n: b.to(some.dtype if b.is_floating_point() else b.dtype, copy=True) for n, b in model.named_buffers()}
@@ -102,7 +109,6 @@ def gradients_of(
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"images of shape {tuple(images.shape)} do not pass the network: {reason}") from error
-        options = {"label_smoothing": label_smoothing, "weights": weights}
         value = loss_value(loss, outputs, labels.to(some.device), **options)
     return dict(zip(values, torch.autograd.grad(value, list(values.values()), materialize_grads=True), strict=True))
 

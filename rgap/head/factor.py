@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -157,7 +158,8 @@ def _of_fit(head: HeadGradient, factors: RankOne, label: int, sign: float, fit: 
 
 def _one_output(loss: str, head: HeadGradient, found: HeadReading, given: bool) -> HeadReading:
     """A single output: with a bias the factor follows, without one it must be given, or the brightness is open."""
-    fix = _with_bias if head.bias is not None else _without_bias
+    stds = None if head.bias is not None or not given else entry_stds(head, rank_one(head.G))
+    fix = partial(_without_bias, stds=stds) if head.bias is None else _with_bias
     hypotheses = [fix(loss, head, h, given) for h in found.hypotheses]
     by_book = given or all(h.gradient_scale == 1 for h in hypotheses)
     return HeadReading(tuple(hypotheses), found.misfits, found.notes if by_book else ())
@@ -194,7 +196,7 @@ def _output_gradient(loss: str, z: float, label: int) -> float:
     return 2 * (z - y) if loss == "mse" else -y / (1 + math.exp(min(y * z, 700.0)))
 
 
-def _without_bias(loss: str, head: HeadGradient, h: Hypothesis, given: bool) -> Hypothesis:
+def _without_bias(loss: str, head: HeadGradient, h: Hypothesis, given: bool, stds: Tensor | None) -> Hypothesis:
     """The error of x's length, by the curvature of c(μ) too: at its minimum two roots meet, and errors are large."""
     c = (head.G * head.W).sum().item()
     y, least = 2 * h.label - 1, -0.5 if loss == "mse" else C_MINIMUM
@@ -210,8 +212,6 @@ def _without_bias(loss: str, head: HeadGradient, h: Hypothesis, given: bool) -> 
         share = 1 / (1 + math.exp(min(mu, 700.0)))
         slope = share * (mu * (1 - share) - 1)
         curve, dlog, rounding = share * (1 - share) * (2 - mu * (1 - 2 * share)), 1 - share, (1 - share) * output
-    factors = rank_one(head.G)
-    stds = entry_stds(head, factors)
     rounding = math.hypot(rounding, (stds.min() / h.dz.abs().max()).item())
     error = math.hypot((head.W * stds).norm().item(), abs(f) * h.dz.abs().item() * rounding)
     moved = 2 * error / (abs(slope) + math.sqrt(slope**2 + 2 * abs(curve) * error))

@@ -224,3 +224,17 @@ def test_a_layer_that_takes_minutes_to_close_is_left_open_and_what_is_amplified_
     result = rgap.reconstruct(model, gradients, (3, 32, 32), "cross_entropy", gradient_scale=1.0)
     assert time.process_time() - begin < 4
     assert result.verdict == "rank-deficient" and result.images.abs().max() < 1000
+
+
+@pytest.mark.parametrize(("bounds", "compared"), [((0.0, 1.0), 1), ((-1e3, 1e3), 2), ((1e3, 1e4), 1)])
+def test_a_twin_outside_the_pixel_range_is_compared_by_its_twin(bounds, compared, monkeypatch):
+    calls, count = [], Attack.gradients
+    monkeypatch.setattr(Attack, "gradients", lambda *given: calls.append(given) or count(*given))
+    model, image = small_cnn(), randn(1, 3, 8, 8).abs().clamp(max=1)
+    shared = rgap.client_gradients(model, image, LABEL)
+    result = rgap.reconstruct(model, shared, (3, 8, 8), pixel_range=bounds, gradient_scale=1.0)
+    assert len(calls) == 2 * compared and len(result.candidates) == 2
+    for candidate in result.candidates:
+        mine = rgap.client_gradients(model, candidate.images, candidate.labels)
+        worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(mine, shared, strict=True))
+        assert candidate.consistent and worst <= candidate.residual_allowed and 0 < candidate.predicted_error < 1e-10
