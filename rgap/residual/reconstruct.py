@@ -240,7 +240,7 @@ def _label(replay: Replay, image: Tensor, labels) -> tuple[Tensor, list[str]]:
 
 
 def _verdict(best: Candidate, whole: float, part: float, swapped: str, pixels: PixelRange) -> tuple[str, list[str]]:
-    """The first verdict that holds, and why; `swapped` is what the client's rounding decided otherwise."""
+    """The first verdict that holds, and why; `swapped` is what the client's rounding decided the other way."""
     allowed = best.residual_allowed
     if best.open_layers:
         return "rank-deficient", [f"what lies below was not determined: {', '.join(map(repr, best.open_layers))}"]
@@ -251,7 +251,7 @@ def _verdict(best: Candidate, whole: float, part: float, swapped: str, pixels: P
     if part <= allowed:
         why = f"the image reproduces the gradients of the layer entered and of all below it, missed by {part:.2g}"
         other = "another loss, label or scale was used"
-        other += f", or only {swapped}, which the client's arithmetic decided otherwise" if swapped else ""
+        other += f", or the client's arithmetic decided {swapped} the other way" if swapped else ""
         return "exact", [f"{why}; it misses the whole gradient by {whole:.2g}: {other}"]
     why = f"the image's own gradient misses the shared one by {min(whole, part):.2g}; {allowed:.2g} is allowed"
     return "inconsistent", [why]

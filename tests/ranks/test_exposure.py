@@ -121,85 +121,44 @@ def test_a_step_without_a_rank_says_so():
     assert exposure(analysis).sentence == "unknown: 'a' has no known rank"
 
 
-class Mixed(nn.Module):
-    """A convolution, something between, and a head."""
-
-    def __init__(self, between, features, channels=48):
-        super().__init__()
-        self.first, self.between, self.head = nn.Conv2d(3, channels, 4, 4), between, nn.Linear(features, 10)
-
-    def forward(self, x):
-        return self.head(self.between(self.first(x)).flatten(1))
-
-
-class Last(nn.Module):
-    """The last output of a recurrent layer over rows of pixels."""
-
-    def __init__(self):
-        super().__init__()
-        self.lstm = nn.LSTM(8, 8, batch_first=True)
-
-    def forward(self, x):
-        return self.lstm(x.flatten(1, 2))[0]
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x):
-        x = x.flatten(1, 2)
-        return self.attend(x, x, x)[0]
-
-
 class Function(nn.Module):
-    def __init__(self, function):
+    """A function of the features and of the modules that it runs."""
+
+    def __init__(self, function, *modules):
         super().__init__()
-        self.function = function
+        self.function, self.parts = function, nn.ModuleList(modules)
 
     def forward(self, x):
-        return self.function(x)
+        return self.function(x, *self.parts)
 
 
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(48, 48, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(torch.tanh(self.conv(x)))
+def mixed(between, features, channels=48):
+    """A convolution, something between, and a head."""
+    return nn.Sequential(nn.Conv2d(3, channels, 4, 4), between, nn.Flatten(), nn.Linear(features, 10))
 
 
-class Sized(nn.Module):
-    def __init__(self, scale):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(48)
-        nn.init.constant_(self.norm.weight, scale)
-
-    def forward(self, x):
-        return self.norm(x)
-
-
+ZEROED = nn.BatchNorm2d(48)
+nn.init.zeros_(ZEROED.weight)
 UNANALYSED = {
-    "lstm": (Last(), 3072),
-    "attention": (Attention(), 3072),
+    "lstm": (Function(lambda x, lstm: lstm(x.flatten(1, 2))[0], nn.LSTM(8, 8, batch_first=True)), 3072),
+    "attention": (Function(lambda x, attend: attend(*[x.flatten(1, 2)] * 3)[0],
+                           nn.MultiheadAttention(8, 2, batch_first=True)), 3072),
     "layer norm": (nn.LayerNorm([48, 8, 8]), 3072),
     "sort": (Function(lambda x: x.sort(1)[0]), 3072),
     "times zero": (Function(lambda x: x * 0), 3072),
     "half dropped": (Function(lambda x: x[:, :, ::2]), 1536),
     "transposed": (nn.ConvTranspose2d(48, 12, 2, 2), 3072),
-    "shared weight": (Twice(), 3072),
+    "shared weight": (Function(lambda x, conv: conv(torch.tanh(conv(x))), nn.Conv2d(48, 48, 3, padding=1)), 3072),
     "softmax": (nn.Softmax2d(), 3072),
-    "norm times zero": (Sized(0.0), 3072),
+    "norm times zero": (ZEROED, 3072),
     "relu": (nn.ReLU(), 3072),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNANALYSED)
 def test_what_was_not_analysed_is_unknown_in_the_analysis_as_in_the_audit(name):
     between, features = UNANALYSED[name]
-    analysis = rgap.rank_analysis(Mixed(between, features), (3, 32, 32), limit=0)
+    analysis = rgap.rank_analysis(mixed(between, features), (3, 32, 32), limit=0)
     found = exposure(analysis)
     assert found.outcome == "unknown" and analysis.verdict == found.sentence
     assert analysis.verdict.startswith("unknown: ") and len(analysis.verdict) <= 200
@@ -207,8 +166,7 @@ def test_what_was_not_analysed_is_unknown_in_the_analysis_as_in_the_audit(name):
 
 def test_a_mean_over_channels_counts_what_it_loses():
     """4,096 unknowns and 64 equations."""
-    between, analysis = Function(lambda x: x.mean(1)), None
-    analysis = rgap.rank_analysis(Mixed(between, 64, channels=64), (3, 32, 32), limit=0)
+    analysis = rgap.rank_analysis(mixed(Function(lambda x: x.mean(1)), 64, channels=64), (3, 32, 32), limit=0)
     mean = next(layer for layer in analysis.layers if layer.kind == "pooling")
     assert (mean.unknowns, mean.weight_rows, mean.deficit) == (4096, 64, 4096 - 64)
     assert exposure(analysis).outcome != "leaks" and analysis.layers[-1].virtual_constraints == 0

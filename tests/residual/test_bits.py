@@ -7,9 +7,12 @@ import torch
 from torch import nn
 
 from rgap import models
+from rgap.linalg import rms
 from rgap.network.graph import prepare_graph
 from rgap.residual.bits import activation_above, correct_bits, correct_maxima, decide
+from rgap.residual.reconstruct import MAX_ROUNDING_ERRORS, WalkedImage, _verdict
 from rgap.residual.walk import Walk
+from rgap.results import Candidate, PixelRange
 from tests.residual.test_walk import walk_from_the_last_block
 
 
@@ -69,3 +72,10 @@ def test_a_maximum_that_rounding_moved_is_found_by_division():
     assert correct_maxima(walk, conv, x, values[act], margin) == 5
     assert torch.equal(walk.slopes[pool], torch.where(moved, second, first))
     torch.testing.assert_close(walk.deltas[conv], theirs[conv])
+    precision = margin.item() / MAX_ROUNDING_ERRORS / rms(values[conv]).item()
+    walk = Walk(graph, gradients, pool, precision, 1e-8, deltas={pool: delta})
+    missed, swapped = WalkedImage(walk, x, 0.0, (), ()).lower_residual()
+    assert missed < 1e-12 and swapped == "5 maxima within rounding of another entry"
+    found = Candidate(x[None], torch.tensor([1]), missed, True, residual_allowed=1e-8, predicted_error=0.0)
+    verdict, (why,) = _verdict(found, 0.1, missed, swapped, PixelRange())
+    assert verdict == "exact" and why.endswith(f"or the client's arithmetic decided {swapped} the other way")
