@@ -42,18 +42,10 @@ def usable_cores() -> int:
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, logs: Path) -> list[Job]:
-    """Runs every job, goes on after one that fails, and prints what each says in the end.
+    """Runs every job, `workers` at a time, goes on after one that fails, and returns those that failed.
 
-    Args:
-        jobs: What to run; those that run alone come first, then the longest.
-        workers: How many run at a time.
-        logs: Folder for NAME.log, what a job prints, and NAME.progress, where its progress bars write.
-
-    Returns:
-        The jobs that failed.
-
-    Raises:
-        KeyboardInterrupt: After every running job has ended.
+    Jobs that run alone come first, then the longest. `logs` is the folder for NAME.log, what a job prints, and
+    NAME.progress, where its progress bars write. A KeyboardInterrupt is raised after every running job has ended.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting = sorted(jobs, key=lambda job: (not job.alone, -job.seconds))

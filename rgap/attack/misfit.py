@@ -69,12 +69,8 @@ def misfit(
 ) -> Misfit:
     """Compares the gradient of images with the shared one, without errors of the images themselves.
 
-    Args:
-        received: The gradients.
-        mine: Parameter name -> gradient of the images, float64.
-        moved: The same for the images as one draw of the noise changes them.
-        single: Whether it is the gradient of one image, of rank one in every fully connected layer.
-        inferred: Whether the noise was inferred from surplus equations.
+    `mine` is their gradient by parameter name, float64, `moved` the same as one draw of the noise changes the images. A
+    `single` image's gradient has rank one in every fully connected layer; `inferred` noise is from surplus equations.
     """
     shared = received.usable
     mine, moved = ({name: gradients[name].cpu() for name in shared} for gradients in (mine, moved))

@@ -49,12 +49,8 @@ def with_factor(
 ) -> HeadReading:
     """A reading by the book's loss, corrected for factor and smoothing where these are not given, with its errors.
 
-    Args:
-        loss: A name in `rgap.client.LOSSES`.
-        head: The last layer's gradient, divided by its factor if that is `given`.
-        found: What the loss's own reader makes of it.
-        given: Whether the factor is given.
-        smoothing: ε if it is given; only softmax cross-entropy has one.
+    `head` is the last layer's gradient, divided by its factor if that is `given`, `found` what the loss's own reader
+    makes of it, `smoothing` ε if it is given; only softmax cross-entropy has one.
     """
     if len(head.G) == 1:
         return _one_output(loss, head, found, given)

@@ -11,7 +11,7 @@ nothing before it can add, whatever stands above it; *unknown*, neither is shown
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
@@ -140,7 +140,7 @@ def judge(layers: Sequence[LayerRank], batch_size: int = 1, separable: int | Non
             step = _step(layer, before, between, batch_size)
             in_tail = place > first_dense or (place == first_dense and step.status != "open")
             if batch_size > 1 and in_tail:  # whatever the ranks, images come apart here or not
-                step = _with_status(step, "separated" if batch_size <= (separable or 0) else "unknown")
+                step = replace(step, status="separated" if batch_size <= (separable or 0) else "unknown")
             steps.append(step)
             before, between = layer, []
         elif not layer.note.startswith("inside "):
@@ -185,10 +185,6 @@ def _range_rows(before: LayerRank) -> int:
     """Equations that a step supplies by the range of its W alone, which is all that a batch can use."""
     rank = before.law_weights if before.rank_weights is None else before.rank_weights
     return 0 if rank is None else before.weight_rows - rank
-
-
-def _with_status(step: StepExposure, status: str) -> StepExposure:
-    return StepExposure(step.name, step.kind, step.unknowns, step.deficit, step.supply, status)
 
 
 def _first_dense(layers: Sequence[LayerRank]) -> int:

@@ -21,6 +21,7 @@ from rgap.network.chain import Chain, Layer, prepare
 from rgap.ranks.numbers import MAX_UNKNOWNS, numerical_ranks, too_large
 from rgap.ranks.peeled import active_shares, largest_peeled
 from rgap.separation.linear_units import MAX_LINEAR_UNKNOWNS
+from rgap.separation.subspaces import first_dense
 
 MAX_BATCH_TRIED = 512  # largest batch size that is tried
 RECOMMENDED_UNITS_PER_IMAGE = 4  # hidden units per image from which batches are usually separated
@@ -142,7 +143,7 @@ def separable_images(model: nn.Module | Chain, image_shape: tuple[int, ...]) -> 
 
 def _parts(chain: Chain) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:
     """The layers below the first from which on all are fully connected, and those."""
-    first = next(i for i, layer in enumerate(chain.layers) if all(part.is_dense for part in chain.layers[i:]))
+    first = first_dense(chain)
     return chain.layers[:first], chain.layers[first:]
 
 

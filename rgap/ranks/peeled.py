@@ -22,12 +22,8 @@ def active_shares(chain: Chain, layer: Layer, images: Tensor) -> Tensor:
 def predicted_share(active: Tensor, batch: int, seed: int = 0, *, both_ends: bool = True) -> float:
     """The share of a batch that peels off, if units are switched on independently, each with its own probability.
 
-    Args:
-        active: Probability that an image switches a unit on, (h,).
-        batch: Images in the batch.
-        seed: Of the draw.
-        both_ends: Whether a unit shows the only image left that does not switch it on, as well as the only one that
-            does.
+    `active` (h,) is the probability that an image switches a unit on. With `both_ends` a unit shows the only image left
+    that does not switch it on, as well as the only one that does.
     """
     on = torch.rand(len(active), batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     on = on < active[:, None]

@@ -26,6 +26,12 @@ def systems(layer, dz):
     return [dense_system(*part) for part in zip(parts, dz.chunk(len(parts), 1), strict=True)]
 
 
+def sample(conv, height, width, count=1):
+    """A layer, x, G, δz and z of images that belong together."""
+    layer = conv_layer(conv, height, width)
+    return layer, *layer_sample(layer, count)
+
+
 def check(layer, count, seed, size, limits):
     """The solution is x on all that the dense [W; K] sees, and the null basis spans what it does not."""
     x, G, dz, z = layer_sample(layer, count, seed)
@@ -68,8 +74,7 @@ def test_dependent_weights_are_not_inverted_first():
 
 
 def test_a_square_w_that_sees_everything_needs_no_gradient():
-    layer = conv_layer(nn.Conv2d(3, 3, 1, bias=False), 4, 4)
-    x, G, dz, z = layer_sample(layer, 4)
+    layer, x, G, dz, z = sample(nn.Conv2d(3, 3, 1, bias=False), 4, 4, 4)
     found = solve_layer(layer, 0 * G, 0 * dz, z, rcond=1e-6, limits=WEIGHTS_FIRST)
     assert_close(found.x, x)
     assert found.report.rank_weights == 4 * layer.unknowns
@@ -91,8 +96,7 @@ def test_where_a_square_w_sees_badly_the_gradients_decide():
     "conv", [nn.Conv2d(2, 8, 3, 1, 1, bias=False), nn.Conv2d(4, 2, 3, 2, 1), nn.Conv2d(3, 12, 4, 2, 2, bias=False)]
 )
 def test_images_that_share_no_gradient_are_solved_as_each_by_itself(conv):
-    layer = conv_layer(conv, 6, 6)
-    x, G, dz, z = layer_sample(layer, 2)
+    layer, x, G, dz, z = sample(conv, 6, 6, 2)
     dz[1] = 0
     G = layer.weight_gradient(x[0], dz[0])
     one, other = (solve_layer(layer, g, dz[b, None], z[b, None], rcond=1e-6) for b, g in ((0, G), (1, 0 * G)))
@@ -102,8 +106,7 @@ def test_images_that_share_no_gradient_are_solved_as_each_by_itself(conv):
 
 
 def test_taps_that_read_only_padding_are_no_equations():
-    layer = conv_layer(nn.Conv2d(2, 4, 3, 2, 1), 1, 1)
-    x, G, dz, z = layer_sample(layer)
+    layer, x, G, dz, z = sample(nn.Conv2d(2, 4, 3, 2, 1), 1, 1)
     assert_close(solve_layer(layer, G, dz, z, rcond=1e-9).x, x)
 
 
@@ -132,8 +135,7 @@ def test_linear_layers_are_told_apart_by_their_gradient_up_to_their_width(count,
 
 
 def test_the_report_of_a_layer_that_gradients_determine_has_the_condition_of_m():
-    layer = conv_layer(nn.Conv2d(2, 8, 3, 1, 1, bias=False), 5, 5)
-    _, G, dz, z = layer_sample(layer)
+    layer, _, G, dz, z = sample(nn.Conv2d(2, 8, 3, 1, 1, bias=False), 5, 5)
     report = solve_layer(layer, G, dz, z, rcond=1e-5).report
     K = dense_system(layer, dz)[1]
     assert report.condition == pytest.approx(torch.linalg.cond(K).item(), rel=1e-6)
@@ -143,8 +145,7 @@ def test_the_report_of_a_layer_that_gradients_determine_has_the_condition_of_m()
 
 
 def test_values_around_the_cut_and_the_misfit_of_a_deficient_layer_are_reported():
-    layer = conv_layer(nn.Conv2d(4, 2, 3, 2, 1, bias=False), 6, 6)
-    _, G, dz, z = layer_sample(layer)
+    layer, _, G, dz, z = sample(nn.Conv2d(4, 2, 3, 2, 1, bias=False), 6, 6)
     report = solve_layer(layer, G, dz, z, rcond=1e-6).report
     assert report.deficit > 0 and report.sigma_below_cut < 1e-6 < report.sigma_above_cut
     assert report.residual < 1e-10 and report.rank_gradients < layer.unknowns
@@ -154,8 +155,7 @@ def test_values_around_the_cut_and_the_misfit_of_a_deficient_layer_are_reported(
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_gradients_of_zero_leave_everything_to_the_weights(count):
-    layer = conv_layer(nn.Conv2d(2, 12, 3, 1, 1), 5, 5)
-    x, G, dz, z = layer_sample(layer, count)
+    layer, x, G, dz, z = sample(nn.Conv2d(2, 12, 3, 1, 1), 5, 5, count)
     found = solve_layer(layer, 0 * G, 0 * dz, z, rcond=1e-6)
     assert found.report.rank_gradients == 0 and found.report.deficit == 0
     assert_close(found.x, x)
@@ -174,8 +174,7 @@ def test_weights_of_zero_and_gradients_of_zero_leave_everything_open():
 @pytest.mark.parametrize("groups", [1, 2])
 def test_weights_alone_solve_what_gradients_leave_open(groups, count):
     """The same layer by the sparse factor, which needs no gradient, and by the dense way."""
-    layer = conv_layer(nn.Conv2d(2, 12, 4, 2, 2, groups=groups), 16, 16)
-    x, G, dz, z = layer_sample(layer, count)
+    layer, x, G, dz, z = sample(nn.Conv2d(2, 12, 4, 2, 2, groups=groups), 16, 16, count)
     dense = solve_layer(layer, G, dz, z, rcond=1e-9)
     found = solve_layer(layer, 0 * G, 0 * dz, z, rcond=1e-9, limits=WEIGHTS_ALONE)
     assert_close(found.x, x, rtol=0, atol=1e-9)
@@ -206,8 +205,7 @@ def test_the_second_convolution_has_the_deficit_of_the_table(name, gradients, de
 @pytest.mark.parametrize("factored", [True, False])
 @pytest.mark.parametrize("dense", [True, False])
 def test_rows_of_unknown_outputs_are_not_used(dense, factored):
-    layer = conv_layer(nn.Conv2d(2, 16, 4, 2, 2), 10, 10)
-    x, G, dz, z = layer_sample(layer)
+    layer, x, G, dz, z = sample(nn.Conv2d(2, 16, 4, 2, 2), 10, 10)
     known = randn(*z.shape, seed=9) < 1
     limits = SolverLimits(dense_unknowns=1600 if dense else 10, max_factor_unknowns=40_000 if factored else 10)
     found = solve_layer(layer, 0 * G, 0 * dz, z.where(known, 100.0), rcond=1e-9, known=known, limits=limits)
@@ -216,8 +214,7 @@ def test_rows_of_unknown_outputs_are_not_used(dense, factored):
 
 
 def test_an_ill_conditioned_weight_system_is_trusted_as_far_as_the_gradient_is_precise():
-    layer = conv_layer(nn.Conv2d(2, 8, 4, 2, 1), 16, 16)
-    x, G, dz, z = layer_sample(layer)
+    layer, x, G, dz, z = sample(nn.Conv2d(2, 8, 4, 2, 1), 16, 16)
     limits = SolverLimits(dense_unknowns=10, well_conditioned=1.0)
     alone = solve_layer(layer, G, dz, z, rcond=1e-9, limits=limits)
     assert alone.report.rank_weights == 512 and alone.report.rank_gradients is None
@@ -244,22 +241,20 @@ def test_a_fixed_layer_is_solved_by_its_map_of_pixels(count, known_all):
 
 
 def test_a_batch_too_large_to_hold_leaves_the_minimum_norm_solution_of_w():
-    layer = conv_layer(nn.Conv2d(4, 2, 3, 2, 1, bias=False), 6, 6)
-    _, G, dz, z = layer_sample(layer, 2)
+    layer, _, G, dz, z = sample(nn.Conv2d(4, 2, 3, 2, 1, bias=False), 6, 6, 2)
     found = solve_layer(layer, G, dz, z, rcond=1e-6, limits=SolverLimits(max_dense_unknowns_batch=10))
     assert found.report.deficit > 0 and found.null_basis is None
     assert_close(layer.apply(found.x), z, rtol=0, atol=1e-9)
 
 
-def both_kinds(outputs=8, bias=True):
+def both_kinds(outputs=8, bias=True, count=1):
     """Neither W nor K determines the input; together they do, from five outputs on."""
-    return conv_layer(nn.Conv2d(4, outputs, 3, 2, 1, bias=bias), 9, 9)
+    return sample(nn.Conv2d(4, outputs, 3, 2, 1, bias=bias), 9, 9, count)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-8])
 def test_both_kinds_of_equations_together_are_iterated_where_they_are_many(size):
-    layer = both_kinds()
-    x, G, dz, z = layer_sample(layer)
+    layer, x, G, dz, z = both_kinds()
     dense = solve_layer(layer, size * G, size * dz, z, rcond=1e-9)
     found = solve_layer(layer, size * G, size * dz, z, rcond=1e-9, limits=ITERATIVE)
     assert_close(found.x, x, rtol=0, atol=1e-11)
@@ -271,8 +266,7 @@ def test_both_kinds_of_equations_together_are_iterated_where_they_are_many(size)
 
 
 def test_the_iterations_leave_out_unknown_outputs():
-    layer = both_kinds(10)
-    x, _, dz, z = layer_sample(layer)
+    layer, x, _, dz, z = both_kinds(10)
     known = randn(*z.shape, seed=9) < 1.5
     dz = dz.where(known, 0.0)
     G = layer.weight_gradient(x[0], dz[0])
@@ -283,8 +277,7 @@ def test_the_iterations_leave_out_unknown_outputs():
 
 @pytest.mark.parametrize("law", [True, False])
 def test_what_is_left_open_goes_to_the_dense_system_while_that_can_be_held(law):
-    layer = both_kinds(3 if law else 8, bias=False)
-    x, G, dz, z = layer_sample(layer)
+    layer, x, G, dz, z = both_kinds(3 if law else 8, bias=False)
     if not law:  # a deficit that the law does not know of is found by a random vector
         layer.weight[:, 1] = layer.weight[:, 0]
         dz[:, 1:] = dz[:, :1]
@@ -322,8 +315,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_the_answer_to_a_change_is_that_of_the_dense_system(way, count):
     shape, limits = WAYS[way]
-    layer = conv_layer(nn.Conv2d(*shape), 7, 7)
-    _, G, dz, z = layer_sample(layer, count)
+    layer, _, G, dz, z = sample(nn.Conv2d(*shape), 7, 7, count)
     found = solve_layer(layer, G, dz, z, rcond=1e-9, limits=limits)
     change = randn(count, *layer.input_shape, seed=7)
     dG = sum(layer.weight_gradient(*image) for image in zip(change, dz, strict=True))
@@ -334,8 +326,7 @@ def test_the_answer_to_a_change_is_that_of_the_dense_system(way, count):
 
 
 def test_shapes_are_checked_and_a_mask_is_for_a_single_image():
-    layer = both_kinds()
-    _, G, dz, z = layer_sample(layer, 2)
+    layer, _, G, dz, z = both_kinds(count=2)
     with pytest.raises(ValueError, match=r"dz is \(8, 5, 5\), but must be \(2, 8, 5, 5\)"):
         solve_layer(layer, G, dz[0], z, rcond=1e-6)
     with pytest.raises(ValueError, match="needs a single image, not 2"):
