@@ -31,7 +31,7 @@ class Folder:
 
     `names` has the name of a parameter by its id, `trained` those that a client trains; `pad` is an injective fixed
     layer that the next convolution takes in, `order` the entry of the last layer's output at each place, where entries
-    have changed places since.
+    have changed places since. Without `copies` the layers share the network's parameters: their shapes alone count.
     """
 
     names: dict[int, str]
@@ -39,6 +39,7 @@ class Folder:
     layers: list[Layer]
     pad: Layer | None = None
     order: Tensor | None = None
+    copies: bool = True
 
     def take(self, step: Step) -> None:
         """Folds one more step; raises an UnsupportedLayerError with its path and the reason where it cannot."""
@@ -104,7 +105,7 @@ class Folder:
         terms = weight_terms(module, step.title, self.names)
         name = terms[0][0] if terms else self.names[id(module.weight)]
         parameters = {
-            "weight": parameter_copy(layer.weight),
+            "weight": parameter_copy(layer.weight) if self.copies else layer.weight.detach(),
             "weight_name": name,
             "weight_terms": terms,
             "is_frozen": name not in self.trained,
@@ -138,7 +139,7 @@ class Folder:
         scale, shift = scale.reshape(last.output_shape), shift.reshape(last.output_shape)
         per_channel = scale[:, 0, 0]
         if last.activation is IDENTITY and not last.is_fixed and (scale == per_channel[:, None, None]).all():
-            weight = last.weight * per_channel[:, None, None, None]
+            weight = last.weight * per_channel[:, None, None, None] if self.copies else last.weight
             bias = None if last.bias is None else last.bias * per_channel
             total = per_channel if last.output_scale is None else per_channel * last.output_scale
             shift = shift if last.shift is None else last.shift * scale + shift

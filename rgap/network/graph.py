@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ def prepare_graph(model: nn.Module, image_shape: tuple[int, int, int], traced: S
     Errors are those of `trace`.
     """
     steps = [step for step in traced or trace(model, image_shape) if step.used]
-    builder = _Builder(model, {s.name for s in steps if s.kind == "constant"}, steps)
+    builder = _Builder(model, {s.name for s in steps if s.kind == "constant"}, steps, copies=not traced)
     for step in steps:
         if step.kind != "constant" and step.output_shape:
             builder.take(step)
@@ -41,9 +42,10 @@ def prepare_graph(model: nn.Module, image_shape: tuple[int, int, int], traced: S
 class _Builder:
     """Takes the traced steps one by one; `alias` has the node that holds a step's output."""
 
-    def __init__(self, model: nn.Module, constants: set[str], steps: list[Step]):
+    def __init__(self, model: nn.Module, constants: set[str], steps: list[Step], copies: bool):
         """Starts without nodes."""
-        self.names, self.trained = {id(p): name for name, p in model.named_parameters()}, trained_names(model)
+        names, trained = {id(p): name for name, p in model.named_parameters()}, trained_names(model)
+        self.names, self.folder = names, partial(Folder, names, trained, copies=copies)
         modules = [step.module for step in steps if step.module is not None]
         self.uses = Counter(id(p) for module in modules for p in module.parameters())
         self.constants, self.nodes, self.alias = constants, {}, {}
@@ -82,7 +84,7 @@ class _Builder:
         if step.kind == "affine":
             return self._affine(step, made)
         if step.kind == "pixels":
-            layer = Folder(self.names, self.trained, [])
+            layer = self.folder([])
             layer.take(step)
             return replace(made, kind="layer", layer=layer.finish()[0])
         plain = not step.arguments or (len(step.arguments) == 1 and isinstance(step.arguments[0], Tensor | None))
@@ -96,7 +98,7 @@ class _Builder:
         return self._opaque(step, sources, step.reason or "it joins branches in another way than by adding them")
 
     def _linear(self, step: Step, made: Node) -> Node:
-        folder = Folder(self.names, self.trained, [])
+        folder = self.folder([])
         folder.take(step)
         layer, bias = folder.finish()[0], step.module.bias
         if any(self.uses[id(p)] > 1 for p in step.module.parameters()):
@@ -107,7 +109,7 @@ class _Builder:
         before = self.nodes[made.sources[0]]
         alone = self.readers[step.sources[0]] == 1 and before.has_weight
         if alone:
-            folder = Folder(self.names, self.trained, [before.layer])
+            folder = self.folder([before.layer])
             folder.take(step)
             if (layer := folder.layers[-1]).activation is IDENTITY:
                 factor = layer.output_scale

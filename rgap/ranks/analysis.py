@@ -27,10 +27,9 @@ from rgap.ranks.ranking import Ranking
 from rgap.ranks.steps import CountedStep, counted_steps
 from rgap.results import LayerRank, RankAnalysis, UnsupportedLayerError
 
-MAX_WALKED_PARAMETERS = 100_000_000  # parameters up to which blind layers are looked for: copies take 16 bytes each
+MAX_WALKED_PARAMETERS = 100_000_000  # parameters up to which blind layers are looked for: those of a chain are copied
 
 
-@isolated()
 def rank_analysis(
     model: nn.Module | Chain,
     image_shape: tuple[int, ...],
@@ -69,9 +68,23 @@ def rank_analysis(
         >>> analysis.layers[2].name, analysis.layers[2].deficit
         ('2', 280)
     """
+    return analyses(model, image_shape, batch_size, dtype, (limit,), seed)[0]
+
+
+@isolated()
+def analyses(
+    model: nn.Module | Chain,
+    image_shape: tuple[int, ...],
+    batch_size: int,
+    dtype: torch.dtype,
+    limits: Iterable[int],
+    seed: int = 0,
+) -> list[RankAnalysis]:
+    """The analyses of a network for several limits, from one run of it; arguments and errors as `rank_analysis` has."""
     model = check_model(model.model if isinstance(model, Chain) else model, TypeError)
     image_shape = check_image_shape(image_shape)
-    batch_size, limit, seed = check_count("batch_size", batch_size), check_count("limit", limit, 0), check_seed(seed)
+    limits, seed = [check_count("limit", limit, 0) for limit in limits], check_seed(seed)
+    batch_size = check_count("batch_size", batch_size)
     check_dtype(dtype, VALUE_FORMATS)
     patches = patch_ranks(model, image_shape, batch_size)
     try:
@@ -80,24 +93,30 @@ def rank_analysis(
         if not patches:
             raise
         traced, steps = [], []
-    limit = 0 if patches else limit
     frozen = frozenset(_frozen(model))
-    ranking = Ranking(frozen, batch_size, dtype, limit, seed)
-    for step in steps:
-        ranking.add(step)
-    layers = _with_index(ranking.ranks.values(), [step.counted for step in steps])
-    if patches:
-        layers = [*patches, *(replace(layer, ra_index=None, note=BYPASSED) for layer in layers)]
-    counted = [layer for layer in layers if layer.ra_index is not None]
     separable = separable_images(model, image_shape) if batch_size > 1 else None
-    entry = ""
     few = sum(p.numel() for p in model.parameters()) <= MAX_WALKED_PARAMETERS
-    if batch_size == 1 and few and not (patches or frozen):
-        graph = prepare_graph(model, image_shape, traced)
-        blind = blind_layers(graph)
-        layers = [replace(layer, blind=blind.get(layer.name)) for layer in layers]
-        walk = walk_by_law(graph, traced) if judge(layers).outcome != "leaks" else None
-        entry = walk.sentence if walk else ""
+    walked = batch_size == 1 and few and not (patches or frozen)
+    graph = prepare_graph(model, image_shape, traced) if walked else None
+    blind, found = {} if graph is None else blind_layers(graph), []
+    for limit in limits:
+        ranking = Ranking(frozen, batch_size, dtype, 0 if patches else limit, seed)
+        for step in steps:
+            ranking.add(step)
+        layers = _with_index(ranking.ranks.values(), [step.counted for step in steps])
+        if patches:
+            layers = [*patches, *(replace(layer, ra_index=None, note=BYPASSED) for layer in layers)]
+        entry = ""
+        if graph is not None:
+            layers = [replace(layer, blind=blind.get(layer.name)) for layer in layers]
+            walk = walk_by_law(graph, traced) if judge(layers).outcome != "leaks" else None
+            entry = walk.sentence if walk else ""
+        found.append(_summed(layers, batch_size, separable, entry))
+    return found
+
+
+def _summed(layers: list[LayerRank], batch_size: int, separable: int | None, entry: str) -> RankAnalysis:
+    counted = [layer for layer in layers if layer.ra_index is not None]
     return RankAnalysis(
         layers=tuple(layers),
         batch_size=batch_size,

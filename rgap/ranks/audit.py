@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from rgap.ranks.analysis import rank_analysis
+from rgap.ranks.analysis import analyses, rank_analysis
 from rgap.ranks.exposure import LEAST_SHARE, Exposure, exposure
 from rgap.ranks.numbers import MAX_UNKNOWNS
 from rgap.ranks.rebuild import chain_steps, with_convolution
@@ -74,8 +75,14 @@ def advise(
         At most one change for each layer and kind, widths first, from the image on; none if the analysis does not know
         whether the network leaks, if so much is missing already, or if no change that was tried closes the leak.
     """
+    return _changes(model, image_shape, batch_size, least_share, _judge(model, image_shape, batch_size))
+
+
+def _changes(
+    model: nn.Module, image_shape: tuple[int, ...], batch_size: int, least_share: float, now: Exposure
+) -> list[Change]:
+    """The changes that `advise` finds, where the exposure by law is known."""
     found, stops = [], partial(_stops, least_share=least_share)
-    now = _judge(model, image_shape, batch_size)
     if now.outcome == "unknown" or stops(now):
         return []
     convolutions = [s for s in chain_steps(model, image_shape) if is_layer(s) and not isinstance(s.module, nn.Linear)]
@@ -223,8 +230,8 @@ def audit(
     Arguments and errors are those of `rgap.rank_analysis`; with `limit` 0 there are laws alone, which are quick. After
     each change at least `least_share` of a step's equations would be missing.
     """
-    analysis = rank_analysis(model, image_shape, batch_size, limit=limit)
-    changes = advise(model, image_shape, batch_size, least_share)
+    analysis, by_law = analyses(model, image_shape, batch_size, torch.float64, (limit, 0))
+    changes = _changes(model, image_shape, batch_size, least_share, exposure(by_law))
     return Audit(tuple(image_shape), analysis, exposure(analysis), tuple(changes))
 
 
