@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgap.linalg import GRAM_RESOLUTION, gram_matrix, svd
+from rgap.linalg import GRAM_RESOLUTION, gram_matrix, largest_entry, svd
 from rgap.network.layer import Layer
 
 MAX_CHANNELS_TESTED = 32  # channels up to which every one is tested against the layer's identities
@@ -76,7 +76,7 @@ def gradient_matrix(layer: Layer, block: StrideBlock, dz: Tensor) -> Tensor:
 
 def gradient_values(layer: Layer, block: StrideBlock, G: Tensor) -> Tensor:
     """The right-hand sides of M's block, one column a channel: (O, C, kh, kw) -> (O·t, C)."""
-    return G.flatten(2)[:, :, block.taps].transpose(1, 2).reshape(-1, G.shape[1])
+    return G.flatten(2).transpose(1, 2).index_select(1, block.taps).flatten(0, 1)
 
 
 def identity_residual(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None = None) -> float:
@@ -161,15 +161,19 @@ class _Factor:
     """One block of [M_1 … M_B], with its singular values and right singular vectors."""
 
     block: StrideBlock
-    M: Tensor  # (O·t, B·m)
-    S: Tensor  # (B·m,), from the largest on, relative to the largest entry of M
+    M: Tensor  # (O·t, B·m), divided by its largest entry
+    S: Tensor  # (B·m,), from the largest on
     V: Tensor  # (B·m, B·m)
-    unit: Tensor  # the largest entry of M
+    unit: float  # the largest entry of M
 
     def solve(self, values: Tensor, rank: int) -> Tensor:
-        """M⁺ of right-hand sides (O·t, C), by the `rank` largest singular values."""
+        """M⁺ of right-hand sides (O·t, C), divided by the unit, by the `rank` largest singular values."""
         seen = self.V[:, :rank]
-        return seen @ ((seen.T @ (self.M.T @ values / self.unit)) / self.S[:rank, None].square() / self.unit)
+        return seen @ (seen.T @ (self.M.T @ values) / self.S[:rank, None].square())
+
+    def values(self, layer: Layer, G: Tensor) -> Tensor:
+        """The right-hand sides (O·t, C), divided by the unit."""
+        return gradient_values(layer, self.block, G).div_(self.unit)
 
     def place(self, columns: Tensor, images: int, pixels: int) -> Tensor:
         """Vectors over the block's pixels of all images among all pixels: (B·m, k) -> (B, pixels, k)."""
@@ -188,8 +192,10 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_r
         return _solve_column(G, dz.flatten())
     shape = (len(dz), math.prod(layer.input_shape[1:]))
     factors = [_factor(layer, block, dz, rcond) for block in blocks(layer)]
-    largest = max((f.S[0] * f.unit).item() for f in factors)
-    ranks = [int((f.S * f.unit > rcond * largest).sum()) for f in factors]
+    sigma = torch.cat([f.S * f.unit for f in factors])
+    largest = sigma.max().item()
+    sigma = sigma / largest if largest > 0 else sigma
+    ranks = [int((part > rcond).sum()) for part in sigma.split([len(f.S) for f in factors])]
 
     def on_input(parts: list[Tensor]) -> Tensor:
         placed = sum(f.place(x, *shape) for f, x in zip(factors, parts, strict=True))
@@ -197,18 +203,16 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_r
 
     def sensitivity(dG: Tensor) -> Tensor:
         blocks = zip(factors, ranks, strict=True)
-        return on_input([f.solve(gradient_values(layer, f.block, dG), rank) for f, rank in blocks])
+        return on_input([f.solve(f.values(layer, dG), rank) for f, rank in blocks])
 
     parts, missed, surplus = [], 0.0, 0
     for factor, rank in zip(factors, ranks, strict=True):
-        values = gradient_values(layer, factor.block, G)
+        values = factor.values(layer, G)
         x = factor.solve(values, rank)
-        x = x + factor.solve(values - factor.M @ x, rank)  # what squaring the singular values has cost
-        missed += (values - factor.M @ x).square().sum().item()
+        x += factor.solve(values - factor.M @ x, rank)  # what squaring the singular values has cost
+        missed = math.hypot(missed, factor.unit * (values - factor.M @ x).norm().item())
         surplus += (len(values) - rank) * layer.input_shape[0]
         parts.append(x)
-    sigma = torch.cat([f.S * f.unit for f in factors])
-    sigma = sigma / largest if largest > 0 else sigma
     kept, dropped = sigma[sigma > rcond], sigma[sigma <= rcond]
     V, sigmas, apart = _open(layer, factors, sigma, shape, rcond, trusted_ratio)
     return GradientSolution(
@@ -218,7 +222,7 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_r
         len(kept),
         kept.min().item() if len(kept) else 0.0,
         dropped.max().item() if len(dropped) else None,
-        *_misfit(missed**0.5, surplus, G),
+        *_misfit(missed, surplus, G),
         sensitivity,
         apart,
     )
@@ -250,13 +254,12 @@ def _factor(layer: Layer, block: StrideBlock, dz: Tensor, rcond: float) -> _Fact
     M of a batch may have many more columns than rows: a decomposition of M itself is quicker then, too.
     """
     M = torch.cat([gradient_matrix(layer, block, image) for image in dz], 1)
-    wide = M.shape[0] < M.shape[1]
-    unit = M.abs().max()
-    unit = unit if unit > 0 else torch.ones_like(unit)  # squares of the smallest gradients underflow
+    wide, unit = M.shape[0] < M.shape[1], largest_entry(M) or 1.0
+    M /= unit  # squares of the smallest gradients underflow
     if rcond < GRAM_RESOLUTION or (len(dz) > 1 and wide):
-        _, S, Vh = svd(M / unit, full_matrices=wide)
+        _, S, Vh = svd(M, full_matrices=wide)
         return _Factor(block, M, F.pad(S, (0, len(Vh) - len(S))), Vh.T, unit)
-    values, V = torch.linalg.eigh(gram_matrix(M / unit))
+    values, V = torch.linalg.eigh(gram_matrix(M))
     return _Factor(block, M, values.clamp(min=0).sqrt().flip(0), V.flip(1), unit)
 
 
@@ -269,7 +272,9 @@ def _open(
     """
     full = len(sigma) == math.prod(shape) and bool((sigma > rcond).all())
     alone = full and (shape[0] == 1 or bool(sigma.min() > trusted_ratio))
-    left = sigma <= (0.0 if alone else max(rcond, trusted_ratio))
+    if alone:
+        return sigma.new_zeros(*shape, 0), sigma[:0], 0
+    left = sigma <= max(rcond, trusted_ratio)
     open_by_factor = left.split([len(f.S) for f in factors])
     bases = [f.place(f.V[:, part], *shape) for f, part in zip(factors, open_by_factor, strict=True)]
     unread = torch.ones(shape[1], dtype=torch.bool)

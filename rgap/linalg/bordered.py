@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,10 +33,8 @@ class BorderedGram:
     def __matmul__(self, v: Tensor) -> Tensor:
         """AᵀA v, (c·k, p)."""
         apart, rest = self._split(v)
-        return self._join(
-            self.block @ apart + (self.border @ rest).reshape_as(apart),
-            self.rest @ rest + self.border.T @ apart.reshape(-1, v.shape[1]),
-        )
+        first = (self.block @ apart).view(-1, v.shape[1]) + self.border @ rest
+        return self._join(first, self.rest @ rest + self.border.T @ apart.view_as(first))
 
     def factored(self, damping: Tensor) -> Callable[[Tensor], Tensor] | None:
         """The inverse of AᵀA + diag(damping²), zero where unknowns stand apart; None unless positive definite."""
@@ -54,18 +53,23 @@ class BorderedGram:
             apart, rest = self._split(v)
             apart = torch.linalg.solve_triangular(lower, apart, upper=False)
             rest = torch.cholesky_solve(rest - half.T @ apart.reshape(-1, v.shape[1]), factor)
-            apart = apart - (half @ rest).reshape_as(apart)
-            return self._join(torch.linalg.solve_triangular(lower.T, apart, upper=True), rest)
+            apart = apart - (half @ rest).view_as(apart)
+            return self._join(torch.linalg.solve_triangular(lower.T, apart, upper=True).reshape(-1, v.shape[1]), rest)
 
         return invert
 
+    @cached_property
+    def _order(self) -> tuple[Tensor, Tensor]:
+        """Where each unknown stands among those apart and the rest after them, and the way back."""
+        unknowns = torch.arange(len(self.border) + len(self.rest)).view(len(self.block), -1)
+        rest, apart = unknowns.tensor_split([len(self.rest) // len(unknowns)], 1)
+        order = torch.cat([apart.flatten(), rest.flatten()])
+        return order, order.argsort()
+
     def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """What stands apart, (c, q·p), and the rest, (c·(k − q), p)."""
-        channels = len(self.block)
-        v = v.reshape(channels, -1, v.shape[1])
-        k = len(self.rest) // channels
-        return v[:, k:].flatten(1), v[:, :k].flatten(0, 1)
+        v = v[self._order[0]]
+        return v[: len(self.border)].view(len(self.block), -1), v[len(self.border) :]
 
     def _join(self, apart: Tensor, rest: Tensor) -> Tensor:
-        channels, columns = len(self.block), rest.shape[1]
-        return torch.cat([t.reshape(channels, -1, columns) for t in (rest, apart)], 1).flatten(0, 1)
+        return torch.cat([apart, rest])[self._order[1]]

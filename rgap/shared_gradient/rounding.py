@@ -20,7 +20,7 @@ UNDERFLOW_STD = 1e-30  # rounding next to zero below which zeros are true zeros,
 ARITHMETIC_ERROR = 0.6  # error of the client's own arithmetic, over the rounding of a gradient's root mean square
 INT8_LEVELS = 127  # steps of int8 on either side of zero
 MIN_GRID_ENTRIES = 10  # entries strictly inside a grid that prove it: by chance one in 500 lies as close to a point
-ENTRIES_AT_ONCE = 16_384  # entries of a gradient that are tested together
+ENTRIES_AT_ONCE, FIRST_ENTRIES = 16_384, 64  # entries of a gradient that are tested together, and those tested first
 PRUNING_GAP = 10.0  # smallest magnitude left, over the one expected of so many entries, above which zeros are pruned
 
 
@@ -89,8 +89,9 @@ def _fits(g: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _everywhere(holds: Callable[[Tensor], bool], g: Tensor) -> bool:
-    """Whether something holds of all entries; parts stay in the cache, and the first mostly decides."""
-    return all(holds(part) for part in g.flatten().split(ENTRIES_AT_ONCE))
+    """Whether something holds of all entries; the first few mostly decide, and parts stay in the cache."""
+    g = g.flatten()
+    return all(holds(part) for part in (g[:FIRST_ENTRIES], *g[FIRST_ENTRIES:].split(ENTRIES_AT_ONCE)) if len(part))
 
 
 def _rounding_error(g: Tensor, dtype: torch.dtype, coarse: bool) -> Tensor:
