@@ -28,6 +28,11 @@ def recovered(network, images, labels, loss="logistic", size=None, dtype=torch.f
     return judge([weighed], notes, PixelRange())
 
 
+def attack(network, shared, loss="logistic", **options):
+    """The attack on a client whose loss is by the book."""
+    return rgap.reconstruct(network, shared, SHAPE, loss, gradient_scale=1.0, **options)
+
+
 def check_exact(result, images, labels, atol, expected="exact"):
     order = rgap.metrics.match(result.images, images)
     assert result.verdict == expected and sorted(order.tolist()) == list(range(len(images)))
@@ -73,9 +78,7 @@ def test_relu(bias):
 
 def test_each_image_has_its_twin_and_the_layers_their_ranks():
     network, (images, labels) = fcn(), batch(4)
-    result = rgap.reconstruct(
-        network, gradients(network, images, labels), SHAPE, batch_size=4, device="cpu", gradient_scale=1.0
-    )
+    result = attack(network, gradients(network, images, labels), batch_size=4, device="cpu")
     for (verdict, candidates), image in zip(result.per_image, result.images, strict=True):
         assert verdict == "exact" and candidates[0].images[0].equal(image)
         assert candidates[0].images.shape == (1, *SHAPE) and candidates[0].gradient_residual < 1e-5
@@ -88,11 +91,11 @@ def test_each_image_has_its_twin_and_the_layers_their_ranks():
 def test_two_scales_inside_the_range_are_ambiguous():
     network, (images, labels) = fcn(), batch(3)
     shared = gradients(network, images, labels)
-    wide = rgap.reconstruct(network, shared, SHAPE, batch_size=3, pixel_range=(-1e9, 1e9), gradient_scale=1.0)
+    wide = attack(network, shared, batch_size=3, pixel_range=(-1e9, 1e9))
     twins = [verdict == "ambiguous" for verdict, candidates in wide.per_image if len(candidates) == 2]
     assert twins and all(twins) and wide.verdict == "ambiguous"
     assert any("between which the pixel range does not choose" in note for note in wide.notes)
-    narrow = rgap.reconstruct(network, shared, SHAPE, batch_size=3, gradient_scale=1.0)
+    narrow = attack(network, shared, batch_size=3)
     assert any("the pixel range chose between two scales" in note for note in narrow.notes)
 
 
@@ -100,9 +103,7 @@ def test_the_batch_size_is_found():
     network = fcn()
     for count in (1, 2, 9):
         images, labels = batch(count)
-        result = rgap.reconstruct(
-            network, gradients(network, images, labels), SHAPE, batch_size=None, gradient_scale=1.0
-        )
+        result = attack(network, gradients(network, images, labels), batch_size=None)
         check_exact(result, images, labels, 1e-3, "ambiguous") if count > 1 else assert_close(
             result.images, images, rtol=0, atol=1e-4
         )
@@ -113,13 +114,13 @@ def test_the_batch_size_is_found():
 def test_a_wrong_batch_size_is_said(bias):
     network, (images, labels) = fcn(bias=bias), batch(5)
     shared = gradients(network, images, labels)
-    small = rgap.reconstruct(network, shared, SHAPE, batch_size=3, gradient_scale=1.0)
+    small = attack(network, shared, batch_size=3)
     check_exact(small, images, labels, 1e-3, "exact" if bias else "ambiguous")  # lengths rest on the size
     assert "batch_size=3 is too small, at least 5 images have this gradient" in small.notes[0]
-    unknown = rgap.reconstruct(network, shared, SHAPE, batch_size=None, gradient_scale=1.0)
+    unknown = attack(network, shared, batch_size=None)
     for result in (small, unknown):
         assert any("make a batch look smaller than it is" in note for note in result.notes) != bias
-    large = rgap.reconstruct(network, shared, SHAPE, batch_size=7, gradient_scale=1.0)
+    large = attack(network, shared, batch_size=7)
     assert large.verdict == "rank-deficient" and len(large.images) == 5
     assert "2 fewer than the batch has images" in large.notes[0]
     assert all(verdict != "exact" for verdict, _ in large.per_image)
@@ -163,21 +164,18 @@ def test_noise_is_not_taken_for_images():
     network, (images, labels) = fcn(), batch(3)
     noisy = [g + 0.3 * g.std() * torch.randn(g.shape, generator=torch.Generator().manual_seed(0))
              for g in gradients(network, images, labels)]  # fmt: skip
-    result = rgap.reconstruct(network, noisy, SHAPE, batch_size=3, gradient_scale=1.0)
+    result = attack(network, noisy, batch_size=3)
     assert result.verdict != "exact"
 
 
 def test_labels_are_compared_in_any_order():
     network, (images, labels) = fcn(), batch(3)
     shared = gradients(network, images, labels)
-    assert (
-        rgap.reconstruct(network, shared, SHAPE, batch_size=3, labels=labels.flip(0), gradient_scale=1.0).verdict
-        == "exact"
-    )
+    assert attack(network, shared, batch_size=3, labels=labels.flip(0)).verdict == "exact"
     with pytest.raises(rgap.GradientMismatchError, match=r"labels \[1, 1, 1\] were given; .* that of \[0, 0, 1\]"):
-        rgap.reconstruct(network, shared, SHAPE, batch_size=3, labels=[1, 1, 1], gradient_scale=1.0)
+        attack(network, shared, batch_size=3, labels=[1, 1, 1])
     with pytest.raises(ValueError, match=r"labels are .* of shape \(2,\); give an integer for each image, 3"):
-        rgap.reconstruct(network, shared, SHAPE, batch_size=3, labels=[1, 1], gradient_scale=1.0)
+        attack(network, shared, batch_size=3, labels=[1, 1])
 
 
 def test_networks_that_cannot_be_taken_apart_are_refused():
@@ -194,7 +192,7 @@ def test_networks_that_cannot_be_taken_apart_are_refused():
          "layer '1' has no bias, and '3' has one"),
     ):  # fmt: skip
         with pytest.raises(rgap.UnsupportedLayerError, match=message):
-            rgap.reconstruct(network, gradients(network, images, labels), SHAPE, batch_size=2, gradient_scale=1.0)
+            attack(network, gradients(network, images, labels), batch_size=2)
 
 
 def test_a_single_layer_after_convolutions_tells_the_batch_size_it_cannot_take_apart():
