@@ -1,9 +1,14 @@
-"""Notebook 04: what an attack costs as images and networks grow, beside one pass and one step of an optimiser."""
+"""Notebook 04: what an attack costs as images and networks grow, beside one pass and one step of an optimiser.
+
+And, as a sample, the optimisers at the budgets that they usually get, with restarts, beside the closed form.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,18 +17,25 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from rgap import models
+from rgap import data, models
 from rgap.artifact.progress import progress
 from rgap.attack.reconstruct import reconstruct
 from rgap.baselines import dlg
 from rgap.client import client_gradients
 from rgap.experiments.common import one_thread, seeded, timed
 from rgap.experiments.drawing import NETWORK_NAMES, finish, lines, name_lines
+from rgap.experiments.methods import OPTIMISERS
 from rgap.metrics import psnr_db
 from rgap.network.chain import prepare
 from rgap.ranks.analysis import rank_analysis
 
 MAX_REPEATED_SECONDS = 2.0  # a call that takes longer is not timed again
+
+USUAL_STEPS = {"DLG": 6000, "Inverting Gradients": 4800}
+"""DLG: 300 steps of L-BFGS with up to 20 evaluations each; Inverting Gradients: 4,800 steps of Adam."""
+
+USUAL_RESTARTS = 2  # starts of each; the one with the smallest distance between gradients counts
+NETWORKS = ("cnn6", "cnn6_d", "fcn3")
 
 
 def cnn6_for(side: int) -> nn.Module:
@@ -128,16 +140,48 @@ def plot_cost(table: pd.DataFrame, exponents: pd.DataFrame, names: Mapping[str, 
     table = table[table["method"].isin(list(names))]
     panels = list(table.groupby(["network", "against"], sort=False))
     figure, axes = plt.subplots(1, len(panels), figsize=(2.3 * len(panels), 3.2), squeeze=False, sharey=True)
-    for axis, ((network, against), data) in zip(axes[0], panels, strict=True):
+    for axis, ((network, against), part) in zip(axes[0], panels, strict=True):
         fitted = exponents[(exponents["network"] == network) & (exponents["against"] == against)]
         slopes = fitted.set_index("method")["exponent"]
-        lines(axis, data.assign(named=data["method"].map(names)), "value", "seconds", by="named", band=False)
+        lines(axis, part.assign(named=part["method"].map(names)), "value", "seconds", by="named", band=False)
         title = f"{NETWORK_NAMES.get(network, network)}\n{next(iter(names.values()))} ∝ {against}"
         axis.set(xscale="log", yscale="log")
         axis.set_title(f"{title}$^{{{slopes[next(iter(names))]:.1f}}}$", fontsize=10)
         axis.set_xlabel("side of the image, pixels" if against == "side" else "units of the first layer")
-        axis.set_xticks(sorted(data["value"].unique()), [str(v) for v in sorted(data["value"].unique())])
+        axis.set_xticks(sorted(part["value"].unique()), [str(v) for v in sorted(part["value"].unique())])
         axis.set_xticks([], minor=True)
     axes[0, 0].set_ylabel("seconds")
     name_lines(axes[0, -1])
     return finish(figure, grid="both")
+
+
+def sample_opponents(count: int = 24, seed: int = 0) -> pd.DataFrame:
+    """Optimisers at their usual budgets and the closed form on the same gradients, float32, labels told to the former.
+
+    Case n is image n // 6 through one network by one optimiser, so that chunks run side by side; the first is `seed`.
+    Columns: case, network, method, image, steps, restarts, psnr_db (the optimiser's), ours_db, ours_verdict, seconds,
+    verdict, ok (the closed form's image is the better one), why.
+    """
+    rows = []
+    kinds = list(product(NETWORKS, OPTIMISERS))
+    for number in progress(range(seed, seed + count), "opponents"):
+        image_number, (name, method) = number // len(kinds), kinds[number % len(kinds)]
+        rows.append(_beside(name, method, image_number, USUAL_STEPS[method], USUAL_RESTARTS))
+    return pd.DataFrame(rows)
+
+
+def _beside(name: str, method: str, index: int, steps: int, restarts: int) -> dict:
+    """One optimiser and the closed form on one gradient."""
+    shape, model = models.IMAGE_SHAPES[name], getattr(models, name)()
+    image, label = data.load_images("embedded", image_shape=shape, index=[index], classes=2)
+    gradients = client_gradients(model, image, label)
+    with one_thread():
+        start = time.perf_counter()
+        rival = OPTIMISERS[method](model, gradients, shape, labels=label, steps=steps, restarts=restarts)
+        seconds = time.perf_counter() - start
+        ours = reconstruct(model, gradients, shape, effort="full", gradient_scale=1.0)
+    theirs_db, ours_db = (psnr_db(found.images.double(), image.double()).item() for found in (rival, ours))
+    row = {"case": f"{name}, image {index}, {method}", "network": name, "method": method, "image": index}
+    row |= {"steps": steps, "restarts": restarts, "psnr_db": theirs_db, "ours_db": ours_db}
+    row |= {"ours_verdict": ours.verdict, "seconds": seconds, "verdict": rival.verdict, "ok": ours_db > theirs_db}
+    return {**row, "why": "" if row["ok"] else "the optimiser's image is the better one"}

@@ -31,3 +31,11 @@ def test_cost_has_a_panel_a_network_and_names_the_exponent():
     (axis,) = rendered(cost.plot_cost(table, slopes, {"b": "ours", "a": "theirs"}))
     assert axis.get_xscale() == axis.get_yscale() == "log" and "pixels" in axis.get_xlabel()
     assert {t.get_text() for t in axis.texts} == {"ours", "theirs"} and "ours ∝ side" in axis.get_title()
+
+
+def test_an_optimiser_stands_beside_the_closed_form_and_chunks_go_on_where_others_end(monkeypatch):
+    monkeypatch.setattr(cost, "USUAL_STEPS", {"DLG": 3, "Inverting Gradients": 3})
+    monkeypatch.setattr(cost, "USUAL_RESTARTS", 1)
+    table = cost.sample_opponents(count=2, seed=4)
+    assert table["case"].tolist() == ["fcn3, image 0, DLG", "fcn3, image 0, Inverting Gradients"]
+    assert (table["ours_db"] > 100).all() and table["ok"].all() and (table["steps"] == 3).all()
