@@ -166,7 +166,7 @@ def _add_samples(command: Callable) -> None:
 
     add = command("bench", BENCH, BENCH_END)
     add("cases", nargs="*", metavar="CASE", help="cases to run; by default all but the largest")
-    add("--rounds", type=int, default=5, help="runs of each case, in turn with the others")
+    add("--rounds", type=int, default=5, help="runs of each case, in turn with the others; one where it is slow")
     about = "table to compare with: of another run, or figures/04_cost_times.csv"
     add("--against", type=Path, default=artifact.ROOT / "figures" / "04_cost_times.csv", help=about)
     add("--output", type=Path, default=BUILD / "bench.csv", help="file to write")

@@ -33,6 +33,8 @@ PASS, FIRST, PREPARED, AUDIT = "forward and backward", "R-GAP, first attack", "R
 
 PASSES_PER_RUN = 10  # one pass takes about a millisecond, so that several are timed as one
 
+MAX_REPEATED_SECONDS = 10.0  # CPU seconds of a case from which one round is enough
+
 
 class BenchCase(NamedTuple):
     """A network, and how many images share its gradient; 0 for an audit, which needs none."""
@@ -73,14 +75,14 @@ NOTEBOOK_CASES = {("cnn6", 32): "cnn6", ("fcn3", 1000): "fcn3", ("expanding", 64
 def bench(names: Sequence[str] = (), rounds: int = 5) -> pd.DataFrame:
     """CPU seconds of cases, keys of `CASES` (by default all but `LARGE_CASES`), in one process with one thread.
 
-    Every round runs each case once, so that what else the machine does meanwhile falls on all alike. Attacks get
-    float64 gradients of embedded images. Returns a row for each case and method (forward and backward of the network in
-    float64; the first attack, with the network's preparation; an attack on a prepared network; a rank audit): runs,
-    median_s and least_s (CPU seconds), ratio (of the medians, to forward and backward; NaN for audits), peak_mib (most
-    memory above what the process held before the call; NaN where the system does not tell), verdict, psnr_db (least
-    over the images), floor_gflop (of a prepared attack, by `floor_gflop`), floor_share (of median_s that the machine's
-    own matrix products, of `gemm_gflops` a second just before, would take for them), torch. Raises ValueError if a name
-    is unknown, or there is no round.
+    Every round runs each case once, so that what else the machine does meanwhile falls on all alike; a case that takes
+    more than `MAX_REPEATED_SECONDS` runs in the first alone. Attacks get float64 gradients of embedded images. Returns
+    a row for each case and method (forward and backward of the network in float64; the first attack, with the network's
+    preparation; an attack on a prepared network; a rank audit): runs, median_s and least_s (CPU seconds), ratio (of the
+    medians, to forward and backward; NaN for audits), peak_mib (most memory above what the process held before the
+    call; NaN where the system does not tell), verdict, psnr_db (least over the images), floor_gflop (of a prepared
+    attack, by `floor_gflop`), floor_share (of median_s that the machine's own matrix products, of `gemm_gflops` a
+    second just before, would take for them), torch. Raises ValueError if a name is unknown, or there is no round.
     """
     if unknown := [name for name in names if name not in CASES]:
         raise ValueError(f"no case {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, CASES))}")
@@ -91,7 +93,11 @@ def bench(names: Sequence[str] = (), rounds: int = 5) -> pd.DataFrame:
         rate = gemm_gflops()
         runs = {name: _run_of(CASES[name]) for name in chosen}
         turns = [(name, run) for _ in range(rounds) for name, run in runs.items()]
-        rows = [{"case": name} | row for name, run in progress(turns, "runs") for row in run()]
+        rows, slow = [], set()
+        for name, run in progress(turns, "runs"):
+            found = [] if name in slow else [{"case": name} | row for row in run()]
+            slow |= {name} if sum(row["seconds"] for row in found) > MAX_REPEATED_SECONDS else set()
+            rows += found
     groups = pd.DataFrame(rows).groupby(["case", "method"], sort=False)
     table = groups.agg(runs=("seconds", "size"), median_s=("seconds", "median"), least_s=("seconds", "min"),
                        peak_mib=("peak_mib", "max"), verdict=("verdict", "first"), psnr_db=("psnr_db", "min"),
