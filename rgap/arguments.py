@@ -44,13 +44,13 @@ def _items(value: object) -> tuple:
 
 
 def check_number(
-    name: str, value: object, low: float = 0.0, high: float = math.inf, *, open_low: bool = False, closed: bool = False
+    name: str, value: object, high: float = math.inf, *, open_low: bool = False, closed: bool = False
 ) -> float:
-    """A real number from `low`, itself only where not `open_low`, to below `high`, or up to it where `closed`."""
+    """A real number from 0, itself only where not `open_low`, to below `high`, or up to it where `closed`."""
     real = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
-    if real and (low < value if open_low else low <= value) and (value <= high if closed else value < high):
+    if real and (value > 0 if open_low else value >= 0) and (value <= high if closed else value < high):
         return float(value)
-    least = ("above" if open_low else "at least") + f" {low:g}"
+    least = f"{'above' if open_low else 'at least'} 0"
     most = "finite" if high == math.inf else f"{'at most' if closed else 'below'} {high:g}"
     raise ValueError(f"{name} is {shown(value)}; it must be {'' if real else 'a number '}{least} and {most}")
 
@@ -62,12 +62,12 @@ def check_count(name: str, value: object, least: int = 1, hint: str = "") -> int
     raise ValueError(f"{name} is {shown(value)}; it must be an integer of at least {least}{hint}")
 
 
-def check_seed(value: object, name: str = "seed") -> int:
+def check_seed(value: object) -> int:
     """A seed that torch's generators take."""
     low, end = SEED_RANGE
     if _is_whole(value) and low <= value < end:
         return int(value)
-    raise ValueError(f"{name} is {shown(value)}; it must be an integer of at most 64 bits")
+    raise ValueError(f"seed is {shown(value)}; it must be an integer of at most 64 bits")
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> str:
@@ -99,16 +99,16 @@ def check_dtype(value: object, choices: Sequence[torch.dtype]) -> torch.dtype:
     raise ValueError(f"dtype is {shown(value)}; it must be {' or '.join(map(str, choices))}")
 
 
-def check_image_shape(value: object, name: str = "image_shape") -> tuple[int, ...]:
+def check_image_shape(value: object) -> tuple[int, ...]:
     """The shape of one image, every side at least 1."""
     if value is None:
-        raise ValueError(f"{name} is missing; give (channels, height, width), or a Chain from rgap.prepare")
+        raise ValueError("image_shape is missing; give (channels, height, width), or a Chain from rgap.prepare")
     sides = _items(value)
     if not sides or not all(_is_whole(n) and n >= 1 for n in sides):
         shapes = "(channels, height, width), or (features,) of a table, each at least 1"
-        raise ValueError(f"{name} is {shown(value)}; it must be {shapes}")
+        raise ValueError(f"image_shape is {shown(value)}; it must be {shapes}")
     if math.prod(map(int, sides)) > MAX_IMAGE_ENTRIES:
-        raise ValueError(f"{name} is {shown(value)}; that is more than {MAX_IMAGE_ENTRIES:.0e} entries for one image")
+        raise ValueError(f"image_shape is {shown(value)}; more than {MAX_IMAGE_ENTRIES:.0e} entries for one image")
     return tuple(map(int, sides))
 
 
@@ -230,8 +230,8 @@ def check_model(value: object, wrong_type: type[Exception] = ValueError) -> nn.M
     return value
 
 
-def check_path(value: object, name: str = "path") -> Path:
+def check_path(value: object) -> Path:
     """A path, `~` expanded."""
     if isinstance(value, str | os.PathLike) and str(value):
         return Path(value).expanduser()
-    raise ValueError(f"{name} is {shown(value)}; give the path of a file")
+    raise ValueError(f"path is {shown(value)}; give the path of a file")

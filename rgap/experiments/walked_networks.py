@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from rgap import client, models
 from rgap.attack.reconstruct import reconstruct
-from rgap.client.training import training
 from rgap.data import load_images
 from rgap.experiments.common import progress, seeded
 from rgap.experiments.residual_networks import vgg
@@ -28,9 +27,6 @@ MAX_OVERSTATED_DB = 12.0
 """Decibels by which a certified PSNR may exceed the true one; MIN_CERTIFIED_PSNR_DB is enough in any case."""
 
 SMOOTHING, SCALE = 0.1, 0.37  # label smoothing and factor of the loss that the client uses and the attack is not told
-
-TRAINED_IMAGES, TESTED_IMAGES = 4096, 1000
-"""Images that a network is trained on for an epoch, and others on which its accuracy is measured."""
 
 
 class AttentionPooling(nn.Module):
@@ -69,17 +65,6 @@ def _log_softmax(seed: int) -> nn.Module:
 
 def _narrow(blocks: int, factor: int, seed: int, **options) -> nn.Module:
     return models.resnet(seed, (16 * factor, 32 * factor, 64 * factor), blocks, kaiming=True, **options)
-
-
-def trained_resnet18(seed: int = 0, source: str = "cifar10", epochs: int = 1) -> tuple[nn.Module, float]:
-    """ResNet-18 trained on TRAINED_IMAGES, and its accuracy on TESTED_IMAGES others."""
-    images, labels = load_images(source, TRAINED_IMAGES + TESTED_IMAGES, (3, 32, 32), seed=11)
-    *_, (_, model) = training(
-        models.resnet18(seed), images[:TRAINED_IMAGES], labels[:TRAINED_IMAGES], "cross_entropy", epochs=epochs
-    )
-    with torch.no_grad():
-        found = torch.cat([model(batch).argmax(1) for batch in images[TRAINED_IMAGES:].split(100)])
-    return model, (found == labels[TRAINED_IMAGES:]).double().mean().item()
 
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
@@ -145,15 +130,6 @@ def attack_pair(name: str, model: nn.Module, image: Tensor, label: Tensor, dtype
         "why": result.notes[-1], "seconds": seconds,
         "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }  # fmt: skip
-
-
-def count_walks(rows: pd.DataFrame) -> pd.DataFrame:
-    """For each network and dtype: attacks, exact, false, least and median PSNR, the largest seconds and memory."""
-    rows = rows.assign(exact=rows["verdict"] == "exact", false=~rows["ok"])
-    return rows.groupby(["network", "dtype"], as_index=False).agg(
-        attacks=("verdict", "size"), exact=("exact", "sum"), false=("false", "sum"), least_psnr_db=("psnr_db", "min"),
-        median_psnr_db=("psnr_db", "median"), most_seconds=("seconds", "max"), most_memory_gb=("memory_gb", "max"),
-    ).round(1)  # fmt: skip
 
 
 def walk_features(model: nn.Module, image: Tensor, label: Tensor, dtype: str = "float64") -> pd.DataFrame:
