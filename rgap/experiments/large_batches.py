@@ -153,8 +153,9 @@ def plot_seconds(table: pd.DataFrame) -> Figure:
 
 
 def plot_batch(result: Reconstruction, columns: int = 16) -> Figure:
-    """Every image that was found, as one sheet."""
-    return gallery({" " * row: images for row, images in enumerate(result.images.split(columns))}, size=0.6)
+    """Every image that was found, as one sheet from dark to bright; in what order they peel off is up to rounding."""
+    images = result.images[result.images.flatten(1).mean(1).argsort()]
+    return gallery({" " * row: line for row, line in enumerate(images.split(columns))}, size=0.6)
 
 
 def sample_peeling(count: int = 300, seed: int = 0) -> pd.DataFrame:
