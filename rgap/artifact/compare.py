@@ -1,6 +1,6 @@
 """A run's figures and tables against the committed ones, column by column.
 
-`rgap.artifact.columns` says how far each kind of column may be off; a claim's measured value may be off by the claim's
+`rgap.artifact.outputs` says how far each kind of column may be off; a claim's measured value may be off by the claim's
 own tolerance, or by that of its unit.
 """
 
@@ -20,7 +20,7 @@ from PIL import Image
 
 from rgap.artifact import outputs
 from rgap.artifact.claims import CLAIM_TABLES, expected_outputs, read_claims
-from rgap.artifact.columns import DECIBELS, NUMBERS, ROUNDING, Kind, kind_of
+from rgap.artifact.outputs import DECIBELS, NUMBERS, ROUNDING, Kind, kind_of
 
 UNITS = {"dB": DECIBELS, "": NUMBERS}
 MAGNITUDE = re.compile(r"\d+(?:\.\d+)?e[+-]\d+")  # a number in a sentence of which the order of magnitude counts

@@ -1,21 +1,24 @@
-"""What a run leaves behind: figures and tables, each written whole or not at all.
+"""What a run leaves behind: figures and tables, each written whole or not at all, tables with the digits that repeat.
+
+Machines differ in the last bits, and what is made of them (the error of an image that is exact up to rounding, where an
+optimiser or a training ends) differs far more; counts and verdicts do not. The kinds of columns say how many digits
+are written, and how far a value may be off on another machine.
 
 Paths are relative to the checkout that this package lies in; only without one, where it was installed from a wheel, to
-the working directory. Two environment variables control a run, and the
-Makefile sets both: RGAP_FIGURES is the folder to write to (build/figures/ unless given; never the committed figures/,
-which only `make refresh` writes), RGAP_PROFILE is `default`, `paper` or `custom`.
+the working directory. Two environment variables, set by the Makefile, control a run: RGAP_FIGURES is the folder to
+write to (build/figures/ unless given; never the committed figures/, which only `make refresh` writes), RGAP_PROFILE is
+`default`, `paper` or `custom`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
-
-from rgap.artifact.columns import rounded
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # matplotlib takes as long to import as everything else here
     import pandas as pd
@@ -26,6 +29,10 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 ROOT = CHECKOUT if (CHECKOUT / "notebooks" / "claims.yml").is_file() else Path.cwd()
 """The folder of build/, figures/ and notebooks/: that of the checkout, or of an installed package the working one."""
+
+SIGNIFICANT_DIGITS = 3
+LARGEST_WHOLE_NUMBER = 1e9  # that is taken for a count
+IN_DECIBELS = r"psnr|_db$|^\+ |plain R-GAP|Inverting Gradients|smoothest image|ridge regression|least squares"
 
 
 def figures_dir() -> Path:
@@ -118,7 +125,7 @@ def save_figure(fig: Figure, name: str, *, times: bool = False) -> Path:
 def save_table(frame: pd.DataFrame, name: str, *, times: bool = False) -> Path:
     """Writes a table as CSV without its index, and returns the path of the file.
 
-    Numbers have the digits that repeat on other machines; `rgap.artifact.columns` says which.
+    Numbers have the digits that repeat on other machines, by the kind of their column.
 
     `name`, `times` and the errors are those of `save_figure`; call `reset_index()` first if the index has information.
 
@@ -143,3 +150,51 @@ def _output(name: str, suffix: str, times: bool) -> Path:
     if not isinstance(name, str) or not re.fullmatch(r"\d\d_\w+", name):
         raise ValueError(f"name is {name!r}; it must begin with the notebook's number, as in '01_layers'")
     return figures_dir() / f"{name}{'_times' if times else ''}{suffix}"
+
+
+class Kind(NamedTuple):
+    """A kind of column: the columns' names, how far two values may lie apart, and the decimals that are written."""
+
+    name: str
+    columns: str
+    absolute: float = 0.0
+    relative: float = 0.0
+    factor: float = 1.0
+    decimals: int | None = None
+
+
+DECIBELS = Kind("decibels", IN_DECIBELS, 2, 0.1, decimals=0)  # at 100 dB a factor of 4 of what rounding leaves
+NUMBERS = Kind("numbers", "", relative=0.05)
+COUNTS = Kind("counts and texts", "")
+ROUNDING = Kind("rounding errors", r"residual|error|^mse|cosine", 1e-12, factor=10)
+KINDS = (
+    Kind("spreads of few runs", r"_std$", 6, factor=10),
+    DECIBELS,
+    ROUNDING,
+    Kind("similarities", r"ssim", absolute=0.03, decimals=2),
+    Kind("what training changes", r"condition|gradient_norm", factor=2),
+    Kind("ends of descents", r"^from_|mu$", absolute=0.05, relative=0.05),
+)
+"""The first whose pattern is found in a column's name. Else whole numbers and texts are COUNTS, compared exactly,
+and other numbers NUMBERS. A `factor` is for quantities of which only the order of magnitude repeats."""
+
+
+def kind_of(column: str, values: pd.Series) -> Kind:
+    """The kind of a column, by its name and its values as they were written."""
+    found = next((kind for kind in KINDS if re.search(kind.columns, column)), None)
+    return found or (COUNTS if all(re.fullmatch(r"-?\d*", value) for value in values) else NUMBERS)
+
+
+def rounded(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table as it is written: each number that is not whole as a text of the digits that repeat on other machines."""
+    return frame.apply(lambda column: column.astype(object).map(lambda value: _written(str(column.name), value)))
+
+
+def _written(column: str, value: object) -> object:
+    if not isinstance(value, float) or not math.isfinite(value):
+        return value
+    kind = next((kind for kind in KINDS if re.search(kind.columns, column)), NUMBERS)
+    value = value if kind.decimals is None else round(value, kind.decimals)
+    # What is whole is a count, however many digits it has; adding 0 takes the sign off -0.
+    whole = value == round(value) and abs(value) < LARGEST_WHOLE_NUMBER
+    return f"{value + 0.0:.0f}" if whole else f"{value:.{SIGNIFICANT_DIGITS}g}"

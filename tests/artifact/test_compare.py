@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from rgap import artifact
-from rgap.artifact import columns, compare
+from rgap.artifact import compare, outputs
 
 TABLE = "name,deficit,psnr_db,residual,verdict,note\na,280,104,2e-9,exact,a gap of 5e+06\nb,0,30,1e-9,exact,none\n"
 CLAIMS = {
@@ -143,6 +143,6 @@ def test_every_column_of_this_projects_tables_agrees_with_itself_and_not_with_an
     for path in (artifact.ROOT / "figures").glob("*.csv"):
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
         for column in set(frame):
-            kind = columns.kind_of(column, frame[column])
+            kind = outputs.kind_of(column, frame[column])
             assert all(compare.agree(value, value, kind) for value in frame[column])
             assert not compare.agree("exact", "ambiguous", kind)
