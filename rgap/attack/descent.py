@@ -140,12 +140,14 @@ def descend(
             solutions[layer.name] = solution
         report = solution.report
         noise_stds += [] if solution.noise_std is None or left_open else [solution.noise_std]
-        if probe is not None:
-            probe = _propagate(layer, probe, solution, x, dx, z, dz, slopes)
+        if probe is None:
+            dx = layer.adjoint(dz)
+        else:
+            probe, dx = _propagate(layer, probe, solution, x, dx, z, dz, slopes)
             report = replace(report, predicted_error=probe.error)
         if known is not None:
             report = replace(report, saturated=int((~known).sum()))
-        x, dx = solution.x, layer.adjoint(dz)
+        x = solution.x
         closable = close and i and not left_open  # below an open layer z is wrong, and no solution fits
         closed = close(chain.layers[i - 1], received, solution, z, dx) if closable else None
         if closed is not None and (closed.certified or report.deficit):
@@ -226,8 +228,11 @@ def _turned(drawn: Tensor, values: Tensor, error: float) -> Tensor:
 def _propagate(
     layer: Layer, probe: NoiseProbe, solution: LayerSolution, x: Tensor, dx: Tensor, z: Tensor, dz: Tensor,
     slopes: Slopes | None,
-) -> NoiseProbe:  # fmt: skip
-    """The probe of a layer's input, from that of its output x (B, O, H′, W′); slopes is None where σ has no kink."""
+) -> tuple[NoiseProbe, Tensor]:  # fmt: skip
+    """The probe of a layer's input, from that of its output x (B, O, H′, W′), and the gradient by it.
+
+    Slopes are None where σ has no kink.
+    """
     changed, _ = layer.activation.invert(x + probe.x.reshape(x.shape))
     if slopes is not None:
         slope = slopes.draw(probe.generator)
@@ -237,7 +242,8 @@ def _propagate(
     rest = torch.zeros_like(layer.weight)
     if not layer.is_fixed:
         rest = layer.rest_of_gradient(layer.gradient(probe.noise), solution.x[0], dz_change[0])
-    return NoiseProbe(solution.sensitivity(rest, changed - z), layer.adjoint(dz_change), probe.noise, probe.generator)
+    dx, change = layer.adjoint(torch.cat([dz, dz_change])).split(len(dz))
+    return NoiseProbe(solution.sensitivity(rest, changed - z), change, probe.noise, probe.generator), dx
 
 
 def _above(chain: Chain, start: Start) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -66,20 +66,22 @@ def decide_activation_pattern(
         return None
     z = layer.activation.inverse(x)
     values = layer.activation.derivative(z)
-    channels_first = [t.transpose(0, 1).flatten(1) for t in (x, values, dx, z - layer.pre_bias())]
-    x, values, dx, inputs = channels_first  # (O, B·H′·W′) each
     away = x.abs() if reach is None else (x.abs() - reach.reshape(x.shape)).clamp(min=0)
-    distance = (away / spread if spread > 0 else torch.full_like(x, torch.inf)).flatten()
+    distance = away / spread if spread > 0 else torch.full_like(x, torch.inf)
+    if not (distance < DOUBT_STDS).any():
+        return Slopes(values, torch.zeros_like(distance), slope)
+    channels_first = [t.transpose(0, 1).flatten(1) for t in (x, values, dx, z - layer.pre_bias(), distance)]
+    x, values, dx, inputs, distance = channels_first  # (O, B·H′·W′) each
+    values, distance = values.flatten(), distance.flatten()
     (open_,) = torch.nonzero(distance < DOUBT_STDS, as_tuple=True)
-    values, flip_probability = values.flatten(), torch.zeros_like(distance)
-    if len(open_):
-        dx, std = dx / unit, std / unit  # squares of the smallest gradients underflow
-        rest, inputs = _whitened(layer, G / unit, inputs, values.reshape(x.shape) * dx, spread, std)
-        prior = torch.special.log_ndtr(distance[open_]) - torch.special.log_ndtr(-distance[open_])
-        levels = torch.lerp(values.new_tensor(slope), values.new_tensor(1.0), values.new_tensor(shares))
-        flipped, odds = _choose_slopes(rest, inputs, open_, values[open_], levels, dx.flatten()[open_], prior)
-        values = values.index_copy(0, open_, flipped)
-        flip_probability[open_] = torch.sigmoid(-odds)
+    flip_probability = torch.zeros_like(distance)
+    dx, std = dx / unit, std / unit  # squares of the smallest gradients underflow
+    rest, inputs = _whitened(layer, G / unit, inputs, values.reshape(x.shape) * dx, spread, std)
+    prior = torch.special.log_ndtr(distance[open_]) - torch.special.log_ndtr(-distance[open_])
+    levels = torch.lerp(values.new_tensor(slope), values.new_tensor(1.0), values.new_tensor(shares))
+    flipped, odds = _choose_slopes(rest, inputs, open_, values[open_], levels, dx.flatten()[open_], prior)
+    values = values.index_copy(0, open_, flipped)
+    flip_probability[open_] = torch.sigmoid(-odds)
     images_first = (len(x), len(z), *z.shape[2:])
     return Slopes(*(t.reshape(images_first).transpose(0, 1) for t in (values, flip_probability)), slope)
 

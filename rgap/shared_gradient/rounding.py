@@ -55,7 +55,7 @@ def formats(named: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
 
     One format for all where there is one: by itself, a gradient of few digits from float16 fits other formats as well.
     """
-    fitting = {name: [d for d in FORMATS[:-1] if _fits(g, d)] for name, g in named.items()}
+    fitting = {name: _fitting(g) for name, g in named.items()}
     common = [d for d in FORMATS[:-1] if all(d in each for each in fitting.values())]
     return {name: (common or fitting[name] or [g.dtype])[0] for name, g in named.items()}
 
@@ -80,7 +80,13 @@ def _format(g: Tensor) -> torch.dtype | None:
     """
     if _everywhere(lambda part: bool(((torch.frexp(part).mantissa.abs() == 0.5) | (part == 0)).all()), g):
         return None
-    return next(f for f in FORMATS if _fits(g, f))
+    return (_fitting(g) or FORMATS[-1:])[0]
+
+
+def _fitting(g: Tensor) -> list[torch.dtype]:
+    """The formats coarser than float64 that hold every entry; float32 holds what the others do."""
+    *coarser, single, _ = FORMATS
+    return [*(d for d in coarser if _fits(g, d)), single] if _fits(g, single) else []
 
 
 def _fits(g: Tensor, dtype: torch.dtype) -> bool:
