@@ -15,7 +15,7 @@ from torch import nn
 from rgap.arguments import VALUE_FORMATS, check_count, check_dtype, check_image_shape, check_model, check_seed
 from rgap.isolation import isolated
 from rgap.models import trained_names
-from rgap.network.graph import prepare_graph
+from rgap.network.chain import prepare_graph
 from rgap.network.layer import Chain
 from rgap.network.steps import Step
 from rgap.network.tracing import trace

@@ -18,7 +18,7 @@ from torch import nn
 from rgap.equations.gradient import blocks
 from rgap.equations.tap_splits import tap_splits
 from rgap.network.chain import chain_of_steps, prepare
-from rgap.network.graph import Graph, Node
+from rgap.network.nodes import Graph, Node
 from rgap.network.steps import Step
 from rgap.residual.cut import Cut, enter_graph, geometry
 from rgap.residual.reconstruct import CONVERGED_KNOWN

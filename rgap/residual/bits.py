@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rgap.linalg import rms
 from rgap.network.activations import RELU, widest_gap
-from rgap.network.graph import Graph
 from rgap.network.layer import Layer
+from rgap.network.nodes import Graph
 from rgap.residual.stacked import solve_changes
 from rgap.shared_gradient import FLOAT64_FLOOR
 

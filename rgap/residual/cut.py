@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rgap.equations.tap_splits import tap_splits
-from rgap.network.graph import Graph, Node, prepare_graph
+from rgap.network.chain import prepare_graph
+from rgap.network.nodes import Graph, Node
 from rgap.residual.blind import BlindSolution, solve_blind
 from rgap.residual.stacked import solve_changes
 from rgap.results import UnsupportedLayerError

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rgap.linalg import rms
-from rgap.network.graph import Graph
+from rgap.network.nodes import Graph
 from rgap.residual.bits import Known
 from rgap.residual.walk import Walk
 

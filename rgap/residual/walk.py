@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rgap.linalg import rms
 from rgap.network.activations import RELU
-from rgap.network.graph import Graph
+from rgap.network.nodes import Graph
 from rgap.residual.bits import DOUBT_RATIO, MAX_BIT_ROUNDS, Known, activation_above, decide, zero_limit
 from rgap.residual.stacked import StackedSolution, close_by_outputs, solve_stacked
 from rgap.results import LayerReport

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rgap import models
-from rgap.network.graph import prepare_graph
+from rgap.network.chain import prepare_graph
 from rgap.results import UnsupportedLayerError
 from tests.cases import rand, randn
 

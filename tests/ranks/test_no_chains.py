@@ -9,7 +9,7 @@ import rgap
 from rgap import rank_analysis
 from rgap.equations.gradient import blocks, gradient_matrix
 from rgap.models import cnn6, resnet, resnet18
-from rgap.network.graph import prepare_graph
+from rgap.network.chain import prepare_graph
 from rgap.network.tracing import trace
 from rgap.ranks.audit import audit
 from rgap.ranks.exposure import exposure

@@ -8,7 +8,7 @@ from torch import nn
 
 from rgap import models
 from rgap.linalg import rms
-from rgap.network.graph import prepare_graph
+from rgap.network.chain import prepare_graph
 from rgap.residual.bits import activation_above, correct_bits, correct_maxima, decide
 from rgap.residual.reconstruct import MAX_ROUNDING_ERRORS, WalkedImage, _verdict
 from rgap.residual.walk import Walk

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rgap import models
-from rgap.network.graph import prepare_graph
+from rgap.network.chain import prepare_graph
 from rgap.residual.bits import Known
 from rgap.residual.walk import Walk
 from tests.cases import rand
