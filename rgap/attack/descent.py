@@ -136,8 +136,6 @@ def descend(
         equations = (G, dz if has_gradient or _reads_zeros(layer, received, z) else 0 * dz, z)
         options = {"known": known, "precision": received.precision, "like": like and like.solutions.get(layer.name)}
         solution = solve_layer(layer, *equations, rcond=received.rcond, **options)
-        if len(x) > 1:
-            solutions[layer.name] = solution
         report = solution.report
         noise_stds += [] if solution.noise_std is None or left_open else [solution.noise_std]
         if probe is None:
@@ -150,6 +148,9 @@ def descend(
         x = solution.x
         closable = close and i and not left_open  # below an open layer z is wrong, and no solution fits
         closed = close(chain.layers[i - 1], received, solution, z, dx) if closable else None
+        if len(x) > 1:
+            again = closed is not None and closed.certified
+            solutions[layer.name] = replace(solution, closed=closed) if again else solution
         if closed is not None and (closed.certified or report.deficit):
             x, report, probe = _closed(closed, x, report, probe)
             if closed.beliefs is not None:
@@ -183,9 +184,7 @@ def close_by_virtual_constraints(
     if factor is None or len(solution.x) * factor.basis.shape[1] < report.deficit + CERTIFICATE_SURPLUS:
         return None
     precision = max(received.precision, FLOAT64_FLOOR)
-    return close_by_range(
-        before, factor, solved[0], solution.x, deficit=report.deficit, precision=precision, rcond=received.rcond
-    )
+    return close_by_range(before, factor, solution, precision=precision, rcond=received.rcond)
 
 
 def drawn_head(chain: Chain, received: SharedGradient) -> tuple[Tensor, Tensor]:

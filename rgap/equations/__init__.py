@@ -2,7 +2,7 @@
 
 from rgap.equations.gradient import bias_residual, identity_residual
 from rgap.equations.limits import SolverLimits
+from rgap.equations.solution import LayerSolution
 from rgap.equations.solve import solve_layer
-from rgap.equations.systems import LayerSolution
 
 __all__ = ["LayerSolution", "SolverLimits", "bias_residual", "identity_residual", "solve_layer"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -21,7 +21,8 @@ from rgap.equations.complement import weak_subspace
 from rgap.equations.gradient import GradientSolution, blocks, solve_gradients
 from rgap.equations.limits import DEFAULT_LIMITS, SolverLimits
 from rgap.equations.rank_laws import layer_laws
-from rgap.equations.systems import LayerSolution, ReducedSystem, gradients_first, rows_known, rows_scale, weights_first
+from rgap.equations.solution import LayerSolution
+from rgap.equations.systems import ReducedSystem, gradients_first, rows_known, rows_scale, weights_first
 from rgap.equations.weights import ConjugateGradients, SparseFactor, weight_factor
 from rgap.linalg import LeastSquares, least_squares
 from rgap.network.layer import Layer
@@ -89,7 +90,7 @@ def solve_layer(
     groups = [_Problem(part, G, dz, z - part.pre_bias(), k, *options, one) for part, G, dz, z, k, one in split]
     between = _weights_before_gradients if len(z) > 1 else _iterate
     found = [_weights_alone(group) or between(group) or _gradients_before_weights(group) for group in groups]
-    return _merged(layer.name, found, start)
+    return replace(_merged(layer.name, found, start), like=like)
 
 
 @dataclass(frozen=True)
@@ -250,9 +251,10 @@ def _gradients_before_weights(problem: _Problem) -> LayerSolution:
 def _reduced(problem: _Problem, system: ReducedSystem) -> LayerSolution:
     """Solves for what one kind of equations leaves open."""
     law = None if problem.is_batch or problem.known is not None else layer_laws(problem.layer).both
-    options = {"gram_only": problem.is_batch, "deficient": law is not None and law < problem.unknowns}
-    near = None if problem.like is None else _neighbour(system, *problem.like)
-    found = least_squares(system.A, system.b, problem.rcond, system.damping, near=near, **options)
+    most = system.most if law is None else system.A.columns + law - problem.unknowns
+    near = None if problem.like is None else system.neighbour(*problem.like)
+    options = {"gram_only": problem.is_batch, "most": most, "near": near}
+    found = least_squares(system.A, system.b, problem.rcond, system.damping, **options)
     y = found.y[:, None]
     x = (system.x0 + system.spread(y)[:, :, 0]).reshape(-1, *problem.layer.input_shape)
     report = problem.report(
@@ -268,20 +270,6 @@ def _reduced(problem: _Problem, system: ReducedSystem) -> LayerSolution:
         return (x0 + system.spread(found.invert(system.A.adjoint(b[:, None])))[:, :, 0]).reshape(x.shape)
 
     return LayerSolution(x, report, sensitivity, ((system, found),))
-
-
-def _neighbour(
-    system: ReducedSystem, other: ReducedSystem, found: LeastSquares
-) -> tuple[Callable[[Tensor], Tensor], float] | None:
-    """The inverse of the normal equations of another system, in what this one leaves open; None if it was deficient."""
-    if found.null is not None or other.A.columns != system.A.columns:
-        return None
-
-    def invert(v: Tensor) -> Tensor:
-        inside = other.project(system.spread(v)[:, :, 0])
-        return system.project(other.spread(found.invert(inside[:, None]))[:, :, 0])[:, None]
-
-    return invert, found.sigma_min_kept
 
 
 def _merged(name: str, parts: list[LayerSolution], start: float) -> LayerSolution:

@@ -1,4 +1,4 @@
-"""A layer of B images as a least-squares problem in what one kind of equations leaves open; what its solution yields.
+"""A layer of B images as a least-squares problem in what one kind of equations leaves open.
 
 Weight equations hold for each image alone, W x_b = z_b − b; gradient equations are shared by all images, and the same
 for every channel. Where the gradients go first they leave x = x0 + (I ⊗ V) y, with the same V_b for every channel of an
@@ -11,34 +11,35 @@ costs a few products of the taps' small Gram matrices, in place of one of B·O·
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rgap.equations.complement import WeakSubspace
-from rgap.equations.gradient import GradientSolution, blocks, gradient_matrix, gradient_values
+from rgap.equations.gradient import GradientSolution, blocks, gradient_matrix
 from rgap.linalg import GRAM_RESOLUTION, BorderedGram, LeastSquares, Operator, dense_operator, gram_matrix, rms
 from rgap.network.layer import Layer
-from rgap.results import LayerReport
 
 
 @dataclass(frozen=True)
 class ReducedSystem:
     """x = x0 + N y over all images, and the least-squares problem min ‖A y − b‖² + ‖damping ∘ y‖² for y.
 
-    `seen_by` gives for (image, L), L (q, n), the columns of y that this image depends on, and L N of them; `change` how
-    x0 and b change with G and z, (O, C, kh, kw) and (B, O, H′, W′) -> (B, n) and as b.
+    `seen_by` gives for (image, L, entries), L (q, e) on these entries of the image's x, the columns of y that they
+    depend on, and L N of them; `change` how x0 and b change with G and z, (O, C, kh, kw) and (B, O, H′, W′) -> (B, n)
+    and as b.
     """
 
     x0: Tensor  # (B, n)
     spread: Callable[[Tensor], Tensor]  # Y -> N Y, (k, p) -> (B, n, p)
-    project: Callable[[Tensor], Tensor]  # Nᵀ of vectors (B, n), (k,)
-    seen_by: Callable[[int, Tensor], tuple[slice, Tensor]]
+    project: Callable[[Tensor], Tensor]  # X -> Nᵀ X, (B, n, p) -> (k, p)
+    basis: Tensor  # what N is made of
+    seen_by: Callable[[int, Tensor, Tensor], tuple[slice, Tensor]]
     A: Operator  # from (k,) to the equations of the other kind
     b: Tensor  # their right-hand side
     damping: Tensor  # singular values, scaled as A is, with which the first kind sees N's columns, (k,)
@@ -46,49 +47,22 @@ class ReducedSystem:
     change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     rank_weights: int | None = None  # of the first kind of equations over all images, None for the other kind
     rank_gradients: int | None = None
+    most: int | None = None  # the rank of A and damping together cannot exceed, None where that is not known
 
+    def neighbour(self, other: ReducedSystem, found: LeastSquares) -> LeastSquares | None:
+        """The solution of almost the same equations as one for this system's y; None where more or less is open."""
+        if other.A.columns != self.A.columns:
+            return None
+        if other.basis is self.basis:
+            return found
 
-@dataclass(frozen=True)
-class LayerSolution:
-    """The input of a layer for every image, and what is left open."""
+        def here(y: Tensor) -> Tensor:
+            return self.project(other.spread(y))
 
-    x: Tensor  # the inputs, (B, C, H, W); of all solutions the one of minimum norm
-    report: LayerReport  # the layer's report; counts are over all images
-    # how x changes, to first order, with G and z: shaped as the weight and (B, O, H′, W′) -> (B, C, H, W)
-    sensitivity: Callable[[Tensor, Tensor], Tensor]
-    # for each group of channels the reduced system and its solution, None where W or the gradients alone were enough
-    solved: tuple[tuple[ReducedSystem, LeastSquares] | None, ...] = (None,)
-    # standard deviation of noise on G's entries, from the residual of surplus equations where the gradient alone
-    # determines x; None elsewhere
-    noise_std: float | None = None
-    # what makes the null basis of a fixed layer, None where it is empty or would be too large
-    fixed_null: Callable[[], Tensor] | None = None
+        def invert(v: Tensor) -> Tensor:
+            return here((found.rough or found.invert)(other.project(self.spread(v))))
 
-    @cached_property
-    def null_basis(self) -> Tensor | None:
-        """Orthonormal basis of the directions left open, (B·C·H·W, deficit); None where nothing is."""
-        basis = self._basis("null") if self.fixed_null is None else self.fixed_null()
-        return basis if basis.shape[1] else None
-
-    @cached_property
-    def weak_basis(self) -> Tensor:
-        """Where something is open for a single image: directions determined, but badly, (B·C·H·W, w)."""
-        return self._basis("ill_conditioned")
-
-    @property
-    def weak_gain(self) -> Tensor:
-        """Their error, in units of the pre-activation's, (w,)."""
-        gains = (1 / group[1].ill_conditioned_sigmas for group in self.solved if group is not None)
-        return torch.cat([self.x.new_zeros(0), *gains])
-
-    def _basis(self, kind: str) -> Tensor:
-        """Directions of one kind of all groups, each on its own channels."""
-        nothing = self.x.new_zeros(len(self.x), self.x[0].numel() // len(self.solved), 0)
-        found = [None if group is None else getattr(group[1], kind) for group in self.solved]
-        bases = [nothing if y is None else group[0].spread(y) for group, y in zip(self.solved, found, strict=True)]
-        if len(bases) == 1:
-            return bases[0].flatten(0, 1)
-        return torch.cat([torch.block_diag(*image) for image in zip(*bases, strict=True)])
+        return replace(found, invert=invert, rough=invert, null=None if found.null is None else here(found.null))
 
 
 def gradients_first(
@@ -102,8 +76,9 @@ def gradients_first(
     on_known = None if known is None else dense_operator(weight_columns(layer, V[0])[known.flatten()])
     A = _without_rounding(on_known or weights_on(layer, V, found.apart), layer, rcond)
 
-    def seen_by(image: int, L: Tensor) -> tuple[slice, Tensor]:
-        return slice(None), torch.einsum("qcp,pk->qck", L.reshape(len(L), channels, -1), V[image]).flatten(1)
+    def seen_by(image: int, L: Tensor, entries: Tensor) -> tuple[slice, Tensor]:
+        full = L.new_zeros(len(L), layer.unknowns).index_copy_(1, entries, L)
+        return slice(None), torch.einsum("qcp,pk->qck", full.reshape(len(L), channels, -1), V[image]).flatten(1)
 
     def change(dG: Tensor, z_change: Tensor) -> tuple[Tensor, Tensor]:
         moved = found.sensitivity(dG)
@@ -112,7 +87,8 @@ def gradients_first(
     return ReducedSystem(
         found.x0.flatten(1),
         lambda Y: spread(V, Y, channels),
-        lambda x: torch.einsum("bpk,bcp->ck", V, x.reshape(len(x), channels, -1)).flatten(),
+        lambda X: torch.einsum("bpk,bcpj->ckj", V, X.reshape(len(X), channels, -1, X.shape[2])).flatten(0, 1),
+        V,
         seen_by,
         A,
         right - rows_known(layer.apply(found.x0), known),
@@ -128,34 +104,69 @@ def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, weak: WeakSubs
 
     N is the basis of `weak`; the other arguments are those of `solve_layer`, but z less the bias.
     """
-    count, channels, N = len(z), layer.input_shape[0], weak.basis
-    x0, q, by_pixel = weak.factor.minimum_norm(z).flatten(1), N.shape[1], N.reshape(channels, -1, N.shape[1])
-    parts = [(block, [gradient_matrix(layer, block, image) for image in dz]) for block in blocks(layer)]
-    rows = [torch.cat([M @ by_pixel[:, block.pixels] for M in matrices], 2).flatten(0, 1) for block, matrices in parts]
+    count, N = len(z), weak.basis
+    x0, q = weak.factor.minimum_norm(z), N.shape[1]
 
-    def missing(G: Tensor, x: Tensor) -> Tensor:  # vec(G) − K x
-        rest, x = [], x.reshape(count, channels, -1)
-        for block, matrices in parts:
-            seen = sum(one @ M.T for M, one in zip(matrices, x[:, :, block.pixels], strict=True))
-            rest.append((gradient_values(layer, block, G).T - seen).flatten())
-        return torch.cat(rest)
+    def seen(x: Tensor) -> Tensor:  # Σ_b K(δz_b) x_b
+        return sum(map(layer.weight_gradient, x, dz)).flatten()
 
     def change(dG: Tensor, z_change: Tensor) -> tuple[Tensor, Tensor]:
-        moved = weak.factor.minimum_norm(z_change).flatten(1)
-        return moved, missing(dG, moved)
+        moved = weak.factor.minimum_norm(z_change)
+        return moved.flatten(1), dG.flatten() - seen(moved)
+
+    def spread(Y: Tensor) -> Tensor:
+        return torch.stack([*(N @ torch.hstack([*Y.split(q)])).chunk(count, 1)])
+
+    def project(X: Tensor) -> Tensor:
+        return torch.cat([*(N.T @ torch.hstack([*X])).chunk(count, 1)])
+
+    def apply(Y: Tensor) -> Tensor:
+        inputs = spread(Y).permute(2, 0, 1).reshape(-1, count, *layer.input_shape)
+        return torch.stack([*map(seen, inputs)], 1)
+
+    def adjoint(R: Tensor) -> Tensor:  # K takes δz to the pixels as Wᵀ does, with G in the place of the weight
+        columns = [replace(layer, weight=r.reshape(layer.weight.shape), cache={}).adjoint(dz) for r in R.T]
+        return project(torch.stack(columns, 4).flatten(1, 3))
 
     return ReducedSystem(
-        x0,
-        lambda Y: torch.einsum("nq,bqp->bnp", N, Y.reshape(count, q, -1)),
-        lambda x: (x @ N).flatten(),
-        lambda image, L: (slice(image * q, (image + 1) * q), L @ N),
-        dense_operator(torch.cat(rows)),
-        missing(G, x0),
+        x0.flatten(1),
+        spread,
+        project,
+        N,
+        lambda image, L, entries: (slice(image * q, (image + 1) * q), L @ N[entries]),
+        Operator(count * q, lambda dtype: gradient_gram(layer, dz, N.to(dtype)), apply, adjoint),
+        G.flatten() - seen(x0),
         (rows_scale(G, z) * weak.sigmas).repeat(count),
         max(G.norm().item(), torch.finfo(z.dtype).tiny),
         change,
         rank_weights=count * math.prod(layer.output_shape),
+        most=_most_by_gradients(layer) + count * int((weak.sigmas > 0).sum()),
     )
+
+
+def _most_by_gradients(layer: Layer) -> int:
+    """The most that gradient equations can determine of what W leaves open.
+
+    Σ_{c,t} W[o′, c, t] of the rows (o, c, t) of K x is ⟨δz[o], (W x)[o′]⟩, the same for every x in W's null space.
+    """
+    outputs, taps = len(layer.weight), layer.weight[0].numel()
+    return outputs * (taps - int(torch.linalg.matrix_rank(layer.weight.flatten(1))))
+
+
+def gradient_gram(layer: Layer, dz: Tensor, N: Tensor) -> Tensor:
+    """The Gram matrix of Σ_b K(δz_b) N u_b for N (C·H·W, q): (B·q, B·q), by way of M's own for all channels at once."""
+    (count, channels, q), pixels = (len(dz), layer.input_shape[0], N.shape[1]), math.prod(layer.input_shape[1:])
+    squares = dz.new_zeros(count * pixels, count * pixels)
+    for block in blocks(layer):
+        at = (pixels * torch.arange(count)[:, None] + block.pixels).flatten()
+        squares[at[:, None], at] = gram_matrix(torch.cat([gradient_matrix(layer, block, image) for image in dz], 1))
+    squares = squares.to(N.dtype).reshape(count, pixels, count, pixels)
+    by_pixel = N.reshape(channels, pixels, q).transpose(0, 1).flatten(1)
+    result = N.new_empty(count, q, count, q)
+    for one, other in itertools.combinations_with_replacement(range(count), 2):
+        part = by_pixel.reshape(-1, q).T @ (squares[one, :, other] @ by_pixel).reshape(-1, q)
+        result[one, :, other], result[other, :, one] = part, part.T
+    return result.reshape(count * q, count * q)
 
 
 def weights_on(layer: Layer, V: Tensor, apart: int = 0) -> Operator:
@@ -173,7 +184,9 @@ def weights_on(layer: Layer, V: Tensor, apart: int = 0) -> Operator:
         images = layer.adjoint(R.T.reshape(-1, count, *layer.output_shape))
         return (images.flatten(3) @ V[None]).sum(1).flatten(1).T
 
-    make = partial(bordered_gram, layer, V, apart) if apart else partial(weight_gram, layer, V)
+    def make(dtype: torch.dtype) -> Tensor | BorderedGram:
+        return bordered_gram(layer, V, apart, dtype) if apart else weight_gram(layer, V, dtype)
+
     return Operator(channels * V.shape[2], make, apply, adjoint)
 
 
@@ -187,37 +200,37 @@ def weight_columns(layer: Layer, V: Tensor) -> Tensor:
     return torch.einsum("oct,tpk->opck", layer.weight.flatten(2), _read_by_taps(layer, V)).flatten(0, 1).flatten(1)
 
 
-def weight_gram(layer: Layer, V: Tensor) -> Tensor:
+def weight_gram(layer: Layer, V: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Σ_b (I ⊗ V_b)ᵀ WᵀW (I ⊗ V_b) for V (B, H·W, k): (C·k, C·k), in the order (channel, vector)."""
     channels, count, (outputs, taps) = layer.input_shape[0], V.shape[2], (len(layer.weight), layer.weight[0, 0].numel())
     positions = math.prod(layer.output_shape[1:])
     if taps**2 * (len(V) * positions + channels**2) > len(V) * channels**2 * outputs * positions:  # few channels
-        return sum(gram_matrix(weight_columns(layer, image)) for image in V)
+        return sum(gram_matrix(weight_columns(layer, image).to(dtype)) for image in V)
     read = torch.cat([_read_by_taps(layer, image) for image in V], 1)
-    inner = gram_matrix(read.permute(1, 0, 2).flatten(1)).reshape(taps, count, taps, count)
+    inner = gram_matrix(read.to(dtype).permute(1, 0, 2).flatten(1)).reshape(taps, count, taps, count)
     inner = inner.permute(0, 2, 1, 3).reshape(taps * taps, count * count)
-    outer = gram_matrix(layer.weight.reshape(-1, channels * taps)).reshape(channels, taps, channels, taps)
+    outer = gram_matrix(layer.weight.to(dtype).reshape(-1, channels * taps)).reshape(channels, taps, channels, taps)
     first, second = torch.triu_indices(channels, channels)
     upper = (outer.transpose(1, 2)[first, second].flatten(1) @ inner).reshape(len(first), count, count)
-    result = V.new_empty(channels, count, channels, count)
+    result = upper.new_empty(channels, count, channels, count)
     by_channels = result.transpose(1, 2)
     by_channels[second, first], by_channels[first, second] = upper.mT, upper
     return result.reshape(channels * count, channels * count)
 
 
-def bordered_gram(layer: Layer, V: Tensor, apart: int) -> BorderedGram:
+def bordered_gram(layer: Layer, V: Tensor, apart: int, dtype: torch.dtype = torch.float64) -> BorderedGram:
     """The same by its parts, where one tap t alone reads what the last columns of V, orthonormal, are not zero on.
 
     It reads each pixel at one position: (S_t V)ᵀ (S_t V) = I, and these columns have the same R_tt, one by one.
     """
     channels, (rest, last) = layer.input_shape[0], V.split([V.shape[2] - apart, apart], 2)
     (tap,) = blocks(layer)[-1].taps.tolist()
-    seen = F.pad(last, (0, 0, 0, 1))[:, layer.tap_pixels()[tap]].flatten(0, 1)
-    read = torch.cat([_read_by_taps(layer, image) for image in rest], 1)
-    weights = layer.weight.flatten(2)
+    seen = F.pad(last, (0, 0, 0, 1))[:, layer.tap_pixels()[tap]].flatten(0, 1).to(dtype)
+    read = torch.cat([_read_by_taps(layer, image) for image in rest], 1).to(dtype)
+    weights = layer.weight.flatten(2).to(dtype)
     R = torch.einsum("oc,odt->cdt", weights[:, :, tap], weights)
     border = torch.einsum("cdt,tjk->cjdk", R, seen.T @ read).reshape(channels * apart, -1)
-    return BorderedGram(R[:, :, tap].contiguous(), border, weight_gram(layer, rest))
+    return BorderedGram(R[:, :, tap].contiguous(), border, weight_gram(layer, rest, dtype))
 
 
 def _read_by_taps(layer: Layer, V: Tensor) -> Tensor:
@@ -247,5 +260,5 @@ def _without_rounding(A: Operator, layer: Layer, rcond: float) -> Operator:
     if A.apply(some).norm() > max(rcond, GRAM_RESOLUTION) * unit or A.matrix().norm() > rcond * unit:
         return A
     nothing = torch.zeros_like
-    gram = lambda: unit.new_zeros(A.columns, A.columns)  # noqa: E731
+    gram = lambda dtype: unit.new_zeros(A.columns, A.columns, dtype=dtype)  # noqa: E731
     return Operator(A.columns, gram, lambda Y: A.apply(nothing(Y)), lambda R: A.adjoint(nothing(R)))

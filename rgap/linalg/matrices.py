@@ -60,7 +60,8 @@ def gram_matrix(A: Tensor) -> Tensor:
         return (there.T @ there).to(A.device)
     if WIDE_RATIO * len(A) < A.shape[1]:  # mirroring would cost more than it saves
         return A.T @ A
-    upper = torch.from_numpy(scipy.linalg.blas.dsyrk(1.0, A.T.numpy())).triu()
+    syrk = scipy.linalg.blas.dsyrk if A.dtype == torch.float64 else scipy.linalg.blas.ssyrk
+    upper = torch.from_numpy(syrk(1.0, A.T.numpy())).triu()
     return upper + upper.triu(1).T
 
 

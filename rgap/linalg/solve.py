@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import scipy.linalg
@@ -31,6 +32,11 @@ MAX_NEIGHBOUR_STEPS = 40
 
 NEIGHBOUR_TOLERANCE = 1e-6  # relative residual down to which they are led, in each of the rounds
 NEIGHBOUR_ROUNDS = 3  # solves, each with the residual that the last one has left
+DEFICIENT_RESIDUAL = 1e-10  # where they end beside a null space, into which rounding leads them
+
+MIN_SINGLE_UNKNOWNS = 1500  # unknowns from which a factor in float32 saves time
+MIN_SINGLE_RATIO = 2e-3
+"""Smallest σ_min / σ_max that a factor in float32 proves: squared, it is far above the rounding of a Gram matrix."""
 
 
 def least_squares(
@@ -40,8 +46,8 @@ def least_squares(
     damping: Tensor | None = None,
     *,
     gram_only: bool = False,
-    deficient: bool = False,
-    near: tuple[Callable[[Tensor], Tensor], float] | None = None,
+    most: int | None = None,
+    near: LeastSquares | None = None,
 ) -> LeastSquares:
     """Solves min ‖A y − b‖² + ‖damping ∘ y‖², with the null space of the whole system.
 
@@ -50,25 +56,37 @@ def least_squares(
 
     `gram_only` is for systems too large for A to be applied to many columns: AᵀA alone decides the rank, at a cutoff of
     `GRAM_RESOLUTION` at least; Cholesky factors, refined twice, serve below `CHOLESKY_MIN_RATIO`, too; no directions
-    are reported as ill-conditioned. `deficient` tells that the rank cannot be full, which saves a trial. `near` is the
-    inverse of the Gram matrix of a system of full rank that is almost this one, and its σ_min / σ_max: where conjugate
-    gradients with it converge at once this system has that rank and condition, too, and its Gram matrix is not made.
+    are reported as ill-conditioned, and a null space may be known to single precision only. `most` is a rank that
+    cannot be exceeded, if known, which saves trials. `near` is the solution of a system that is almost this one: where
+    conjugate gradients with its factors converge at once, this system has that rank and condition, too, and its Gram
+    matrix is not made. The factors of a deficient one are taken as they are.
     """
     damping = b.new_zeros(A.columns) if damping is None else damping
-    if near is not None and (found := _by_neighbour(A, b[:, None], damping, *near)) is not None:
-        return found
     normal = NormalEquations(A, b[:, None], damping, max(rcond, GRAM_RESOLUTION) if gram_only else rcond, gram_only)
+    if near is not None and near.null is not None:
+        return replace(near, y=normal.solve(near.rough or near.invert))
+    if near is not None and (found := _by_neighbour(normal, near.rough or near.invert, near.sigma_min_kept)):
+        return found
     if (device := accelerator_for(A.columns)) is not None:
         return _by_cholesky_on(device, normal) or _by_decomposition(normal, device)
-    full = None if deficient else _by_cholesky(normal)
-    return full or _by_pivoted_cholesky(normal) or _by_decomposition(normal)
+    deficient, found = most is not None and most < A.columns, None
+    if gram_only and A.columns >= MIN_SINGLE_UNKNOWNS:
+        found = _by_pivoted_cholesky(normal, most) if deficient else _in_single_precision(normal)
+    found = found or (None if deficient else _by_cholesky(normal))
+    return found or _by_pivoted_cholesky(normal) or _by_decomposition(normal)
 
 
 def _by_neighbour(
-    A: Operator, b: Tensor, damping: Tensor, approximate: Callable[[Tensor], Tensor], ratio: float
+    normal: NormalEquations,
+    approximate: Callable[[Tensor], Tensor],
+    ratio: float,
+    enough: float = 0.0,
 ) -> LeastSquares | None:
-    """By conjugate gradients, preconditioned by the inverse of a neighbour's Gram matrix; None where they are slow."""
-    squares = damping.square()[:, None]
+    """By conjugate gradients, preconditioned by the inverse of a neighbour's Gram matrix; None where they are slow.
+
+    A relative residual of the normal equations that is `enough` ends the rounds.
+    """
+    A, b, squares = normal.A, normal.b, normal.damping.square()[:, None]
 
     def invert(v: Tensor) -> Tensor | None:
         y, rest, size, p, before = torch.zeros_like(v), v, v.norm(), None, 0.0
@@ -83,29 +101,46 @@ def _by_neighbour(
                 return y
         return None
 
-    y = torch.zeros_like(damping)[:, None]
+    y, first = torch.zeros_like(squares), A.adjoint(b).norm()
     for _ in range(NEIGHBOUR_ROUNDS):
-        further = invert(A.adjoint(b - A.apply(y)) - squares * y)
+        rest = A.adjoint(b - A.apply(y)) - squares * y
+        if rest.norm() <= enough * first:
+            break
+        further = invert(rest)
         if further is None or not torch.isfinite(further).all():
             return None
         y = y + further
     none = b.new_zeros(A.columns, 0)
-    return LeastSquares(y[:, 0], None, none, none[0], A.columns, ratio, None, invert)
+    return LeastSquares(y[:, 0], None, none, none[0], A.columns, ratio, None, invert, approximate)
 
 
 def _by_cholesky(normal: NormalEquations) -> LeastSquares | None:
     """By Cholesky factors of the normal equations; None where the rank is not full, or the condition not safe."""
-    if isinstance(normal.A.made_gram, BorderedGram):
-        invert = normal.A.made_gram.factored(normal.damping)
-        return None if invert is None else _of_full_rank(normal, invert)
-    factor, failed = scipy.linalg.lapack.dpotrf(normal.gram().numpy().T, lower=1, overwrite_a=1)
+    invert = _cholesky(normal, torch.float64)
+    return None if invert is None else _of_full_rank(normal, invert)
+
+
+def _cholesky(normal: NormalEquations, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """The inverse of the Gram matrix by a factor of a dtype, on float64 vectors; None where it is not definite."""
+    made = normal.A.made_gram if dtype == torch.float64 else normal.A.made_rough
+    if isinstance(made, BorderedGram):
+        invert = made.factored(normal.damping)
+        return None if invert is None else lambda v: invert(v.to(dtype)).double()
+    gram = normal.gram(dtype).numpy()
+    potrf, potrs = scipy.linalg.get_lapack_funcs(("potrf", "potrs"), (gram,))
+    factor, failed = potrf(gram.T, lower=1, overwrite_a=1, clean=0)
     if failed or not len(factor):
         return None
+    return lambda v: torch.from_numpy(potrs(factor, v.to(dtype).numpy(), lower=1)[0]).double()
 
-    def invert(v: Tensor) -> Tensor:
-        return torch.from_numpy(scipy.linalg.lapack.dpotrs(factor, v.numpy(), lower=1)[0])
 
-    return _of_full_rank(normal, invert)
+def _in_single_precision(normal: NormalEquations) -> LeastSquares | None:
+    """By a Cholesky factor in float32, with which A itself is solved; None where it does not prove the rank."""
+    invert = _cholesky(normal, torch.float32)
+    ratio = 0.0 if invert is None else normal.smallest(invert)
+    if not ratio >= max(MIN_SINGLE_RATIO, 2 * normal.rcond):
+        return None
+    return _by_neighbour(normal, invert, ratio)
 
 
 def _by_cholesky_on(device: torch.device, normal: NormalEquations) -> LeastSquares | None:
@@ -125,33 +160,39 @@ def _of_full_rank(normal: NormalEquations, invert: Callable[[Tensor], Tensor]) -
     return LeastSquares(normal.solve(invert), None, none, none[0], len(none), ratio, None, invert)
 
 
-def _by_pivoted_cholesky(normal: NormalEquations) -> LeastSquares | None:
+def _by_pivoted_cholesky(normal: NormalEquations, most: int | None = None) -> LeastSquares | None:
     """By pivoted Cholesky of the normal equations, or None where singular values show no wide gap at the cutoff.
 
     The systems of layers either determine a direction or do not see it at all (by the rank laws), so that squaring
-    the singular values loses nothing, at a tenth of the cost of a singular decomposition.
+    the singular values loses nothing, at a tenth of the cost of a singular decomposition. With `most`, which the rank
+    cannot exceed, factors in float32 tell whether it is reached.
     """
-    gram, safe = normal.A.gram, 0.0 if normal.gram_only else CHOLESKY_MIN_RATIO
-    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(normal.gram().numpy().T, lower=0, overwrite_a=1)
+    single, safe = most is not None, 0.0 if normal.gram_only else CHOLESKY_MIN_RATIO
+    gram = normal.gram(torch.float32 if single else torch.float64)
+    pstrf, potrs = scipy.linalg.get_lapack_funcs(("pstrf", "potrs"), (gram.numpy(),))
+    (trsm,) = scipy.linalg.get_blas_funcs(("trsm",), (gram.numpy(),))
+    factor, pivots, rank, _ = pstrf(gram.numpy().T, lower=0, overwrite_a=1, **({"tol": 0.0} if single else {}))
+    if single:
+        safe, rank = MIN_SINGLE_RATIO, most if rank >= most else 0
     if rank in (0, len(gram)):
         return None
     order = torch.from_numpy(pivots.astype("int64") - 1)
     kept, left = order[:rank], order[rank:]
     square = np.asfortranarray(factor[:rank, :rank])  # triangular: the lower half is never read
     null = torch.zeros(len(order), len(left), dtype=gram.dtype)
-    null[kept] = torch.from_numpy(scipy.linalg.blas.dtrsm(-1.0, square, factor[:rank, rank:]))
+    null[kept] = torch.from_numpy(trsm(-1.0, square, factor[:rank, rank:]))
     null[left] = torch.eye(len(left), dtype=gram.dtype)
-    null = orthonormal(null)
+    null = orthonormal(null).double()
 
     def invert_beside(v: Tensor) -> Tensor:  # of vectors without a part in the null space
         y = torch.zeros_like(v)
-        y[kept] = torch.from_numpy(scipy.linalg.lapack.dpotrs(square, v[kept].numpy(), lower=0)[0])
+        y[kept] = torch.from_numpy(potrs(square, v[kept].to(gram.dtype).numpy(), lower=0)[0]).double()
         return y - null @ (null.T @ y)
 
     def invert(v: Tensor) -> Tensor:  # the pseudo-inverse of the Gram matrix
         return invert_beside(v - null @ (null.T @ v))
 
-    weak, sigmas = gram[:, :0], gram[0, :0]
+    weak, sigmas = null[:, :0], null[0, :0]
     pivots = np.diag(square)  # they nearly show how many directions are weak
     guess = int((pivots < 2 * ILL_CONDITIONED_RATIO * pivots[0]).sum())
     ratio = normal.smallest(invert) if normal.gram_only or not guess else 0.0
@@ -161,10 +202,13 @@ def _by_pivoted_cholesky(normal: NormalEquations) -> LeastSquares | None:
         weak, sigmas = U[:, low], values[low]
     if not ratio >= max(safe, PIVOTED_GAP * normal.rcond):
         return None
-    dropped = normal.largest_dropped(null)
+    dropped = normal.largest_dropped(null, invert_beside if single else None)
     if dropped > normal.rcond:
         return None
-    return LeastSquares(normal.solve(invert), null, weak, sigmas, rank, ratio, dropped, invert)
+    if not single:
+        return LeastSquares(normal.solve(invert), null, weak, sigmas, rank, ratio, dropped, invert)
+    found = _by_neighbour(normal, invert_beside, ratio, DEFICIENT_RESIDUAL)
+    return found and replace(found, null=null, rank=rank, sigma_max_dropped=dropped)
 
 
 def _weak_directions(square: np.ndarray, kept: Tensor, null: Tensor, limit: float, guess: int) -> tuple[Tensor, Tensor]:

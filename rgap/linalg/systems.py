@@ -24,19 +24,30 @@ class Operator:
     """A matrix A of m rows and k columns that need not be formed."""
 
     columns: int  # k
-    make_gram: Callable[[], Tensor | BorderedGram]
+    make_gram: Callable[[torch.dtype], Tensor | BorderedGram]
     apply: Callable[[Tensor], Tensor]  # Y -> A Y, (k, p) -> (m, p)
     adjoint: Callable[[Tensor], Tensor]  # R -> Aᵀ R, (m, p) -> (k, p)
 
     @cached_property
     def made_gram(self) -> Tensor | BorderedGram:
         """AᵀA, (k, k), in the form in which it is made."""
-        return self.make_gram()
+        return self.make_gram(torch.float64)
 
     @cached_property
     def gram(self) -> Tensor:
         """AᵀA, (k, k)."""
         return self.made_gram.dense() if isinstance(self.made_gram, BorderedGram) else self.made_gram
+
+    @cached_property
+    def made_rough(self) -> Tensor | BorderedGram:
+        """The same in float32, in the form in which it is made."""
+        made = self.__dict__.get("made_gram")
+        return made.float() if isinstance(made, Tensor) else self.make_gram(torch.float32)
+
+    @property
+    def rough_gram(self) -> Tensor:
+        """The same in float32."""
+        return self.made_rough.dense() if isinstance(self.made_rough, BorderedGram) else self.made_rough
 
     def matrix(self) -> Tensor:
         """A itself, column by column."""
@@ -45,7 +56,7 @@ class Operator:
 
 def dense_operator(A: Tensor) -> Operator:
     """A matrix (m, k) as an operator."""
-    return Operator(A.shape[1], lambda: gram_matrix(A), lambda Y: A @ Y, lambda R: A.T @ R)
+    return Operator(A.shape[1], lambda dtype: gram_matrix(A.to(dtype)), lambda Y: A @ Y, lambda R: A.T @ R)
 
 
 @dataclass(frozen=True)
@@ -63,15 +74,16 @@ class NormalEquations:
         """Columns of A."""
         return len(self.damping)
 
-    def gram(self) -> Tensor:
+    def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """AᵀA + diag(damping²), for a factor to overwrite."""
-        gram = self.A.gram.clone()
+        gram = (self.A.gram if dtype == torch.float64 else self.A.rough_gram).clone()
         gram.diagonal().add_(self.damping.square())
         return gram
 
     def multiply(self, v: Tensor) -> Tensor:
         """The same times v, (k, p)."""
-        return torch.addcmul(self.A.made_gram @ v, self.damping.square()[:, None], v)
+        product = self.A.adjoint(self.A.apply(v)) if self.gram_only else self.A.made_gram @ v
+        return torch.addcmul(product, self.damping.square()[:, None], v)
 
     def solve(self, invert: Callable[[Tensor], Tensor]) -> Tensor:
         """By the pseudo-inverse of the Gram matrix, refined with the residual of the matrix itself."""
@@ -91,13 +103,13 @@ class NormalEquations:
         inverse = largest_eigenvalue(invert, self.unknowns) ** 0.5 * self.largest
         return 1 / inverse if inverse > 0 else 0.0
 
-    def largest_dropped(self, null: Tensor) -> float:
-        """About the largest σ of a null space, damping included, relative to σ_max."""
-        if self.gram_only:
-            return self.multiply(null).norm(dim=0).max().item() ** 0.5 / self.largest
+    def largest_dropped(self, null: Tensor, invert: Callable[[Tensor], Tensor] | None = None) -> float:
+        """About the largest σ of a null space, damping included, relative to σ_max; `invert` refines a rough one."""
 
         def multiply(v: Tensor) -> Tensor:
             v = null @ v
+            if invert is not None:
+                v = v - invert(self.multiply(v))
             return null.T @ (self.A.adjoint(self.A.apply(v)) + self.damping.square()[:, None] * v)
 
         return max(largest_eigenvalue(multiply, null.shape[1], DROPPED_STEPS), 0.0) ** 0.5 / self.largest
@@ -119,6 +131,7 @@ class LeastSquares:
     sigma_min_kept: float  # relative to the largest; an estimate unless a decomposition was made
     sigma_max_dropped: float | None  # relative to the largest; None where none was dropped
     invert: Callable[[Tensor], Tensor]  # pseudo-inverse of AᵀA, damping included, (k, p): y = invert(Aᵀ b)
+    rough: Callable[[Tensor], Tensor] | None = None  # the same by factors in float32 or a neighbour's, if so
 
     @property
     def condition(self) -> float:

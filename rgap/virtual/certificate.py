@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ class VirtualSolution:
     beliefs: NDArray | None = field(default=None, repr=False)
     # for one image, one draw of the error of x from the final residual, (n,); 0 where it is not certified
     draw: NDArray | None = field(default=None, repr=False)
+    solved: Any = field(default=None, repr=False)  # for a batch, the linearised constraints and the last solution
 
 
 def certify(problem: DeficientLayer, t: NDArray, image: NDArray, channels: NDArray, beliefs: list) -> VirtualSolution:

@@ -10,14 +10,17 @@ the paper counts such constraints).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from rgap.equations import LayerSolution
 from rgap.equations.complement import RangeComplement, complement
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
 from rgap.equations.systems import ReducedSystem
-from rgap.linalg import LeastSquares, Operator, gram_matrix, least_squares, rms
+from rgap.linalg import LeastSquares, Operator, dense_operator, gram_matrix, least_squares, rms
 from rgap.network.layer import Layer
 from rgap.virtual.certificate import MAX_CERTIFIED_RESIDUAL, VirtualSolution
 from rgap.virtual.closure import ERROR_AMPLIFICATION
@@ -40,95 +43,151 @@ def range_factor(before: Layer) -> RangeComplement | None:
 
 
 def close_by_range(
-    before: Layer,
-    factor: RangeComplement,
-    system: ReducedSystem,
-    x: Tensor,
-    *,
-    deficit: int,
-    precision: float,
-    rcond: float,
+    before: Layer, factor: RangeComplement, solution: LayerSolution, *, precision: float, rcond: float
 ) -> VirtualSolution:
     """Solves a layer's system together with the range constraints of the layer before.
+
+    The signs are first looked for in the null space of the layer's own system alone, in which little is open; then both
+    kinds of equations are solved together, each in units of its noise. Where the solution was made like another one
+    that range constraints have closed, its signs and factors are the first.
 
     Args:
         before: The layer before; its activation stands between.
         factor: From `range_factor(before)`.
-        system: The deficient or badly conditioned system, of a layer without groups.
-        x: Its own solution, (B, C, H, W), whose signs are the first.
-        deficit: Dimension of the system's null space.
+        solution: The deficient or badly conditioned solution, of a layer without groups.
         precision: Relative error of the gradient.
         rcond: Relative cutoff of singular values.
 
     Returns:
         A `VirtualSolution` with x (B, n).
     """
-    left, x = factor.basis, x.flatten(1)
-    bias = (before.pre_bias() + x.new_zeros(before.output_shape)).flatten()
-    rest = system.b - system.A.apply(system.project(x - system.x0)[:, None])[:, 0]
-    own = max(rms(rest).item(), ERROR_AMPLIFICATION * precision * system.size / system.b.numel() ** 0.5)
-    noise = ERROR_AMPLIFICATION * own * system.b.numel() ** 0.5 / system.size
-    changes, kept, first = [], False, x
-    for _ in range(MAX_STEPS):
-        z = before.activation.inverse(x)
-        if not torch.isfinite(z).all():  # outside the range of σ, where there is no inverse to linearise
-            return VirtualSolution(first, False, left.shape[1] * len(x), len(changes), math.inf, math.inf)
-        unit = noise * rms(z).item()
-        slope = before.activation.derivative(z)
-        dense = _solve(system, left, z - bias, slope, x, (own, unit), rcond)
-        moved = system.x0 + system.spread(dense.y[:, None])[:, :, 0]
-        changes.append(_change(before, x, moved, slope, UNDECIDED_SIGN_STDS * unit))
-        kept = changes[-1] <= CONVERGED_CHANGE
-        x = moved
-        earlier, latest = changes[:-MAX_STALLED_STEPS], changes[-MAX_STALLED_STEPS:]
-        if kept or (earlier and min(latest) >= min(earlier)):
-            break
+    (system, own), x, deficit = solution.solved[0], solution.x.flatten(1), solution.report.deficit
+    rest = system.b - system.A.apply(system.project((x - system.x0)[:, :, None]))[:, 0]
+    root = system.b.numel() ** 0.5
+    noise = ERROR_AMPLIFICATION * max(rms(rest).item() * root / system.size, ERROR_AMPLIFICATION * precision)
+    rows, rcond = _BatchRows(before, factor.basis, system, noise), min(rcond, 1e-5)
+    like = None if solution.like is None else solution.like.closed
+    first, near, steps = x, None, 0
+    if like is not None:
+        x, (others, found) = like.x, like.solved
+        near = system.neighbour(others.system, found)
+        rows.start_from(others)
+    elif own.null is not None:
+        x, _, changes = _settle(rows, x, lambda: _within(rows, own, rcond))
+        x, steps = x if _inside(before, x) else first, len(changes)
+    weight = system.size / (ERROR_AMPLIFICATION * root)  # noise of the layer's own equations over that of z / rms(z)
+    x, found, changes = _settle(rows, x, lambda: _together(rows, weight / rows.size, rcond, near))
+    steps, equations = steps + len(changes), factor.basis.shape[1] * len(x)
+    if found is None or not _inside(before, x):
+        return VirtualSolution(first, False, equations, steps, math.inf, math.inf)
     z = before.activation.inverse(x)
-    residual, equations = rms((z - bias) @ left).item(), left.shape[1] * len(x)
-    fits = residual <= MAX_CERTIFIED_RESIDUAL * unit and equations - deficit >= CERTIFICATE_SURPLUS
-    certified = kept and fits and dense.null is None
-    return VirtualSolution(x, certified, equations, len(changes), residual / rms(z).item(), dense.condition)
+    residual = rms((z - rows.bias) @ rows.left).item()
+    fits = residual <= MAX_CERTIFIED_RESIDUAL * noise * rows.size and equations - deficit >= CERTIFICATE_SURPLUS
+    certified = changes[-1] <= CONVERGED_CHANGE and fits and found.null is None
+    return VirtualSolution(
+        x, certified, equations, steps, residual / rms(z).item(), found.condition, solved=(rows, found)
+    )
 
 
-def _solve(
-    system: ReducedSystem, left: Tensor, z: Tensor, slope: Tensor, x: Tensor, units: tuple[float, float], rcond: float
-) -> LeastSquares:
-    """The system's rows and the range constraints, linearised at x, each in units of its noise."""
-    own, unit = units
-    rows, right = [], []
-    for image in range(len(x)):
-        columns, R = system.seen_by(image, left.T / slope[image])
-        rows.append((columns, R / unit))
-        right.append(left.T @ ((x[image] - system.x0[image]) / slope[image] - z[image]) / unit)
-    count = system.b.numel()
+def _inside(before: Layer, x: Tensor) -> bool:
+    """Whether x is in the range of σ: outside there is no inverse to linearise."""
+    return bool(torch.isfinite(before.activation.inverse(x)).all())
 
-    def gram() -> Tensor:
-        gram = system.A.gram / own**2
-        for columns, R in rows:
-            gram[columns, columns] += gram_matrix(R)
+
+class _BatchRows:
+    """The range constraints of every image, rows[b] y = right[b], linearised where `move` was last."""
+
+    def __init__(self, before: Layer, left: Tensor, system: ReducedSystem, noise: float):
+        self.before, self.left, self.system, self.noise = before, left, system, noise
+        self.bias = (before.pre_bias() + left.new_zeros(before.output_shape)).flatten()
+        self.gain = torch.zeros_like(system.x0)  # derivative of σ⁻¹
+        self.rows: list[tuple[slice, Tensor | float]] = [(slice(None), 0.0)] * len(system.x0)
+
+    def start_from(self, others: _BatchRows) -> None:
+        """Takes over the rows of another system where it has the same unknowns."""
+        if others.system.basis is self.system.basis:
+            self.gain, self.rows = others.gain, list(others.rows)
+
+    def move(self, x: Tensor) -> bool:
+        """Linearises at x (B, n), at the cost of the slopes that change; False outside the range of σ."""
+        if not _inside(self.before, x):
+            return False
+        z = self.before.activation.inverse(x)
+        gain, self.size = 1 / self.before.activation.derivative(z), rms(z).item()
+        for image, (new, old) in enumerate(zip(gain, self.gain, strict=True)):
+            known = self.rows[image][1]
+            if 2 * (new != old).sum() > len(new):  # anew, which accumulates no rounding
+                old, known = torch.zeros_like(old), 0.0
+            entries = (new != old).nonzero()[:, 0]
+            columns, further = self.system.seen_by(image, (self.left * (new - old)[:, None])[entries].T, entries)
+            self.rows[image] = columns, known + further
+        self.right = ((x - self.system.x0) * gain - (z - self.bias)) @ self.left
+        self.x, self.gain = x, gain
+        return True
+
+    def change(self, moved: Tensor) -> float:
+        """The change by one step: the number of signs, or for smooth activations the step's relative length.
+
+        Signs of entries that the noise leaves undetermined, before and after, do not count; their effect shows in the
+        residual of the range constraints.
+        """
+        activation = self.before.activation
+        if not activation.homogeneous:
+            return ((moved - self.x).norm() / self.x.norm()).item()
+        decided = torch.maximum(self.x.abs(), moved.abs()) > UNDECIDED_SIGN_STDS * self.noise * self.size
+        return float(((1 / activation.derivative(activation.inverse(moved)) != self.gain) & decided).sum())
+
+
+def _settle(
+    rows: _BatchRows, x: Tensor, solve: Callable[[], LeastSquares]
+) -> tuple[Tensor, LeastSquares | None, list[float]]:
+    """Solves with the signs of the solution before until they are kept, or no longer settle; every step's change."""
+    changes, found = [], None
+    while len(changes) < MAX_STEPS and rows.move(x):
+        found = solve()
+        x = rows.system.x0 + rows.system.spread(found.y[:, None])[:, :, 0]
+        changes.append(rows.change(x))
+        earlier, latest = changes[:-MAX_STALLED_STEPS], changes[-MAX_STALLED_STEPS:]
+        if changes[-1] <= CONVERGED_CHANGE or (earlier and min(latest) >= min(earlier)):
+            break
+    return x, found, changes
+
+
+def _within(rows: _BatchRows, own: LeastSquares, rcond: float) -> LeastSquares:
+    """The range constraints alone, by a step in the null space of the system's own solution.
+
+    Where that is known to single precision only, the system's own equations correct the step.
+    """
+    system = rows.system
+    y = system.project((rows.x - system.x0)[:, :, None])
+    A = torch.cat([R @ own.null[columns] for columns, R in rows.rows])
+    right = [b - R @ y[columns, 0] for (columns, R), b in zip(rows.rows, rows.right, strict=True)]
+    found = least_squares(dense_operator(A), torch.cat(right), rcond)
+    y = y + own.null @ found.y[:, None]
+    rest = system.A.adjoint(system.b[:, None] - system.A.apply(y)) - system.damping.square()[:, None] * y
+    return replace(found, y=(y + (own.rough or own.invert)(rest))[:, 0])
+
+
+def _together(rows: _BatchRows, weight: float, rcond: float, near: LeastSquares | None) -> LeastSquares:
+    """The system's rows and the range constraints, these times a weight."""
+    system, count = rows.system, rows.system.b.numel()
+    parts = [(columns, weight * R) for columns, R in rows.rows]
+
+    def gram(dtype: torch.dtype) -> Tensor:
+        gram = (system.A.gram if dtype == torch.float64 else system.A.rough_gram).clone()
+        for columns, R in parts:
+            gram[columns, columns] += gram_matrix(R.to(dtype))
         return gram
 
     def apply(y: Tensor) -> Tensor:
-        return torch.cat([system.A.apply(y) / own, *(R @ y[columns] for columns, R in rows)])
+        return torch.cat([system.A.apply(y), *(R @ y[columns] for columns, R in parts)])
 
     def adjoint(r: Tensor) -> Tensor:
-        y = system.A.adjoint(r[:count] / own)
-        for (columns, R), part in zip(rows, r[count:].split(left.shape[1]), strict=True):
+        y = system.A.adjoint(r[:count])
+        for (columns, R), part in zip(parts, r[count:].split(rows.left.shape[1]), strict=True):
             y[columns] += R.T @ part
         return y
 
-    b = torch.cat([system.b / own, *right])
-    A, damping = Operator(system.A.columns, gram, apply, adjoint), system.damping / own
-    return least_squares(A, b, min(rcond, 1e-5), damping, gram_only=True)
-
-
-def _change(before: Layer, x: Tensor, moved: Tensor, slope: Tensor, undecided: float) -> float:
-    """The change by one step: the number of signs, or for smooth activations the step's relative length.
-
-    Signs of entries below `undecided`, before and after, do not count; their effect shows in the residual of the range
-    constraints.
-    """
-    if before.activation.homogeneous:
-        decided = torch.maximum(x.abs(), moved.abs()) > undecided
-        return float(((before.activation.derivative(before.activation.inverse(moved)) != slope) & decided).sum())
-    return ((moved - x).norm() / x.norm()).item()
+    b = torch.cat([system.b, weight * rows.right.flatten()])
+    A = Operator(system.A.columns, gram, apply, adjoint)
+    return least_squares(A, b, rcond, system.damping, gram_only=True, near=near)

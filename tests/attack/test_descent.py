@@ -12,13 +12,14 @@ import rgap
 from rgap.attack import descent as descent_module
 from rgap.attack.descent import close_by_virtual_constraints, descend
 from rgap.attack.reconstruct import MAX_IDENTITY_RESIDUAL
+from rgap.equations import LayerSolution
 from rgap.equations.systems import ReducedSystem
 from rgap.head import read_head
 from rgap.head.hypothesis import Hypothesis, Start, Twin, starts_of
-from rgap.linalg import Operator, solve
+from rgap.linalg import Operator, dense_operator, least_squares, solve
 from rgap.results import LayerReport
 from rgap.shared_gradient import receive
-from rgap.virtual.range import _change, close_by_range, range_factor
+from rgap.virtual.range import _BatchRows, close_by_range, range_factor
 
 IMAGE = rand(1, 3, 8, 8)
 
@@ -188,7 +189,7 @@ def test_a_second_descent_by_almost_the_same_gradient_takes_the_factors_of_the_f
     first, by_neighbour, taken = attack(deep_cnn(*SECOND), 3)[2], solve._by_neighbour, []
     monkeypatch.setattr(solve, "_by_neighbour", lambda *system: taken.append(by_neighbour(*system)) or taken[-1])
     again = attack(deep_cnn(*SECOND), 3, like=first)[2]
-    assert [found is not None for found in taken] == [True]  # the other system is deficient
+    assert [found is not None for found in taken] == [True, True]  # nothing is open
     assert_close(again.layer_inputs["0"], first.layer_inputs["0"], rtol=0, atol=1e-9)
     assert [report.rank for report in again.reports[1:]] == [report.rank for report in first.reports[1:]]
 
@@ -222,8 +223,11 @@ def test_a_belief_outside_the_range_of_an_activation_certifies_nothing():
     layer = replace(rgap.prepare(deficient(), (3, 12, 12)).layers[0], activation=TANH)
     x = torch.full((2, *layer.output_shape), 2.0, dtype=torch.float64)
     same = Operator(None, None, lambda v: v, None)
-    system = ReducedSystem(x.flatten(1), None, lambda v: v.flatten(), None, same, 0 * x.flatten(), None, 1.0, None)
-    found = close_by_range(layer, range_factor(layer), system, x, deficit=1, precision=1e-7, rcond=1e-4)
+    y = x.flatten()
+    system = ReducedSystem(x.flatten(1), None, lambda X: X.flatten(0, 1), None, None, same, 0 * y, None, 1.0, None)
+    own = least_squares(dense_operator(torch.eye(len(y)).double()), y, 1e-4)
+    solution = LayerSolution(x, LayerReport("2", len(y), deficit=1), None, ((system, own),))
+    found = close_by_range(layer, range_factor(layer), solution, precision=1e-7, rcond=1e-4)
     assert not found.certified and torch.equal(found.x, x.flatten(1)) and found.iterations == 0
 
 
@@ -249,16 +253,19 @@ def test_signs_that_are_not_found_are_not_certified(monkeypatch):
     monkeypatch.setattr("rgap.virtual.range.MAX_STEPS", 1)
     _, _, found = attack(deficient(), 3)
     report = next(r for r in found.reports if r.name == "2")
-    assert report.iterations == 1 and found.open_layers == ("2",)
+    assert report.iterations == 2 and found.open_layers == ("2",)  # one in the null space alone, one together
 
 
 def test_an_undetermined_sign_is_no_change():
     layer = rgap.prepare(deficient(), (3, 12, 12)).layers[0]
-    x = rand(2, 588) + 0.1
-    x[0, 0], slope = 1e-9, torch.ones(2, 588, dtype=torch.float64)
+    x, nothing = rand(2, 588) + 0.1, torch.zeros(588, 0).double()
+    x[0, 0] = 1e-9
     moved = x.clone()
     moved[0, 0] = -1e-9
-    assert _change(layer, x, moved, slope, 1e-8) == 0.0 and _change(layer, x, moved, slope, 1e-10) == 1.0
+    system = ReducedSystem(x, None, None, None, lambda image, L, entries: (slice(None), L), *[None] * 5)
+    for noise, change in ((1e-8, 0.0), (1e-10, 1.0)):
+        rows = _BatchRows(layer, nothing, system, noise)
+        assert rows.move(x) and rows.change(moved) == change
 
 
 def test_range_constraints_that_are_too_few_certify_nothing():

@@ -114,13 +114,39 @@ def test_the_factors_of_a_neighbour_solve_a_system_whose_gram_matrix_is_not_made
     A, b = matrix(80, 50, np.geomspace(1, 1e-2, 50)), randn(80)
     first, damping = least_squares(dense_operator(A), b, 1e-6, gram_only=True), 1e-3 * torch.ones(50).double()
     moved = A + 1e-5 * randn(80, 50, seed=3)
-    operator = Operator(50, lambda: pytest.fail("a Gram matrix"), lambda Y: moved @ Y, lambda R: moved.T @ R)
-    near = first.invert, first.sigma_min_kept
-    found = least_squares(operator, b, 1e-6, damping, near=near)
+    operator = Operator(50, lambda _: pytest.fail("a Gram matrix"), lambda Y: moved @ Y, lambda R: moved.T @ R)
+    found = least_squares(operator, b, 1e-6, damping, near=first)
     stacked = torch.cat([moved, torch.diag(damping)])
     assert_close(found.y, torch.linalg.lstsq(stacked, torch.cat([b, b.new_zeros(50)])).solution, rtol=1e-10, atol=0)
     assert found.null is None and found.rank == 50 and found.condition == first.condition
     far = matrix(80, 50, np.geomspace(1, 1e-3, 50), seed=9)
-    found = least_squares(dense_operator(far), b, 1e-6, near=near)
+    found = least_squares(dense_operator(far), b, 1e-6, near=first)
     assert_close(found.y, torch.linalg.lstsq(far, b).solution, rtol=1e-8, atol=0)
     assert found.condition > 800
+
+
+@pytest.mark.parametrize("lost", [0, 20])
+@pytest.mark.parametrize("gap", [0.05, 1e-4])
+def test_factors_in_float32_serve_where_they_prove_the_rank_and_only_there(lost, gap, monkeypatch):
+    monkeypatch.setattr("rgap.linalg.solve.MIN_SINGLE_UNKNOWNS", 50)
+    values = [*np.geomspace(1, gap, 60 - lost), *[0.0] * lost]
+    A, b, wanted = matrix(90, 60, values), randn(90), []
+    operator = Operator(
+        60, lambda dtype: wanted.append(dtype) or (A.T @ A).to(dtype), lambda Y: A @ Y, lambda R: A.T @ R
+    )
+    found = least_squares(operator, b, 1e-6, gram_only=True, most=60 - lost)
+    single = gap == 0.05
+    assert (torch.float64 in wanted) != single and found.rank == 60 - lost
+    assert found.sigma_min_kept == pytest.approx(gap, rel=0.05)
+    expected = torch.linalg.pinv(A, rtol=1e-7) @ b
+    assert_close(found.y, expected, rtol=0, atol=(1e-5 if lost or not single else 1e-12) * expected.abs().max().item())
+    assert (found.null is None) == (not lost)
+    if lost:
+        assert (A @ found.null).norm() < 1e-4 and found.sigma_max_dropped < 1e-6
+
+
+def test_a_rank_that_is_not_reached_is_found_in_float64(monkeypatch):
+    monkeypatch.setattr("rgap.linalg.solve.MIN_SINGLE_UNKNOWNS", 50)
+    A = matrix(90, 60, [*np.geomspace(1, 0.1, 30), *[0.0] * 30])
+    found = least_squares(dense_operator(A), randn(90), 1e-6, gram_only=True, most=40)
+    assert found.rank == 30 and (A @ found.null).norm() < 1e-8
