@@ -63,16 +63,8 @@ def conv_layers(draw):
         return draw(st.tuples(st.integers(low, high), st.integers(low, high)))
 
     groups = draw(st.sampled_from([1, 1, 2, 3]))
-    conv = nn.Conv2d(
-        groups * draw(st.integers(1, 2)),
-        groups * draw(st.integers(1, 4)),
-        pair(1, 3),
-        pair(1, 3),
-        pair(0, 1),
-        pair(1, 2),
-        groups,
-        draw(st.booleans()),
-    )
+    channels = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 4))
+    conv = nn.Conv2d(*channels, pair(1, 3), pair(1, 3), pair(0, 1), pair(1, 2), groups, draw(st.booleans()))
     return conv_layer(conv, *pair(5, 8), seed=draw(st.integers(0, 1000)))
 
 
@@ -83,11 +75,7 @@ def chains(draw):
     bias, seed = draw(st.booleans()), draw(st.integers(0, 10_000))
     modules, channels, pixels = [], *shape[:1], shape[1:]
     for _ in range(draw(st.integers(0, 2))):
-        kernel, stride, padding = (
-            draw(st.integers(1, min(4, *pixels))),
-            draw(st.integers(1, 2)),
-            draw(st.integers(0, 2)),
-        )
+        kernel, stride, padding = map(draw, (st.integers(1, min(4, *pixels)), st.integers(1, 2), st.integers(0, 2)))
         modules.append(nn.Conv2d(channels, channels := draw(st.integers(4, 12)), kernel, stride, padding, bias=bias))
         modules.append(nn.LeakyReLU(draw(slopes)))
         pixels = [(n + 2 * padding - kernel) // stride + 1 for n in pixels]
@@ -141,10 +129,7 @@ RELU = Activation("relu", torch.relu, torch.relu, lambda z: (z > 0).to(z.dtype),
 
 TANH = Activation("tanh", torch.tanh, torch.atanh, lambda z: 1 - torch.tanh(z) ** 2)
 ELU = Activation(
-    "elu",
-    nn.functional.elu,
-    lambda x: torch.where(x > 0, x, torch.log1p(x.clamp(max=0))),
-    lambda z: z.clamp(max=0).exp(),
+    "elu", F.elu, lambda x: torch.where(x > 0, x, torch.log1p(x.clamp(max=0))), lambda z: z.clamp(max=0).exp()
 )
 ASINH = Activation("asinh", torch.asinh, torch.sinh, lambda z: (1 + z * z) ** -0.5)
 
@@ -199,8 +184,8 @@ def layer_sample(layer, count=1, seed=0):
     """x, G, δz and z of several images that belong together; G by autograd."""
     x, dz = randn(count, *layer.input_shape, seed=seed), randn(count, *layer.output_shape, seed=seed + 1)
     weight = layer.weight.clone().requires_grad_()
-    padded = nn.functional.pad(x, layer.padding)
-    z = nn.functional.conv2d(padded, weight, layer.bias, layer.stride, 0, layer.dilation, layer.groups)
+    padded = F.pad(x, layer.padding)
+    z = F.conv2d(padded, weight, layer.bias, layer.stride, 0, layer.dilation, layer.groups)
     (G,) = torch.autograd.grad((z * dz).sum(), weight)
     return x, G, dz, z.detach()
 
@@ -211,8 +196,8 @@ def dense_system(layer, dz):
     weight, columns = layer.weight.clone().requires_grad_(), []
     for image in dz:
         for unit in torch.eye(layer.unknowns, dtype=dz.dtype).reshape(-1, *layer.input_shape):
-            padded = nn.functional.pad(unit, layer.padding)[None]
-            z = nn.functional.conv2d(padded, weight, None, layer.stride, 0, layer.dilation)
+            padded = F.pad(unit, layer.padding)[None]
+            z = F.conv2d(padded, weight, None, layer.stride, 0, layer.dilation)
             columns.append(torch.autograd.grad((z[0] * image).sum(), weight)[0].flatten())
     return W, torch.stack(columns, 1)
 
@@ -311,18 +296,13 @@ def dense_group(filters, channels, batch, kernel, stride, padding, dilation, ima
 def random_layer(rng, usual, unknowns=140):
     """In one, two or three dimensions; of a network's usual shapes, or with any unequal numbers."""
     while True:
-        axes, groups, batch = (
-            int(rng.choice([1, 2, 2, 2, 3])),
-            int(rng.choice([1, 1, 1, 2, 3])),
-            int(rng.choice([1, 1, 2, 4])),
-        )
+        axes, groups, batch = (int(rng.choice(v)) for v in ([1, 2, 2, 2, 3], [1, 1, 1, 2, 3], [1, 1, 2, 4]))
         count = 1 if usual else axes
         kernel, stride, dilation = (tuple(rng.integers(1, top, count).tolist()) * (axes // count) for top in (6, 4, 4))
         if usual:
             dilation = (int(rng.choice([1, 1, 2])),) * axes
-            padding = tuple(
-                (int(rng.integers(0, d * (k - 1) // 2 + 1)),) * 2 for k, d in zip(kernel, dilation, strict=True)
-            )
+            ends = [d * (k - 1) // 2 + 1 for k, d in zip(kernel, dilation, strict=True)]
+            padding = tuple((int(rng.integers(0, end)),) * 2 for end in ends)
         else:
             padding = tuple(tuple(pair) for pair in rng.integers(0, 4, (axes, 2)).tolist())
         image = tuple(rng.integers(2, {1: 20, 2: 10, 3: 5}[axes], axes).tolist())
