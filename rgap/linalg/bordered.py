@@ -33,11 +33,14 @@ class BorderedGram:
     def __matmul__(self, v: Tensor) -> Tensor:
         """AᵀA v, (c·k, p)."""
         apart, rest = self._split(v)
-        first = (self.block @ apart).view(-1, v.shape[1]) + self.border @ rest
-        return self._join(first, self.rest @ rest + self.border.T @ apart.view_as(first))
+        first = (self.block @ apart).reshape(-1, v.shape[1]) + self.border @ rest
+        return self._join(first, self.rest @ rest + self.border.T @ apart.reshape_as(first))
 
-    def factored(self, damping: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """The inverse of AᵀA + diag(damping²), zero where unknowns stand apart; None unless positive definite."""
+    def eliminated(self, damping: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """L of R = L Lᵀ, (L⁻¹ ⊗ I) B, and the Schur complement of AᵀA + diag(damping²); None where R fails.
+
+        The damping is zero where unknowns stand apart.
+        """
         lower, failed = torch.linalg.cholesky_ex(self.block)
         if failed:
             return None
@@ -45,6 +48,13 @@ class BorderedGram:
         half = half.reshape_as(self.border)
         schur = self.rest - gram_matrix(half)
         schur.diagonal().add_(self._split(damping[:, None])[1][:, 0].square())
+        return lower, half, schur
+
+    def factored(self, damping: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The inverse of AᵀA + diag(damping²), zero where unknowns stand apart; None unless positive definite."""
+        if (found := self.eliminated(damping)) is None:
+            return None
+        lower, half, schur = found
         factor, failed = torch.linalg.cholesky_ex(schur)
         if failed:
             return None
@@ -59,7 +69,7 @@ class BorderedGram:
         return invert
 
     @cached_property
-    def _order(self) -> tuple[Tensor, Tensor]:
+    def order(self) -> tuple[Tensor, Tensor]:
         """Where each unknown stands among those apart and the rest after them, and the way back."""
         unknowns = torch.arange(len(self.border) + len(self.rest)).view(len(self.block), -1)
         rest, apart = unknowns.tensor_split([len(self.rest) // len(unknowns)], 1)
@@ -68,8 +78,8 @@ class BorderedGram:
 
     def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """What stands apart, (c, q·p), and the rest, (c·(k − q), p)."""
-        v = v[self._order[0]]
-        return v[: len(self.border)].view(len(self.block), -1), v[len(self.border) :]
+        v = v[self.order[0]]
+        return v[: len(self.border)].reshape(len(self.block), -1), v[len(self.border) :]
 
     def _join(self, apart: Tensor, rest: Tensor) -> Tensor:
-        return torch.cat([apart, rest])[self._order[1]]
+        return torch.cat([apart, rest])[self.order[1]]

@@ -167,38 +167,33 @@ def _by_pivoted_cholesky(normal: NormalEquations, most: int | None = None) -> Le
     the singular values loses nothing, at a tenth of the cost of a singular decomposition. With `most`, which the rank
     cannot exceed, factors in float32 tell whether it is reached.
     """
-    single, safe = most is not None, 0.0 if normal.gram_only else CHOLESKY_MIN_RATIO
-    gram = normal.gram(torch.float32 if single else torch.float64)
-    pstrf, potrs = scipy.linalg.get_lapack_funcs(("pstrf", "potrs"), (gram.numpy(),))
-    (trsm,) = scipy.linalg.get_blas_funcs(("trsm",), (gram.numpy(),))
-    factor, pivots, rank, _ = pstrf(gram.numpy().T, lower=0, overwrite_a=1, **({"tol": 0.0} if single else {}))
-    if single:
-        safe, rank = MIN_SINGLE_RATIO, most if rank >= most else 0
-    if rank in (0, len(gram)):
+    square, beside, order = _pivoted_factor(normal, most)
+    single, rank = most is not None, len(square)
+    safe = MIN_SINGLE_RATIO if single else 0.0 if normal.gram_only else CHOLESKY_MIN_RATIO
+    (potrs,) = scipy.linalg.get_lapack_funcs(("potrs",), (square,))
+    (trsm,) = scipy.linalg.get_blas_funcs(("trsm",), (square,))
+    if rank in (0, len(order)):
         return None
-    order = torch.from_numpy(pivots.astype("int64") - 1)
     kept, left = order[:rank], order[rank:]
-    square = np.asfortranarray(factor[:rank, :rank])  # triangular: the lower half is never read
-    null = torch.zeros(len(order), len(left), dtype=gram.dtype)
-    null[kept] = torch.from_numpy(trsm(-1.0, square, factor[:rank, rank:]))
-    null[left] = torch.eye(len(left), dtype=gram.dtype)
-    null = orthonormal(null).double()
+    null = torch.from_numpy(np.zeros((len(order), len(left)), square.dtype))
+    null[kept] = torch.from_numpy(trsm(-1.0, square, beside))
+    null[left] = torch.eye(len(left), dtype=null.dtype)
+    dtype, null = null.dtype, orthonormal(null).double()
 
     def invert_beside(v: Tensor) -> Tensor:  # of vectors without a part in the null space
         y = torch.zeros_like(v)
-        y[kept] = torch.from_numpy(potrs(square, v[kept].to(gram.dtype).numpy(), lower=0)[0]).double()
+        y[kept] = torch.from_numpy(potrs(square, v[kept].to(dtype).numpy(), lower=0)[0]).double()
         return y - null @ (null.T @ y)
 
     def invert(v: Tensor) -> Tensor:  # the pseudo-inverse of the Gram matrix
         return invert_beside(v - null @ (null.T @ v))
 
-    weak, sigmas = null[:, :0], null[0, :0]
-    pivots = np.diag(square)  # they nearly show how many directions are weak
-    guess = int((pivots < 2 * ILL_CONDITIONED_RATIO * pivots[0]).sum())
+    weak, sigmas, limit = null[:, :0], null[0, :0], ILL_CONDITIONED_RATIO * normal.largest
+    guess = int((np.diag(square) < 1.2 * limit).sum())  # the pivots nearly show how many directions are weak
     ratio = normal.smallest(invert) if normal.gram_only or not guess else 0.0
     if ratio < ILL_CONDITIONED_RATIO and not normal.gram_only:
-        U, values = _weak_directions(square, kept, null, ILL_CONDITIONED_RATIO * normal.largest, guess)
-        low, ratio = values <= ILL_CONDITIONED_RATIO * normal.largest, (values[-1] / normal.largest).item()
+        U, values = _weak_directions(square, kept, null, limit, guess)
+        low, ratio = values <= limit, (values[-1] / normal.largest).item()
         weak, sigmas = U[:, low], values[low]
     if not ratio >= max(safe, PIVOTED_GAP * normal.rcond):
         return None
@@ -209,6 +204,31 @@ def _by_pivoted_cholesky(normal: NormalEquations, most: int | None = None) -> Le
         return LeastSquares(normal.solve(invert), null, weak, sigmas, rank, ratio, dropped, invert)
     found = _by_neighbour(normal, invert_beside, ratio, DEFICIENT_RESIDUAL)
     return found and replace(found, null=null, rank=rank, sigma_max_dropped=dropped)
+
+
+def _pivoted_factor(normal: NormalEquations, most: int | None) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    """U (rank, rank), V (rank, k − rank) and an order of the unknowns, in which the Gram matrix is [U V]ᵀ[U V].
+
+    U is upper triangular; its lower half is never read. Unknowns that stand apart come first, without pivoting. With
+    `most` in float32; of rank 0 where the rank is less.
+    """
+    gram, dtype = (normal.A.made_gram, torch.float64) if most is None else (normal.A.made_rough, torch.float32)
+    found = gram.eliminated(normal.damping) if isinstance(gram, BorderedGram) else None
+    first, schur = (0, normal.gram(dtype)) if found is None else (len(found[1]), found[2])
+    (pstrf,) = scipy.linalg.get_lapack_funcs(("pstrf",), (schur.numpy(),))
+    factor, pivots, rank, _ = pstrf(schur.numpy().T, lower=0, overwrite_a=1, **({} if most is None else {"tol": 0.0}))
+    pivots = torch.from_numpy(pivots.astype("int64") - 1)
+    if most is not None:
+        rank = most - first if first < most <= first + rank else 0
+    if found is None or not rank:
+        return np.asfortranarray(factor[:rank, :rank]), factor[:rank, rank:], pivots
+    lower, half, _ = found
+    upper = np.zeros((first + rank, normal.unknowns), factor.dtype, order="F")
+    eye = torch.eye(first // len(lower), dtype=lower.dtype)
+    upper[:first, :first], upper[:first, first:] = torch.kron(lower.T.contiguous(), eye), half[:, pivots]
+    upper[first:, first:] = factor[:rank]
+    order = torch.cat([gram.order[0][:first], gram.order[0][first:][pivots]])
+    return upper[:, : first + rank], upper[:, first + rank :], order
 
 
 def _weak_directions(square: np.ndarray, kept: Tensor, null: Tensor, limit: float, guess: int) -> tuple[Tensor, Tensor]:

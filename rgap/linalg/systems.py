@@ -76,7 +76,8 @@ class NormalEquations:
 
     def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """AᵀA + diag(damping²), for a factor to overwrite."""
-        gram = (self.A.gram if dtype == torch.float64 else self.A.rough_gram).clone()
+        gram = self.A.made_gram if dtype == torch.float64 else self.A.made_rough
+        gram = gram.dense() if isinstance(gram, BorderedGram) else gram.clone()
         gram.diagonal().add_(self.damping.square())
         return gram
 

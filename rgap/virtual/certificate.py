@@ -15,7 +15,7 @@ from rgap.virtual.linearisation import Fit, fit, slope
 
 MAX_CERTIFIED_RESIDUAL = 20.0  # largest certified residual, in units of the data's noise; a wrong sign gives thousands
 MAX_CERTIFIED_CONDITION = 1e5  # largest certified condition number of the final system
-WEAK_SHARE = 0.05  # eigenvalue, over the largest, up to which the range alone sees a direction badly
+WEAK_SHARE = 0.07  # eigenvalue, over the largest, up to which the range alone sees a direction badly
 MAX_PIECES = 2  # systems on one piece of σ solved at the end; each corrects signs of entries near zero
 MAX_SIGN_TRIALS = 4  # entries closest to zero whose signs are flipped, one at a time, where the solution does not fit
 

@@ -228,22 +228,23 @@ def update(rows: Rows, fitted: Fit, N: NDArray, scales: NDArray) -> tuple[NDArra
     if not (np.isfinite(information).all() and np.isfinite(moment).all() and scales.all()):
         raise np.linalg.LinAlgError("the equations of this belief overflow")
     information[np.diag_indices_from(information)] += scales**-2 + precision
-    factor = linalg.cholesky(information, lower=True, check_finite=False)
-    theta = linalg.cho_solve((factor, True), moment)
+    (n, d), theta = N.shape, np.empty(len(moment))
+    order = np.roll(np.arange(len(theta)), -d)  # y first: the factor's last block is that of t alone
+    factor = linalg.cholesky(information[np.ix_(order, order)], lower=True, check_finite=False)
+    theta[order] = linalg.cho_solve((factor, True), moment[order])
     rest = b - A @ theta
     surplus = len(b) + np.count_nonzero(precision) - len(theta)
     chi2 = float(rest @ rest + precision @ theta**2) / max(surplus, 1)
-    root = linalg.solve_triangular(factor, np.eye(len(theta), N.shape[1]), lower=True, check_finite=False).astype(
-        N.dtype
-    )
-    variance = np.einsum("ij,ij->i", N @ (root.T @ root), N)
-    eps = np.zeros(len(N))
+    root = linalg.lapack.dtrtri(factor[-d:, -d:], lower=1)[0].astype(N.dtype)
+    spread = linalg.get_blas_funcs("trmm", (root,))(1.0, root, N.T, lower=1)
+    variance = np.einsum("ij,ij->i", spread.T, spread.T)
+    eps = np.zeros(n)
     if rows.eta:
         dual = linalg.solve_triangular(lower, rest, lower=True, trans=1, check_finite=False)
         eps = fitted.var_eps * (rows.eps @ dual)
         for at, entries, R in rows.eta:
             eps[entries] += fitted.cov[entries] * (R.T @ dual[at])
-    return theta, np.maximum(variance, 0).astype(float), chi2, eps
+    return theta, variance.astype(float), chi2, eps
 
 
 def independent_gradients(problem: DeficientLayer, m: NDArray, channels: NDArray) -> int:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from rgap.isolation import accelerator, dense_systems_on
-from rgap.linalg import Operator, dense_operator, least_squares
+from rgap.linalg import BorderedGram, Operator, dense_operator, least_squares
 from rgap.linalg.solve import _by_decomposition
 from rgap.linalg.systems import NormalEquations
 
@@ -73,6 +73,29 @@ def test_a_matrix_of_zeros_has_rank_zero(shape):
     assert (found.rank, found.sigma_min_kept, found.sigma_max_dropped) == (0, 0.0, 0.0)
     assert found.y.equal(torch.zeros(shape[1]).double())
     assert found.null.shape == (shape[1], shape[1])
+
+
+@pytest.mark.parametrize("gram_only", [False, True])
+def test_a_deficient_system_of_which_a_part_stands_apart_is_factored_by_its_parts(gram_only):
+    """Columns (c, k), the last q of every c orthonormal up to c's own factor, the others of less than full rank."""
+    c, r, q = 3, 12, 5
+    apart = torch.kron(randn(6, c, seed=1), torch.linalg.qr(randn(20, q, seed=2))[0].contiguous())
+    rest = randn(120, 30, seed=3) @ randn(30, c * r, seed=4)
+    A = torch.cat([rest.reshape(120, c, r), apart.reshape(120, c, q)], 2).flatten(1)
+    R = (apart.T @ apart).reshape(c, q, c, q)[:, 0, :, 0]
+    parted = Operator(
+        A.shape[1],
+        lambda dtype: BorderedGram(*(t.to(dtype) for t in (R, apart.T @ rest, rest.T @ rest))),
+        lambda Y: A @ Y,
+        A.T.matmul,
+    )
+    found, whole = (
+        least_squares(a, A @ randn(A.shape[1]), 1e-5, gram_only=gram_only) for a in (parted, dense_operator(A))
+    )
+    assert found.rank == whole.rank == 45 and found.ill_conditioned.shape == whole.ill_conditioned.shape
+    assert (found.null.T @ whole.null).det().abs() > 1 - 1e-9
+    assert_close(found.y, whole.y, rtol=0, atol=1e-8)
+    assert_close(found.sigma_min_kept, whole.sigma_min_kept, rtol=0.05, atol=0)
 
 
 def test_ill_conditioned_directions_beside_a_null_space_are_those_of_the_decomposition():
