@@ -43,6 +43,8 @@ class Slopes:
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """One draw of the slopes, each flipped with its probability."""
+        if not self.flip_probability.any():
+            return self.values
         shape, dtype = self.flip_probability.shape, self.flip_probability.dtype
         flipped = torch.rand(shape, generator=generator, dtype=dtype) < self.flip_probability
         return torch.where(flipped, 1 + self.negative - self.values, self.values)

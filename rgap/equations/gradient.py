@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -107,10 +108,15 @@ def _group_residual(G: Tensor, W: Tensor, dz: Tensor, inputs: Tensor, same_chann
     if same_channel:
         return _relative_gap((G * W).sum(1), (dz * inputs).sum(1))
     if len(G) > MAX_CHANNELS_TESTED:
-        generator = torch.Generator().manual_seed(0)
-        signs = 2.0 * torch.randint(2, (RANDOM_SUMS, len(G)), generator=generator).to(torch.float64) - 1.0
+        signs = _random_signs(len(G))
         G, dz = signs @ G, signs @ dz
     return _relative_gap(G @ W.T, dz @ inputs.T)
+
+
+@cache
+def _random_signs(channels: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return 2.0 * torch.randint(2, (RANDOM_SUMS, channels), generator=generator).to(torch.float64) - 1.0
 
 
 def bias_residual(layer: Layer, gradient: Tensor, dz: Tensor) -> float:

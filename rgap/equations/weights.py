@@ -21,6 +21,7 @@ from rgap.equations.limits import DEFAULT_LIMITS
 from rgap.linalg import Iterated, conjugate_gradients, norm
 from rgap.network.layer import Layer
 
+MAX_REFINEMENTS = 5  # of a solution by sparse factors
 REFINED_SHARE = 1e-4  # share of a residual that a refinement leaves
 FULL_RANK_RTOL = 1e-4  # largest relative error with which a system of full column rank gives a random vector back
 MIN_RATIO = 1e-7  # smallest σ_min / σ_max at which W still counts as of full column rank where WᵀW is factored
@@ -66,15 +67,14 @@ class SparseFactor:
         """Least-squares solution with refinement for z (O, H′, W′): x (C·H·W,), ‖W x − z‖ / ‖z‖, refinement steps."""
         right, last, steps = self._rows(z), np.inf, 0
         x = self._normal_solve(right)
-        while steps < 5:
+        while True:
             r = right - self.W @ x
-            size = np.linalg.norm(self.W.T @ r)
-            if not size < 0.5 * last:
+            left = np.linalg.norm(self._adjoint @ r)
+            if steps == MAX_REFINEMENTS or not left < 0.5 * last:
                 break
-            last, x, steps = size, x + self._normal_solve(r), steps + 1
+            last, x, steps = left, x + self._normal_solve(r), steps + 1
         size = np.linalg.norm(right)
-        residual = float(np.linalg.norm(right - self.W @ x) / size) if size > 0 else 0.0
-        return torch.from_numpy(x), residual, steps
+        return torch.from_numpy(x), float(np.linalg.norm(r) / size) if size > 0 else 0.0, steps
 
     def sensitivity(self, z: Tensor) -> Tensor:
         """The solution without refinement: enough for the effect of an error."""
@@ -84,7 +84,12 @@ class SparseFactor:
         return (z.flatten() if self.known is None else z[self.known]).numpy()
 
     def _normal_solve(self, b: NDArray) -> NDArray:
-        return self.lu.solve(b) if self.W.shape[0] == self.W.shape[1] else self.lu.solve(self.W.T @ b)
+        return self.lu.solve(b) if self.W.shape[0] == self.W.shape[1] else self.lu.solve(self._adjoint @ b)
+
+    @cached_property
+    def _adjoint(self) -> Any:
+        """Wᵀ, by rows."""
+        return self.W.T.tocsr()
 
 
 @dataclass
