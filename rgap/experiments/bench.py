@@ -27,6 +27,7 @@ from rgap.metrics import match, psnr_db
 from rgap.network.chain import prepare
 from rgap.network.layer import Chain
 from rgap.ranks.audit import audit
+from rgap.results import Reconstruction
 
 PASS, FIRST, PREPARED, AUDIT = "forward and backward", "R-GAP, first attack", "R-GAP, prepared", "rank audit"
 """What is timed; the first three are methods of figures/04_cost_times.csv, too."""
@@ -142,7 +143,7 @@ def _run_of(case: BenchCase) -> Callable[[], list[dict]]:
     classes = 2 if case.loss == "logistic" else None
     images, labels = data.load_images("embedded", case.batch, case.shape, classes=classes)
     model = case.make().double()
-    return partial(_attacked, model, images.double(), labels, case.loss, prepare(model, case.shape))
+    return partial(_attacked, model, images.double(), labels, case.loss)
 
 
 def _audited(model: nn.Module, shape: tuple[int, int, int]) -> list[dict]:
@@ -159,27 +160,27 @@ def _forget_laws() -> None:
             function.cache_clear()
 
 
-def _attacked(model: nn.Module, images: Tensor, labels: Tensor, loss: str, chain: Any) -> list[dict]:
+def _attacked(model: nn.Module, images: Tensor, labels: Tensor, loss: str) -> list[dict]:
+    """Passes, a first attack, and one more on the network that the first has prepared, lazily made factors included."""
     shape = tuple(images.shape[1:])
 
     def passes() -> list[Tensor]:
         return [client_gradients(model, images, labels, loss) for _ in range(PASSES_PER_RUN)][-1]
 
+    def attack(chain: Chain | None = None) -> tuple[Chain, Reconstruction]:
+        chain = chain or prepare(model, shape)
+        return chain, reconstruct(chain, gradients, loss=loss, batch_size=len(images), gradient_scale=1.0)
+
     gradients, spent = measured(passes)
     rows = [{"method": PASS} | spent | {"seconds": spent["seconds"] / PASSES_PER_RUN}]
-    for method, network in ((FIRST, None), (PREPARED, chain)):
-        result, spent = measured(_attack, network or model, gradients, shape, loss, len(images))
+    chain = None
+    for method in (FIRST, PREPARED):
+        (chain, result), spent = measured(attack, chain)
         truth = images[match(result.images, images)]
         quality = min(psnr_db(result.images, truth).tolist(), default=np.nan)
-        floor = floor_gflop(chain, result.to_frame(), len(images)) if network is chain else np.nan
+        floor = floor_gflop(chain, result.to_frame(), len(images)) if method == PREPARED else np.nan
         rows.append({"method": method, "verdict": result.verdict, "psnr_db": quality, "floor_gflop": floor} | spent)
     return rows
-
-
-def _attack(network: Any, gradients: list[Tensor], shape: tuple[int, int, int], loss: str, batch: int):
-    """An attack, and the preparation of a network that is not prepared yet."""
-    chain = prepare(network, shape) if isinstance(network, nn.Module) else network
-    return reconstruct(chain, gradients, loss=loss, batch_size=batch, gradient_scale=1.0)
 
 
 def measured(function: Callable, *arguments) -> tuple[Any, dict[str, float]]:
