@@ -1,6 +1,7 @@
 """What must hold for every notebook of this project."""
 
 import ast
+import types
 from pathlib import Path
 
 import nbformat
@@ -34,6 +35,15 @@ class TestNotebook:
         cells = code_cells(path)
         assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
         assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+
+    def test_what_it_uses_of_a_module_is_there(self, path):
+        nodes, names = [node for cell in code_cells(path) for node in ast.walk(ast.parse(cell.source))], {}
+        for node in nodes:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                exec(ast.unparse(node), names)
+        used = [(names.get(node.value.id), node.attr) for node in nodes
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]  # fmt: skip
+        assert not [(m, name) for m, name in used if isinstance(m, types.ModuleType) and not hasattr(m, name)]
 
     def test_one_cell_is_tagged_parameters_and_holds_literals_only(self, path):
         (cell,) = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
