@@ -15,9 +15,8 @@ MIN_ON_ACCELERATOR = 256  # unknowns from which a system is worth the way to an 
 SKETCH_SIZE = 24  # columns of a random sketch at first
 SKETCH_SURPLUS = 12  # columns that it must have beyond the singular values that count
 
-WELL_CONDITIONED = (
-    0.03  # smallest over largest pivot of a Gram matrix from which its columns come out orthonormal at once
-)
+WELL_CONDITIONED = 0.03
+"""Smallest over largest pivot of a Gram matrix from which its columns come out orthonormal at once."""
 
 
 def accelerator_for(unknowns: int) -> torch.device | None:
