@@ -3,7 +3,8 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help env figures test test-fast verify bench lab test-lab notebooks reconstruction train audit report clean FORCE
+.PHONY: help env figures test test-fast verify bench lab test-lab refresh notebooks \
+	reconstruction train audit report clean FORCE
 .DEFAULT_GOAL := help
 
 # Values for the command line only: a variable of this name in the environment changes nothing.
@@ -66,12 +67,14 @@ run = RGAP_PROFILE=$(1) RGAP_FIGURES="$(CURDIR)/$(2)" $(if $(SCHEDULER),RGAP_SCH
 # For a network of your own, whose images and loss the package does not know.
 own = $${SHAPE:+--shape "$$SHAPE"} $${LOSS:+--loss "$$LOSS"}
 
+# A text goes on in lines below its target that begin with two hashes.
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' Makefile
+	@awk -F '(:.*)?## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2} /^## /{printf "%21s%s\n", "", $$2}' Makefile
 
 env: $(ENV) ## .venv with every pinned package and this one; PIP_ARGS=… goes to the installer
 
-figures: $(EXECUTED) | $(ENV) ## run the notebooks, compare with figures/, print the claims; PROFILE=paper | COLOR=folder:PATH GRAY=folder:PATH; JOBS=2; SCHEDULER=tcp://… runs attacks on Dask
+figures: $(EXECUTED) | $(ENV) ## run the notebooks, compare with figures/, print the claims; JOBS=2
+## PROFILE=paper | COLOR=folder:PATH GRAY=folder:PATH; SCHEDULER=tcp://… for Dask
 	@$(if $(STALE),$(call run,$(PROFILE),$(FIGURES)) -m rgap notebooks run $(STALE) --into build/$(PROFILE) $(jobs) \
 		$(if $(filter paper,$(PROFILE)),-f notebooks/paper.yml) $${COLOR:+-o color "$$COLOR"} $${GRAY:+-o gray "$$GRAY"})
 	@$(call run,$(PROFILE),$(FIGURES)) -m rgap report --claims
@@ -93,38 +96,44 @@ test: $(ENV) ## unit tests with coverage, then the committed notebooks against w
 test-fast: $(ENV) ## unit tests that take less than two seconds each, in about a minute
 	$(PYTHON) -m pytest -m "not slow" -n auto
 
-verify: $(ENV) ## attack hundreds of random networks, write build/verify.csv; SAMPLES=chains COUNT=200 SEED=0
+verify: $(ENV) ## attack random networks, write build/verify.csv; SAMPLES=chains COUNT=200 SEED=0
 	@$(PYTHON) -m rgap verify $(SAMPLES) $${COUNT:+--count "$$COUNT"} --seed "$$SEED"
 
-bench: $(ENV) ## CPU seconds and memory of attacks and audits, in build/bench.csv; CASES='cnn6 fcn3-B5' ROUNDS=5 AGAINST=FILE.csv
+bench: $(ENV) ## CPU seconds and memory of attacks and audits, in build/bench.csv
+## CASES='cnn6 fcn3-B5' ROUNDS=5 AGAINST=FILE.csv
 	@$(PYTHON) -m rgap bench $(CASES) $${ROUNDS:+--rounds "$$ROUNDS"} $${AGAINST:+--against "$$AGAINST"}
 
 lab: $(ENV) ## open JupyterLab in notebooks/, with the audit of your own model
 	$(PYTHON) -m jupyterlab --ServerApp.root_dir=notebooks --LabApp.default_url=/lab/tree/08_audit_your_model.ipynb
 
-test-lab: $(ENV) ## JupyterLab in a real browser, as a person uses it; a screenshot stays in build/lab/
+test-lab: $(ENV) ## JupyterLab in a real browser, used as by a person; a screenshot in build/lab/
 	$(PYTHON) -m pytest tests/lab/test_lab.py
 
-refresh: $(ENV) ## run the notebooks where they lie, and write over the committed outputs and figures/
+refresh: $(ENV) ## run the notebooks where they lie, over the committed outputs and figures/
 	@$(call run,default,figures) -m rgap notebooks refresh $(NOTEBOOKS) --into build/refresh
 	@$(call run,default,figures) -m rgap report --claims
 	@$(PYTHON) -m rgap report --readme
 
 notebooks: refresh
 
-reconstruction: $(ENV) ## one attack: MODEL=cnn6|module:function DATA=embedded|cifar10|mnist|folder:PATH INDEX=0 BATCH=1 SEED=0 WEIGHTS=file GRADIENTS=file SHAPE= LOSS=
+reconstruction: $(ENV) ## one attack; pictures in build/reconstruction/
+## MODEL=cnn6|module:function DATA=embedded|cifar10|mnist|folder:PATH
+## INDEX=0 BATCH=1 SEED=0 WEIGHTS=file GRADIENTS=file SHAPE=3,32,32 LOSS=mse
 	@$(PYTHON) -m rgap reconstruct --model "$$MODEL" --index "$$INDEX" --data "$$DATA" --seed "$$SEED" --batch "$$BATCH" \
 		--weights "$$WEIGHTS" $${GRADIENTS:+--gradients "$$GRADIENTS"} $(own)
 
-train: $(ENV) ## a few epochs, for WEIGHTS=: MODEL=cnn6|module:function DATA=embedded|cifar10|mnist|folder:PATH EPOCHS=3 SEED=0 SHAPE= LOSS=
+train: $(ENV) ## a few epochs; a checkpoint for WEIGHTS= in build/weights/
+## MODEL=cnn6|module:function DATA=embedded|cifar10|mnist|folder:PATH
+## EPOCHS=3 SEED=0 SHAPE=3,32,32 LOSS=mse
 	@$(PYTHON) -m rgap train --model "$$MODEL" --data "$$DATA" --epochs "$$EPOCHS" --seed "$$SEED" $(own)
 
-audit: $(ENV) ## what a network gives away, in build/audit/: MODEL=cnn6|module:function SHAPE=3,224,224 BATCH=1; fails where it leaks
+audit: $(ENV) ## what a network gives away, in build/audit/; fails where it leaks
+## MODEL=cnn6|module:function SHAPE=3,224,224 BATCH=1
 	@$(PYTHON) -m rgap audit --model "$$MODEL" $${SHAPE:+--shape "$$SHAPE"} --batch "$$BATCH"
 
 # Before any run the report shows what is committed.
 report: SHOWN = $(if $(wildcard $(FIGURES))$(filter-out default,$(PROFILE)),$(FIGURES),figures)
-report: $(ENV) ## every notebook, figure, table and claim as web pages in build/report/; PROFILE=paper for that profile's
+report: $(ENV) ## notebooks, figures, tables, claims as web pages in build/report/; PROFILE=paper
 	@$(call run,$(PROFILE),$(SHOWN)) -m rgap report
 
 clean: ## remove everything made in build/, downloaded data apart

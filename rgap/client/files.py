@@ -123,9 +123,14 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
 def _read(path: str | Path, advice: str):
     """What a file holds, on the CPU; `advice` ends the error message if it cannot be read."""
-    path = _known_path(path)
-    if not path.is_file():
+    path = check_path(path)
+    if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file of tensors, ending in {', '.join(SUFFIXES)}")
+    path = _known_path(path)
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is no readable {path.suffix} file of tensors (it is empty); {advice}")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -150,7 +155,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] |
 def _known_path(path: str | Path) -> Path:
     path = check_path(path)
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} ends in {path.suffix!r}; files of tensors end in {', '.join(SUFFIXES)}")
+        ending = f"ends in {path.suffix!r}" if path.suffix else "has no ending"
+        raise ValueError(f"{path} {ending}; files of tensors end in {', '.join(SUFFIXES)}")
     return path
 
 

@@ -62,9 +62,12 @@ def calls(clone):
 def test_help_is_the_default_and_lists_every_target(clone):
     listed = make(clone).stdout
     assert listed == make(clone, "help").stdout
-    targets = "help env figures test test-fast verify lab test-lab refresh reconstruction train audit report clean"
-    for target in targets.split():
+    targets = "help env figures test test-fast verify bench lab test-lab refresh reconstruction train audit report"
+    for target in [*targets.split(), "clean"]:
         assert f"make {target} " in listed
+    lines = listed.splitlines()
+    assert len(lines) <= 23 and max(map(len, lines)) <= 100
+    assert f"{'':21}CASES='cnn6 fcn3-B5' ROUNDS=5 AGAINST=FILE.csv" in lines
 
 
 def test_figures_run_only_what_changed(clone):

@@ -86,6 +86,7 @@ def test_files_that_are_something_else_are_refused_and_not_run(tmp_path, suffix,
     with pytest.raises(ValueError, match=f"g{suffix} is no readable {suffix} file of tensors") as caught:
         client.load_gradients(path)
     assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+    assert ("(it is empty)" in str(caught.value)) == (not content)
 
 
 def test_code_in_a_torch_file_is_not_run(tmp_path):
@@ -95,11 +96,20 @@ def test_code_in_a_torch_file_is_not_run(tmp_path):
 
 
 def test_missing_files_and_unknown_kinds_are_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*g\.pt"):
-        client.load_gradients(tmp_path / "g.pt")
+    network = small_cnn().float()
+    for read in (client.load_gradients, lambda path: load_weights(network, path)):
+        for name in ("g.pt", "g.npz", "g"):
+            with pytest.raises(FileNotFoundError, match=rf"there is no file .*{name}$"):
+                read(tmp_path / "none" / name)
+        for name in ("", "a.pt"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            with pytest.raises(ValueError, match=r"is a folder; give a file of tensors, ending in \.safetensors"):
+                read(tmp_path / name)
     for call in (client.load_gradients, lambda path: client.save_gradients(path, as_list())):
-        with pytest.raises(ValueError, match=r"g.npz ends in '.npz'; files of tensors end in"):
-            call(tmp_path / "g.npz")
+        for name, ending in (("g.npz", "ends in '.npz'"), ("g", "has no ending")):
+            (tmp_path / name).touch()
+            with pytest.raises(ValueError, match=f"{name} {ending}; files of tensors end in"):
+                call(tmp_path / name)
 
 
 def test_a_checkpoint_comes_back_with_its_facts(tmp_path):
