@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rgap.equations.banded import pixel_order
 from rgap.equations.block_cholesky import BlockCholesky, block_cholesky
 from rgap.equations.limits import DEFAULT_LIMITS
 from rgap.equations.weights import weight_matrix
@@ -74,7 +74,7 @@ def complement(layer: Layer, max_side: int = DEFAULT_LIMITS.max_pinv_side) -> Ra
 def _complement(layer: Layer) -> RangeComplement | None:
     W = weight_matrix(layer)
     wide = W.shape[0] <= W.shape[1]
-    factor = block_cholesky(W @ W.T if wide else W.T @ W, _order(layer, wide))
+    factor = block_cholesky(W @ W.T if wide else W.T @ W, pixel_order(layer, of_outputs=wide))
     if factor is None or factor.pivots.min() < MIN_PIVOT_RATIO * factor.pivots.max():
         return None
     found = RangeComplement(layer, factor, torch.zeros(max(W.shape), 0, dtype=torch.float64))
@@ -84,15 +84,6 @@ def _complement(layer: Layer) -> RangeComplement | None:
         seen = found.lift(layer.apply(rest)) if wide else layer.apply(found.lift(rest))
         rest = orthonormal((rest - seen).flatten(1).T, times=1).T.reshape(rest.shape)
     return replace(found, basis=rest.flatten(1).T.contiguous())
-
-
-def _order(layer: Layer, wide: bool) -> NDArray:
-    """The channels of a pixel side by side, and the pixels of an input that a stride steps over at once."""
-    channels, *sides = layer.output_shape if wide else layer.input_shape
-    steps, (left, _, top, _) = (1, 1) if wide else layer.stride, layer.padding
-    i, j = (axis.ravel() for axis in np.indices(sides))
-    pixels = np.lexsort((j, i, (j + left) // steps[1], (i + top) // steps[0]))
-    return np.arange(channels * len(pixels)).reshape(channels, -1)[:, pixels].T.ravel()
 
 
 @dataclass(frozen=True)

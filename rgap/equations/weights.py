@@ -1,4 +1,4 @@
-"""W x = b where W has full column rank: by a sparse factorisation that is kept between attacks, or by iterations.
+"""W x = b where W has full column rank: by a banded factor that is kept between attacks, or by iterations.
 
 All functions take layers without groups (`Layer.split_groups`).
 """
@@ -6,6 +6,7 @@ All functions take layers without groups (`Layer.split_groups`).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,11 +15,11 @@ import numpy as np
 import scipy.sparse as sp
 import scipy.sparse.linalg as sla
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from rgap.equations.banded import band_by_taps, band_of
 from rgap.equations.limits import DEFAULT_LIMITS
-from rgap.linalg import Iterated, conjugate_gradients, norm
+from rgap.linalg import Iterated, conjugate_gradients, largest_eigenvalue, norm
 from rgap.network.layer import Layer
 
 MAX_REFINEMENTS = 5  # of a solution by sparse factors
@@ -55,41 +56,35 @@ def _weight_matrix(layer: Layer) -> sp.csr_array:
 
 @dataclass(frozen=True)
 class SparseFactor:
-    """LU factors of WᵀW, or of W itself where it is square."""
+    """W⁺ by factors of WᵀW, or of W itself where it is square."""
 
-    W: Any  # sparse, the rows that are used
-    lu: Any  # None where the factors do not exist
-    condition: float  # σ_max / σ_min of W, a close lower bound
+    layer: Layer
+    invert: Callable[[Tensor], Tensor]  # W⁺ of z (O, H′, W′), not refined: (C·H·W,)
+    condition: float  # σ_max / σ_min of W, a close lower bound; infinite where the factors do not exist
     full_rank: bool  # of W's columns
     known: Tensor | None = None  # mask of the outputs whose rows are used, (O, H′, W′), None for all
 
     def solve(self, z: Tensor) -> tuple[Tensor, float, int]:
         """Least-squares solution with refinement for z (O, H′, W′): x (C·H·W,), ‖W x − z‖ / ‖z‖, refinement steps."""
-        right, last, steps = self._rows(z), np.inf, 0
-        x = self._normal_solve(right)
+        right, last, steps = _used(z.reshape(self.layer.output_shape), self.known), math.inf, 0
+        x = self.invert(right)
         while True:
-            r = right - self.W @ x
-            left = np.linalg.norm(self._adjoint @ r)
+            r = right - _used(self.layer.apply(x.view(self.layer.input_shape)), self.known)
+            left = norm(self.layer.adjoint(r))
             if steps == MAX_REFINEMENTS or not left < 0.5 * last:
                 break
-            last, x, steps = left, x + self._normal_solve(r), steps + 1
-        size = np.linalg.norm(right)
-        return torch.from_numpy(x), float(np.linalg.norm(r) / size) if size > 0 else 0.0, steps
+            last, x, steps = left, x + self.invert(r), steps + 1
+        size = norm(right)
+        return x, norm(r) / size if size > 0 else 0.0, steps
 
     def sensitivity(self, z: Tensor) -> Tensor:
         """The solution without refinement: enough for the effect of an error."""
-        return torch.from_numpy(self._normal_solve(self._rows(z)))
+        return self.invert(_used(z, self.known))
 
-    def _rows(self, z: Tensor) -> NDArray:
-        return (z.flatten() if self.known is None else z[self.known]).numpy()
 
-    def _normal_solve(self, b: NDArray) -> NDArray:
-        return self.lu.solve(b) if self.W.shape[0] == self.W.shape[1] else self.lu.solve(self._adjoint @ b)
-
-    @cached_property
-    def _adjoint(self) -> Any:
-        """Wᵀ, by rows."""
-        return self.W.T.tocsr()
+def _used(z: Tensor, known: Tensor | None) -> Tensor:
+    """z, with 0 where a row is not used."""
+    return z if known is None else z.where(known, 0.0)
 
 
 @dataclass
@@ -132,7 +127,7 @@ class ConjugateGradients:
         def done(x: Tensor) -> bool:
             return truth is not None and bool((x - truth).norm() < FULL_RANK_RTOL * truth.norm())
 
-        right = [self._used(z)] + ([] if self.dz is None else [G])
+        right = [_used(z, self.known)] + ([] if self.dz is None else [G])
         found = self._in_single_precision(right, **limits) if truth is None else None
         if found is None:
             found = conjugate_gradients(self._apply, self._adjoint, right, done=done, **limits)
@@ -193,7 +188,7 @@ class ConjugateGradients:
         return self.solve(z, G, tolerance=1e-3)[0]
 
     def _apply(self, x: Tensor) -> list[Tensor]:
-        z = self._used(self.layer.apply(x))
+        z = _used(self.layer.apply(x), self.known)
         return [z] if self.dz is None else [z, self.layer.weight_gradient(x, self.dz)]
 
     def _adjoint(self, rest: list[Tensor]) -> Tensor:
@@ -201,10 +196,6 @@ class ConjugateGradients:
         if self.dz is not None:  # K takes δz to the pixels as Wᵀ does, with G in the place of the weight
             x = x + replace(self.layer, weight=rest[1], cache={}).adjoint(self.dz)
         return x
-
-    def _used(self, z: Tensor) -> Tensor:
-        """z, with 0 where a row is not used."""
-        return z if self.known is None else z.where(self.known, 0.0)
 
 
 def weight_factor(
@@ -214,33 +205,40 @@ def weight_factor(
     if layer.unknowns > max_unknowns:
         solver = ConjugateGradients(layer, known)
         return solver if known is not None else layer.cached("weight_solver", lambda: solver)
-    if known is None:
-        return layer.cached("weight_factor", lambda: _sparse_factor(weight_matrix(layer)))
-    return replace(_sparse_factor(weight_matrix(layer)[known.flatten().numpy()]), known=known)
+    return _factor(layer, known) if known is not None else layer.cached("weight_factor", lambda: _factor(layer, None))
 
 
-def _sparse_factor(W: Any) -> SparseFactor:
-    square = W.shape[0] == W.shape[1]
-    options = {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0.0, "options": {"SymmetricMode": True}}
+def _factor(layer: Layer, known: Tensor | None) -> SparseFactor:
+    rows = slice(None) if known is None else known.flatten().numpy()
+    square = layer.unknowns == (math.prod(layer.output_shape) if known is None else int(known.sum()))
+    if square:
+        factor = _lu(weight_matrix(layer)[rows])
+    elif layer.before is layer.after is None:
+        factor = band_by_taps(layer, known).factored()
+    else:
+        W = weight_matrix(layer)[rows]
+        factor = band_of((W.T @ W).tocsr()).factored()
+    if factor is None:
+        return SparseFactor(layer, torch.zeros_like, math.inf, False, known)
+
+    def invert(z: Tensor) -> Tensor:
+        right = z.flatten()[rows] if square else layer.adjoint(z).flatten()
+        return torch.from_numpy(factor.solve(right.numpy()))
+
+    def gram(v: Tensor) -> Tensor:
+        return layer.adjoint(_used(layer.apply(v.view(layer.input_shape)), known)).reshape(-1, 1)
+
+    def inverse_gram(v: Tensor) -> Tensor:
+        return torch.from_numpy(factor.solve(factor.solve(v.numpy(), "T") if square else v.numpy()))
+
+    condition = math.sqrt(math.prod(largest_eigenvalue(matrix, layer.unknowns) for matrix in (gram, inverse_gram)))
+    full_rank = condition < 1 / (MIN_RATIO_SQUARE if square else MIN_RATIO)
+    return SparseFactor(layer, invert, condition if math.isfinite(condition) else math.inf, full_rank, known)
+
+
+def _lu(W: sp.csr_array) -> Any:
+    """SuperLU's factors of a square matrix; None where it is exactly singular."""
     try:
-        lu = sla.splu(W.tocsc()) if square else sla.splu((W.T @ W).tocsc(), **options)
-    except RuntimeError:  # SuperLU met an exactly singular matrix
-        return SparseFactor(W, None, math.inf, False)
-    condition = _condition(W, lu)
-    return SparseFactor(W, lu, condition, condition < 1 / (MIN_RATIO_SQUARE if square else MIN_RATIO))
-
-
-def _condition(W: Any, lu: Any) -> float:
-    """σ_max / σ_min by power iteration on WᵀW and on its inverse (a lower bound, close after a few steps)."""
-    square = W.shape[0] == W.shape[1]
-    vectors = np.random.default_rng(0).standard_normal((2, W.shape[1]))
-    largest = smallest = 0.0
-    large, small = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    for _ in range(12):
-        large = W.T @ (W @ large)
-        small = lu.solve(lu.solve(small, "T")) if square else lu.solve(small)
-        largest, smallest = np.linalg.norm(large), np.linalg.norm(small)
-        if not np.isfinite(smallest):
-            return math.inf
-        large, small = large / largest, small / smallest
-    return float(np.sqrt(largest * smallest))
+        return sla.splu(W.tocsc())
+    except RuntimeError:
+        return None

@@ -1,8 +1,8 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
 from cases import conv_layer, conv_layers, drawn, randn
 from hypothesis import given
@@ -114,11 +114,17 @@ def test_a_w_short_of_full_rank_or_too_large_has_no_complement():
     assert complement(square(), max_side=10) is None
 
 
+def matrix_layer(W):
+    """A layer that is this matrix."""
+    layer = conv_layer(nn.Conv2d(W.shape[1], W.shape[0], 1, bias=False), 1, 1)
+    return replace(layer, weight=torch.from_numpy(W)[:, :, None, None], cache={})
+
+
 @pytest.mark.parametrize("rows", [4, 6])
 def test_a_singular_matrix_is_not_of_full_rank(rows):
     W = np.eye(rows, 4)
     W[:, 3] = 0.0
-    factor = sparse._sparse_factor(sp.csr_array(W))
+    factor = weight_factor(matrix_layer(W))
     assert isinstance(factor, SparseFactor) and not factor.full_rank and factor.condition == math.inf
 
 
@@ -126,20 +132,30 @@ def test_a_singular_matrix_is_not_of_full_rank(rows):
 def test_a_nearly_singular_matrix_is_not_of_full_rank(rows, angle):
     W = np.eye(rows, 4)
     W[:, 3] = W[:, 2] + angle * W[:, 3]
-    assert not sparse._sparse_factor(sp.csr_array(W)).full_rank
-
-
-def test_a_vanishing_right_side_has_residual_zero():
-    found, residual, _ = weight_factor(tall()).solve(torch.zeros(108).double())
-    assert not found.any() and residual == 0.0
+    assert not weight_factor(matrix_layer(W)).full_rank
 
 
 def test_a_factor_that_overflows_is_of_infinite_condition():
-    class Overflowing:
-        def solve(self, vector, trans="N"):
-            return vector * np.inf
+    factor = weight_factor(matrix_layer(np.diag([1.0, 1e-200])))
+    assert factor.condition == math.inf and not factor.full_rank
 
-    assert sparse._condition(sp.csr_array(np.eye(3)), Overflowing()) == math.inf
+
+@pytest.mark.parametrize("padding", ["zeros", "circular"])
+def test_rows_that_are_not_known_are_not_used(padding):
+    layer = conv_layer(nn.Conv2d(2, 12, 3, 2, 1, bias=False, padding_mode=padding), 6, 6)
+    known = torch.rand(layer.output_shape, generator=torch.Generator().manual_seed(0)) < 0.9
+    W, b = torch.from_numpy(weight_matrix(layer).toarray())[known.flatten()], randn(*layer.output_shape)
+    found, residual, _ = weight_factor(layer, known).solve(b)
+    expected = torch.linalg.lstsq(W, b[known][:, None]).solution[:, 0]
+    assert_close(found, expected, rtol=0, atol=1e-10)
+    assert residual == pytest.approx(((W @ expected - b[known]).norm() / b[known].norm()).item(), rel=1e-9)
+    assert_close(weight_factor(layer, known).sensitivity(b), expected, rtol=0, atol=1e-10)
+    assert weight_factor(layer, known).condition == pytest.approx(np.linalg.cond(W.numpy()), rel=0.1)
+
+
+def test_a_vanishing_right_side_has_residual_zero():
+    found, residual, _ = weight_factor(tall()).solve(torch.zeros(12, 3, 3).double())
+    assert not found.any() and residual == 0.0
 
 
 def test_gradient_rows_join_the_iterations():
