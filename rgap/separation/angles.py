@@ -13,7 +13,6 @@ GRAM_FLOOR = 1e-14  # share of its trace that is added to a Gram matrix, so that
 MIN_RESOLVED_SINE = 1e-3  # sine of the second angle from which squares of cosines resolve it
 ANGLE_REFINEMENTS = 2  # steps with the residual of A; one suffices where its columns are not nearly dependent
 SAME_COSINE = 0.99  # cosine between two starts' directions, or patterns, above which they lead to the same
-MAX_TABLE_ENTRIES = 20_000_000  # products of two columns that are made beforehand, at most (20 million: 160 MB)
 
 
 def nearest_directions(gram: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,24 +29,28 @@ def nearest_directions(gram: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.solve_triangular(L.mT, turn, upper=True), squares
 
 
-def smallest_principal_angle(A: Tensor, V: Tensor) -> tuple[Tensor, float, float]:
-    """The a (k,) whose unit vector A a, A (m, k) of full column rank, is nearest to the range of V (m, l), orthonormal.
+def smallest_principal_angles(d: Tensor, Z: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each d (S, h) the a (k,) whose unit vector A a, A = diag(d) Z, is nearest to the range of V.
 
-    Also the sines of the smallest principal angle between the two ranges and of the next one (1 for k = 1).
+    Z is (h, k), every A of full column rank, V (h, l) orthonormal. Gives the a (S, k), and the sines (S,) of the
+    smallest principal angle between the two ranges and of the next one (1 for k = 1).
     """
-    basis, squares = (one[0] for one in nearest_directions((A.T @ A)[None], (V.T @ A)[None]))
-    a, sines = basis[:, -1], (1 - squares).clamp(min=0).sqrt()
-    following = sines[-2].item() if len(sines) > 1 else 1.0
-    if not following >= MIN_RESOLVED_SINE:
-        return _by_orthonormal_bases(A, V)
+    basis, squares = nearest_directions(*sloped_grams(d, Z, V))
+    a, others, sines = basis[:, :, -1], basis[:, :, :-1], (1 - squares).clamp(min=0).sqrt()
+    following = sines[:, -2].clone() if sines.shape[1] > 1 else torch.ones(len(d), dtype=d.dtype)
     for step in range(ANGLE_REFINEMENTS + 1):
-        seen = A @ a
-        a, seen = a / seen.norm(), seen / seen.norm()
-        rest = seen - V @ (V.T @ seen)
+        seen = d * (a @ Z.T)
+        size = seen.norm(dim=1, keepdim=True)
+        a, seen = a / size, seen / size
+        rest = seen - seen @ V @ V.T
         if step < ANGLE_REFINEMENTS:
-            outside = rest - V @ (V.T @ rest)  # the first projection's rounding would be divided by the sines' squares
-            a = a - basis[:, :-1] @ ((basis[:, :-1].T @ (A.T @ outside)) / sines[:-1].square())
-    return a, rest.norm().item(), following
+            outside = rest - rest @ V @ V.T  # the first projection's rounding would be divided by the sines' squares
+            back = ((d * outside) @ Z)[:, None] @ others / sines[:, None, :-1].square()
+            a = a - (others @ back.mT)[:, :, 0]
+    nearest = rest.norm(dim=1)
+    for s in torch.nonzero(~(following >= MIN_RESOLVED_SINE)).flatten().tolist():
+        a[s], nearest[s], following[s] = _by_orthonormal_bases(d[s, :, None] * Z, V)
+    return a, nearest, following
 
 
 def _by_orthonormal_bases(A: Tensor, V: Tensor) -> tuple[Tensor, float, float]:
@@ -60,27 +63,14 @@ def _by_orthonormal_bases(A: Tensor, V: Tensor) -> tuple[Tensor, float, float]:
     return a, sine, sines[-2].item() if len(sines) > 1 else 1.0
 
 
-class SlopedGrams:
-    """AᵀA and VᵀA of A = diag(d) Z for many d at once, one matrix product each: sums of d over products of columns."""
-
-    def __init__(self, Z: Tensor, V: Tensor):
-        """Takes Z (h, k) and V (h, l)."""
-        self.Z, self.V, k = Z, V, Z.shape[1]
-        self.upper = torch.triu_indices(k, k)
-        self.pairs = None
-        if len(Z) * k * (k // 2 + V.shape[1]) <= MAX_TABLE_ENTRIES:
-            self.pairs = Z[:, self.upper[0]] * Z[:, self.upper[1]]
-            self.crossed = (V[:, :, None] * Z[:, None]).flatten(1)
-
-    def of(self, d: Tensor) -> tuple[Tensor, Tensor]:
-        """For d (S, h): (S, k, k) and (S, l, k)."""
-        if self.pairs is None:
-            A = d[:, :, None] * self.Z
-            return A.mT @ A, self.V.T @ A
-        gram = d.new_empty(len(d), self.Z.shape[1], self.Z.shape[1])
-        i, j = self.upper
-        gram[:, i, j] = gram[:, j, i] = d.square() @ self.pairs
-        return gram, (d @ self.crossed).reshape(len(d), -1, self.Z.shape[1])
+def sloped_grams(d: Tensor, Z: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """AᵀA (S, k, k) and VᵀA (S, l, k) of A = diag(d) Z for d (S, h), Z (h, k) and V (h, l)."""
+    k, rows = Z.shape[1], torch.cat([Z, V], 1).T.contiguous()
+    Z, products = rows[:k].clone(), d.new_empty(len(d), len(rows), k)
+    for s in range(len(d)):  # one at a time, A stays in the cache
+        torch.mul(Z, d[s], out=rows[:k])
+        torch.mm(rows, rows[:k].T, out=products[s])
+    return products[:, :k], products[:, k:]
 
 
 def settled_patterns(
@@ -91,9 +81,9 @@ def settled_patterns(
     Z (h, k) and H (h, l) are orthonormal; D_s has the slopes (h,) for positive and negative entries. Gives the signs,
     the sines (S,) of the last angles, 1 of a start that met another, which goes on alone, and the steps taken.
     """
-    live, sines, grams, taken = torch.arange(len(signs)), Z.new_ones(len(signs)), SlopedGrams(Z, H), 0
+    live, sines, taken = torch.arange(len(signs)), Z.new_ones(len(signs)), 0
     for _ in range(steps):
-        directions, squares = nearest_directions(*grams.of(torch.where(signs[live], *slopes)))
+        directions, squares = nearest_directions(*sloped_grams(torch.where(signs[live], *slopes), Z, H))
         q = directions[:, :, -1]
         sines[live] = (1 - squares[:, -1]).clamp(min=0).sqrt()
         z = q @ Z.T

@@ -80,8 +80,7 @@ def separate(
     if by_rows and search.has_tests and not search.lacking:
         starts = search.run_rows(generator)
     if near is not None:
-        for signs in search.patterns(near):
-            search.accept(signs)
+        search.accept(search.patterns(near))
         if search.partial:
             search.resolve_partial()
     while near is None and search.unknown > 0 and failed < MAX_FAILED_STARTS and search.has_tests:
@@ -114,8 +113,7 @@ class Search(SearchState):
         if not whole and len(self.q) and not self.lacking:
             # deflated spaces carry the errors of the inputs found; the whole ones do not
             signs, _ = self.iterate(torch.linalg.qr(self.Z)[0], self.H, signs)
-        for s in signs:
-            self.accept(s)
+        self.accept(signs)
 
     def left(self) -> tuple[Tensor, Tensor]:
         """Orthonormal bases of the pre-activations (h, R − F), and of the hidden vectors, of all inputs not found."""
@@ -133,8 +131,7 @@ class Search(SearchState):
             rows = torch.cat([patterns[:NEAREST_ROWS], patterns[anywhere[: CANDIDATES_A_START * ROWS_AT_ONCE]]])
             picked = different_patterns(rows)[:ROWS_AT_ONCE]
             signs, sines = self.iterate(Z, H, picked, MAX_ROW_STEPS)
-            for s in signs[sines <= MAX_ROW_SINE].unique(dim=0):
-                self.accept(s)
+            self.accept(signs[sines <= MAX_ROW_SINE].unique(dim=0))
             count, failed = count + len(picked), 0 if self.known > before else failed + 1
         return count
 
@@ -173,25 +170,34 @@ class Search(SearchState):
         return signs, sines
 
     def accept(self, signs: Tensor) -> None:
-        """Adds the input with these signs if it passes both tests and is new; keeps ∂ℓ/∂z_1 if it passes the second."""
-        first, found = signs, self.forward(signs)
-        if self.is_known(found[0]):
-            return
-        signs, b, miss_back = self.backward(signs)
-        if b is None:
-            return
+        """Adds the inputs with signs (S, units) that are new and pass both tests.
+
+        Of those that pass the second one alone, ∂ℓ/∂z_1 is kept.
+        """
+        forth = self.forward(signs)
+        new = ~self.is_known(forth[0])
+        first, forth = signs[new], tuple(each[new] for each in forth)
+        signs, b, misses, right = self.backward(first)
+        turned = right & (signs != first).any(1)
+        for each, again in zip(forth, self.forward(signs[turned]), strict=True):
+            each[turned] = again
+        for s in torch.nonzero(right).flatten().tolist():
+            self._accept_one(signs[s], b[s], misses[s].item(), tuple(each[s : s + 1] for each in forth))
+
+    def _accept_one(self, signs: Tensor, b: Tensor, miss_back: float, found: tuple[Tensor, ...]) -> None:
+        """Adds the input with these signs (units,), whose ∂ℓ/∂z_1 = D_s E b has passed, if `forward`'s has, too."""
         dz = torch.where(signs, self.up, self.down)[: len(self.E)] * (self.E @ b)
-        q, miss, following = found if signs.equal(first) else self.forward(signs)
         undetermined = self.undetermined_signs(dz)
-        if undetermined.any() and (oriented := self.oriented(q, signs, undetermined)) is not None:
+        if undetermined.any() and (oriented := self.oriented(found[0][0], signs, undetermined)) is not None:
             signs = torch.where(undetermined, self.Z @ oriented > 0, signs)
-            q, miss, following = self.forward(signs)
-        if self.is_known(q):
+            found = self.forward(signs[None])
+        q, miss, following = found
+        if self.is_known(q)[0]:
             return
-        q = self.oriented(q, signs, undetermined)
-        if self.passes(miss, following) and q is not None:
+        q = self.oriented(q[0], signs, undetermined)
+        if self.passes(miss, following)[0] and q is not None:
             self.dual_next = torch.cat([self.dual_next, b[None] / self.second.S])
-            self.add(q, signs, dz, (miss, miss_back))
+            self.add(q, signs, dz, (miss.item(), miss_back))
         elif self.second.rank < self.first.rank:
             self.keep_partial(signs, dz, miss_back)
 
@@ -234,4 +240,4 @@ class Search(SearchState):
         self.H = torch.linalg.qr(torch.cat([self.H, new], 1))[0]
         for j, one in enumerate(taken + partial[:-count]):
             if j not in right:
-                self.accept(one.signs)
+                self.accept(one.signs[None])

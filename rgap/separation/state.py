@@ -10,7 +10,7 @@ from torch import Tensor
 from rgap.equations.rank_laws import SPARE_UNITS
 from rgap.network.layer import Layer
 from rgap.results import UnsupportedLayerError
-from rgap.separation.angles import smallest_principal_angle
+from rgap.separation.angles import smallest_principal_angles
 from rgap.separation.subspaces import Span
 
 ANGLE_GAP_RATIO = 1e-3
@@ -109,9 +109,9 @@ class SearchState:
         z = q @ self.Z.T
         return torch.where(z > 0, self.up, self.down) * z
 
-    def is_known(self, q: Tensor) -> bool:
-        """Whether q is mostly an input that was found: that one's dual times q is ‖q‖, and 0 for every other input."""
-        return bool(((self.dual @ q).abs() * self.q.norm(dim=1) > 0.5 * q.norm()).any())
+    def is_known(self, q: Tensor) -> Tensor:
+        """Which q (S, R) are mostly inputs that were found: an input's dual times q is ‖q‖, times any other 0, (S,)."""
+        return ((q @ self.dual.T).abs() * self.q.norm(dim=1) > 0.5 * q.norm(dim=1, keepdim=True)).any(1)
 
     def undetermined_signs(self, dz: Tensor) -> Tensor:
         """Units where a ∂ℓ/∂z_1 is almost 0 and hence does not determine the sign, (units,)."""
@@ -129,36 +129,43 @@ class SearchState:
             return None
         return q / (self.first.V[-1] @ q if self.has_constant else q.norm())
 
-    def passes(self, sine: float, following: float) -> bool:
+    def passes(self, sine: Tensor, following: Tensor) -> Tensor:
         """Whether an angle is 0 up to the gradient's precision, and the only such one."""
-        return sine <= self.tolerance and sine <= ANGLE_GAP_RATIO * following
+        return (sine <= self.tolerance) & (sine <= ANGLE_GAP_RATIO * following)
 
-    def forward(self, signs: Tensor) -> tuple[Tensor, float, float]:
-        """The coordinates q whose D_s Z q is nearest to the row space of G_2, the sine of the angle, and the next."""
-        return smallest_principal_angle(torch.where(signs, self.up, self.down)[:, None] * self.Z, self.H)
+    def forward(self, signs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For signs (S, units) the q (S, R) whose D_s Z q is nearest to the row space of G_2.
 
-    def backward(self, signs: Tensor) -> tuple[Tensor, Tensor | None, float]:
-        """The signs (units,) for which D_s E b, with the best b, is nearest to the column space of G_1, b and the sine.
+        Also the sines (S,) of that angle and of the next.
+        """
+        return smallest_principal_angles(torch.where(signs, self.up, self.down), self.Z, self.H)
+
+    def backward(self, signs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The signs (S, units) for which D_s E b, with the best b, is nearest to the column space of G_1.
 
         For given signs that is a smallest principal angle. Its two vectors, u in the column space and v = E b, show for
-        every unit whether u = up·v or u = down·v is nearer; units where v is almost 0 keep their sign. b is None where
-        D_s E b is not in the column space.
+        every unit whether u = up·v or u = down·v is nearer; units where v is almost 0 keep their sign. Gives the signs,
+        the b (S, R_2), the sines (S,), and whether D_s E b is in the column space (S,).
         """
         count, U = len(self.E), self.first.U
         up, down = self.up[:count], self.down[:count]
-        mine, seen = signs[:count], []
+        mine, live, seen = signs[:, :count].clone(), torch.arange(len(signs)), []
+        b, sines, following = self.E.new_zeros(len(signs), self.E.shape[1]), *U.new_ones(2, len(signs))
         for _ in range(MAX_SIGN_STEPS):
-            D = torch.where(mine, up, down)
-            b, sine, following = smallest_principal_angle(D[:, None] * self.E, U)
-            v = self.E @ b
-            u = U @ (U.T @ (D * v))
+            D = torch.where(mine[live], up, down)
+            b[live], sines[live], following[live] = smallest_principal_angles(D, self.E, U)
+            v = b[live] @ self.E.T
+            u = (D * v) @ U @ U.T
             nearer = (u - down * v).abs() - (u - up * v).abs()
-            turned = torch.where(nearer.abs() > self.tolerance * u.square().mean().sqrt(), nearer > 0, mine)
-            if turned.equal(mine) or any(turned.equal(s) for s in seen):
+            sure = nearer.abs() > self.tolerance * u.square().mean(1, keepdim=True).sqrt()
+            turned = torch.where(sure, nearer > 0, mine[live])
+            seen.append(mine.clone())
+            new = ~torch.stack([(turned == earlier[live]).all(1) for earlier in seen]).any(0)
+            live, turned = live[new], turned[new]
+            if not len(live):
                 break
-            seen.append(mine)
-            mine = turned
-        return torch.cat([mine, signs[count:]]), b if self.passes(sine, following) else None, sine
+            mine[live] = turned
+        return torch.cat([mine, signs[:, count:]], 1), b, sines, self.passes(sines, following)
 
     def row_space_residual(self, q: Tensor) -> float:
         """Share of G_2's rows, by norm, outside the span of the hidden vectors of these inputs and those found."""
