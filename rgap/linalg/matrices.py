@@ -12,7 +12,7 @@ from rgap.isolation import accelerator
 
 WIDE_RATIO = 8  # columns over rows from which a Gram matrix is made without use of its symmetry
 MIN_ON_ACCELERATOR = 256  # unknowns from which a system is worth the way to an accelerator and back
-SKETCH_SIZE = 24  # columns of a random sketch at first
+SKETCH_SIZE = 24  # columns of a random sketch at first, beyond the rank that is expected
 SKETCH_SURPLUS = 12  # columns that it must have beyond the singular values that count
 
 WELL_CONDITIONED = 0.03
@@ -33,13 +33,14 @@ def svd(A: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]
         return tuple(torch.from_numpy(f) for f in factors)
 
 
-def leading_svd(A: Tensor, cut: float) -> tuple[Tensor, Tensor, Tensor]:
+def leading_svd(A: Tensor, cut: float, rank: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """U, S, Vh of A with every singular value above cut · σ_max, and some below: of low rank in a few products.
 
-    A random sketch (Halko, Martinsson & Tropp 2011, with a power iteration) is enlarged until it holds them all; the
-    largest value below the cut may come out some per cent too small. The whole decomposition where that is cheaper.
+    A random sketch (Halko, Martinsson & Tropp 2011, with a power iteration) has room for an expected `rank` and is
+    enlarged until it holds them all; the largest value below the cut may come out some per cent too small. The whole
+    decomposition where that is cheaper.
     """
-    generator, size = torch.Generator().manual_seed(0), SKETCH_SIZE
+    generator, size = torch.Generator().manual_seed(0), rank + SKETCH_SIZE
     while 4 * size < min(A.shape):
         Q = A @ torch.randn(A.shape[1], size, generator=generator, dtype=A.dtype)
         Q = torch.linalg.qr(A @ torch.linalg.qr(A.T @ torch.linalg.qr(Q)[0])[0])[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 GRAM_FLOOR = 1e-14  # share of its trace that is added to a Gram matrix, so that a Cholesky factor exists
 MIN_RESOLVED_SINE = 1e-3  # sine of the second angle from which squares of cosines resolve it
 ANGLE_REFINEMENTS = 2  # steps with the residual of A; one suffices where its columns are not nearly dependent
+INVERSE_STEPS = 3  # between two changes of signs; more hardly find more patterns
 SAME_COSINE = 0.99  # cosine between two starts' directions, or patterns, above which they lead to the same
 
 
@@ -78,27 +79,38 @@ def settled_patterns(
 ) -> tuple[Tensor, Tensor, int]:
     """Replaces signs (S, h) by those of the vector D_s Z q nearest to the range of H, until they are stable.
 
-    Z (h, k) and H (h, l) are orthonormal; D_s has the slopes (h,) for positive and negative entries. Gives the signs,
-    the sines (S,) of the last angles, 1 of a start that met another, which goes on alone, and the steps taken.
+    Z (h, k) and H (h, l) are orthonormal; D_s has the slopes (h,) for positive and negative entries. Each q is
+    approached by inverse iteration from the one before, for the signs that it gives need no more. Gives the signs, the
+    sines (S,) of the last angles, 1 of a start that met another, which goes on alone, and the steps taken.
     """
     live, sines, taken = torch.arange(len(signs)), Z.new_ones(len(signs)), 0
+    q = torch.where(signs, 1.0, -1.0).to(Z.dtype) @ Z
     for _ in range(steps):
-        directions, squares = nearest_directions(*sloped_grams(torch.where(signs[live], *slopes), Z, H))
-        q = directions[:, :, -1]
-        sines[live] = (1 - squares[:, -1]).clamp(min=0).sqrt()
+        q, sines[live] = _nearer(q, *sloped_grams(torch.where(signs[live], *slopes), Z, H))
         z = q @ Z.T
         turned = z > 0
         against = (turned == signs[live]).sum(1) * 2 < signs.shape[1]
         turned[against] = z[against] < 0
         goes_on = (turned != signs[live]).any(1)
         signs, taken = signs.index_put((live,), turned), taken + len(live)
-        q = q / q.norm(dim=1, keepdim=True)
         met = ((q @ q.T).abs() > SAME_COSINE).tril(-1).any(1)
         sines[live[met]] = 1.0
-        live = live[goes_on & ~met]
+        live, q = live[goes_on & ~met], q[goes_on & ~met]
         if not len(live):
             break
     return signs, sines, taken
+
+
+def _nearer(q: Tensor, gram: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors q (S, k) with A q nearer to the range of V, and the sines (S,), from AᵀA and VᵀA."""
+    outside, q = gram - inside.mT @ inside, q[:, :, None]
+    floor = GRAM_FLOOR * gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-280)
+    L = torch.linalg.cholesky(outside + floor[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype))
+    for _ in range(INVERSE_STEPS):
+        q = torch.cholesky_solve(gram @ q, L)
+        q = q / q.norm(dim=1, keepdim=True)
+    squares = (q.mT @ outside @ q) / (q.mT @ gram @ q)
+    return q[:, :, 0], squares[:, 0, 0].clamp(min=0).sqrt()
 
 
 def different_patterns(signs: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def _separated(tail: Sequence[Layer], received: SharedGradient, size: BatchSize,
     The search takes starts and steps in proportion to the rank, each of its third power: it is left out where many
     images are left or, behind few outputs, after the search for patterns.
     """
-    spans = size.span, row_span(tail[1], received.gradients, received.precision)
+    spans = size.span, row_span(tail[1], received.gradients, received.precision, size.span.rank)
     options = {"precision": received.precision, "seed": seed, "spans": spans}
     rank, apart = size.span.rank, None
     if rank <= MAX_SEARCHED_FIRST or spans[1].rank >= rank:
@@ -157,7 +157,7 @@ def read_again(chain: Chain, received: SharedGradient, loss: str, start: Start) 
     was not found again.
     """
     tail, precision = chain.layers, received.precision
-    spans = tuple(row_span(layer, received.gradients, precision) for layer in tail[:2])
+    spans = tuple(row_span(layer, received.gradients, precision, len(start.x)) for layer in tail[:2])
     if start.peeled:  # no hidden vector alone need pass a test
         apart = peel_again(tail, received, spans, loss, start.x, start.errors)
     else:

@@ -52,17 +52,17 @@ class BatchSize:
     is_exceeded: bool = False  # whether the rank is higher than the given size: more images, or noise
 
 
-def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float) -> Span:
+def row_span(layer: Layer, gradients: Mapping[str, Tensor], precision: float, expected: int = 0) -> Span:
     """The row and column spaces of one fully connected layer's gradient.
 
     Entries with relative errors of `precision` have spurious singular values of about a tenth of it, relative to the
-    largest; those above `precision` count.
+    largest; those above `precision` count. An `expected` rank, if known, saves time.
     """
     G = layer.gradient(gradients).flatten(1)
     if layer.bias_name is not None:
         G = torch.cat([G, gradients[layer.bias_name][:, None]], 1)
     cut = max(precision, 1e-14)
-    U, S, Vt = leading_svd(G, cut)
+    U, S, Vt = leading_svd(G, cut, expected)
     relative = S / S[0].clamp(min=torch.finfo(S.dtype).tiny)
     rank = int((relative > cut).sum())
     above = relative[rank - 1].item() if rank else 0.0
@@ -156,7 +156,7 @@ def find_batch_size(chain: Chain, received: SharedGradient, given: int | None) -
     """
     below = first_dense(chain)
     first, lone = chain.layers[below], below == len(chain.layers) - 1 > 0
-    span = row_span(first, received.gradients, received.precision)
+    span = row_span(first, received.gradients, received.precision, given or 0)
     gap = math.inf if span.below_cut == 0 else span.above_cut / span.below_cut
     found = f"the gradient of {first.name!r} has {span.rank} singular values above rounding, {gap:.1g} times the next"
     if given is None and min(len(span.U), len(span.V)) == 1:
