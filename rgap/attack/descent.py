@@ -18,7 +18,6 @@ from torch import Tensor
 
 from rgap.attack.pattern import Slopes, decide_activation_pattern, settle_signs
 from rgap.equations import LayerSolution, bias_residual, identity_residual, solve_layer
-from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
 from rgap.head.hypothesis import Start, least_squares_input, rank_one
 from rgap.linalg import rms
 from rgap.network.layer import Chain, Layer
@@ -26,17 +25,12 @@ from rgap.results import LayerReport
 from rgap.shared_gradient import FLOAT64_FLOOR, SharedGradient
 from rgap.virtual.certificate import VirtualSolution
 from rgap.virtual.closure import ERROR_AMPLIFICATION, close_by_previous
-from rgap.virtual.range import close_by_range, range_factor
+from rgap.virtual.range import close_by_range
 
-MAX_PRECISION_CONDITION = 1e-5
-"""Precision times condition number above which range constraints join a batch's system even without a deficit."""
-
+MAX_PRECISION_CONDITION = 1e-5  # precision times condition from which range constraints join a batch's system anyway
 DOUBT_RATIO = 1e4  # outputs smaller than this times the precision times their root mean square may have the wrong sign
-
-MAX_ZERO_INPUT = 1e-6
-"""Size of z − b relative to z up to which a layer's input is taken for zero where its weight's gradient is."""
-
 MIN_DOUBT = 1e-8  # smallest such size, relative to the root mean square
+MAX_ZERO_INPUT = 1e-6  # ‖z − b‖ / ‖z‖ up to which a layer's input counts as zero where its weight's gradient is zero
 
 Closer = Callable[[Layer, SharedGradient, LayerSolution, Tensor, Tensor], VirtualSolution | None]
 """(layer before, gradients, a layer's solution, its z, δx by its input) -> the closed solution, None where none is."""
@@ -48,7 +42,6 @@ class NoiseProbe:
 
     x: Tensor  # change of the output, (B, …)
     dx: Tensor  # change of the gradient by it, (B, …)
-    noise: Mapping[str, Tensor]  # parameter name -> change of its gradient
     generator: torch.Generator  # source of the random numbers drawn on the way
 
     @property
@@ -81,26 +74,30 @@ class Descent:
     solutions: Mapping[str, LayerSolution] = field(default_factory=dict, repr=False)
 
 
-def descend(
-    chain: Chain,
-    received: SharedGradient,
-    start: Start,
-    *,
-    probe: NoiseProbe | None = None,
-    close: Closer | None = None,
-    give_up: float = math.inf,
-    like: Descent | None = None,
-) -> Descent:
-    """Recovers the inputs of every layer below a start.
+@dataclass(frozen=True)
+class _PreActivation:
+    """A layer's pre-activation and the gradient by it, from its output."""
 
-    Args:
-        chain: The prepared network.
-        received: The gradients of the mean loss, their precision and the cutoff.
-        start: The inputs of one layer and the gradients by them, of all images.
-        probe: A draw of the noise and its effect on the start, to predict errors and decide signs; one image only.
-        close: What may close the null space of a rank-deficient layer, such as `close_by_virtual_constraints`.
-        give_up: Identity residual above which the start is dropped and the descent stays incomplete.
-        like: A batch's descent by almost the same gradient, whose factors serve once more.
+    x: Tensor  # output, (B, O, H′, W′), of a batch with doubtful signs settled
+    z: Tensor  # pre-activation, of the same shape
+    known: Tensor | None  # entries of z that x determines; None where it determines all
+    slopes: Slopes | None  # σ′(z) by a noise probe; None where σ has no kink
+    dz: Tensor  # gradient by z
+    G: Tensor  # the weight's gradient; zeros where none is shared
+    has_equations: bool  # whether K(δz) x = vec(G) holds
+    mismatch: float  # identity residual
+
+
+def descend(
+    chain: Chain, received: SharedGradient, start: Start, *, probe: NoiseProbe | None = None,
+    close: Closer | None = None, give_up: float = math.inf, like: Descent | None = None,
+) -> Descent:  # fmt: skip
+    """Recovers the inputs of every layer below a start, whose inputs and gradients by them are known for all images.
+
+    For one image a probe of the noise, at the start, predicts errors and decides signs. `close` may close the null
+    space of a rank-deficient layer, as `close_by_virtual_constraints` does. An identity residual above `give_up` drops
+    the start, and the descent stays incomplete. The factors of a batch's descent by almost the same gradient, `like`,
+    serve once more.
     """
     reports, x, dx, mismatch = list(start.reports), start.x, start.dx, 0.0
     if probe is not None:
@@ -109,59 +106,66 @@ def descend(
     left_open, beliefs, noise_stds, solutions = [], {}, [], {}
     for i in reversed(range(start.layer if len(x) else 0)):
         layer, above, begin = chain.layers[i], chain.layers[i + 1], time.perf_counter()
-        has_gradient = not layer.is_fixed and not set(layer.weight_names) & set(received.absent)
-        G = layer.gradient(received.gradients) if has_gradient else torch.zeros_like(layer.weight)
         x, dx = (t.reshape(-1, *layer.output_shape) for t in (x, dx))
-        if len(x) > 1 and has_gradient:
-            x = settle_signs(layer, G, x, dx, doubt=max(DOUBT_RATIO * received.precision, MIN_DOUBT))
-            inputs[above.name] = x.reshape(-1, *above.feature_shape)
-        if len(x) == 1:
-            z, known = layer.activation.invert(x, _accuracy(reports[-1], received))
-        else:  # a batch crosses only activations with an inverse everywhere
-            z, known = layer.activation.inverse(x), None
-        slopes = None
-        if has_gradient and probe is not None:
-            std = rms(layer.gradient(probe.noise)).item()
-            path = received.positive_shares, received.reach.get(layer.name)
-            slopes = decide_activation_pattern(layer, G, x, dx, probe.error, std, *path)
-        dz = (layer.activation.derivative(z) if slopes is None else slopes.values) * dx
-        if slopes is not None or layer.activation.has_kink:
-            positive[layer.name] = z > 0 if slopes is None else slopes.positive
-        if has_gradient:
-            mismatch = max(mismatch, identity_residual(layer, G, dz, z, known))
-            if layer.bias_name is not None and layer.bias_name not in received.absent:
-                mismatch = max(mismatch, bias_residual(layer, received.gradients[layer.bias_name], dz))
+        at = _through_activation(layer, received, x, dx, probe, reports[-1])
+        inputs[above.name], mismatch = at.x.reshape(-1, *above.feature_shape), max(mismatch, at.mismatch)
+        if layer.activation.has_kink or at.slopes is not None:
+            positive[layer.name] = at.z > 0 if at.slopes is None else at.slopes.positive
         if mismatch > give_up and not left_open:  # below an open layer identities fail for every label
             return Descent(start, inputs, tuple(reports), mismatch, False)
-        equations = (G, dz if has_gradient or _reads_zeros(layer, received, z) else 0 * dz, z)
-        options = {"known": known, "precision": received.precision, "like": like and like.solutions.get(layer.name)}
-        solution = solve_layer(layer, *equations, rcond=received.rcond, **options)
-        report = solution.report
+        options = {"known": at.known, "precision": received.precision, "like": like and like.solutions.get(layer.name)}
+        solution = solve_layer(
+            layer, at.G, at.dz if at.has_equations else 0 * at.dz, at.z, rcond=received.rcond, **options
+        )
+        x, report = solution.x, solution.report
         noise_stds += [] if solution.noise_std is None or left_open else [solution.noise_std]
         if probe is None:
-            dx = layer.adjoint(dz)
+            dx = layer.adjoint(at.dz)
         else:
-            probe, dx = _propagate(layer, probe, solution, x, dx, z, dz, slopes)
+            probe, dx = _propagate(layer, received, probe, solution, at, dx)
             report = replace(report, predicted_error=probe.error)
-        if known is not None:
-            report = replace(report, saturated=int((~known).sum()))
-        x = solution.x
+        if at.known is not None:
+            report = replace(report, saturated=int((~at.known).sum()))
         closable = close and i and not left_open  # below an open layer z is wrong, and no solution fits
-        closed = close(chain.layers[i - 1], received, solution, z, dx) if closable else None
+        closed = close(chain.layers[i - 1], received, solution, at.z, dx) if closable else None
+        certified = closed is not None and closed.certified
         if len(x) > 1:
-            again = closed is not None and closed.certified
-            solutions[layer.name] = replace(solution, closed=closed) if again else solution
-        if closed is not None and (closed.certified or report.deficit):
+            solutions[layer.name] = replace(solution, closed=closed) if certified else solution
+        if closed is not None and (certified or report.deficit):
             x, report, probe = _closed(closed, x, report, probe)
             if closed.beliefs is not None:
                 beliefs[layer.name] = torch.from_numpy(closed.beliefs)
-        if report.deficit and (closed is None or not closed.certified):
+        if report.deficit and not certified:
             left_open.append(layer.name)
         inputs[layer.name] = x.reshape(-1, *layer.feature_shape)
         reports.append(replace(report, seconds=time.perf_counter() - begin))
     inputs = {layer.name: inputs[layer.name] for layer in chain.layers}
     found = (tuple(left_open), beliefs, tuple(noise_stds), probe, positive, solutions)
     return Descent(start, inputs, tuple(reports), mismatch, True, *found)
+
+
+def _through_activation(
+    layer: Layer, received: SharedGradient, x: Tensor, dx: Tensor, probe: NoiseProbe | None, above: LayerReport
+) -> _PreActivation:
+    """Inverts a layer's activation at x and decides doubtful signs; `above` reports on the layer that gave x."""
+    has_gradient = not layer.is_fixed and not set(layer.weight_names) & set(received.absent)
+    G = layer.gradient(received.gradients) if has_gradient else torch.zeros_like(layer.weight)
+    if len(x) == 1:
+        z, known = layer.activation.invert(x, _accuracy(above, received))
+    else:  # a batch crosses only activations with an inverse everywhere
+        if has_gradient:
+            x = settle_signs(layer, G, x, dx, doubt=max(DOUBT_RATIO * received.precision, MIN_DOUBT))
+        z, known = layer.activation.inverse(x), None
+    slopes = None
+    if has_gradient and probe is not None:
+        std = rms(layer.gradient(received.noise)).item()
+        path = received.positive_shares, received.reach.get(layer.name)
+        slopes = decide_activation_pattern(layer, G, x, dx, probe.error, std, *path)
+    dz = (layer.activation.derivative(z) if slopes is None else slopes.values) * dx
+    mismatch = identity_residual(layer, G, dz, z, known) if has_gradient else 0.0
+    if has_gradient and layer.bias_name is not None and layer.bias_name not in received.absent:
+        mismatch = max(mismatch, bias_residual(layer, received.gradients[layer.bias_name], dz))
+    return _PreActivation(x, z, known, slopes, dz, G, has_gradient or _reads_zeros(layer, received, z), mismatch)
 
 
 def close_by_virtual_constraints(
@@ -176,44 +180,33 @@ def close_by_virtual_constraints(
     report = solution.report
     if len(solution.x) == 1:
         return close_by_previous(before, received, solution, z, dx, full=full) if report.deficit else None
-    solved = solution.solved[0]
     blurred = received.precision * (report.condition or 1.0) > MAX_PRECISION_CONDITION
-    if before.is_fixed or len(solution.solved) > 1 or solved is None or not (report.deficit or blurred):
-        return None
-    factor = range_factor(before)
-    if factor is None or len(solution.x) * factor.basis.shape[1] < report.deficit + CERTIFICATE_SURPLUS:
-        return None
-    precision = max(received.precision, FLOAT64_FLOOR)
-    return close_by_range(before, factor, solution, precision=precision, rcond=received.rcond)
+    return close_by_range(before, received, solution) if report.deficit or blurred else None
 
 
 def drawn_head(chain: Chain, received: SharedGradient) -> tuple[Tensor, Tensor]:
     """Directions of the last layer's input and of the gradient by it, after a draw of the noise on its gradient."""
-    head, dz = chain.layers[-1], None
+    head, bias = chain.layers[-1], chain.layers[-1].bias_name
     G = (head.gradient(received.gradients) + head.gradient(received.noise)).flatten(1)
-    if head.bias_name is not None:
-        dz = received.gradients[head.bias_name] + received.noise[head.bias_name]
-    if dz is None or not received.gradients[head.bias_name].any():
+    if bias is not None and received.gradients[bias].any():
+        dz = received.gradients[bias] + received.noise[bias]
+        x = least_squares_input(G, dz)
+    else:
         factors = rank_one(G)
         x, dz = factors.v, factors.u
-    else:
-        x = least_squares_input(G, dz)
     return x, head.adjoint(dz[None, :, None, None]).flatten(1)
 
 
-def start_probe(
-    chain: Chain, received: SharedGradient, start: Start, drawn: tuple[Tensor, Tensor] | None = None
-) -> NoiseProbe:
-    """A single image's start with a draw of the noise on the last layer's gradient, as by `drawn_head`.
+def start_probe(start: Start, drawn: tuple[Tensor, Tensor]) -> NoiseProbe:
+    """A single image's start with a draw of the noise on the last layer's gradient, from `drawn_head`.
 
     The draw turns x and δz. Their lengths are one number, of which a draw could be any small one: it has its standard
     deviation, except where nothing determines it.
     """
-    x, dx = drawn or drawn_head(chain, received)
-    (error,) = start.length_errors
+    (error,), (x, dx) = start.length_errors, drawn
     error = error if math.isfinite(error) else 0.0
     x, dx = _turned(x, start.x, error), _turned(dx, start.dx, -error)
-    return NoiseProbe(x, dx, received.noise, torch.Generator().manual_seed(1))
+    return NoiseProbe(x, dx, torch.Generator().manual_seed(1))
 
 
 def _turned(drawn: Tensor, values: Tensor, error: float) -> Tensor:
@@ -225,24 +218,20 @@ def _turned(drawn: Tensor, values: Tensor, error: float) -> Tensor:
 
 
 def _propagate(
-    layer: Layer, probe: NoiseProbe, solution: LayerSolution, x: Tensor, dx: Tensor, z: Tensor, dz: Tensor,
-    slopes: Slopes | None,
-) -> tuple[NoiseProbe, Tensor]:  # fmt: skip
-    """The probe of a layer's input, from that of its output x (B, O, H′, W′), and the gradient by it.
-
-    Slopes are None where σ has no kink.
-    """
-    changed, _ = layer.activation.invert(x + probe.x.reshape(x.shape))
-    if slopes is not None:
-        slope = slopes.draw(probe.generator)
+    layer: Layer, received: SharedGradient, probe: NoiseProbe, solution: LayerSolution, at: _PreActivation, dx: Tensor
+) -> tuple[NoiseProbe, Tensor]:
+    """The probe of a layer's input, from that of its output, and the gradient by it; dx is that by the output."""
+    changed, _ = layer.activation.invert(at.x + probe.x.reshape(at.x.shape))
+    if at.slopes is not None:
+        slope = at.slopes.draw(probe.generator)
     else:  # which entries lie on a flat part is known
-        slope = layer.activation.derivative(z if layer.activation.clips else changed)
-    dz_change = slope * (dx + probe.dx.reshape(x.shape)) - dz
+        slope = layer.activation.derivative(at.z if layer.activation.clips else changed)
+    dz_change = slope * (dx + probe.dx.reshape(at.x.shape)) - at.dz
     rest = torch.zeros_like(layer.weight)
     if not layer.is_fixed:
-        rest = layer.rest_of_gradient(layer.gradient(probe.noise), solution.x[0], dz_change[0])
-    dx, change = layer.adjoint(torch.cat([dz, dz_change])).split(len(dz))
-    return NoiseProbe(solution.sensitivity(rest, changed - z), change, probe.noise, probe.generator), dx
+        rest = layer.rest_of_gradient(layer.gradient(received.noise), solution.x[0], dz_change[0])
+    dx, change = layer.adjoint(torch.cat([at.dz, dz_change])).split(len(at.dz))
+    return NoiseProbe(solution.sensitivity(rest, changed - at.z), change, probe.generator), dx
 
 
 def _above(chain: Chain, start: Start) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

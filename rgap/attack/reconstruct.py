@@ -217,7 +217,7 @@ def follow(attack: Attack, starts: Sequence[Start]) -> tuple[list[Descent], list
     drawn = drawn_head(chain, received)
 
     def down(start: Start, give_up: float) -> Descent:
-        probe = start_probe(chain, received, start, drawn)
+        probe = start_probe(start, drawn)
         return descend(chain, received, start, probe=probe, close=close, give_up=give_up)
 
     every = [down(start, MAX_IDENTITY_RESIDUAL) for start in starts]

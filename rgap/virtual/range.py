@@ -22,6 +22,7 @@ from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
 from rgap.equations.systems import ReducedSystem
 from rgap.linalg import LeastSquares, Operator, dense_operator, gram_matrix, least_squares, rms
 from rgap.network.layer import Layer
+from rgap.shared_gradient import FLOAT64_FLOOR, SharedGradient
 from rgap.virtual.certificate import MAX_CERTIFIED_RESIDUAL, VirtualSolution
 from rgap.virtual.closure import ERROR_AMPLIFICATION
 
@@ -42,10 +43,8 @@ def range_factor(before: Layer) -> RangeComplement | None:
     return complement(before)
 
 
-def close_by_range(
-    before: Layer, factor: RangeComplement, solution: LayerSolution, *, precision: float, rcond: float
-) -> VirtualSolution:
-    """Solves a layer's system together with the range constraints of the layer before.
+def close_by_range(before: Layer, received: SharedGradient, solution: LayerSolution) -> VirtualSolution | None:
+    """Solves a layer's system of a batch together with the range constraints of the layer before.
 
     The signs are first looked for in the null space of the layer's own system alone, in which little is open; then both
     kinds of equations are solved together, each in units of its noise. Where the solution was made like another one
@@ -53,19 +52,23 @@ def close_by_range(
 
     Args:
         before: The layer before; its activation stands between.
-        factor: From `range_factor(before)`.
-        solution: The deficient or badly conditioned solution, of a layer without groups.
-        precision: Relative error of the gradient.
-        rcond: Relative cutoff of singular values.
+        received: The gradients, their precision and the cutoff.
+        solution: The layer's own solution.
 
     Returns:
-        A `VirtualSolution` with x (B, n).
+        A `VirtualSolution` with x (B, n); None where the layer before has too little to add.
     """
-    (system, own), x, deficit = solution.solved[0], solution.x.flatten(1), solution.report.deficit
+    solved, deficit = solution.solved[0], solution.report.deficit
+    if before.is_fixed or len(solution.solved) > 1 or solved is None:
+        return None
+    factor = range_factor(before)
+    if factor is None or len(solution.x) * factor.basis.shape[1] < deficit + CERTIFICATE_SURPLUS:
+        return None
+    (system, own), x, precision = solved, solution.x.flatten(1), max(received.precision, FLOAT64_FLOOR)
     rest = system.b - system.A.apply(system.project((x - system.x0)[:, :, None]))[:, 0]
     root = system.b.numel() ** 0.5
     noise = ERROR_AMPLIFICATION * max(rms(rest).item() * root / system.size, ERROR_AMPLIFICATION * precision)
-    rows, rcond = _BatchRows(before, factor.basis, system, noise), min(rcond, 1e-5)
+    rows, rcond = _BatchRows(before, factor.basis, system, noise), min(received.rcond, 1e-5)
     like = None if solution.like is None else solution.like.closed
     first, near, steps = x, None, 0
     if like is not None:

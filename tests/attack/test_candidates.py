@@ -13,7 +13,7 @@ import rgap
 from rgap import client
 from rgap.attack import batch as batches
 from rgap.attack.candidates import Attack, foreseen_deficits, weigh_image
-from rgap.attack.descent import close_by_virtual_constraints, descend, start_probe
+from rgap.attack.descent import close_by_virtual_constraints, descend, drawn_head, start_probe
 from rgap.head import read_head
 from rgap.head.hypothesis import Start, starts_of
 from rgap.results import PixelRange
@@ -99,7 +99,7 @@ def recovered():
     gradients = [g.float() for g in rgap.client_gradients(model, randn(1, 3, 8, 8).abs(), LABEL)]
     received = receive(chain, gradients)
     (start,) = starts_of(chain, read_head("logistic", chain.layers[-1], received, 1).hypotheses[:1])
-    probe = start_probe(chain, received, start)
+    probe = start_probe(start, drawn_head(chain, received))
     attack = Attack(chain, received, "logistic", pixels=PixelRange(-9.0, 9.0))
     return attack, descend(chain, received, start, probe=probe)
 

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,7 +228,7 @@ def test_a_belief_outside_the_range_of_an_activation_certifies_nothing():
     system = ReducedSystem(x.flatten(1), None, lambda X: X.flatten(0, 1), None, None, same, 0 * y, None, 1.0, None)
     own = least_squares(dense_operator(torch.eye(len(y)).double()), y, 1e-4)
     solution = LayerSolution(x, LayerReport("2", len(y), deficit=1), None, ((system, own),))
-    found = close_by_range(layer, range_factor(layer), solution, precision=1e-7, rcond=1e-4)
+    found = close_by_range(layer, SimpleNamespace(precision=1e-7, rcond=1e-4), solution)
     assert not found.certified and torch.equal(found.x, x.flatten(1)) and found.iterations == 0
 
 
