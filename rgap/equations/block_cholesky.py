@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
-from scipy.linalg.blas import dtrsm
+from scipy.linalg.blas import dtrsm, get_blas_funcs
 from scipy.linalg.lapack import dpotrf
 
 MIN_BLOCK = 64  # rows of a block at least, for products of smaller ones are slow
@@ -26,19 +27,26 @@ class BlockCholesky:
         """The diagonal of L."""
         return np.concatenate([np.diag(L) for L in self.diagonal])
 
+    @cached_property
+    def rough(self) -> BlockCholesky:
+        """The factor in float32."""
+        diagonal, below = ([L.astype(np.float32) for L in part] for part in (self.diagonal, self.below))
+        return BlockCholesky(self.order, diagonal, below)
+
     def solve(self, right: NDArray) -> NDArray:
-        """S⁻¹ of columns, (n, k)."""
-        solved, result = np.ascontiguousarray(right[self.order]), np.empty_like(right, order="C")
+        """S⁻¹ of columns, (n, k), in the precision of the factor."""
+        solved = np.ascontiguousarray(right[self.order], self.diagonal[0].dtype)
+        (trsm,), result = get_blas_funcs(("trsm",), (solved,)), np.empty_like(solved)
         parts = np.split(solved, np.cumsum([len(L) for L in self.diagonal])[:-1])
         last = len(parts) - 1
         for i, part in enumerate(parts if right.size else ()):  # rows first in memory: as its transpose, in place
             if i:
                 part -= self.below[i - 1] @ parts[i - 1]
-            dtrsm(1.0, self.diagonal[i], part.T, side=1, lower=1, trans_a=1, overwrite_b=1)
+            trsm(1.0, self.diagonal[i], part.T, side=1, lower=1, trans_a=1, overwrite_b=1)
         for i in range(last, -1, -1) if right.size else ():
             if i < last:
                 parts[i] -= self.below[i].T @ parts[i + 1]
-            dtrsm(1.0, self.diagonal[i], parts[i].T, side=1, lower=1, overwrite_b=1)
+            trsm(1.0, self.diagonal[i], parts[i].T, side=1, lower=1, overwrite_b=1)
         result[self.order] = solved
         return result
 

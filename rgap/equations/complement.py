@@ -43,14 +43,14 @@ class RangeComplement:
         """Whether A is Wᵀ: no more outputs than inputs."""
         return math.prod(self.layer.output_shape) <= self.layer.unknowns
 
-    def solve(self, right: Tensor) -> Tensor:
-        """(AᵀA)⁻¹ of columns, (columns of A, k)."""
-        return torch.from_numpy(self.factor.solve(right.numpy()))
+    def solve(self, right: Tensor, rough: bool = False) -> Tensor:
+        """(AᵀA)⁻¹ of columns, (columns of A, k); `rough` in float32."""
+        return torch.from_numpy((self.factor.rough if rough else self.factor).solve(right.numpy())).to(right.dtype)
 
-    def lift(self, z: Tensor) -> Tensor:
-        """W⁺ z of every image, not refined: (B, O, H′, W′) -> (B, C, H, W)."""
+    def lift(self, z: Tensor, rough: bool = False) -> Tensor:
+        """W⁺ z of every image, not refined: (B, O, H′, W′) -> (B, C, H, W); `rough` by a factor in float32."""
         inner = z if self.is_wide else self.layer.adjoint(z)
-        solved = self.solve(inner.flatten(1).T).T.reshape(inner.shape)
+        solved = self.solve(inner.flatten(1).T, rough).T.reshape(inner.shape)
         return self.layer.adjoint(solved) if self.is_wide else solved
 
     def minimum_norm(self, z: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,11 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS
-from rgap.virtual.inference import DeficientLayer, assemble, gradient_rows, independent_gradients
+from rgap.virtual.inference import DeficientLayer, RangeRows, gradient_rows, independent_gradients
 from rgap.virtual.linearisation import Fit, fit, slope
 
 MAX_CERTIFIED_RESIDUAL = 20.0  # largest certified residual, in units of the data's noise; a wrong sign gives thousands
 MAX_CERTIFIED_CONDITION = 1e5  # largest certified condition number of the final system
+MAX_ROUGH_CONDITION = 1e3  # condition number of the range's equations up to which they are made in float32 and refined
+MAX_REFINEMENTS = 4  # solutions, each by the residual in float64 that the last one has left
+REFINED_STEP = 20.0  # relative step that ends them, in units of the data's noise: float32 leaves little of it
 WEAK_SHARE = 0.07  # eigenvalue, over the largest, up to which the range alone sees a direction badly
 MAX_PIECES = 2  # systems on one piece of σ solved at the end; each corrects signs of entries near zero
 MAX_SIGN_TRIALS = 4  # entries closest to zero whose signs are flipped, one at a time, where the solution does not fit
@@ -44,11 +48,11 @@ def certify(problem: DeficientLayer, t: NDArray, image: NDArray, channels: NDArr
     Where it does not fit, the few entries closest to zero are tried with the other sign, one at a time.
     """
     belief = problem.x + problem.N @ t
-    piece = _solve_pieces(problem, belief, image, channels)
+    piece = _solve_pieces(problem, t, belief, image, channels)
     determined = piece.condition <= MAX_CERTIFIED_CONDITION  # a sign must not decide what the equations leave open
     if determined and not piece.fits and problem.activation.homogeneous:
         flips = (np.arange(len(belief)) == entry for entry in np.argsort(np.abs(belief))[:MAX_SIGN_TRIALS])
-        trials = (_solve_pieces(problem, np.where(flip, -belief, belief), image, channels) for flip in flips)
+        trials = (_solve_pieces(problem, t, np.where(flip, -belief, belief), image, channels) for flip in flips)
         piece = next((trial for trial in trials if trial.fits), piece)
     equations = problem.previous.left.shape[1] + independent_gradients(problem, piece.x, channels)
     surplus = equations + problem.known.size - problem.unknowns
@@ -70,57 +74,80 @@ class _Piece:
     fits: bool
 
 
-def _solve_pieces(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
+def _solve_pieces(problem: DeficientLayer, t: NDArray, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
     """Solves on the piece of σ on which m lies, then on the one on which the solution lies, and so on."""
     for left in reversed(range(MAX_PIECES)):
-        piece = _solve_piece(problem, m, image, channels, last=not left)
+        piece = _solve_piece(problem, t, m, image, channels, last=not left)
         if piece.stays or piece.condition > MAX_CERTIFIED_CONDITION:
             break
         m = piece.x
     return piece
 
 
-def _solve_piece(problem: DeficientLayer, m: NDArray, image: NDArray, channels: NDArray, last: bool) -> _Piece:
-    """Solves the linear system on the piece of σ on which m lies, for θ = (t, y).
+def _solve_piece(
+    problem: DeficientLayer, t: NDArray, m: NDArray, image: NDArray, channels: NDArray, last: bool
+) -> _Piece:
+    """Solves the linear system on the piece of σ on which m lies, for θ = (t, y), from a t near the solution.
 
     Where the range of the layer before and what is `known` determine θ, its gradient corrects it in the directions P
     that they see worst, and is tested as a whole; elsewhere both kinds of equations are solved together. On any piece
     but the `last` the gradient is spared where the range alone leads to another one.
     """
     fitted, N = fit(problem.activation, m, np.full(len(m), 1e-60)), problem.N
-    d, r = N.shape[1], problem.previous.null.shape[1]
+    (d, r), q, known = (N.shape[1], problem.previous.null.shape[1]), problem.previous.left.shape[1], problem.known.size
     unit = problem.noise * np.sqrt(np.mean((fitted.alpha + fitted.beta * m) ** 2))
-    A, b = _own_rows(problem, fitted, m, unit)
     theta, P, strong, draw, generator = np.zeros(d + r), np.eye(d + r), [], 0.0, np.random.default_rng(0)
-    if not r and len(A) - d >= CERTIFICATE_SURPLUS and channels.size:
-        own = _least_squares(A, b, np.linalg.norm(A, axis=0), generator)
-        hasty = _piece(problem, m, (own.directions @ own.x)[:d], np.zeros(d), own.rest / unit, own.values)
+    alone = not r and q + known - d >= CERTIFICATE_SURPLUS and channels.size
+    rough = alone and problem.previous.is_sharp
+    A, rest_of = _own_rows(problem, fitted, unit, problem.rough_rows if rough else problem.range_rows)
+    if alone:
+        own = _Decomposed.of(A)
+        if rough and own.values[-1] > MAX_ROUGH_CONDITION**2 * own.values[0]:
+            rough, (A, _) = False, _own_rows(problem, fitted, unit, problem.range_rows)
+            own = _Decomposed.of(A)
+        theta, rest = own.refined(t, rest_of, REFINED_STEP * problem.noise)
+        hasty = _piece(problem, m, theta, np.zeros(d), rest / unit, own.values)
         if not (last or hasty.stays or hasty.condition > MAX_CERTIFIED_CONDITION):
             return hasty
         seen = own.values > WEAK_SHARE * own.values[-1]
-        strong, P = own.values[seen], own.directions[:, ~seen]
-        theta, draw = own.directions[:, seen] @ own.x[seen], own.directions[:, seen] @ own.draw[seen]
-    A, b, norms = A @ P, b - A @ theta, np.ones(P.shape[1])
+        strong, P, draw = own.values[seen], own.directions[:, ~seen], own.draw(rest, generator, seen)
+    A = A @ P
     if channels.size:
-        own = gradient_rows(problem, fitted, m, image, channels, problem.x + N @ theta[:d], N @ P[:d])
-        weight = unit / np.maximum(unit, problem.noise * own.size)
-        A = np.vstack([A, (own.A + own.null @ P[d:]) * weight[:, None]])
-        b = np.concatenate([b, (own.b - own.null @ theta[d:]) * weight])
-    if not len(strong):  # P's columns, which one system has singled out, show by their length what neither sees
-        norms = np.linalg.norm(A, axis=0)
-    found = _least_squares(A, b, norms, generator)
-    P = P @ found.directions
-    t, error = (theta + P @ found.x)[:d], (draw + P @ found.draw)[:d]
-    return _piece(problem, m, t, error, found.rest / unit, np.concatenate([found.values, strong]))
+        by_gradient = gradient_rows(problem, fitted, m, image, channels, N @ P[:d], rough=rough)
+        weight = unit / np.maximum(unit, problem.noise * by_gradient.size)
+        A = np.vstack([A, (by_gradient.A + by_gradient.null @ P[d:]) * weight[:, None]])
+
+    def rest_of_all(theta: NDArray) -> NDArray:
+        if not channels.size:
+            return rest_of(theta)
+        missed = by_gradient.rest(problem.x + N @ theta[:d]) - by_gradient.null @ theta[d:]
+        return np.concatenate([rest_of(theta), missed * weight])
+
+    # P's columns, which one system has singled out, show by their length what neither sees
+    found = _Decomposed.of(A, scaled=not len(strong))
+    theta, rest = found.refined(theta, rest_of_all, REFINED_STEP * problem.noise, P)
+    error = draw + P @ found.draw(rest, generator)
+    return _piece(problem, m, theta[:d], error[:d], rest / unit, np.concatenate([found.values, strong]))
 
 
-def _own_rows(problem: DeficientLayer, fitted: Fit, m: NDArray, unit: float) -> tuple[NDArray, NDArray]:
-    """The range's equations, and what the deficient layer knows of ill-conditioned directions, in the same units."""
-    rows = assemble(problem, fitted, m, problem.x[:0], np.arange(0), None, problem.noise)
-    known = np.flatnonzero(np.isfinite(rows.known))
-    weight = unit / np.concatenate([rows.floor, rows.known[known]])
-    A, b = np.vstack([rows.A, np.eye(rows.A.shape[1])[known]]), np.concatenate([rows.b, np.zeros(known.size)])
-    return A * weight[:, None], b * weight
+def _own_rows(
+    problem: DeficientLayer, fitted: Fit, unit: float, rows: RangeRows
+) -> tuple[NDArray, Callable[[NDArray], NDArray]]:
+    """The range's equations, and what the deficient layer knows of ill-conditioned directions: A and θ -> b − A θ.
+
+    All in units of the range's; b − A θ is not made with A, which may be rough.
+    """
+    previous, N, known = problem.previous, problem.N, unit / problem.known
+    d, r = N.shape[1], previous.null.shape[1]
+    q, at = previous.left.shape[1], slice(d - len(known), d)
+    A = np.zeros((q + len(known), d + r))
+    A[:q, :d], A[:q, d:], A[q:, at] = rows.at(fitted.beta), -previous.gains, np.diag(known)
+
+    def rest(theta: NDArray) -> NDArray:
+        z = fitted.alpha + fitted.beta * (problem.x + N @ theta[:d]) - previous.bias
+        return np.concatenate([previous.gains @ theta[d:] - z @ previous.left, -known * theta[at]])
+
+    return A, rest
 
 
 def _piece(problem: DeficientLayer, m: NDArray, t: NDArray, error: NDArray, rest: NDArray, values: NDArray) -> _Piece:
@@ -133,23 +160,43 @@ def _piece(problem: DeficientLayer, m: NDArray, t: NDArray, error: NDArray, rest
     return _Piece(x, problem.N @ error, residual, condition, stays, fits)
 
 
-class _Solution(NamedTuple):
-    """A least-squares solution in the singular directions of A, whose columns are divided by their norms."""
+class _Decomposed(NamedTuple):
+    """A system in the singular directions of its matrix A, whose columns may be divided by their norms."""
 
+    A: NDArray
     values: NDArray  # squares of the singular values, ascending
     directions: NDArray  # columns, of unit length once they are multiplied with the norms
-    x: NDArray  # the solution's coefficients
-    draw: NDArray  # a draw of their errors, from the residual
-    rest: NDArray  # b − A x
 
+    @classmethod
+    def of(cls, A: NDArray, scaled: bool = True) -> _Decomposed:
+        norms = np.linalg.norm(A, axis=0) + 1e-300 if scaled else np.ones(A.shape[1])
+        values, Q = np.linalg.eigh(A.T @ A / norms / norms[:, None])
+        return cls(A, values, Q / norms[:, None])
 
-def _least_squares(A: NDArray, b: NDArray, norms: NDArray, generator: np.random.Generator) -> _Solution:
-    scaled = A / (norms + 1e-300)
-    values, Q = np.linalg.eigh(scaled.T @ scaled)
-    kept = np.maximum(values, 1e-14 * values[-1:])
-    x = (Q.T @ (scaled.T @ b)) / kept
-    rest = b - scaled @ (Q @ x)
-    std = np.linalg.norm(rest) / np.sqrt(max(len(rest) - len(x), 1))
-    return _Solution(
-        values, Q / (norms + 1e-300)[:, None], x, std * generator.standard_normal(len(x)) / np.sqrt(kept), rest
-    )
+    @property
+    def kept(self) -> NDArray:
+        """The values that are divided by."""
+        return np.maximum(self.values, 1e-14 * self.values[-1:])
+
+    def solve(self, b: NDArray) -> NDArray:
+        """The least-squares solution of A x = b."""
+        return self.directions @ (self.directions.T @ (self.A.T @ b) / self.kept)
+
+    def refined(
+        self, x: NDArray, rest: Callable[[NDArray], NDArray], enough: float, P: NDArray | None = None
+    ) -> tuple[NDArray, NDArray]:
+        """The solution from x, along the columns of P, and its residual, for a rough A and x -> b − A x that is not.
+
+        A relative step that is small `enough` is the last.
+        """
+        for _ in range(MAX_REFINEMENTS):
+            step = self.solve(rest(x)) if P is None else P @ self.solve(rest(x))
+            x = x + step
+            if np.linalg.norm(step) <= enough * np.linalg.norm(x):
+                break
+        return x, rest(x)
+
+    def draw(self, rest: NDArray, generator: np.random.Generator, kept: NDArray | slice = slice(None)) -> NDArray:
+        """A draw of the solution's error in some of the directions, from its residual."""
+        std = np.linalg.norm(rest) / np.sqrt(max(len(rest) - len(self.values), 1))
+        return self.directions[:, kept] @ (std * generator.standard_normal(len(self.values)) / np.sqrt(self.kept))[kept]

@@ -4,8 +4,9 @@ A deficient layer determines x up to the t in x = x_mn + N t. The layer before r
 its W, and that its own gradient is K(δz′) x′ with δz′ = σ′(z′) ∘ δx. For LeakyReLU both are linear in t once the signs
 of x are known, and exact where these are right. The paper counts such equations; here they are solved (ours).
 
-The signs are not guessed one by one. Every entry of x has a Gaussian belief N(m, v), under which σ⁻¹ and σ′ are
-replaced by their best linear fits (`linearisation`). The fits' residuals are noise of known covariance, and one step of
+The signs are not guessed one by one. Where the range of W has equations enough, Newton's method mostly settles on them
+(`newton`). Else every entry of x has a Gaussian belief N(m, v), under which σ⁻¹ and σ′ are replaced by their best
+linear fits (`linearisation`). The fits' residuals are noise of known covariance, and one step of
 generalised least squares gives the next belief, its variance scaled by the step's own χ² where that exceeds 1. As v
 falls the step becomes the linear system on one piece of σ, which is solved at the end, alone, and certified.
 """
@@ -28,6 +29,7 @@ from rgap.shared_gradient import FLOAT64_FLOOR, SharedGradient
 from rgap.virtual.certificate import VirtualSolution, certify
 from rgap.virtual.inference import DeficientLayer, assemble, update
 from rgap.virtual.linearisation import fit, flattened
+from rgap.virtual.newton import MAX_OPEN_SHARE, settled_on_range
 from rgap.virtual.previous import previous_factors, smooth_image_rows
 
 ERROR_AMPLIFICATION = 5.0  # rough error of a pre-activation, over the gradient's, through the layers above and σ⁻¹
@@ -92,7 +94,12 @@ def solve_virtual(problem: DeficientLayer, *, reads_image: bool = False, full: b
     LinAlgError if a belief is so far off that the equations overflow. Unless `full`, None for a large system that is
     short of equations.
     """
-    beliefs: list = []
+    if steps := settled_on_range(problem):
+        beliefs, image = [problem.x + problem.N @ t for t in steps], np.zeros(problem.previous.layer.unknowns)
+        solution = certify(problem, steps[-1], image, _channels(problem), beliefs)
+        if solution.certified:
+            return solution
+    beliefs = []
     for channels, rows in _plan(problem, reads_image):
         independent = 0 if problem.G is None else channels.size * (problem.G[0].size - problem.homogeneous)
         room = problem.previous.left.shape[1] + independent
@@ -112,7 +119,7 @@ def _plan(problem: DeficientLayer, reads_image: bool) -> list[tuple[NDArray, tup
     """Attempts by cost: with the range of W alone where that suffices, then with the gradient, first from a prior."""
     supplied = problem.previous.spare
     channels, deficit = _channels(problem), problem.N.shape[1] - problem.known.size
-    plan = [(channels[:0], None)] if deficit <= 0.75 * supplied else []
+    plan = [(channels[:0], None)] if deficit <= MAX_OPEN_SHARE * supplied else []
     gradients = 0 if problem.G is None else problem.G.size
     tight = deficit + problem.previous.null.shape[1] > 0.7 * (problem.previous.left.shape[1] + gradients)
     if reads_image and tight:
@@ -169,8 +176,6 @@ def _attempt(
         fits, early = prior is None and chi2 < 100, spread < SHARP_SPREAD * rms and problem.activation.homogeneous
         done = (fits and (sharp or still)) or (hopeless and step >= 4 and still) or waited > 8 or step == MAX_STEPS - 1
         if done or (fits and early and not tried):
-            if problem is not whole and problem.range_rows.rows is not None:
-                whole.range_rows.extend(problem.range_rows)
             yield np.pad(t, (0, whole.N.shape[1] - t.size)), image
             tried = True
         if done:

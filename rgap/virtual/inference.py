@@ -6,6 +6,7 @@ noise of known covariance.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,6 +61,11 @@ class DeficientLayer:
         return RangeRows(self.previous.left, self.N)
 
     @cached_property
+    def rough_rows(self) -> RangeRows:
+        """The same in float32."""
+        return RangeRows(self.previous.rough_left, self.rough)
+
+    @cached_property
     def rough(self) -> NDArray:
         """N in float32: enough for variances, and for beliefs that are wide."""
         return self.N.astype(np.float32)
@@ -78,16 +84,12 @@ class RangeRows:
         """The rows, (q, d); what has moved is added to those of the β before."""
         moved = np.arange(0) if self.beta is None else np.flatnonzero(beta != self.beta)
         if self.beta is None or 4 * len(moved) > 3 * len(beta):
-            self.rows = self.left.T @ (beta[:, None] * self.N)
+            self.rows = self.left.T @ (beta.astype(self.N.dtype)[:, None] * self.N)
         elif len(moved):
-            self.rows = self.rows + self.left[moved].T @ ((beta - self.beta)[moved, None] * self.N[moved])
+            change = (beta - self.beta)[moved, None].astype(self.N.dtype)
+            self.rows = self.rows + self.left[moved].T @ (change * self.N[moved])
         self.beta = beta
         return self.rows
-
-    def extend(self, fewer: RangeRows) -> None:
-        """Starts from the rows that the first columns of N have."""
-        further = self.left.T @ (fewer.beta[:, None] * self.N[:, fewer.N.shape[1] :])
-        self.beta, self.rows = fewer.beta, np.hstack([fewer.rows, further])
 
 
 @dataclass(frozen=True)
@@ -123,16 +125,12 @@ def assemble(
     q = previous.left.shape[1]
     z = fitted.alpha + fitted.beta * problem.x - previous.bias
     scale = np.sqrt(np.mean((fitted.alpha + fitted.beta * m) ** 2))
-    left = previous.rough_left if wide else previous.left
-    if wide:
-        by_range = left.T @ (fitted.beta.astype(np.float32)[:, None] * problem.rough)
-    else:
-        by_range = problem.range_rows.at(fitted.beta)
-    parts, right = [np.hstack([by_range, -previous.gains])], [-(z @ previous.left)]
-    eps, floor, eta = [left], [np.full(q, noise * scale)], []
+    by_range = problem.rough_rows if wide else problem.range_rows
+    parts, right = [np.hstack([by_range.at(fitted.beta), -previous.gains])], [-(z @ previous.left)]
+    eps, floor, eta = [by_range.left], [np.full(q, noise * scale)], []
     if channels.size:
-        own = gradient_rows(problem, fitted, m, image, channels, problem.x, N)
-        parts, right = [*parts, np.hstack([own.A, own.null])], [*right, own.b]
+        own = gradient_rows(problem, fitted, m, image, channels, N)
+        parts, right = [*parts, np.hstack([own.A, own.null])], [*right, own.rest(problem.x)]
         floor.append(noise * np.maximum(scale, own.size))
         eps.append((previous.gradient_rows(own.dz, previous.pinv) * own.weight[:, None]).T)
         eta = [(slice(q + at.start, q + at.stop), entries, R) for at, entries, R in own.eta]
@@ -150,11 +148,11 @@ def assemble(
 
 @dataclass(frozen=True)
 class GradientRows:
-    """Equations of the layer before's own gradient for x + N t and y, in rows of about unit norm: A t + null y = b."""
+    """Equations of the layer before's own gradient for x + N t and y, in rows of about unit norm."""
 
-    A: NDArray
+    A: NDArray  # A t + null y = rest(x)
     null: NDArray
-    b: NDArray
+    rest: Callable[[NDArray], NDArray]  # what an x leaves unexplained
     size: NDArray  # of the gradient itself, in each row
     weight: NDArray  # what the rows were multiplied with
     dz: NDArray  # of the channels used, (channels, H′, W′)
@@ -162,27 +160,32 @@ class GradientRows:
 
 
 def gradient_rows(
-    problem: DeficientLayer, fitted: Fit, m: NDArray, image: NDArray, channels: NDArray, x: NDArray, N: NDArray
-) -> GradientRows:
-    """The gradient's equations, linearised as `assemble` does it, about x (n,) along the columns of N (n, k)."""
+    problem: DeficientLayer, fitted: Fit, m: NDArray, image: NDArray, channels: NDArray, N: NDArray,
+    *, rough: bool = False,
+) -> GradientRows:  # fmt: skip
+    """The gradient's equations, linearised as `assemble` does it, along the columns of N (n, k); `rough` in float32."""
     previous, k = problem.previous, N.shape[1]
     dz = (fitted.pi.reshape(problem.dx.shape) * problem.dx)[channels]
-    z = fitted.alpha + fitted.beta * x - previous.bias
-    K = previous.gradient_rows(
-        dz, np.hstack([previous.invert(np.column_stack([fitted.beta[:, None] * N, z])), previous.sketch])
-    )
-    size = np.linalg.norm(K[:, k + 1 :], axis=1)
+    columns = previous.invert(fitted.beta[:, None] * N, rough)
+    K = previous.gradient_rows(dz, np.hstack([columns, previous.sketch]))
+    size = np.linalg.norm(K[:, k:], axis=1)
     nonzero = size > MIN_ROW_NORM_RATIO * size.max()
     weight = np.where(nonzero, 1 / np.where(nonzero, size, 1.0), 0.0)
     K *= weight[:, None]
-    g = problem.G[channels].ravel() * weight
-    A, b, eta = K[:, :k], g - K[:, k], []
+    A, g, eta = K[:, :k], problem.G[channels].ravel() * weight, []
     if fitted.rho.any() or fitted.var_eta.any():
         eta = _responses(problem, image, channels, weight)
     for rows, entries, R in eta:
         A[rows] += R @ (fitted.rho[entries, None] * N[entries])
-        b[rows] -= R @ (fitted.rho * (x - m))[entries]
-    return GradientRows(A, K[:, K.shape[1] - previous.null.shape[1] :], b, np.abs(g), weight, dz, eta)
+
+    def rest(x: NDArray) -> NDArray:
+        z = fitted.alpha + fitted.beta * x - previous.bias
+        missed = g - weight * previous.gradient_rows(dz, previous.invert(z[:, None]))[:, 0]
+        for rows, entries, R in eta:
+            missed[rows] -= R @ (fitted.rho * (x - m))[entries]
+        return missed
+
+    return GradientRows(A, K[:, K.shape[1] - previous.null.shape[1] :], rest, np.abs(g), weight, dz, eta)
 
 
 def _responses(problem: DeficientLayer, image: NDArray, channels: NDArray, weight: NDArray) -> list:

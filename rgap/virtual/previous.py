@@ -29,6 +29,7 @@ MAX_PLAIN_CONDITION = 1e4
 """Condition number of W above which its weak directions are unknowns: in W⁺ z′ they would drown all others."""
 
 WEAK_RATIO = 1e-2  # singular value of a weak direction, relative to the largest
+MIN_SHARP_PIVOT = 1e-2  # smallest over largest pivot of WᵀW's Cholesky factor from which its inverse serves in float32
 SKETCH_COLUMNS = 64  # random columns by which the norms of gradient rows are estimated, to a tenth
 
 
@@ -58,6 +59,12 @@ class PreviousLayer:
         """Equations of the range of W beyond those that weak directions need."""
         return max(self.left.shape[1] - self.null.shape[1], 0)
 
+    @property
+    def is_sharp(self) -> bool:
+        """Whether W is so well-conditioned that W⁺ in float32 shows the way to a solution."""
+        pivots = self.factor.factor.pivots
+        return self.strong is None and pivots.min() > MIN_SHARP_PIVOT * pivots.max()
+
     @cached_property
     def rough_left(self) -> NDArray:
         """`left` in float32."""
@@ -76,12 +83,12 @@ class PreviousLayer:
         columns = np.random.default_rng(0).standard_normal((len(self.left), SKETCH_COLUMNS)) / SKETCH_COLUMNS**0.5
         return np.hstack([self.invert(columns), self.null])
 
-    def invert(self, columns: NDArray) -> NDArray:
-        """W⁺ of columns, (n_z, k) -> (n_x, k)."""
+    def invert(self, columns: NDArray, rough: bool = False) -> NDArray:
+        """W⁺ of columns, (n_z, k) -> (n_x, k); `rough` by a factor in float32."""
         if self.strong is not None:
             return self.strong @ columns
         images = torch.from_numpy(np.ascontiguousarray(columns.T)).reshape(-1, *self.layer.output_shape)
-        return self.factor.lift(images).flatten(1).numpy().T[self.order]
+        return self.factor.lift(images, rough).flatten(1).numpy().T[self.order]
 
     def lift(self, z: NDArray, y: NDArray) -> NDArray:
         """x′ = W⁺ (z′ − b) + null y in natural order, (n_x,)."""

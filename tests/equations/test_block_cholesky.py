@@ -24,6 +24,8 @@ def test_columns_are_solved_for_block_by_block(n, band, blocks):
         before = right.copy()
         assert_allclose(S @ found.solve(right), right, atol=1e-12)
         assert (right == before).all()
+    assert_allclose(S @ found.rough.solve(np.eye(n)), np.eye(n), atol=1e-4)
+    assert found.rough.solve(np.eye(n)).dtype == np.float32
     assert_allclose(2 * np.log(found.pivots).sum(), np.linalg.slogdet(S)[1])
 
 

@@ -7,6 +7,7 @@ from numpy.testing import assert_allclose
 
 from rgap.network.activations import IDENTITY
 from rgap.virtual import certificate as virtual
+from rgap.virtual import previous
 from rgap.virtual.closure import solve_virtual
 from rgap.virtual.linearisation import slope
 
@@ -86,3 +87,27 @@ def test_a_direction_that_no_equation_sees_is_not_certified():
     refused = certify(blind, x)
     assert not refused.certified and refused.condition > virtual.MAX_CERTIFIED_CONDITION
     assert certify(replace(problem, G=blind.G, dx=blind.dx), x).certified
+
+
+@pytest.mark.parametrize("constant", ["MAX_ROUGH_CONDITION", "MIN_SHARP_PIVOT"])
+def test_what_is_made_in_float32_is_refined(monkeypatch, constant):
+    problem, x = open_problem(30)
+    assert problem.previous.is_sharp
+    rough = certify(problem, x)
+    monkeypatch.setattr(
+        previous if constant in vars(previous) else virtual, constant, {"MIN_SHARP_PIVOT": 1.0}.get(constant, 0.0)
+    )
+    precise = certify(problem, x)
+    assert rough.certified and relative(rough.x, x) < 1e-12 and relative(rough.x, precise.x) < 1e-12
+    assert rough.condition == pytest.approx(precise.condition, rel=1e-3)
+
+
+def test_a_rough_inverse_that_is_wrong_certifies_nothing(monkeypatch):
+    problem, x = open_problem(30)
+    monkeypatch.setattr(
+        type(problem.previous.factor.factor),
+        "rough",
+        property(lambda factor: replace(factor, below=[0 * L for L in factor.below])),
+    )
+    found = certify(problem, x)
+    assert not found.certified or relative(found.x, x) < 1e-12

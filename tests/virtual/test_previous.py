@@ -45,6 +45,7 @@ def test_lift_undoes_the_layer(layer):
     found, x = previous_factors(layer), randn(layer.unknowns).numpy()
     z = (layer.apply(torch.from_numpy(x).reshape(layer.input_shape)) + layer.pre_bias()).flatten().numpy()
     assert_allclose(found.lift(z, found.null.T @ x[found.order]), x, atol=1e-9)
+    assert_allclose(found.invert(z[:, None], rough=True), found.invert(z[:, None]), rtol=0, atol=1e-3 * abs(x).max())
     other = found.lift(z, randn(found.null.shape[1], seed=1).numpy())
     assert_allclose(dense(layer) @ other + found.bias, z, atol=1e-9)
     assert found.bias.shape == z.shape and found.bias.any() == (layer.bias is not None)
