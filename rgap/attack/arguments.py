@@ -7,13 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from rgap.arguments import (
-    MAX_SQUARED_NUMBER,
-    check_count,
-    check_labels,
-    check_number,
-    check_pixel_range,
-)
+from rgap.arguments import MAX_SQUARED_NUMBER, check_count, check_labels, check_number, check_pixel_range
 from rgap.client import check_label, check_loss, check_smoothing, outputs_fit
 from rgap.network.activations import IDENTITY
 from rgap.network.chain import Chain, prepare
@@ -24,6 +18,8 @@ from rgap.results import GradientMismatchError, UnsupportedLayerError
 from rgap.separation.subspaces import first_dense
 from rgap.shared_gradient import SharedGradient
 from rgap.tokens import PatchEmbedding, recognise
+
+EFFORTS = ("auto", "full")
 
 
 def checked_chain(
@@ -72,8 +68,12 @@ def _without_chain(model, image_shape, refusal: UnsupportedLayerError) -> PatchE
         raise UnsupportedLayerError(both) from reason
 
 
-def check_options(loss, batch_size, pixel_range, rcond, noise_std, gradient_scale=None, label_smoothing=None) -> None:
+def check_options(
+    loss, batch_size, pixel_range, rcond=None, noise_std=None, gradient_scale=None, label_smoothing=None, effort="auto"
+) -> None:
     """Refuses options that are out of range for any network, by name."""
+    if effort not in EFFORTS:
+        raise ValueError(f"effort is {effort!r}; known: {', '.join(EFFORTS)}")
     check_loss(loss)
     check_smoothing(loss, label_smoothing)
     if gradient_scale is not None:
@@ -103,8 +103,11 @@ def check_arguments(chain: Chain, loss, batch_size, labels) -> None:
         check_label(labels, loss, outputs)
 
 
-def check_batch(chain: Chain, loss: str) -> None:
-    """Refuses networks through which no batch can be recovered, naming the first layer that prevents it."""
+def check_batch(chain: Chain, loss: str, labels: Tensor | Sequence[int] | None, size: int) -> list[int] | None:
+    """Refuses networks through which no batch can be recovered, naming the first layer that prevents it.
+
+    Gives the labels that were given, sorted: their order has no meaning.
+    """
     below = first_dense(chain)
     _check_separable(chain.layers[below:], loss)
     for layer in chain.layers[:below]:
@@ -113,6 +116,7 @@ def check_batch(chain: Chain, loss: str) -> None:
                 f"layer {layer.name!r}: a batch needs convolutions with invertible activations, and "
                 f"{layer.activation.name} is constant on a half-line; single images do not (batch_size=1)"
             )
+    return None if labels is None else sorted(check_labels(labels, size).tolist())
 
 
 def check_shared(chain: Chain, received: SharedGradient) -> None:
@@ -158,10 +162,3 @@ def _check_separable(layers: Sequence[Layer], loss: str) -> None:
                 f"layer {layer.name!r}: a batch is taken apart through LeakyReLU, PReLU or ReLU, "
                 f"and its activation is {layer.activation.name}"
             )
-
-
-def checked_batch_labels(labels: Tensor | Sequence[int] | None, size: int) -> list[int] | None:
-    """Labels that were given for a batch, one integer an image, sorted: their order has no meaning."""
-    if labels is None:
-        return None
-    return sorted(check_labels(labels, size).tolist())

@@ -18,19 +18,21 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rgap.attack.descent import Closer, Descent, NoiseProbe
-from rgap.attack.misfit import NOISE_RESIDUAL_FACTOR, Misfit, misfit
+from rgap.attack.descent import Closer, Descent
+from rgap.attack.misfit import NOISE_RESIDUAL_FACTOR, Misfit, NoiseProbe, misfit
 from rgap.attack.pattern import project_to_pattern
 from rgap.client.gradients import loss_gradients
 from rgap.equations.limits import DEFAULT_LIMITS
 from rgap.equations.rank_laws import CERTIFICATE_SURPLUS, RankLaws, layer_laws
 from rgap.head.hypothesis import REAL_TARGET, Start, Twin
+from rgap.linalg import rms
 from rgap.network.layer import Chain, Layer
-from rgap.results import Candidate, LayerReport, PixelRange
+from rgap.results import PIXEL_SLACK_FACTOR, Candidate, LayerReport, PixelRange
 from rgap.shared_gradient import FLOAT64_FLOOR, SharedGradient
 
-PIXEL_SLACK_FACTOR = 5.0  # times its predicted error by which a pixel may lie outside the range
-MIN_PIXEL_SLACK = 1e-8  # the same in widths of the range, for errors of float64 arithmetic
+MIN_PIXEL_SLACK = (
+    1e-8  # distance outside the range, in widths of it, that a pixel may have, for errors of float64 arithmetic
+)
 MAX_PATTERN_FLIPS = 30  # units of an image that may lie on another piece than was decided; noise flips more
 UNKNOWNS_A_SECOND = 1000  # open unknowns of a dense system solved within about a second; time grows with the cube
 MAX_FUTILE_SECONDS = 0.5  # seconds, by estimate, that may be spent on the part of a hopeless network that is determined
@@ -87,15 +89,13 @@ def twins(descent: Descent) -> Iterator[Descent]:
     yield descent
     for twin in descent.start.twins[0][1:]:
         factor = twin.factor
-        scaled = {
-            key: {name: factor * x for name, x in getattr(descent, key).items()} for key in ("layer_inputs", "beliefs")
-        }
+        scaled = [{name: factor * x for name, x in of.items()} for of in (descent.layer_inputs, descent.beliefs)]
         errors = [None if r.predicted_error is None else abs(factor) * r.predicted_error for r in descent.reports]
         reports = tuple(replace(r, predicted_error=e) for r, e in zip(descent.reports, errors, strict=True))
         probe = None if descent.probe is None else replace(descent.probe, x=factor * _relengthened(descent, twin))
         label = descent.start.labels if twin.label == REAL_TARGET else torch.tensor([twin.label])
         start = replace(descent.start, labels=label, length_errors=(twin.length_error,))
-        yield replace(descent, start=start, **scaled, reports=reports, probe=probe)
+        yield replace(descent, start=start, layer_inputs=scaled[0], beliefs=scaled[1], reports=reports, probe=probe)
 
 
 def _relengthened(descent: Descent, twin: Twin) -> Tensor:
@@ -114,9 +114,8 @@ def weigh_images(attack: Attack, descents: Sequence[Descent]) -> list[Weighed]:
     error explains, needs no comparison of its own. Nothing that may be certified goes without.
     """
     found: dict[int, Weighed] = {}
-    for place in sorted(
-        range(len(descents)), key=lambda i: not attack.pixels.contains(attack.images(descents[i]), 0.0)
-    ):
+    order = sorted(range(len(descents)), key=lambda i: not attack.pixels.contains(attack.images(descents[i]), 0.0))
+    for place in order:
         found[place] = weigh_image(attack, descents[place], list(found.values()))
     return [found[place] for place in range(len(descents))]
 
@@ -182,8 +181,7 @@ def _on_decided_pattern(chain: Chain, descent: Descent, image: Tensor) -> Tensor
     if descent.probe is None or descent.open_layers:
         return None
     moved = project_to_pattern(chain.layers[:-1], image, descent.positive, MAX_PATTERN_FLIPS)
-    by = (moved - image).square().mean().sqrt().item()
-    size = image.square().mean().sqrt().item()
+    by, size = rms(moved - image), rms(image).item()
     return moved if 0 < by <= NOISE_RESIDUAL_FACTOR * max(descent.probe.error, FLOAT64_FLOOR * size) else None
 
 
@@ -226,13 +224,8 @@ def _laws(layer: Layer, absent: set[str]) -> RankLaws:
 def _supplied(before: Layer, absent: set[str]) -> tuple[int, int]:
     """Equations that a layer supplies at most to the next one, and unknowns that come with them."""
     laws, outputs = _laws(before, absent), math.prod(before.output_shape)
-    largest = max(outputs, before.unknowns)
-    if (
-        before.groups > 1
-        or before.is_fixed
-        or not before.activation.one_to_one
-        or largest > DEFAULT_LIMITS.max_pinv_side
-    ):
+    usable, largest = before.groups == 1 and before.activation.one_to_one, max(outputs, before.unknowns)
+    if before.is_fixed or not usable or largest > DEFAULT_LIMITS.max_pinv_side:
         return 0, 0
     if laws.weights is None:
         return largest + before.weight.numel(), 0

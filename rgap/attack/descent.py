@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from rgap.attack.misfit import NoiseProbe
 from rgap.attack.pattern import Slopes, decide_activation_pattern, settle_signs
 from rgap.equations import LayerSolution, bias_residual, identity_residual, solve_layer
-from rgap.head.hypothesis import Start, least_squares_input, rank_one
+from rgap.head.hypothesis import Start
 from rgap.linalg import rms
 from rgap.network.layer import Chain, Layer
 from rgap.results import LayerReport
@@ -34,21 +35,6 @@ MAX_ZERO_INPUT = 1e-6  # ‖z − b‖ / ‖z‖ up to which a layer's input cou
 
 Closer = Callable[[Layer, SharedGradient, LayerSolution, Tensor, Tensor], VirtualSolution | None]
 """(layer before, gradients, a layer's solution, its z, δx by its input) -> the closed solution, None where none is."""
-
-
-@dataclass(frozen=True)
-class NoiseProbe:
-    """One draw of the noise, and how it changes a layer's output."""
-
-    x: Tensor  # change of the output, (B, …)
-    dx: Tensor  # change of the gradient by it, (B, …)
-    generator: torch.Generator  # source of the random numbers drawn on the way
-
-    @property
-    def error(self) -> float:
-        """Root mean square of the change of x."""
-        largest = self.x.abs().max()
-        return (largest * rms(self.x / largest)).item() if largest > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -182,39 +168,6 @@ def close_by_virtual_constraints(
         return close_by_previous(before, received, solution, z, dx, full=full) if report.deficit else None
     blurred = received.precision * (report.condition or 1.0) > MAX_PRECISION_CONDITION
     return close_by_range(before, received, solution) if report.deficit or blurred else None
-
-
-def drawn_head(chain: Chain, received: SharedGradient) -> tuple[Tensor, Tensor]:
-    """Directions of the last layer's input and of the gradient by it, after a draw of the noise on its gradient."""
-    head, bias = chain.layers[-1], chain.layers[-1].bias_name
-    G = (head.gradient(received.gradients) + head.gradient(received.noise)).flatten(1)
-    if bias is not None and received.gradients[bias].any():
-        dz = received.gradients[bias] + received.noise[bias]
-        x = least_squares_input(G, dz)
-    else:
-        factors = rank_one(G)
-        x, dz = factors.v, factors.u
-    return x, head.adjoint(dz[None, :, None, None]).flatten(1)
-
-
-def start_probe(start: Start, drawn: tuple[Tensor, Tensor]) -> NoiseProbe:
-    """A single image's start with a draw of the noise on the last layer's gradient, from `drawn_head`.
-
-    The draw turns x and δz. Their lengths are one number, of which a draw could be any small one: it has its standard
-    deviation, except where nothing determines it.
-    """
-    (error,), (x, dx) = start.length_errors, drawn
-    error = error if math.isfinite(error) else 0.0
-    x, dx = _turned(x, start.x, error), _turned(dx, start.dx, -error)
-    return NoiseProbe(x, dx, torch.Generator().manual_seed(1))
-
-
-def _turned(drawn: Tensor, values: Tensor, error: float) -> Tensor:
-    """The change of `values` (1, n) that turns them into the direction drawn, and lengthens them by `error`."""
-    drawn = drawn.reshape(values.shape) / drawn.abs().max()
-    unit = values.abs().max().clamp(min=torch.finfo(values.dtype).tiny)  # squares of small gradients underflow
-    size = unit * (values / unit).norm() / drawn.norm()
-    return (1 + error) * size * (drawn * (values / unit)).sum().sign() * drawn - values
 
 
 def _propagate(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from rgap.attack.arguments import check_options, checked_network
 from rgap.attack.drift import by_fixed_point, by_walks
+from rgap.attack.misfit import NOISE_RESIDUAL_FACTOR
 from rgap.attack.reconstruct import reconstruct
 from rgap.attack.update import FoundImages, UpdateTask, by_first_layer, by_patches
 from rgap.client import LocalTraining, mean_gradients
@@ -44,7 +45,6 @@ from rgap.tokens import PatchEmbedding
 from rgap.tokens.replay import gradient_sizes
 
 STEPS_TRIED = (1, 2, 3, 4, 5, 6, 8, 10)  # numbers of local steps that are tried where it is unknown
-NOISE_RESIDUAL_FACTOR = 5.0  # multiple of the expected residual up to which a simulated update counts as the shared one
 MIN_ALLOWED_RESIDUAL = 1e-10  # residual that float64 arithmetic of many steps explains
 MAX_ALLOWED_RESIDUAL = 1e-2  # residual from which a simulated update is not the shared one, whatever its rounding
 
@@ -118,7 +118,7 @@ def reconstruct_update(
             "that their updates are no weighted sums of gradients"
         )
     network = checked_network(before, image_shape)
-    check_options(loss, batch_size, pixel_range, None, None)
+    check_options(loss, batch_size, pixel_range)
     if batch_size is None:
         raise ValueError("batch_size is None; an update of several steps needs the number of images")
     options = {"momentum": momentum, "weight_decay": weight_decay}

@@ -18,7 +18,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from rgap.linalg import distance, largest_eigenvalue, largest_entry, norm
+from rgap.head.hypothesis import Start, least_squares_input, rank_one
+from rgap.linalg import distance, largest_eigenvalue, largest_entry, norm, rms
+from rgap.network.layer import Chain
 from rgap.shared_gradient import SharedGradient
 
 NOISE_RESIDUAL_FACTOR = 5.0  # multiple of its prediction up to which a tensor's misfit is attributed to noise
@@ -43,6 +45,20 @@ SMALL_SIDE = 256  # rows or columns up to which singular values are computed fro
 
 
 @dataclass(frozen=True)
+class NoiseProbe:
+    """One draw of the noise, and how it changes a layer's output."""
+
+    x: Tensor  # change of the output, (B, …)
+    dx: Tensor  # change of the gradient by it, (B, …)
+    generator: torch.Generator  # source of the random numbers drawn on the way
+
+    @property
+    def error(self) -> float:
+        """Root mean square of the change of x."""
+        return rms(self.x).item()
+
+
+@dataclass(frozen=True)
 class Misfit:
     """How the gradient of images compares with the shared one."""
 
@@ -57,6 +73,37 @@ class Misfit:
     errors: tuple[float, ...] = ()
     largest_errors: tuple[float, ...] = ()  # predicted largest error of a pixel, likewise
     doubt: str = ""  # why noise that was inferred is no explanation; empty where it is
+
+
+def drawn_head(chain: Chain, received: SharedGradient) -> tuple[Tensor, Tensor]:
+    """Directions of the last layer's input and of the gradient by it, after a draw of the noise on its gradient."""
+    head, bias = chain.layers[-1], chain.layers[-1].bias_name
+    G = (head.gradient(received.gradients) + head.gradient(received.noise)).flatten(1)
+    if bias is not None and received.gradients[bias].any():
+        dz = received.gradients[bias] + received.noise[bias]
+        x = least_squares_input(G, dz)
+    else:
+        factors = rank_one(G)
+        x, dz = factors.v, factors.u
+    return x, head.adjoint(dz[None, :, None, None]).flatten(1)
+
+
+def start_probe(start: Start, drawn: tuple[Tensor, Tensor]) -> NoiseProbe:
+    """A single image's start with a draw of the noise on the last layer's gradient, from `drawn_head`.
+
+    The draw turns x and δz. Their lengths are one number, of which a draw could be any small one: it has its standard
+    deviation, except where nothing determines it.
+    """
+    (error,), (x, dx) = start.length_errors, drawn
+    error = error if math.isfinite(error) else 0.0
+    x, dx = _turned(x, start.x, error), _turned(dx, start.dx, -error)
+    return NoiseProbe(x, dx, torch.Generator().manual_seed(1))
+
+
+def _turned(drawn: Tensor, values: Tensor, error: float) -> Tensor:
+    """The change of `values` (1, n) that turns them into the direction drawn, and lengthens them by `error`."""
+    drawn = drawn.reshape(values.shape) / drawn.abs().max()
+    return (1 + error) * norm(values) / norm(drawn) * (drawn * values).sum().sign() * drawn - values
 
 
 def misfit(

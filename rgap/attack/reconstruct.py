@@ -26,17 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from rgap.arguments import check_device, check_seed
-from rgap.attack.arguments import (
-    check_arguments,
-    check_batch,
-    check_options,
-    check_shared,
-    checked_batch_labels,
-    checked_network,
-)
+from rgap.attack.arguments import check_arguments, check_batch, check_options, check_shared, checked_network
 from rgap.attack.batch import weigh_batch
 from rgap.attack.candidates import Attack, Weighed, foreseen_deficits, twins, weigh_images, without_solving
-from rgap.attack.descent import Descent, close_by_virtual_constraints, descend, drawn_head, start_probe
+from rgap.attack.descent import Descent, close_by_virtual_constraints, descend
+from rgap.attack.misfit import drawn_head, start_probe
 from rgap.attack.verdict import judge
 from rgap.client import check_label
 from rgap.head import read_head
@@ -51,14 +45,12 @@ from rgap.separation.subspaces import batch_given_as_one, find_batch_size
 from rgap.shared_gradient import receive
 from rgap.tokens import PatchEmbedding, reconstruct_tokens
 
-EFFORTS = ("auto", "full")
 NOISE_REESTIMATE_RATIO = 3.0  # noise in surplus equations, over that assumed so far, above which it replaces that
 
 REFUTED = (
     "the layers' identities refute every label tried: this is no gradient of one image in this network; if it may be "
     "that of a batch, give batch_size, or None to find it"
 )
-
 MAX_IDENTITY_RESIDUAL = 0.3  # residual of identities (0 for the right label, about 0.9 for a wrong one) that refutes
 
 
@@ -104,10 +96,8 @@ def reconstruct(
             precision (1e-4 for float32, 1e-5 for float64).
         noise_std: Standard deviation of noise known to be on every gradient entry; widens cutoff and tolerance.
         seed: Seed of a batch's random starts; a single image needs none.
-        device: Where the returned images and labels live, by default the CPU. On "cuda" the large dense systems of a
-            chain are solved there, in float64.
-        output: Name or place of the output that the loss is taken on, where the network gives several; the first tensor
-            by default.
+        device: Of images and labels, by default the CPU. On "cuda" a chain's large dense systems are solved there.
+        output: Name or place of the output that the loss is taken on; by default the first tensor of several.
         effort: "auto" stops at once where by the rank laws nothing determines the image, and solving for a part of it
             takes long; its images are then uniform. It leaves layers open that virtual constraints would take minutes
             to close. "full" solves nevertheless.
@@ -115,16 +105,14 @@ def reconstruct(
             `rgap.client`, another number a client that sums, accumulates, weights or clips. None estimates it. Without
             biases a single output does not determine it, nor with it the brightness of the image; under squared error
             a given factor then rests on labels, and the target of a regression must be given as `labels`.
-        label_smoothing: ε of a client that smooths its labels under cross-entropy; None estimates it, where the last
-            layer's equations ask for it.
+        label_smoothing: ε of smoothed labels under cross-entropy; None estimates it where the equations ask for it.
 
     Returns:
         A `Reconstruction`; read its `verdict` before its images. Where no label explains a squared error, its labels
             are the real-valued target, (1, outputs), which the gradient of the last bias determines.
 
     Raises:
-        UnsupportedLayerError: If the network is neither a chain of invertible layers nor such a transformer, or a batch
-            cannot be separated.
+        UnsupportedLayerError: If the network is of no supported kind, or a batch cannot be separated.
         GradientMismatchError: If the gradients do not belong to the network or are not finite.
         ValueError: If another argument is out of range.
 
@@ -139,9 +127,7 @@ def reconstruct(
     """
     device = check_device(device)
     check_seed(seed)
-    if effort not in EFFORTS:
-        raise ValueError(f"effort is {effort!r}; known: {', '.join(EFFORTS)}")
-    check_options(loss, batch_size, pixel_range, rcond, noise_std, gradient_scale, label_smoothing)
+    check_options(loss, batch_size, pixel_range, rcond, noise_std, gradient_scale, label_smoothing, effort)
     chain = checked_network(model, image_shape, output, batch_size)
     asserted = {"gradient_scale": gradient_scale, "label_smoothing": label_smoothing}
     given = asserted | {"batch_size": batch_size, "labels": labels, "pixel_range": pixel_range, "device": device}
@@ -185,8 +171,7 @@ def read(
         check_shared(chain, received)
         size = find_batch_size(chain, received, batch_size)
         if size.size > 1:
-            check_batch(chain, loss)
-            known = checked_batch_labels(labels, size.size)
+            known = check_batch(chain, loss, labels, size.size)
             start, batch_notes = read_batch(chain, received, size, loss, known, seed, attack.gradient_scale)
             found = sorted(start.labels.tolist())
             if known is not None and len(found) == size.size and known != found:
@@ -207,13 +192,11 @@ def read(
 def follow(attack: Attack, starts: Sequence[Start]) -> tuple[list[Descent], list[str]]:
     """Follows each start down to the images; where the layers refute all, the one they contradict least.
 
-    Returns the complete descents, twins of a single image as descents of their own, and a note where the layers decided
-    between labels.
+    Returns the complete descents, also those of a single image's twins, and a note where layers decided between labels.
     """
     chain, received, close = attack.chain, attack.received, attack.close
     if starts[0].batch_size > 1:
         return [descend(chain, received, starts[0], close=close)], []
-
     drawn = drawn_head(chain, received)
 
     def down(start: Start, give_up: float) -> Descent:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from rgap.client import LocalTraining, UpdateGradients, gradients_of
+from rgap.linalg import distance, norm
 from rgap.network.layer import Chain
 from rgap.results import GradientMismatchError, LayerReport, PixelRange
 from rgap.shared_gradient import FLOAT64_FLOOR, receive
@@ -25,7 +26,6 @@ MIN_UNIT_SHARE = 1e-6  # smallest bias gradient of a unit that is looked at, rel
 RANDOM_PROJECTIONS = 64  # random projections of the units' images that are compared with each other
 MAX_CLASSES = 100  # classes up to which the gradient of an image with each label is computed
 MAX_LABELS_TRIED = 5  # most labels with which an image is run through the client's steps
-
 REACH_FACTOR = 1.5  # multiple of what a unit moves in the simulation up to which it may have moved
 MAX_SETTLED_UNITS = 12  # units about which two patterns may disagree for each of them to be decided by a simulation
 
@@ -62,8 +62,7 @@ class UpdateTask:
 
     def miss(self, mean: Mapping[str, Tensor]) -> float:
         """How far a mean gradient is from Ḡ: the root of the parameters' squared relative misses."""
-        pairs = [(mean[name] - g, g) for name, g in self.update.items()]
-        return math.hypot(*(rest.norm().item() / max(g.norm().item(), 1e-300) for rest, g in pairs))
+        return math.hypot(*(distance(mean[name], g) / max(norm(g), 1e-300) for name, g in self.update.items()))
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,7 @@ def by_first_layer(task: UpdateTask) -> FoundImages:
     if not h.any():
         raise GradientMismatchError(f"the update of the bias {layer.bias_name!r} is zero, and the weight's is not")
     groups = [torch.arange(len(h))] if task.batch_size == 1 else _agreeing_units(G, h, G_std, h_std, task.seed)
-    notes = []
-    if len(groups) != task.batch_size:
-        notes = [f"{len(groups)} images of {task.batch_size} show in two units or more that each of them moves alone"]
+    short = f"{len(groups)} images of {task.batch_size} show in two units or more that each of them moves alone"
     images, variances = [], []
     for units in groups[: task.batch_size]:
         own, square = h[units], h[units].square().sum()
@@ -120,7 +117,7 @@ def by_first_layer(task: UpdateTask) -> FoundImages:
         labels = (torch.as_tensor(task.labels),)
     else:
         labels = likely_labels(task, x) if task.batch_size == 1 else (_batch_labels(task, x),)
-    return FoundImages(x, labels, error, (report,), tuple(notes))
+    return FoundImages(x, labels, error, (report,), () if len(groups) == task.batch_size else (short,))
 
 
 def _agreeing_units(G: Tensor, h: Tensor, G_std: Tensor, h_std: Tensor, seed: int) -> list[Tensor]:
@@ -129,8 +126,7 @@ def _agreeing_units(G: Tensor, h: Tensor, G_std: Tensor, h_std: Tensor, seed: in
     x = G[units] / h[units, None]
     std = (G_std[units].square() + (x * h_std[units, None]).square()).mean(1).sqrt() / h[units].abs()
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(x.shape[1], RANDOM_PROJECTIONS, generator=generator, dtype=x.dtype)
-    seen = x @ directions  # of size √n in each entry
+    seen = x @ torch.randn(x.shape[1], RANDOM_PROJECTIONS, generator=generator, dtype=x.dtype)  # √n large in each entry
     floor = FLOAT64_FLOOR * x.square().mean(1).sqrt()
     limit = UNIT_AGREEMENT * x.shape[1] ** 0.5 * (std[:, None] + std + floor[:, None])
     alike = torch.cdist(seen, seen, compute_mode="donot_use_mm_for_euclid_dist") <= limit * RANDOM_PROJECTIONS**0.5
@@ -187,8 +183,10 @@ def simulated_steps(task: UpdateTask, image: Tensor, label: Tensor, shares: Sequ
     reach = [REACH_FACTOR * (path.amax(0) - path.amin(0)) / 2 for path in paths]
     found = [KinkedSteps(mean, [(path > 0).to(path.dtype) for path in paths], reach)]
     if paths and [path[0].numel() for path in paths] == [share.numel() for share in shares]:
-        weights = torch.tensor(task.training.shares, dtype=torch.float64)
-        positive = [_largest(path, weights, share) for path, share in zip(paths, shares, strict=True)]
+        positive = [
+            _largest(path, path.new_tensor(task.training.shares), share)
+            for path, share in zip(paths, shares, strict=True)
+        ]
         found.append(_on_pattern(task, image, label, KinkedSteps(mean, positive, reach)))
     return found
 
@@ -227,8 +225,7 @@ def mean_gradient(
     task: UpdateTask, parameters: Mapping[str, Tensor], image: Tensor, label: Tensor, positive: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """The gradient at other parameters, with the units' mean slopes over steps at which they are `positive`."""
-    weights = torch.tensor(task.training.shares, dtype=torch.float64)
-    with _KinkSlopes([torch.tensordot(weights, one, 1) for one in positive]):
+    with _KinkSlopes([torch.tensordot(one.new_tensor(task.training.shares), one, 1) for one in positive]):
         return gradients_of(task.network.model, parameters, image, label, task.loss)
 
 

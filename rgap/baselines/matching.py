@@ -120,7 +120,7 @@ def gradient_objective(
 ) -> GradientObjective:
     """Checks the arguments of `dlg`, refusing them by name, and builds the objective from them."""
     device = check_device(device)
-    check_options(loss, None, pixel_range, None, noise_std)
+    check_options(loss, None, pixel_range, noise_std=noise_std)
     if isinstance(model, Chain):
         model, image_shape = model.model, model.image_shape if image_shape is None else image_shape
     check_model(model)

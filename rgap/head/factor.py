@@ -60,7 +60,7 @@ def with_factor(
 def _several_outputs(
     loss: str, head: HeadGradient, found: HeadReading, given: bool, smoothing: float | None
 ) -> HeadReading:
-    factors, bias, solved = rank_one(head.G), head.has_bias_gradient, []
+    factors, bias, solved = rank_one(head.G), head.bias is not None, []
     likely, unlikely = _ways(loss, head, factors, found, smoothing)
     for label, sign in (*likely, *unlikely):
         if (label, sign) in unlikely and any(h.misfit <= MAX_MISFIT for _, h in solved):
@@ -85,7 +85,7 @@ def _model(
 
     That error is the one of the next model, whose further unknown is free; whether it is 0 is not known.
     """
-    length = not head.has_bias_gradient
+    length = head.bias is None
     logs = [math.log(abs(h.scale)) for h in own] + rows.length_starts() if length else [0.0]
     logs = logs or [0.0]
 
@@ -129,7 +129,7 @@ def _ways(
     loss: str, head: HeadGradient, factors: RankOne, found: HeadReading, smoothing: float | None
 ) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
     """Labels, each with the sign of u, whose equations are fitted; and those that are where these explain nothing."""
-    bias, more = head.has_bias_gradient, []
+    bias, more = head.bias is not None, []
     likely = {(h.label, 1.0 if bias or h.scale > 0 else -1.0) for h in found.hypotheses}
     if loss == "mse" and bias:
         rows = [rows_of(loss, head, factors, label, 1.0) for label in range(len(head.G))]
@@ -145,7 +145,7 @@ def _ways(
 def _of_fit(head: HeadGradient, factors: RankOne, label: int, sign: float, fit: HeadFit) -> Hypothesis:
     q, log_factor, smoothing = fit.theta.tolist()
     numbers = {"gradient_scale": math.exp(log_factor), "label_smoothing": smoothing}
-    if head.has_bias_gradient:
+    if head.bias is not None:
         scale, x = 2 / head.bias.abs().sum().item(), least_squares_input(head.G, head.bias)
         return Hypothesis(label, scale, head.bias, x, fit.residual, **numbers)
     s = sign * math.exp(q)

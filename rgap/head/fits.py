@@ -152,8 +152,8 @@ def rows_of(loss: str, head: HeadGradient, factors: RankOne, label: int, sign: f
     """The equations of one label, in the bias's gradient or in u, whose sign is chosen."""
     stds, b = entry_stds(head, factors), head.layer.bias
     b = np.zeros(len(head.G)) if b is None else b.numpy()
-    if head.has_bias_gradient:
-        u, v, noise = head.bias, least_squares_input(head.G, head.bias), head.bias_stds
+    if head.bias is not None:
+        u, v, noise = head.bias, least_squares_input(head.G, head.bias), head.bias_std
     else:
         u, v = sign * factors.u, sign * factors.v
         noise = (stds.square() @ v.square()).sqrt() / v.square().sum()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rgap.linalg import distance, norm
 from rgap.network.layer import Chain, Layer
 from rgap.results import GradientMismatchError, LayerReport
 
@@ -23,28 +24,18 @@ class HeadGradient:
 
     layer: Layer  # the last one, with C outputs
     G: Tensor  # gradient of its weight, (C, n), not zero
-    bias: Tensor | None  # gradient of its bias, (C,), if it has one
+    bias: Tensor | None  # gradient of its bias, (C,), which is δz; None where it gives none
     precision: float  # relative error of the gradients' entries
     tolerance: float  # residual up to which the head's equations count as satisfied
     known: int | None  # the label if it was given
-    std: Tensor | None = None  # standard deviation of G's entries, (C, n); None for their relative precision
+    std: Tensor | None = None  # standard deviation of G's entries, (C, n)
     bias_std: Tensor | None = None  # of the bias's gradient, (C,)
     target: Tensor | None = None  # real-valued target of a squared error, (C,), if it was given
-
-    @property
-    def has_bias_gradient(self) -> bool:
-        """Whether the bias's gradient gives δz."""
-        return self.bias is not None
 
     @property
     def labels(self) -> Sequence[int]:
         """Every label that a sample may have."""
         return range(max(len(self.G), 2)) if self.target is None else (REAL_TARGET,)
-
-    @property
-    def bias_stds(self) -> Tensor:
-        """Standard deviation of the bias's gradient, (C,)."""
-        return self.precision * self.bias.abs() if self.bias_std is None else self.bias_std
 
     @property
     def W(self) -> Tensor:
@@ -88,9 +79,7 @@ class Twin(NamedTuple):
     label: int
     factor: float = 1.0  # scale of the image relative to that of the `Start`
     residual: float | None = None  # of the image's own head equations, relative; None where they were not computed
-    length_error: float = (
-        0.0  # relative standard deviation of the length of its x; infinite where nothing determines it
-    )
+    length_error: float = 0.0  # relative standard deviation of its x's length; infinite where nothing determines it
 
 
 @dataclass(frozen=True)
@@ -185,15 +174,14 @@ def _is_white(rest: Tensor) -> bool:
 
 def entry_stds(head: HeadGradient, factors: RankOne) -> Tensor:
     """Standard deviation of G's entries, (C, n): by their format and declared noise, or by what rank one leaves."""
-    known = head.precision * head.G.abs() if head.std is None else head.std
     left = factors.noise * factors.v.norm().item() if factors.white and len(head.G) > 2 else 0.0
-    return known.clamp(min=left)
+    return head.std.clamp(min=left)
 
 
 def bias_error(head: HeadGradient) -> float:
     """Relative standard deviation of the length of x where the bias's gradient is δz."""
     unit = head.bias.abs().max()
-    dz, std = head.bias / unit, head.bias_stds / unit
+    dz, std = head.bias / unit, head.bias_std / unit
     return ((dz * std).norm() / dz.square().sum()).item()
 
 
@@ -204,9 +192,8 @@ def least_squares_input(G: Tensor, dz: Tensor) -> Tensor:
 
 
 def relative(model: Tensor, dz: Tensor) -> float:
-    """‖model − δz‖ / ‖δz‖, without overflow of squares."""
-    unit = dz.abs().max()
-    return (((model - dz) / unit).norm() / (dz / unit).norm()).item()
+    """‖model − δz‖ / ‖δz‖."""
+    return distance(model, dz) / norm(dz)
 
 
 def reading(
@@ -243,14 +230,9 @@ def reading(
 
 
 def reading_with_bias(
-    head: HeadGradient,
-    dz: Tensor,
-    output_gradient: Callable[[Tensor, int], Tensor],
-    notes: list[str],
-    *,
-    label: int | None = None,
-    rounding: float = 0.0,
-) -> HeadReading:
+    head: HeadGradient, dz: Tensor, output_gradient: Callable[[Tensor, int], Tensor], notes: list[str], *,
+    label: int | None = None, rounding: float = 0.0,
+) -> HeadReading:  # fmt: skip
     """The reading of a layer with a bias, whose gradient is δz (C,), not zero: x and z follow, and z must explain δz.
 
     `output_gradient` gives ∂ℓ/∂z of (z, label). The `label` is given where δz alone determines it; by default it is the

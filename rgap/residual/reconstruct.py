@@ -17,6 +17,7 @@ from rgap.residual.invert import START_STD, below, draw_error, invert
 from rgap.residual.walk import Walk
 from rgap.results import (
     MAX_CERTIFIED_ERROR,
+    PIXEL_SLACK_FACTOR,
     Candidate,
     LayerReport,
     PixelRange,
@@ -34,7 +35,6 @@ STALLED_KNOWN = 7.0  # the same with which it stalled
 MAX_ROUNDING_ERRORS = 30.0  # errors of a pre-activation within which its sign may differ from the client's
 MAX_INVERSIONS = 4  # times that what lies below a walk is inverted, each time with other bits
 MAX_TRIED_ENDS = 3  # blind layers that are tried from either end: a gradient that all of these refuse is foreign
-NOISE_RESIDUAL_FACTOR = 5.0  # times its predicted error by which an image may leave the pixel range
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,8 @@ class WalkedImage:
         """Path of each layer below the cut that was solved -> its input, the image first."""
         if self.walk is None:
             return {}
-        nodes = self.walk.graph.nodes
-        found = {
-            nodes[reader].path: known.value[None]
-            for name, known in reversed(self.walk.values.items())
-            for reader in self.walk.readers(name)
-        }
+        nodes, values = self.walk.graph.nodes, reversed(self.walk.values.items())
+        found = {nodes[one].path: known.value[None] for name, known in values for one in self.walk.readers(name)}
         first = next(node.path for node in nodes.values() if node.has_weight)
         found.pop(first, None)
         return {first: image, **found}
@@ -132,9 +128,8 @@ def begin(network: ResidualNetwork, received: SharedGradient, cut: Cut) -> tuple
         return f"it does not determine δz of {cut.last!r}"
     walk.values[node.sources[0]] = Known(solution.x, error=solution.predicted_error * rms(solution.x))
     walk.deltas[cut.top] = walk.deltas[cut.last] = delta
-    unknowns = node.layer.unknowns
     return walk, LayerReport(
-        node.path, unknowns, rank=unknowns, deficit=0, sigma_above_cut=solution.sigma_above_cut,
+        node.path, node.layer.unknowns, rank=node.layer.unknowns, deficit=0, sigma_above_cut=solution.sigma_above_cut,
         sigma_below_cut=solution.sigma_below_cut, residual=solution.residual,
         predicted_error=solution.predicted_error * rms(solution.x).item(), seconds=time.perf_counter() - started,
     )  # fmt: skip
@@ -144,8 +139,7 @@ def _descend(walk: Walk, cut: LayerReport, failed: Sequence[str], start: Tensor)
     """What a finished walk and the inversion below it give."""
     graph, reports = walk.graph, (cut, *walk.reports)
     notes = [*failed, f"entered at {cut.name!r}, by its own gradient: residual {cut.residual:.2g}"]
-    corrected = sum(report.iterations or 0 for report in walk.reports)
-    if corrected:
+    if corrected := sum(report.iterations or 0 for report in walk.reports):
         notes.append(f"{corrected} activation bits were corrected by division")
     if not walk.frontier:
         known = walk.known(graph.image)
@@ -168,14 +162,13 @@ def _descend(walk: Walk, cut: LayerReport, failed: Sequence[str], start: Tensor)
         found = invert(problem, found.image)
     error = ERROR_SAFETY * draw_error(problem, found)
     unknowns, first = math.prod(graph.image_shape), next(node.path for node in graph.nodes.values() if node.has_weight)
-    rank, deficit = (unknowns, 0) if found.converged else (None, None)
-    report = LayerReport(
-        first, unknowns, rank=rank, deficit=deficit, iterations=found.steps, residual=found.misfit,
-        predicted_error=error, seconds=time.perf_counter() - started,
-    )  # fmt: skip
-    if not found.converged:
+    report = LayerReport(first, unknowns, iterations=found.steps, residual=found.misfit, predicted_error=error,
+                         seconds=time.perf_counter() - started)  # fmt: skip
+    if found.converged:
+        report, lost = replace(report, rank=unknowns, deficit=0), ()
+    else:
         notes.append(f"the inversion has not converged: it misses what is known by {found.misfit:.2g}")
-    lost = () if found.converged else (first,)
+        lost = (first,)
     return WalkedImage(walk, found.image, error, (*reports, report), tuple(notes), lost)
 
 
@@ -204,13 +197,13 @@ def reconstruct_residual(
     replay = Replay(model, received, loss, label_smoothing, gradient_scale)
     noise = torch.randn(network.image_shape, generator=torch.Generator().manual_seed(seed)).double()
     found = best_descent(network, received, pixels.middle + START_STD * pixels.width * noise)
-    image = torch.zeros(1, *network.image_shape, dtype=torch.float64) if found.image is None else found.image[None]
+    image = (torch.zeros_like(noise) if found.image is None else found.image)[None]
     label, about_label = _label(replay, image, labels)
     decided = label.is_floating_point() or label.item() >= 0
     scale, whole = replay.match(image, label) if decided else (1.0, math.inf)
     notes = [*received.notes, *found.notes, *about_label]
     part, swapped = (math.inf, "") if found.image is None else found.lower_residual()
-    by_noise = min(NOISE_RESIDUAL_FACTOR * found.error, pixels.width / 2) if math.isfinite(found.error) else 0.0
+    by_noise = min(PIXEL_SLACK_FACTOR * found.error, pixels.width / 2) if math.isfinite(found.error) else 0.0
     inside = pixels.contains(image, MAX_CERTIFIED_ERROR * pixels.width + by_noise)
     candidate = Candidate(
         image.to(device or "cpu"), label.to(device or "cpu"), min(whole, part), inside, found.inputs(image),

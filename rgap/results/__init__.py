@@ -4,6 +4,7 @@ from rgap.results.display import reports_frame
 from rgap.results.ranks import LayerRank, RankAnalysis
 from rgap.results.reconstruction import (
     MAX_CERTIFIED_ERROR,
+    PIXEL_SLACK_FACTOR,
     VERDICTS,
     Candidate,
     GradientMismatchError,
@@ -17,7 +18,7 @@ from rgap.results.reconstruction import (
 )
 
 __all__ = [
-    "MAX_CERTIFIED_ERROR", "VERDICTS", "Candidate", "GradientMismatchError", "LayerRank", "LayerReport",
-    "PixelRange", "RankAnalysis", "Reconstruction", "UnsupportedLayerError", "certified_psnr_db", "noise_limit",
-    "reports_frame", "with_accuracy",
+    "MAX_CERTIFIED_ERROR", "PIXEL_SLACK_FACTOR", "VERDICTS", "Candidate", "GradientMismatchError", "LayerRank",
+    "LayerReport", "PixelRange", "RankAnalysis", "Reconstruction", "UnsupportedLayerError", "certified_psnr_db",
+    "noise_limit", "reports_frame", "with_accuracy",
 ]  # fmt: skip

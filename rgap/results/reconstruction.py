@@ -27,11 +27,9 @@ VERDICTS = ("rank-deficient", "inconsistent", "ambiguous", "exact")
 - "rank-deficient": nothing is certified. Equations are missing: many images have this gradient, and one is shown.
 """
 
-MAX_CERTIFIED_ERROR = 0.01
-"""Largest predicted error of an image that is certified, in widths of the pixel range."""
-
-MIN_ERROR = 1e-16
-"""Smallest error that a number of dB is given for, that of float64: 320 dB."""
+MAX_CERTIFIED_ERROR = 0.01  # largest predicted error of an image that is certified, in widths of the pixel range
+PIXEL_SLACK_FACTOR = 5.0  # times its predicted error by which a pixel may lie outside the range
+MIN_ERROR = 1e-16  # smallest error that a number of dB is given for, that of float64: 320 dB
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rgap.client import UpdateGradients, check_loss
 from rgap.results import (
+    PIXEL_SLACK_FACTOR,
     Candidate,
     GradientMismatchError,
     LayerReport,
@@ -37,7 +38,6 @@ from rgap.tokens.solve import (
 
 MAX_CERTIFIED_ERROR = 2e-3  # predicted error, as a share of the pixel range, up to which an image is certified
 MAX_CLOSED_PRECISION = 1e-6  # relative error of the gradients up to which a deficit is closed by the layers above
-NOISE_RESIDUAL_FACTOR = 5.0  # times its predicted error by which an image may leave the pixel range
 
 
 def reconstruct_tokens(
@@ -190,7 +190,7 @@ def _draw(system: PatchSystem) -> PatchSystem:
 
 def _slack(pixels: PixelRange, error: float) -> float:
     """By how much an image of that predicted error may leave the pixel range."""
-    return MAX_CERTIFIED_ERROR * pixels.width + NOISE_RESIDUAL_FACTOR * error
+    return MAX_CERTIFIED_ERROR * pixels.width + PIXEL_SLACK_FACTOR * error
 
 
 def _candidate(replay: Replay, image: Tensor, label: Tensor, report: LayerReport, pixels, device) -> Candidate:

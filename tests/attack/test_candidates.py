@@ -13,7 +13,8 @@ import rgap
 from rgap import client
 from rgap.attack import batch as batches
 from rgap.attack.candidates import Attack, foreseen_deficits, weigh_image
-from rgap.attack.descent import close_by_virtual_constraints, descend, drawn_head, start_probe
+from rgap.attack.descent import close_by_virtual_constraints, descend
+from rgap.attack.misfit import drawn_head, start_probe
 from rgap.head import read_head
 from rgap.head.hypothesis import Start, starts_of
 from rgap.results import PixelRange
