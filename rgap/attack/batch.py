@@ -63,18 +63,20 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
     match = _match(attack, descent, images, again) if finite else Misfit(math.inf if len(images) else 1.0, 0.0)
 
     # Each image has its own share of fully connected gradients, which tests it unless the share has only a scale.
-    one_scale = chain.homogeneous and chain.layers[-1].output_shape[0] <= 2
-    tested = not one_scale or match.residual <= match.allowed or len(images) < start.batch_size
-    has_shares = start.layer == 0 and tested
+    one_scale = chain.leaves_brightness_open
+    consistent = match.residual <= match.allowed
+    has_shares = start.layer == 0 and (not one_scale or consistent or len(images) < start.batch_size)
     errors = again.errors if start.errors is None else torch.maximum(again.errors, start.errors)
 
     def candidate(b: int, twin: Twin) -> Candidate:
         factor, brightness = start.scales(b)
         own, image = {key: twin.factor * x[b : b + 1] for key, x in inputs.items()}, twin.factor * images[b : b + 1]
-        size = (match.excess if match.residual <= match.allowed else 1.0) * abs(twin.factor)
+        size = (match.excess if consistent else 1.0) * abs(twin.factor)
         known = 0.0 if math.isinf(brightness) else brightness
-        error = math.hypot(size * errors[b].item(), known * rms(image).item())
-        slack = attack.slack(size * again.largest[b].item() + known * image.abs().max().item())
+        # A share that misses by more than noise moves the image by about as much.
+        misses = 0.0 if consistent or not has_shares else twin.residual or 0.0
+        error = math.hypot(size * errors[b].item(), (known + misses) * rms(image).item())
+        slack = attack.slack(size * again.largest[b].item() + (known + misses) * image.abs().max().item())
         inside = attack.pixels.contains(image, slack)
         residual, allowed = match.residual, match.allowed
         if has_shares:
@@ -90,6 +92,9 @@ def weigh_batch(attack: Attack, descent: Descent) -> Weighed:
         return not one.in_pixel_range, one.images.abs().max().item()
 
     each = [sorted((candidate(b, twin) for twin in twins), key=preference) for b, twins in enumerate(start.twins)]
+    outside = [found[0] for found in each if not found[0].in_pixel_range]
+    if one_scale and consistent and outside:  # the factor that was asserted for all is not believed
+        each = [[replace(one, brightness_error=math.inf) for one in found] for found in each]
     unconfirmed = start.ranks[0] < start.batch_size and one_scale
     return Weighed(
         start, _together(descent, images[:0], [found[0] for found in each], match), tuple(map(tuple, each)), unconfirmed

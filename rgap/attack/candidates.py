@@ -138,6 +138,8 @@ def weigh_image(attack: Attack, descent: Descent, others: Sequence[Weighed] = ()
         reports = tuple(replace(r, predicted_error=match.excess * r.predicted_error) for r in reports)
     inside = attack.pixels.contains(image, attack.slack(max(match.largest_errors, default=0.0)))
     factor, brightness = descent.start.scales(0)
+    if not inside and match.residual <= match.allowed and attack.chain.leaves_brightness_open:
+        brightness = math.inf  # the factor that was asserted is not believed
     return Weighed(descent.start, Candidate(
         image, labels, match.residual, inside, attack.inputs(descent, image), reports, descent.open_layers,
         descent.beliefs, match.allowed, max(match.errors, default=None), None, factor / received.unit, brightness,

@@ -103,7 +103,8 @@ def reconstruct(
             to close. "full" solves nevertheless.
         gradient_scale: Factor κ of the shared gradient κ ∇ℓ: 1.0 asserts the gradient of the mean loss, as it stands in
             `rgap.client`, another number a client that sums, accumulates, weights or clips. None estimates it. Without
-            biases a single output does not determine it, nor with it the brightness of the image; under squared error
+            biases a single output does not determine it, nor with it the brightness of the image, and a factor that
+            takes the image out of `pixel_range` is not believed; under squared error
             a given factor then rests on labels, and the target of a regression must be given as `labels`.
         label_smoothing: ε of smoothed labels under cross-entropy; None estimates it where the equations ask for it.
 

@@ -180,7 +180,8 @@ def about_brightness(candidates: Sequence[Candidate]) -> list[str]:
         known = "not determined" if math.isinf(worst) or worst > 1 else f"determined to {worst:.1%} only"
         why = (
             "a gradient scaled by clipping, accumulation or class weights is that of a brighter or darker image; the "
-            "pattern holds, and gradient_scale=1.0 asserts a loss by the book"
+            "pattern holds, and gradient_scale=1.0 asserts a loss by the book, which images outside of the pixel "
+            "range contradict"
         )
         if any(one.labels.is_floating_point() for one in candidates):
             why = (

@@ -227,6 +227,11 @@ class Chain:
         return not constant and all(layer.activation.homogeneous for layer in self.layers)
 
     @property
+    def leaves_brightness_open(self) -> bool:
+        """Whether every factor of the gradient has an image of a brightness of its own, and no equation decides."""
+        return self.homogeneous and self.layers[-1].output_shape[0] <= 2
+
+    @property
     def averages_away(self) -> bool:
         """Whether an activation's whole map becomes one pixel: no equation of the layers above gives it back."""
         pooled = [layer for layer in self.layers if layer.is_fixed and layer.after is not None]

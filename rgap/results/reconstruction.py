@@ -122,9 +122,11 @@ class Candidate:
         beliefs: Name of a layer that virtual constraints closed -> belief on its input after each step, (steps, n).
         residual_allowed: Residual up to which the candidate is consistent, given the gradient's format, its noise and
             the image's predicted error.
-        predicted_error: Predicted root-mean-square error of the image, of a batch that of the worst one, pixel units.
+        predicted_error: Predicted root-mean-square error of the image, of a batch that of the worst one, pixel units;
+            that of a brightness that is not determined is no part of it.
         certified_psnr_db: The same as a PSNR for the pixel range, where the verdict vouches for it: of an "exact"
-            image, and of each of several "ambiguous" ones if it is the right one. None where nothing is certified.
+            image, and of each of several "ambiguous" ones if it is the right one. None where nothing is certified, or
+            the brightness is not determined.
         gradient_scale: Factor κ of the shared gradient κ ∇ℓ under this hypothesis; for a batch the mean over images.
         brightness_error: Relative error of the image's brightness that the last layer's equations leave; infinite where
             they do not determine it.
@@ -216,8 +218,11 @@ def with_accuracy(result: Reconstruction, pixels: PixelRange) -> Reconstruction:
     """
 
     def vouched(verdict: str, candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
-        psnr = certified_psnr_db if verdict in ("exact", "ambiguous") else lambda *_: None
-        return tuple(replace(one, certified_psnr_db=psnr(one, pixels)) for one in candidates)
+        def psnr(one: Candidate) -> float | None:  # an open brightness is no part of the predicted error
+            sure = verdict in ("exact", "ambiguous") and math.isfinite(one.brightness_error)
+            return certified_psnr_db(one, pixels) if sure else None
+
+        return tuple(replace(one, certified_psnr_db=psnr(one)) for one in candidates)
 
     candidates = vouched(result.verdict, result.candidates)
     per_image = tuple((verdict, vouched(verdict, each)) for verdict, each in result.per_image)

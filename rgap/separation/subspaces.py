@@ -168,7 +168,7 @@ def find_batch_size(chain: Chain, received: SharedGradient, given: int | None) -
             "single image needs only one (batch_size=1)"
         )
     caution = ()
-    one_scale = chain.homogeneous and chain.layers[-1].output_shape[0] <= 2
+    one_scale = chain.leaves_brightness_open
     if one_scale:
         caution = (
             "the images' scales depend on this batch size; without bias and with one output or two classes, equal "

@@ -248,6 +248,21 @@ def test_one_output_leaves_the_brightness_of_a_batch_open_unless_the_scale_is_gi
     scaled = [4 * g for g in rgap.client_gradients(network, images, labels)]
     known = rgap.reconstruct(network, scaled, (1, 28, 28), batch_size=5, gradient_scale=4.0)
     check_exact(known, images.double(), labels, 1e-4)
+    wrong = rgap.reconstruct(network, scaled, (1, 28, 28), batch_size=5, gradient_scale=2.0)
+    assert wrong.verdict == "ambiguous" and all(verdict != "exact" for verdict, _ in wrong.per_image)
+
+
+def test_an_image_of_a_gradient_by_other_weights_is_promised_no_better_than_its_share_fits():
+    network, (images, labels) = fcn(outputs=6, bias=True), batch(4, 6)
+    client, generator = fcn(outputs=6, bias=True), torch.Generator().manual_seed(1)
+    for weights in client.parameters():
+        weights.data *= 1 + 1e-4 * torch.randn(weights.shape, generator=generator).double()
+    result = attack(network, gradients(client, images, labels, "cross_entropy"), "cross_entropy", batch_size=4)
+    assert result.verdict == "inconsistent" and [verdict for verdict, _ in result.per_image] == ["exact"] * 4
+    order = rgap.metrics.match(result.images, images)
+    rmse = (result.images - images[order]).square().flatten(1).mean(1).sqrt()
+    predicted = torch.tensor([found[0].predicted_error for _, found in result.per_image]).double()
+    assert (rmse > 5e-6).all() and (rmse < 3 * predicted).all()
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -267,9 +267,11 @@ def test_the_pixel_range_is_an_argument():
     assert attack(network, gradients).verdict == "exact"
     assert attack(network, gradients, pixel_range=(0.0, 5.0)).verdict == "ambiguous"
     nowhere = attack(network, gradients, pixel_range=(-2.0, -1.0))
-    assert nowhere.verdict == "ambiguous" and "no consistent hypothesis lies inside" in nowhere.notes[-1]
-    alone = attack(NETWORK, gradients_for(NETWORK), pixel_range=(-2.0, -1.0))
-    assert alone.verdict == "exact" and not alone.candidates[0].in_pixel_range
+    assert nowhere.verdict == "ambiguous" and "no consistent hypothesis lies inside" in nowhere.notes[-2]
+    for bias, verdict in ((False, "ambiguous"), (True, "exact")):  # a bias determines the brightness
+        network = small_cnn(bias=bias)
+        alone = attack(network, gradients_for(network), pixel_range=(-2.0, -1.0))
+        assert alone.verdict == verdict and not alone.candidates[0].in_pixel_range
 
 
 def test_a_range_that_is_open_above_still_has_its_lower_end():

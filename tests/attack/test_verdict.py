@@ -150,11 +150,16 @@ def test_one_output_without_biases_leaves_the_brightness_open():
     for factor in (1.0, 3.0):
         result, quality = attacked(network, [factor * g for g in shared], image, "logistic")
         assert result.verdict == "ambiguous" and result.gradient_scale is None
+        assert result.candidates[0].predicted_error < 1e-12 and result.candidates[0].certified_psnr_db is None
         assert "brightness is not determined" in result.notes[-1] and "the pattern holds" in result.notes[-1]
         along = (result.images * image).sum() / (result.images.norm() * image.norm())
         assert along > 1 - 1e-12 and (factor != 1 or quality > 200)
         known, quality = attacked(network, [factor * g for g in shared], image, "logistic", gradient_scale=factor)
         assert known.verdict == "exact" and quality > 200 and known.gradient_scale == factor
+    for wrong in [[2 * g for g in shared], rgap.client_gradients(network, image, torch.tensor([0]), "mse")]:
+        result, _ = attacked(network, wrong, image, "logistic", gradient_scale=1.0)
+        assert result.verdict == "ambiguous" and result.candidates[0].certified_psnr_db is None
+        assert "which images outside of the pixel range contradict" in result.notes[-1]
 
 
 def test_a_clipped_gradient_of_such_a_network_is_not_certified():
