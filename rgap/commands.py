@@ -24,8 +24,7 @@ from rgap.client.training import training
 from rgap.ranks.audit import audit as audited
 from rgap.results.display import rescale, to_pixels
 
-AUDIT_STATUS = {"stops": 0, "leaks": 1, "unknown": 3}
-"""Outcome -> exit status; 2 is for wrong arguments."""
+AUDIT_STATUS = {"stops": 0, "leaks": 1, "unknown": 3}  # outcome -> exit status; 2 is for wrong arguments
 
 
 def reconstruct(options: argparse.Namespace) -> int:

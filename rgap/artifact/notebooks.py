@@ -28,8 +28,7 @@ class NotebookError(RuntimeError):
     """A notebook cannot be run as asked, or did not write what it must."""
 
 
-FAILURES = (NotebookError, papermill.PapermillExecutionError, CellExecutionError)
-"""What `run` and `refresh` raise where the notebook is at fault."""
+FAILURES = (NotebookError, papermill.PapermillExecutionError, CellExecutionError)  # the notebook is at fault
 
 
 def run(source: Path, target: Path, parameters: dict | None = None, offered: dict | None = None) -> Path:

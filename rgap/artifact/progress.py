@@ -10,8 +10,7 @@ from typing import TextIO
 
 from tqdm import tqdm  # tqdm.auto would show a widget in a notebook, whatever file it is given
 
-PROGRESS_FILE = "RGAP_PROGRESS"
-"""Environment variable with the file that a notebook's progress bars write to; its last text shows how far it is."""
+PROGRESS_FILE = "RGAP_PROGRESS"  # environment variable: the file that a notebook's progress bars write to
 
 
 def progress(items: Iterable | None = None, title: str = "", **options) -> tqdm:

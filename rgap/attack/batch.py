@@ -26,8 +26,7 @@ from rgap.separation.joint_softmax import fit_and_refit
 from rgap.separation.read import read_again
 from rgap.separation.scales import refine_inputs
 
-MAX_SHARE_RESIDUAL = 1e-3
-"""Residual of the equations of an image's share of the gradient that needs no noise as an explanation."""
+MAX_SHARE_RESIDUAL = 1e-3  # residual of an image's share of the gradient that needs no noise as an explanation
 
 
 @dataclass(frozen=True)

@@ -25,21 +25,12 @@ from rgap.shared_gradient import SharedGradient
 
 NOISE_RESIDUAL_FACTOR = 5.0  # multiple of its prediction up to which a tensor's misfit is attributed to noise
 CHANCE_RATIO = 1.5  # the same that is usual by chance for the largest of all tensors, and enlarges no predicted error
-
-SECOND_IMAGE_FACTOR = 2.5
-"""Times the noise by which a fully connected layer's gradient may miss the rank one of a single image's."""
-
+SECOND_IMAGE_FACTOR = 2.5  # times the noise by which a dense layer's gradient may miss a single image's rank one
 MIN_SURPLUS_SIDE = 3  # rows and columns from which such a gradient shows its rank
-
-PLAIN_ROUNDINGS = 10.0
-"""Errors of the head's δz, in roundings of the gradient, up to which they are those of its entries."""
-
+PLAIN_ROUNDINGS = 10.0  # errors of the head's δz, in roundings of the gradient, up to which they are those of entries
 MAX_ALLOWED_RESIDUAL = 0.1  # residual from which a gradient is not reproduced, however large the noise is
 WHITE_RATIO = 1.5  # ratio, either way, of a misfit's smaller singular values to those of the noise that was inferred
-
-MIN_SURPLUS_ENTRIES = 30
-"""Entries of a tensor beside its larger singular values from which these tell whether a misfit is noise."""
-
+MIN_SURPLUS_ENTRIES = 30  # entries beside a tensor's larger singular values from which these tell whether it is noise
 MIN_WHITE_TENSORS = 2  # tensors that must show noise of the same size before it counts as confirmed
 SMALL_SIDE = 256  # rows or columns up to which singular values are computed from the smaller Gram matrix
 
@@ -107,13 +98,9 @@ def _turned(drawn: Tensor, values: Tensor, error: float) -> Tensor:
 
 
 def misfit(
-    received: SharedGradient,
-    mine: Mapping[str, Tensor],
-    moved: Mapping[str, Tensor],
-    *,
-    single: bool = True,
+    received: SharedGradient, mine: Mapping[str, Tensor], moved: Mapping[str, Tensor], *, single: bool = True,
     inferred: bool = False,
-) -> Misfit:
+) -> Misfit:  # fmt: skip
     """Compares the gradient of images with the shared one, without errors of the images themselves.
 
     `mine` is their gradient by parameter name, float64, `moved` the same as one draw of the noise changes the images. A

@@ -20,10 +20,7 @@ from rgap.network.layer import Chain, Layer
 
 DOUBT_STDS = 5.0  # entries further from zero than this many standard deviations have the sign they show
 MAX_FLIPS = 50  # most rounds in which signs are flipped, one in every channel at a time
-
-FLIP_GAIN = 0.7
-"""Residual of a channel's identities after a flip, relative to that before, below which the flip is right."""
-
+FLIP_GAIN = 0.7  # residual of a channel's identities after a flip, over that before, below which the flip is right
 MAX_PATTERN_FLIPS = 400  # units of an image of a batch that may disagree with the recovered signs
 MAX_PROJECTIONS = 6  # most linearised moves of an image; signs of units next to zero need one or two
 

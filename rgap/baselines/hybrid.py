@@ -185,14 +185,9 @@ def gradient_matching_closer(
 
 
 def _filled(
-    solution: LayerSolution,
-    previous: PreviousLayer,
-    G: Tensor | None,
-    dx: Tensor,
-    steps: int,
-    record: Record,
+    solution: LayerSolution, previous: PreviousLayer, G: Tensor | None, dx: Tensor, steps: int, record: Record,
     shown: bool,
-) -> VirtualSolution:
+) -> VirtualSolution:  # fmt: skip
     """The layer's input with the t that matches best; `shown`: the input of the layer before is the image to record."""
     before, x0, N = previous.layer, solution.x.flatten(), solution.null_basis
     left, pinv, order = map(torch.from_numpy, (previous.left, previous.pinv, np.argsort(previous.order)))

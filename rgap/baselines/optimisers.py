@@ -14,9 +14,7 @@ from torch import Tensor
 from rgap.artifact.progress import progress
 
 LBFGS_LOSS_SCALE = 1e6  # multiple of the objective: torch drops curvature pairs below a bound
-
-Objective = Callable[[Tensor], tuple[Tensor, float]]
-"""Variables -> what is minimised, differentiable, and the gradient residual there."""
+Objective = Callable[[Tensor], tuple[Tensor, float]]  # variables -> the objective, and the gradient residual there
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,9 @@ class Descended:
 
 
 def lbfgs(
-    objective: Objective,
-    start: Tensor,
-    steps: int,
-    record: Record,
-    title: str,
-    diverged: Callable[[Tensor], bool] = lambda _: False,
-    images: Callable[[Tensor], Tensor] | None = lambda x: x,
-) -> Descended:
+    objective: Objective, start: Tensor, steps: int, record: Record, title: str,
+    diverged: Callable[[Tensor], bool] = lambda _: False, images: Callable[[Tensor], Tensor] | None = lambda x: x,
+) -> Descended:  # fmt: skip
     """L-BFGS with 100 corrections; one step is one evaluation of the objective, and there are at most `steps`.
 
     The descent stops at the first iterate whose objective is not finite or for which `diverged` holds. Snapshots are

@@ -65,15 +65,9 @@ def client_gradients(
 
 @isolated(one_thread=False)
 def gradients_of(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    images: Tensor,
-    labels: Tensor,
-    loss: str,
-    *,
-    label_smoothing: float = 0.0,
-    weights: Tensor | None = None,
-) -> dict[str, Tensor]:
+    model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor, loss: str, *,
+    label_smoothing: float = 0.0, weights: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Gradients of the mean loss, by parameter name, at given parameter values and in their dtype.
 
     The model and its `.grad`s are left untouched; images (B, C, H, W), labels (B,) int64, `loss` as in `LOSSES`,

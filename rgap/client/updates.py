@@ -14,11 +14,8 @@ from rgap.arguments import check_count, check_number
 from rgap.client.gradients import gradients_of, named_tensors
 from rgap.results import GradientMismatchError
 
-State = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
-"""A module, its state dict, or its parameters in their order."""
-
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-"""Last parts of the names of batch normalisation's buffers, which no gradient moves."""
+State = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]  # a module, its state dict, or its parameters in order
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # last parts of batch norm's buffers' names
 
 
 SHARE_DIGITS = 12  # decimals from which on sums of steps' shares count as equal

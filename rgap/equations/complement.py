@@ -22,8 +22,7 @@ from rgap.network.layer import Layer
 MIN_PIVOT_RATIO = 1e-6
 """Smallest over largest pivot of a Gram matrix's Cholesky factor at which W still counts as of full rank."""
 
-INVERSE_ITERATIONS = 4
-"""Block inverse iterations for W's weak directions; the weakest, which matter most, are exact after two."""
+INVERSE_ITERATIONS = 4  # for W's weak directions; the weakest, which matter most, are exact after two
 
 
 @dataclass(frozen=True)

@@ -43,17 +43,10 @@ class RankLaws(NamedTuple):
 
 
 def rank_laws(
-    in_channels: int,
-    out_channels: int,
-    kernel: tuple[int, ...] = (),
-    stride: int | tuple[int, ...] = 1,
-    padding: int | tuple[int | tuple[int, int], ...] = 0,
-    dilation: int | tuple[int, ...] = 1,
-    groups: int = 1,
-    image: tuple[int, ...] = (),
-    batch: int = 1,
-    tested: bool = True,
-) -> RankLaws:
+    in_channels: int, out_channels: int, kernel: tuple[int, ...] = (), stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int | tuple[int, int], ...] = 0, dilation: int | tuple[int, ...] = 1, groups: int = 1,
+    image: tuple[int, ...] = (), batch: int = 1, tested: bool = True,
+) -> RankLaws:  # fmt: skip
     """The ranks of W, K and [W; K] of a convolution in any dimension, or of a linear layer.
 
     Exact for generic weights and output gradients; under ReLU, which drops rows of W, an upper bound. On a batch W

@@ -31,27 +31,15 @@ from rgap.results import LayerReport
 MAX_WEIGHTS_ONLY_ERROR = 1e-4  # largest relative error of x with which W alone is trusted where it is ill-conditioned
 FLOAT64_FLOOR = 1e-14  # relative error that z has at least
 
-MAX_RCOND_WEIGHTS_FIRST = 3e-5
-"""Cutoff, which follows the gradient's precision, up to which W may go first in directions that it sees badly."""
-
-MAX_REFINED_RESIDUAL = 1e-6
-"""Residual up to which the equations agree, so that iterating further makes the solution better."""
-
+MAX_RCOND_WEIGHTS_FIRST = 3e-5  # cutoff, which follows the precision, up to which W may go first where it sees badly
+MAX_REFINED_RESIDUAL = 1e-6  # residual up to which the equations agree, so that iterating on makes the solution better
 ROUGH = {"tolerance": 1e-3, "max_iterations": 300}  # where the iterations end on a system that leaves something open
 
 
 def solve_layer(
-    layer: Layer,
-    G: Tensor,
-    dz: Tensor,
-    z: Tensor,
-    *,
-    rcond: float,
-    known: Tensor | None = None,
-    precision: float = 0.0,
-    limits: SolverLimits = DEFAULT_LIMITS,
-    like: LayerSolution | None = None,
-) -> LayerSolution:
+    layer: Layer, G: Tensor, dz: Tensor, z: Tensor, *, rcond: float, known: Tensor | None = None,
+    precision: float = 0.0, limits: SolverLimits = DEFAULT_LIMITS, like: LayerSolution | None = None,
+) -> LayerSolution:  # fmt: skip
     """Recovers one layer's inputs from its weight and gradient equations.
 
     Args:

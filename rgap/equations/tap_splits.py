@@ -78,14 +78,10 @@ def tap_splits(filters: int, channels: int, geometry: Geometry) -> list[TapSplit
 
 
 def is_blind(
-    in_channels: int,
-    out_channels: int,
-    kernel: tuple[int, int],
-    image: tuple[int, int],
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int | tuple[int, int], ...] = 0,
+    in_channels: int, out_channels: int, kernel: tuple[int, int], image: tuple[int, int],
+    stride: int | tuple[int, int] = 1, padding: int | tuple[int | tuple[int, int], ...] = 0,
     dilation: int | tuple[int, int] = 1,
-) -> bool:
+) -> bool:  # fmt: skip
     """Whether a convolution's own gradient determines its input and its output gradient up to a scalar, by shapes.
 
     That holds for one image and generic values; units that ReLU keeps silent or open everywhere take rank.

@@ -31,12 +31,9 @@ from rgap.results import Reconstruction
 
 
 def combination(
-    model: nn.Module | Chain,
-    gradients: Sequence[Tensor] | Mapping[str, Tensor],
-    image_shape: tuple[int, int, int] | None = None,
-    loss: str = "logistic",
-    **options,
-) -> Reconstruction:
+    model: nn.Module | Chain, gradients: Sequence[Tensor] | Mapping[str, Tensor],
+    image_shape: tuple[int, int, int] | None = None, loss: str = "logistic", **options,
+) -> Reconstruction:  # fmt: skip
     """Plain R-GAP on a batch's gradient, treated as that of a single image (Zhu & Blaschko 2021).
 
     Arguments are those of `rgap.reconstruct`. Its one image is a linear combination of the batch's; the verdict is
@@ -48,12 +45,9 @@ def combination(
 
 
 def width_table(
-    make_model: Callable[[int, tuple[int, ...]], nn.Module],
-    images: Tensor,
-    labels: Tensor,
-    widths: Sequence[int],
+    make_model: Callable[[int, tuple[int, ...]], nn.Module], images: Tensor, labels: Tensor, widths: Sequence[int],
     seed: int = 0,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """One batch (B, C, H, W) against networks with more and more units in the first hidden layer.
 
     `make_model` takes a seed and hidden widths, of which the second stays 100. Returns width, found, false, certified,

@@ -14,10 +14,7 @@ from rgap.experiments.common import progress
 from rgap.residual.blind import solve_blind
 
 MAX_ENTRIES = 300_000  # largest number of weights of a convolution that is drawn
-
-LIMITS = {"float64": 1e-12, "float32": 1e-5}
-"""Relative error that a certificate promises for values of a format without further noise."""
-
+LIMITS = {"float64": 1e-12, "float32": 1e-5}  # relative error that a certificate promises, by format
 MAX_ERROR_RATIO = 10.0  # true over predicted relative error up to which a certificate under noise was right
 
 VALUES = ("Gaussian", "ReLU", "smooth", "silent units", "open units", "few directions")

@@ -33,10 +33,7 @@ from rgap.results import GradientMismatchError, Reconstruction
 MAX_ERROR_RATIO = 3.0  # true over predicted error from which a certificate below `SAFE_DB` is false
 SAFE_DB = 50.0  # PSNR from which no certificate is false, whatever error was predicted
 ASSERTED_SHARE = 0.7  # share of the attacks that are told that the loss was not scaled
-
-ERROR_BINS = (0.0, 1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, math.inf)
-"""Edges of the bins of predicted errors, in widths of the pixel range."""
-
+ERROR_BINS = (0.0, 1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, math.inf)  # edges, in widths of the range
 VERIFIED = ROOT / "notebooks" / "verified"  # where the tables of long runs are committed
 REAL_NETWORK_SHARE = 0.1  # share of the attacks on LeNet and embedded images; the others are on small random networks
 

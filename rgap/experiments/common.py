@@ -39,14 +39,9 @@ class ClientStep(NamedTuple):
 
 
 def client_steps(
-    make_model: Callable[[int], nn.Module],
-    images: Tensor,
-    labels: Tensor,
-    seeds: Sequence[int],
-    dtypes: Sequence[str] = ("float32",),
-    loss: str = "logistic",
-    title: str = "attacks",
-) -> Iterator[ClientStep]:
+    make_model: Callable[[int], nn.Module], images: Tensor, labels: Tensor, seeds: Sequence[int],
+    dtypes: Sequence[str] = ("float32",), loss: str = "logistic", title: str = "attacks",
+) -> Iterator[ClientStep]:  # fmt: skip
     """The gradient of every image alone, for every seed of the weights and every dtype.
 
     `make_model` takes a seed; images are (N, C, H, W) in [0, 1], labels (N,), dtypes names of torch dtypes in which the
@@ -60,14 +55,9 @@ def client_steps(
 
 
 def attack_each(
-    make_model: Callable[[int], nn.Module],
-    images: Tensor,
-    labels: Tensor,
-    seeds: Sequence[int],
-    dtypes: Sequence[str] = ("float32",),
-    loss: str = "logistic",
-    **options,
-) -> tuple[pd.DataFrame, list[Reconstruction]]:
+    make_model: Callable[[int], nn.Module], images: Tensor, labels: Tensor, seeds: Sequence[int],
+    dtypes: Sequence[str] = ("float32",), loss: str = "logistic", **options,
+) -> tuple[pd.DataFrame, list[Reconstruction]]:  # fmt: skip
     """Attacks every image (N, C, H, W) alone, for every seed of the weights and every dtype of the gradients.
 
     Labels (N,) are given to the client, never to the attack. Options are `reconstruct`'s; what a deficient layer leaves
@@ -89,14 +79,9 @@ def attack_each(
 
 
 def attack_images(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    dtype: str = "float32",
-    defend: Callable | None = None,
-    loss: str = "cross_entropy",
-    **options,
-) -> tuple[pd.DataFrame, list[Reconstruction]]:
+    model: nn.Module, images: Tensor, labels: Tensor, dtype: str = "float32", defend: Callable | None = None,
+    loss: str = "cross_entropy", **options,
+) -> tuple[pd.DataFrame, list[Reconstruction]]:  # fmt: skip
     """Attacks the gradient of every image (N, C, H, W) alone, of one network, as the client computes it in that dtype.
 
     `defend` changes the gradients before they are shared; options are `reconstruct`'s. Returns a row for each image
@@ -121,14 +106,9 @@ def attack_images(
 
 
 def attack_batches(
-    make_model: Callable[[int], nn.Module],
-    images: Tensor,
-    labels: Tensor,
-    batch_sizes: Sequence[int],
-    seeds: Sequence[int],
-    dtype: str = "float32",
-    loss: str = "logistic",
-) -> tuple[pd.DataFrame, list[Reconstruction]]:
+    make_model: Callable[[int], nn.Module], images: Tensor, labels: Tensor, batch_sizes: Sequence[int],
+    seeds: Sequence[int], dtype: str = "float32", loss: str = "logistic",
+) -> tuple[pd.DataFrame, list[Reconstruction]]:  # fmt: skip
     """Attacks batches of several sizes, each drawn from the images (N, C, H, W) by its seed.
 
     The seeds are those of the weights, of the draw and of the attack's starts; the network must end in two or more

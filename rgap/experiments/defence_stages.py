@@ -39,13 +39,9 @@ def attack_kinds(
 
 
 def attack_stages(
-    networks: Mapping[str, Callable[[int], nn.Module]],
-    images: Tensor,
-    labels: Tensor,
-    seeds: Sequence[int],
-    strengths: Mapping[str, Sequence],
-    steps: int,
-) -> tuple[pd.DataFrame, dict[tuple, Tensor]]:
+    networks: Mapping[str, Callable[[int], nn.Module]], images: Tensor, labels: Tensor, seeds: Sequence[int],
+    strengths: Mapping[str, Sequence], steps: int,
+) -> tuple[pd.DataFrame, dict[tuple, Tensor]]:  # fmt: skip
     """Attacks each defended gradient by every one of `STAGES`; none is told the defence.
 
     Inverting Gradients and plain R-GAP are told the label, to their advantage. Networks are name of a kind of weights

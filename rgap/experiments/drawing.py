@@ -24,9 +24,7 @@ ROW_LABEL_INCHES, TITLE_INCHES, LINE_INCHES = 0.7, 0.7, 0.18
 """Room that a gallery leaves beside its pictures, for its title and note, and for a line of text above pictures."""
 
 LABEL_WIDTH = 12  # characters of a line beside the pictures of a gallery
-
-NETWORK_NAMES = {"cnn6": "CNN6", "cnn6_d": "CNN6-d", "fcn3": "FCN3", "lenet": "LeNet"}
-"""As in `rgap.models` -> as a figure writes it."""
+NETWORK_NAMES = {"cnn6": "CNN6", "cnn6_d": "CNN6-d", "fcn3": "FCN3", "lenet": "LeNet"}  # as a figure writes it
 
 
 def colours(names: Iterable[Any]) -> dict[Any, tuple[float, float, float]]:

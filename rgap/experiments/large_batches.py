@@ -24,9 +24,7 @@ from rgap.results import Reconstruction
 CLASS_COUNT = 10
 
 MAX_CHECKED_PSNR_DB = 240.0  # accuracy from which on rounding decides how good an image is
-
-MAX_OPTIMISM_DB = 20.0
-"""Accuracy by which an image may fall short of its certificate, which predicts the order of magnitude."""
+MAX_OPTIMISM_DB = 20.0  # accuracy by which an image may fall short of its certificate, an order of magnitude
 
 INITIALISATIONS = ("N(0, 0.5²)", "torch's default", "Kaiming")
 """Of the weights: as the published attack has them (the second layer Xavier, biases zero), and the two usual ones."""
@@ -90,12 +88,9 @@ def _nearest(found: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def share_table(
-    sources: Mapping[str, tuple[Tensor, Tensor]],
-    widths: Sequence[int],
-    batches: Sequence[int],
-    initialisations: Sequence[str] = INITIALISATIONS[:1],
-    seed: int = 0,
-) -> pd.DataFrame:
+    sources: Mapping[str, tuple[Tensor, Tensor]], widths: Sequence[int], batches: Sequence[int],
+    initialisations: Sequence[str] = INITIALISATIONS[:1], seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
     """How much of a batch comes back from networks with one hidden layer.
 
     Sources are name -> images (N, C, H, W) and labels (N,), at least as many as the largest batch; the seed is that of

@@ -22,11 +22,8 @@ from rgap.experiments.vision_transformers import small_transformer
 from rgap.metrics import psnr_db
 from rgap.results import Reconstruction
 
-MIN_SURE_PSNR_DB = 50.0
-"""PSNR of a certified image below which, and beyond three times its predicted error, the certificate is false."""
-
+MIN_SURE_PSNR_DB = 50.0  # below it, and beyond three times its predicted error, a certificate is false
 MAX_DRAWN_PSNR_DB = 200.0  # above, rounding decides, and another machine's differs
-
 MISTAKES = ("none", "none", "steps", "rate", "momentum", "decay")  # what a server may not know of a client's training
 
 
@@ -80,13 +77,9 @@ def attack_update(
 
 
 def attack_updates(
-    chosen: Mapping[str, tuple[nn.Module, str]],
-    images: Tensor,
-    labels: Tensor,
-    steps: Sequence[int],
-    rates: Sequence[float],
-    momenta: Sequence[float] = (0.0,),
-) -> pd.DataFrame:
+    chosen: Mapping[str, tuple[nn.Module, str]], images: Tensor, labels: Tensor, steps: Sequence[int],
+    rates: Sequence[float], momenta: Sequence[float] = (0.0,),
+) -> pd.DataFrame:  # fmt: skip
     """Attacks every network's update after every number of steps, at every rate and momentum, for every image.
 
     Networks are as from `networks`, images (N, 3, 32, 32), labels (N,), taken modulo 2 for one output. Returns the rows

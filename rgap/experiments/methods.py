@@ -54,12 +54,9 @@ def attack_by(method: str, model: nn.Module, gradients: Sequence[Tensor], image_
 
 
 def compare_methods(
-    images: Mapping[str, tuple[Tensor, Tensor]],
-    seeds: Sequence[int],
-    steps: Mapping[str, int],
-    methods: Sequence[str] = METHODS,
-    jobs: int = 1,
-) -> tuple[pd.DataFrame, pd.DataFrame, dict[tuple[str, str], Tensor]]:
+    images: Mapping[str, tuple[Tensor, Tensor]], seeds: Sequence[int], steps: Mapping[str, int],
+    methods: Sequence[str] = METHODS, jobs: int = 1,
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[tuple[str, str], Tensor]]:  # fmt: skip
     """Every method on every image, network and seed, each with one thread and from the same gradient.
 
     Images are name of a network in `rgap.models` -> images (N, C, H, W) and labels (N,); steps as for `attack_by`; with

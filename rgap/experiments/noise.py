@@ -55,14 +55,9 @@ def cases_of(strengths: Mapping[str, Sequence]) -> list[tuple[str, float | str]]
 
 
 def defended_attacks(
-    make_model: Callable[[int], nn.Module],
-    images: Tensor,
-    labels: Tensor,
-    seeds: Sequence[int],
-    strengths: Mapping[str, Sequence],
-    dtype: str = "float32",
-    **options,
-) -> tuple[pd.DataFrame, list[Reconstruction]]:
+    make_model: Callable[[int], nn.Module], images: Tensor, labels: Tensor, seeds: Sequence[int],
+    strengths: Mapping[str, Sequence], dtype: str = "float32", **options,
+) -> tuple[pd.DataFrame, list[Reconstruction]]:  # fmt: skip
     """Attacks every image (N, C, H, W) behind every defence; the attack is told neither defence nor strength.
 
     Strengths are defence -> those that `defend` takes, the dtype is the client's, and options are `reconstruct`'s.

@@ -17,11 +17,8 @@ from rgap.experiments.noise import defend, outcome, reference
 from rgap.network.chain import prepare
 from rgap.results import Reconstruction
 
-FALSE_CERTIFICATE_RATIO = 10.0
-"""An image certified as exact is a false certificate where its error is more than this many times the predicted one."""
-
-NEGLIGIBLE_ERROR = 1e-4
-"""Error of an image, pixel units, below which no certificate is false, whatever error was predicted."""
+FALSE_CERTIFICATE_RATIO = 10.0  # times its predicted error from which on an exact image is a false certificate
+NEGLIGIBLE_ERROR = 1e-4  # error, pixel units, below which no certificate is false, whatever was predicted
 
 
 def sample_noisy_attacks(count: int = 500, seed: int = 0) -> pd.DataFrame:

@@ -16,9 +16,7 @@ from rgap.network.chain import prepare
 from rgap.network.layer import Chain, Layer
 
 RECOVERED_DB = 60.0  # PSNR from which an image counts as recovered
-
-RANK_RCOND = 1e-5
-"""Singular values below this share of the largest count as zero, as the attack has it for float64 gradients."""
+RANK_RCOND = 1e-5  # singular values below this share of the largest count as zero, as for float64 gradients
 
 
 def attacked_and_ranked(

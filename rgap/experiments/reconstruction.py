@@ -35,18 +35,9 @@ def layer_errors(chain: Chain, image: Tensor, result: Reconstruction) -> pd.Data
 
 
 def trained_attacks(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    victims: Tensor,
-    victim_labels: Tensor,
-    loss: str = "logistic",
-    *,
-    epochs: int = 3,
-    seed: int = 0,
-    dtype: str = "float32",
-    **options,
-) -> pd.DataFrame:
+    model: nn.Module, images: Tensor, labels: Tensor, victims: Tensor, victim_labels: Tensor, loss: str = "logistic", *,
+    epochs: int = 3, seed: int = 0, dtype: str = "float32", **options,
+) -> pd.DataFrame:  # fmt: skip
     """Trains a network on images (N, C, H, W), and attacks every victim (M, C, H, W), each alone, after each epoch.
 
     The dtype is the one in which the client computes the victims' gradients; options are for

@@ -24,13 +24,9 @@ TROUBLES = ("", "", "", "noise", "undeclared noise", "pruned", "float16", "weigh
 
 
 def vgg(
-    seed: int = 0,
-    widths: Sequence[int] = (64, 128, 256, 512, 512),
-    convolutions: Sequence[int] = (2, 2, 3, 3, 3),
-    classes: int = 10,
-    *,
-    pool: bool = True,
-) -> nn.Sequential:
+    seed: int = 0, widths: Sequence[int] = (64, 128, 256, 512, 512), convolutions: Sequence[int] = (2, 2, 3, 3, 3),
+    classes: int = 10, *, pool: bool = True,
+) -> nn.Sequential:  # fmt: skip
     """A VGG for images of 32×32, with biases and Kaiming weights, in eval mode; the defaults are VGG-16's.
 
     Each stage has its width and its number of convolutions. Max pooling follows every stage but the last; without

@@ -19,8 +19,7 @@ from rgap.experiments.drawing import MARKERS, against_diagonal, colours, finish,
 from rgap.metrics import psnr_db
 from rgap.tokens import recognise
 
-HEAD_STD = 0.02
-"""Standard deviation of the heads' weights, which torchvision leaves at zero: no gradient would reach the image."""
+HEAD_STD = 0.02  # of the heads' weights, which torchvision leaves at zero: no gradient would reach the image
 
 TROUBLES = ("", "", "noise", "pruned", "float16", "weights", "two images", "steps")
 """What happens to a gradient of the sample, every second time in eight nothing."""
@@ -121,13 +120,9 @@ def least_squares_image(model: nn.Module, gradients: Sequence[Tensor], image_sha
 
 
 def attack_updates(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    steps: Sequence[int],
-    momenta: Sequence[float] = (0.0, 0.9),
+    model: nn.Module, images: Tensor, labels: Tensor, steps: Sequence[int], momenta: Sequence[float] = (0.0, 0.9),
     learning_rate: float = 0.01,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Attacks updates of several local steps of SGD on one image each; the client starts from the model, in its dtype.
 
     Returns a row for each update: steps, momentum, image, verdict, psnr_db.

@@ -36,10 +36,7 @@ SIGNIFICANT_STDS = 6.0  # standard deviations by which a single output's factor 
 MAX_LABELS_TRIED = 3  # labels of a squared error whose equations are fitted with a free factor
 MIN_SMOOTHING = 1e-6  # smoothing from which a fit starts beside a solution without one
 SMOOTHINGS = (0.02, 0.1, 0.3)  # smoothings from which a fit starts
-
-MAX_FURTHER_ERROR = 0.0125
-"""Standard deviation of log κ or ε, where both are free, from which on one of them may not be 0 and still look so."""
-
+MAX_FURTHER_ERROR = 0.0125  # standard deviation of log κ or ε, both free, from which one may not be 0 and still look so
 MAX_UNCONFIRMED_OUTPUTS = 2  # outputs up to which length and factor of a squared error fit any gradient
 OUTPUT_ARITHMETIC = 2.0  # error of a single output over its precision and the root of its squared terms' sum
 

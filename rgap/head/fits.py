@@ -18,17 +18,12 @@ MAX_MISFIT = 10.0  # misfit, in standard deviations known to a factor, up to whi
 FIT_ROUNDS = 2  # fits in a row, each with the weights that follow from the one before
 MAX_EVALUATIONS = 100  # limit on the evaluations of a fit; from the slope of log δz about ten are usual
 MAX_LOG_STEP = 8.0  # largest change of log s and log κ in a fit
-
-ARITHMETIC_SHARE = 0.35
-"""Error of δz from a client's arithmetic in units of its relative precision: sums, exponentials and one subtraction."""
-
+ARITHMETIC_SHARE = 0.35  # error of δz from the client's sums, exponentials and subtraction, over its precision
 MAX_RESIDUAL = 1e150  # largest residual in standard deviations that is told from larger ones
 FLOAT64_ERROR = 1e-15  # relative error of the equations' own arithmetic
 MAX_SMOOTHING = 0.35  # smoothing above which a fit is none
 EXCLUDED_MISFIT = 3.0  # misfit relative to another model's from which a model is excluded
-
-Free = tuple[bool, bool, bool]
-"""Which of (log s, log κ, ε) are unknown."""
+Free = tuple[bool, bool, bool]  # which of (log s, log κ, ε) are unknown
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,9 @@ READERS = {"logistic": read_logistic, "cross_entropy": read_softmax, "mse": read
 
 
 def read_head(
-    loss: str,
-    layer: Layer,
-    received: SharedGradient,
-    known: int | Tensor | None = None,
-    *,
-    gradient_scale: float | None = 1.0,
-    label_smoothing: float | None = 0.0,
-) -> HeadReading:
+    loss: str, layer: Layer, received: SharedGradient, known: int | Tensor | None = None, *,
+    gradient_scale: float | None = 1.0, label_smoothing: float | None = 0.0,
+) -> HeadReading:  # fmt: skip
     """Every (label, scale) with which the loss explains the last layer's gradient.
 
     Gradients that no single sample has (of a batch, altered, noisy) get the nearest possible hypothesis and a note.

@@ -11,8 +11,7 @@ from scipy.linalg import eigvalsh_tridiagonal
 from scipy.linalg.lapack import dsterf
 from torch import Tensor
 
-LANCZOS_RTOL = 0.01
-"""Relative gain of a Lanczos step below which the largest eigenvalue counts as found."""
+LANCZOS_RTOL = 0.01  # relative gain of a Lanczos step below which the largest eigenvalue counts as found
 
 
 def largest_eigenvalue(multiply: Callable[[Tensor], Tensor], size: int, steps: int = 30) -> float:

@@ -14,9 +14,7 @@ WIDE_RATIO = 8  # columns over rows from which a Gram matrix is made without use
 MIN_ON_ACCELERATOR = 256  # unknowns from which a system is worth the way to an accelerator and back
 SKETCH_SIZE = 24  # columns of a random sketch at first, beyond the rank that is expected
 SKETCH_SURPLUS = 12  # columns that it must have beyond the singular values that count
-
-WELL_CONDITIONED = 0.03
-"""Smallest over largest pivot of a Gram matrix from which its columns come out orthonormal at once."""
+WELL_CONDITIONED = 0.03  # least pivot ratio of a Gram matrix whose columns come out orthonormal at once
 
 
 def accelerator_for(unknowns: int) -> torch.device | None:

@@ -21,8 +21,7 @@ __all__ = [
 IMAGE_SHAPES = dict.fromkeys(("cnn6", "cnn6_d", "cnn6_batch", "fcn3", "lenet"), (3, 32, 32)) | {"fcn3": (1, 28, 28)}
 """Model name -> the image shape (C, H, W) that it takes, of the models that `rgap.reconstruct` attacks."""
 
-ANALYSIS_SHAPES = IMAGE_SHAPES | {"resnet18": (3, 32, 32)}
-"""The same for all models of this module; each of them can be analysed."""
+ANALYSIS_SHAPES = IMAGE_SHAPES | {"resnet18": (3, 32, 32)}  # the same of all that can be analysed
 
 
 def trained_names(model: nn.Module) -> tuple[str, ...]:

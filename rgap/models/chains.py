@@ -10,11 +10,8 @@ from torch import nn
 
 from rgap.arguments import check_count, check_number, check_seed, shown
 
-MAX_UNIFORM_BOUND = 1e6
-"""Largest bound of uniform weights."""
-
-LEAKY_SLOPE = 0.2
-"""Negative slope of every LeakyReLU here."""
+MAX_UNIFORM_BOUND = 1e6  # largest bound of uniform weights
+LEAKY_SLOPE = 0.2  # negative slope of every LeakyReLU here
 
 
 def cnn6(seed: int = 0, width: int = 36, classes: int = 1, head_bias: bool = False) -> nn.Sequential:

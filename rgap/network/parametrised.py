@@ -20,8 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from rgap.results import UnsupportedLayerError
 
-Terms = tuple[tuple[str, Tensor], ...]
-"""(parameter name, factor): ∂ℓ/∂W is the sum of factor ∘ ∂ℓ/∂parameter."""
+Terms = tuple[tuple[str, Tensor], ...]  # (parameter name, factor): ∂ℓ/∂W is the sum of factor ∘ ∂ℓ/∂parameter
 
 
 def current_weight(module: nn.Module) -> Tensor:

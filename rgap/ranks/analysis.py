@@ -73,13 +73,9 @@ def rank_analysis(
 
 @isolated()
 def analyses(
-    model: nn.Module | Chain,
-    image_shape: tuple[int, ...],
-    batch_size: int,
-    dtype: torch.dtype,
-    limits: Iterable[int],
+    model: nn.Module | Chain, image_shape: tuple[int, ...], batch_size: int, dtype: torch.dtype, limits: Iterable[int],
     seed: int = 0,
-) -> list[RankAnalysis]:
+) -> list[RankAnalysis]:  # fmt: skip
     """The analyses of a network for several limits, from one run of it; arguments and errors as `rank_analysis` has."""
     model = check_model(model.model if isinstance(model, Chain) else model, TypeError)
     image_shape = check_image_shape(image_shape)

@@ -63,13 +63,9 @@ def dense_work(layer: Layer, batch: int) -> tuple[int, float]:
 
 
 def numerical_ranks(
-    layer: Layer,
-    batch: int = 1,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-    laws: RankLaws | None = None,
+    layer: Layer, batch: int = 1, dtype: torch.dtype = torch.float64, seed: int = 0, laws: RankLaws | None = None,
     groups: int | None = None,
-) -> RankNumbers:
+) -> RankNumbers:  # fmt: skip
     """Ranks of W, K and [W; K] of one layer, with its own float64 weights and a Gaussian δz of the given seed.
 
     Ranks are sums over the groups, the condition is the worst group's. The arithmetic is float64; singular values below

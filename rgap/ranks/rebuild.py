@@ -28,14 +28,9 @@ def chain_steps(model: nn.Module, image_shape: tuple[int, ...]) -> list[Step]:
 
 
 def with_convolution(
-    model: nn.Module,
-    image_shape: tuple[int, ...],
-    path: str,
-    *,
-    out_channels: int | None = None,
-    stride: int | None = None,
-    seed: int = 0,
-) -> nn.Module:
+    model: nn.Module, image_shape: tuple[int, ...], path: str, *, out_channels: int | None = None,
+    stride: int | None = None, seed: int = 0,
+) -> nn.Module:  # fmt: skip
     """Copies a network that is a chain, with another width or stride of the convolution at `path`, in eval mode.
 
     The next layer and the normalisations before it take the new channels, the first linear layer the new number of

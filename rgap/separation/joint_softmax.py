@@ -21,22 +21,14 @@ from rgap.separation.subspaces import Span
 MAX_STARTS = 12  # starts, each with other guesses of the outputs; where all labels differ one usually suffices
 GUESS_STD = 0.1  # standard deviation of the guessed outputs
 MAX_LABEL_GUESSES = 3  # guesses of the labels that are tried at each start
-
-REFIT_RESIDUALS = (1e-13, 1e-5)
-"""Residuals of a fit between which its inputs are computed once more, from the ∂ℓ/∂z_1 that follow from it."""
-
+REFIT_RESIDUALS = (1e-13, 1e-5)  # residuals of a fit between which its inputs are computed once more, from its ∂ℓ/∂z_1
 OUTPUT_ALTERNATIONS = 6  # rounds in which inputs and outputs are updated in turn before they are fitted together
 
 
 def fit_joint_softmax(
-    layers: Sequence[Layer],
-    gradients: Mapping[str, Tensor],
-    span: Span,
-    *,
-    labels: Sequence[int] | None,
-    precision: float,
-    seed: int = 0,
-) -> tuple[Tensor, FittedInputs] | None:
+    layers: Sequence[Layer], gradients: Mapping[str, Tensor], span: Span, *, labels: Sequence[int] | None,
+    precision: float, seed: int = 0,
+) -> tuple[Tensor, FittedInputs] | None:  # fmt: skip
     """All inputs of the fully connected layers and their labels (B,) under cross-entropy.
 
     None where no start reproduces the layers' gradients, or there are no surplus equations. B is the rank of `span`,
@@ -63,12 +55,8 @@ def fit_joint_softmax(
 
 
 def fit_and_refit(
-    layers: Sequence[Layer],
-    gradients: Mapping[str, Tensor],
-    x: Tensor,
-    labels: Tensor,
-    weights: Tensor | None = None,
-) -> FittedInputs:
+    layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Tensor, labels: Tensor, weights: Tensor | None = None,
+) -> FittedInputs:  # fmt: skip
     """Refines inputs x (B, n) under cross-entropy, and once more from the inputs that follow from their ∂ℓ/∂z_1.
 
     The fit stays in the span of x, whose directions with small singular values are inaccurate; the fitted ∂ℓ/∂z_1 are

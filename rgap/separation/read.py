@@ -32,14 +32,9 @@ MAX_COMBINATIONS = 64  # largest number of combinations of scale hypotheses betw
 
 
 def read_batch(
-    chain: Chain,
-    received: SharedGradient,
-    size: BatchSize,
-    loss: str,
-    known: list[int] | None,
-    seed: int,
+    chain: Chain, received: SharedGradient, size: BatchSize, loss: str, known: list[int] | None, seed: int,
     gradient_scale: float | None = 1.0,
-) -> tuple[Start, list[str]]:
+) -> tuple[Start, list[str]]:  # fmt: skip
     """Every image at the first fully connected layer, with label and scale.
 
     The first two fully connected layers are separated into one direction an image; each image's share of the gradients

@@ -139,13 +139,9 @@ SCALES = {"logistic": _logistic, "cross_entropy": _softmax}  # losses whose equa
 
 
 def refine_inputs(
-    layers: Sequence[Layer],
-    gradients: Mapping[str, Tensor],
-    x: Tensor,
-    labels: Tensor,
-    loss: str,
+    layers: Sequence[Layer], gradients: Mapping[str, Tensor], x: Tensor, labels: Tensor, loss: str,
     weights: Tensor | None = None,
-) -> FittedInputs:
+) -> FittedInputs:  # fmt: skip
     """Fits the inputs of the first fully connected layer, all together, to all gradients of these layers (ours).
 
     The search finds one input after the other, and each scale by itself. Together they are B² numbers, the coordinates

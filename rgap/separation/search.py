@@ -30,17 +30,10 @@ MAX_ROW_SINE = 3e-3  # sine of the angle with which such a start may end and be 
 
 
 def separate(
-    first: Layer,
-    second: Layer,
-    gradients: Mapping[str, Tensor],
-    *,
-    precision: float = 1e-14,
-    seed: int = 0,
-    spans: tuple[Span, Span] | None = None,
-    near: Tensor | None = None,
-    known: Separation | None = None,
+    first: Layer, second: Layer, gradients: Mapping[str, Tensor], *, precision: float = 1e-14, seed: int = 0,
+    spans: tuple[Span, Span] | None = None, near: Tensor | None = None, known: Separation | None = None,
     by_rows: bool = False,
-) -> Separation:
+) -> Separation:  # fmt: skip
     """Separates the inputs of a fully connected layer from the gradients of it and the next one.
 
     Write x = V_x q and s for the signs of z = W_1 x. The hidden vector D_s z, with D_s the slopes that the signs

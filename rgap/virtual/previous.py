@@ -25,9 +25,7 @@ from rgap.equations.weights import weight_matrix
 from rgap.linalg import largest_eigenvalue
 from rgap.network.layer import Layer
 
-MAX_PLAIN_CONDITION = 1e4
-"""Condition number of W above which its weak directions are unknowns: in W⁺ z′ they would drown all others."""
-
+MAX_PLAIN_CONDITION = 1e4  # condition of W above which its weak directions are unknowns: in W⁺ z′ they drown all others
 WEAK_RATIO = 1e-2  # singular value of a weak direction, relative to the largest
 MIN_SHARP_PIVOT = 1e-2  # smallest over largest pivot of WᵀW's Cholesky factor from which its inverse serves in float32
 SKETCH_COLUMNS = 64  # random columns by which the norms of gradient rows are estimated, to a tenth

@@ -32,8 +32,7 @@ MAX_STALLED_STEPS = 4  # solves without a decrease in the number of changed sign
 CONVERGED_CHANGE = 1e-9
 """Change, in signs or in a step's relative length, up to which the linearisation is that of the solution."""
 
-UNDECIDED_SIGN_STDS = 3.0
-"""Size of an entry, in units of the range constraints' noise, up to which its sign is undetermined."""
+UNDECIDED_SIGN_STDS = 3.0  # size of an entry, in units of the range constraints' noise, up to which its sign is open
 
 
 def range_factor(before: Layer) -> RangeComplement | None:
