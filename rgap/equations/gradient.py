@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -25,8 +25,6 @@ from torch import Tensor
 from rgap.linalg import GRAM_RESOLUTION, gram_matrix, largest_entry, svd
 from rgap.network.layer import Layer
 
-MAX_CHANNELS_TESTED = 32  # channels up to which every one is tested against the layer's identities
-RANDOM_SUMS = 4  # sums of channels that are tested where there are more
 MIN_SURPLUS_EQUATIONS = 30  # surplus equations whose residual determines the noise's size to about an eighth
 
 
@@ -80,67 +78,6 @@ def gradient_values(layer: Layer, block: StrideBlock, G: Tensor) -> Tensor:
     return G.flatten(2).transpose(1, 2).index_select(1, block.taps).flatten(0, 1)
 
 
-def identity_residual(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None = None) -> float:
-    """How badly (z, δz) of all images fit the layer's own gradient, before anything is solved.
-
-    ⟨G[o], W[o′]⟩ = Σ_b ⟨δz_b[o], z_b[o′] − b[o′]⟩ holds for every pair of channels of a group; the right pair (z, δz)
-    fulfils it to rounding, one of the wrong label misses it by about its own size. Where z is not known everywhere, δz
-    vanishes, and the identities with o = o′ still hold. Of more than `MAX_CHANNELS_TESTED` channels o, a few sums with
-    random signs are tested.
-
-    Args:
-        layer: The layer.
-        G: Gradient of the mean loss by the weight, shaped as the weight.
-        dz: Gradient of the mean loss by each image's pre-activation, (B, O, H′, W′).
-        z: Pre-activations, (B, O, H′, W′).
-        known: Mask of the entries of z that are known, (B, O, H′, W′), None for all.
-
-    Returns:
-        ‖left − right‖ / max(‖left‖, ‖right‖), the largest of the layer's groups; 0 where both sides vanish.
-    """
-    by_channel = (t.transpose(0, 1).flatten(1) for t in (dz, z - layer.pre_bias()))
-    groups = (t.chunk(layer.groups) for t in (G.flatten(1), layer.weight.flatten(1), *by_channel))
-    return max(_group_residual(*group, known is not None) for group in zip(*groups, strict=True))
-
-
-def _group_residual(G: Tensor, W: Tensor, dz: Tensor, inputs: Tensor, same_channel: bool) -> float:
-    """Of one group; all tensors have a row for each channel."""
-    if same_channel:
-        return _relative_gap((G * W).sum(1), (dz * inputs).sum(1))
-    if len(G) > MAX_CHANNELS_TESTED:
-        signs = _random_signs(len(G))
-        G, dz = signs @ G, signs @ dz
-    return _relative_gap(G @ W.T, dz @ inputs.T)
-
-
-@cache
-def _random_signs(channels: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return 2.0 * torch.randint(2, (RANDOM_SUMS, channels), generator=generator).to(torch.float64) - 1.0
-
-
-def bias_residual(layer: Layer, gradient: Tensor, dz: Tensor) -> float:
-    """How badly δz of all images fits the bias's own gradient, ∂ℓ/∂b[o] = Σ_b Σ_p δz_b[o, p].
-
-    Args:
-        layer: The layer.
-        gradient: Of the mean loss by the bias, (O,).
-        dz: Gradient of the mean loss by each image's pre-activation, (B, O, H′, W′).
-
-    Returns:
-        ‖left − right‖, relative to the larger of both and a thousandth of Σ |δz|, for both may vanish by cancellation.
-    """
-    dz = layer.conv_gradient(dz)
-    if layer.output_scale is not None:
-        dz = dz * layer.output_scale[:, None, None]
-    return _relative_gap(gradient, dz.sum((0, 2, 3)), 1e-3 * dz.abs().sum((0, 2, 3)).norm().item())
-
-
-def _relative_gap(left: Tensor, right: Tensor, floor: float = 0.0) -> float:
-    scale = max(left.norm().item(), right.norm().item(), floor)
-    return (left - right).norm().item() / scale if scale > 0 else 0.0
-
-
 @dataclass(frozen=True)
 class GradientSolution:
     """What the gradient equations determine: x_bc = x0_bc + V_b y_c, where ‖sigmas ∘ y_c‖ should be small.
@@ -164,28 +101,29 @@ class GradientSolution:
 
 @dataclass(frozen=True)
 class _Factor:
-    """One block of [M_1 … M_B], with its singular values and right singular vectors."""
+    """One block of [M_1 … M_B], for δz in units of its largest entry: squares of the smallest gradients underflow."""
 
     block: StrideBlock
-    M: Tensor  # (O·t, B·m), divided by its largest entry
-    S: Tensor  # (B·m,), from the largest on
-    V: Tensor  # (B·m, B·m)
-    unit: float  # the largest entry of M
+    M: Tensor  # (O·t, B·m)
+    S: Tensor  # singular values, from the largest on, (B·m,)
+    directions: Tensor | None  # right singular vectors, (B·m, B·m); None where they are made when needed
+    gram: Tensor | None = None  # MᵀM in that case
 
-    def solve(self, values: Tensor, rank: int) -> Tensor:
-        """M⁺ of right-hand sides (O·t, C), divided by the unit, by the `rank` largest singular values."""
+    @cached_property
+    def V(self) -> Tensor:
+        """Right singular vectors, (B·m, B·m)."""
+        return torch.linalg.eigh(self.gram)[1].flip(1) if self.directions is None else self.directions
+
+    def inverse(self, rank: int) -> Tensor:
+        """(MᵀM)⁺ by the `rank` largest singular values, (B·m, B·m)."""
+        if self.directions is None and rank == len(self.S):
+            return torch.cholesky_inverse(torch.linalg.cholesky(self.gram))
         seen = self.V[:, :rank]
-        return seen @ (seen.T @ (self.M.T @ values) / self.S[:rank, None].square())
+        return (seen / self.S[:rank].square()) @ seen.T
 
-    def values(self, layer: Layer, G: Tensor) -> Tensor:
-        """The right-hand sides (O·t, C), divided by the unit."""
-        return gradient_values(layer, self.block, G).div_(self.unit)
-
-    def place(self, columns: Tensor, images: int, pixels: int) -> Tensor:
-        """Vectors over the block's pixels of all images among all pixels: (B·m, k) -> (B, pixels, k)."""
-        result = columns.new_zeros(images, pixels, columns.shape[1])
-        result[:, self.block.pixels] = columns.reshape(images, len(self.block.pixels), columns.shape[1])
-        return result
+    def place(self, columns: Tensor, result: Tensor) -> None:
+        """Puts vectors over the block's pixels of all images, (B·m, k), among all pixels, (B, pixels, k)."""
+        result[:, self.block.pixels] = columns.reshape(len(result), len(self.block.pixels), columns.shape[1])
 
 
 def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_ratio: float) -> GradientSolution:
@@ -196,39 +134,44 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_r
     """
     if len(dz) == 1 and layer.is_dense and dz.any():
         return _solve_column(G, dz.flatten())
-    shape = (len(dz), math.prod(layer.input_shape[1:]))
-    factors = [_factor(layer, block, dz, rcond) for block in blocks(layer)]
-    sigma = torch.cat([f.S * f.unit for f in factors])
+    shape, unit = (len(dz), math.prod(layer.input_shape[1:])), largest_entry(dz) or 1.0
+    factors = [_factor(layer, block, dz / unit, rcond) for block in blocks(layer)]
+    sigma = torch.cat([f.S for f in factors])
     largest = sigma.max().item()
     sigma = sigma / largest if largest > 0 else sigma
     ranks = [int((part > rcond).sum()) for part in sigma.split([len(f.S) for f in factors])]
+    inverses = [f.inverse(rank) for f, rank in zip(factors, ranks, strict=True)]
 
     def on_input(parts: list[Tensor]) -> Tensor:
-        placed = sum(f.place(x, *shape) for f, x in zip(factors, parts, strict=True))
+        placed = G.new_zeros(*shape, layer.input_shape[0])
+        for factor, part in zip(factors, parts, strict=True):
+            factor.place(part, placed)
         return placed.transpose(1, 2).reshape(-1, *layer.input_shape)
 
+    def values(G: Tensor) -> list[Tensor]:
+        return [gradient_values(layer, factor.block, G / unit) for factor in factors]
+
     def sensitivity(dG: Tensor) -> Tensor:
-        blocks = zip(factors, ranks, strict=True)
-        return on_input([f.solve(f.values(layer, dG), rank) for f, rank in blocks])
+        return on_input([P @ (f.M.T @ v) for f, P, v in zip(factors, inverses, values(dG), strict=True)])
 
     parts, missed, surplus = [], 0.0, 0
-    for factor, rank in zip(factors, ranks, strict=True):
-        values = factor.values(layer, G)
-        x = factor.solve(values, rank)
-        x += factor.solve(values - factor.M @ x, rank)  # what squaring the singular values has cost
-        missed = math.hypot(missed, factor.unit * (values - factor.M @ x).norm().item())
-        surplus += (len(values) - rank) * layer.input_shape[0]
+    for factor, P, rank, right in zip(factors, inverses, ranks, values(G), strict=True):
+        x = P @ (factor.M.T @ right)
+        rest = right - factor.M @ x
+        x += P @ (factor.M.T @ rest)  # what squaring the singular values has cost
+        missed = math.hypot(missed, torch.addmm(right, factor.M, x, alpha=-1).norm().item())
+        surplus += (len(right) - rank) * layer.input_shape[0]
         parts.append(x)
     kept, dropped = sigma[sigma > rcond], sigma[sigma <= rcond]
     V, sigmas, apart = _open(layer, factors, sigma, shape, rcond, trusted_ratio)
     return GradientSolution(
         on_input(parts),
         V,
-        sigmas * largest,
+        sigmas * (largest * unit),
         len(kept),
         kept.min().item() if len(kept) else 0.0,
         dropped.max().item() if len(dropped) else None,
-        *_misfit(missed, surplus, G),
+        *_misfit(missed * unit, surplus, G),
         sensitivity,
         apart,
     )
@@ -257,16 +200,20 @@ def _misfit(missed: float, surplus: int, G: Tensor) -> tuple[float, float | None
 def _factor(layer: Layer, block: StrideBlock, dz: Tensor, rcond: float) -> _Factor:
     """By the eigenvectors of MᵀM, which hold σ down to 1e-8 of the largest, or of M itself below that.
 
-    M of a batch may have many more columns than rows: a decomposition of M itself is quicker then, too.
+    A tall M of one image is mostly of full rank and needs eigenvalues alone. M of a batch may have many more columns
+    than rows: a decomposition of M itself is quicker then, too.
     """
     M = torch.cat([gradient_matrix(layer, block, image) for image in dz], 1)
-    wide, unit = M.shape[0] < M.shape[1], largest_entry(M) or 1.0
-    M /= unit  # squares of the smallest gradients underflow
+    wide = M.shape[0] < M.shape[1]
     if rcond < GRAM_RESOLUTION or (len(dz) > 1 and wide):
         _, S, Vh = svd(M, full_matrices=wide)
-        return _Factor(block, M, F.pad(S, (0, len(Vh) - len(S))), Vh.T, unit)
-    values, V = torch.linalg.eigh(gram_matrix(M))
-    return _Factor(block, M, values.clamp(min=0).sqrt().flip(0), V.flip(1), unit)
+        return _Factor(block, M, F.pad(S, (0, len(Vh) - len(S))), Vh.T)
+    gram = gram_matrix(M)
+    if len(dz) == 1 and len(M) > len(gram):
+        values, V = torch.linalg.eigvalsh(gram), None
+    else:
+        values, V = torch.linalg.eigh(gram)
+    return _Factor(block, M, values.clamp(min=0).sqrt().flip(0), None if V is None else V.flip(1), gram)
 
 
 def _open(
@@ -282,11 +229,15 @@ def _open(
         return sigma.new_zeros(*shape, 0), sigma[:0], 0
     left = sigma <= max(rcond, trusted_ratio)
     open_by_factor = left.split([len(f.S) for f in factors])
-    bases = [f.place(f.V[:, part], *shape) for f, part in zip(factors, open_by_factor, strict=True)]
     unread = torch.ones(shape[1], dtype=torch.bool)
     unread[torch.cat([f.block.pixels for f in factors])] = False
-    image, pixel = (torch.eye(n, dtype=sigma.dtype) for n in shape)
-    V = torch.cat([(image[:, None, :, None] * pixel[:, None, unread]).flatten(2), *bases], 2)
+    rest = int(unread.sum())
+    counts = [shape[0] * rest, *(int(part.sum()) for part in open_by_factor)]
+    V = sigma.new_zeros(*shape, sum(counts))
+    free, *bases = V.split(counts, 2)
+    free[:, unread] = torch.eye(counts[0], dtype=sigma.dtype).reshape(shape[0], rest, counts[0])
+    for factor, part, basis in zip(factors, open_by_factor, bases, strict=True):
+        factor.place(factor.V[:, part], basis)
     seen = torch.where(sigma > rcond, sigma, 0.0)[left]
     single = len(factors[-1].block.taps) == 1 and layer.before is layer.after is None
     apart = int((left & (sigma <= rcond))[-len(factors[-1].S) :].sum()) if single else 0
