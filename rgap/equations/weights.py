@@ -59,27 +59,30 @@ class SparseFactor:
     """W⁺ by factors of WᵀW, or of W itself where it is square."""
 
     layer: Layer
-    invert: Callable[[Tensor], Tensor]  # W⁺ of z (O, H′, W′), not refined: (C·H·W,)
-    condition: float  # σ_max / σ_min of W, a close lower bound; infinite where the factors do not exist
+    # W⁺ of z (O, H′, W′), not refined, by z and Wᵀ z: (C·H·W,); None where the factors do not exist
+    invert: Callable[[Tensor, Tensor], Tensor] | None
+    condition: float  # σ_max / σ_min of W, a close lower bound; infinite without factors
     full_rank: bool  # of W's columns
     known: Tensor | None = None  # mask of the outputs whose rows are used, (O, H′, W′), None for all
 
     def solve(self, z: Tensor) -> tuple[Tensor, float, int]:
         """Least-squares solution with refinement for z (O, H′, W′): x (C·H·W,), ‖W x − z‖ / ‖z‖, refinement steps."""
-        right, last, steps = _used(z.reshape(self.layer.output_shape), self.known), math.inf, 0
-        x = self.invert(right)
+        right = _used(z, self.known)
+        x, last, steps = self.sensitivity(right), math.inf, 0
         while True:
-            r = right - _used(self.layer.apply(x.view(self.layer.input_shape)), self.known)
-            left = norm(self.layer.adjoint(r))
+            rest = right - _used(self.layer.apply(x.view(self.layer.input_shape)), self.known)
+            seen = self.layer.adjoint(rest)
+            left = norm(seen)
             if steps == MAX_REFINEMENTS or not left < 0.5 * last:
                 break
-            last, x, steps = left, x + self.invert(r), steps + 1
+            last, x, steps = left, x + self.invert(rest, seen), steps + 1
         size = norm(right)
-        return x, norm(r) / size if size > 0 else 0.0, steps
+        return x, norm(rest) / size if size > 0 else 0.0, steps
 
     def sensitivity(self, z: Tensor) -> Tensor:
         """The solution without refinement: enough for the effect of an error."""
-        return self.invert(_used(z, self.known))
+        z = _used(z, self.known)
+        return self.invert(z, self.layer.adjoint(z))
 
 
 def _used(z: Tensor, known: Tensor | None) -> Tensor:
@@ -219,10 +222,10 @@ def _factor(layer: Layer, known: Tensor | None) -> SparseFactor:
         W = weight_matrix(layer)[rows]
         factor = band_of((W.T @ W).tocsr()).factored()
     if factor is None:
-        return SparseFactor(layer, torch.zeros_like, math.inf, False, known)
+        return SparseFactor(layer, None, math.inf, False, known)
 
-    def invert(z: Tensor) -> Tensor:
-        right = z.flatten()[rows] if square else layer.adjoint(z).flatten()
+    def invert(z: Tensor, seen: Tensor) -> Tensor:
+        right = z.flatten()[rows] if square else seen.flatten()
         return torch.from_numpy(factor.solve(right.numpy()))
 
     def gram(v: Tensor) -> Tensor:

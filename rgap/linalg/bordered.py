@@ -78,8 +78,8 @@ class BorderedGram:
 
     def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """What stands apart, (c, q·p), and the rest, (c·(k − q), p)."""
-        v = v[self.order[0]]
+        v = v.index_select(0, self.order[0])
         return v[: len(self.border)].reshape(len(self.block), -1), v[len(self.border) :]
 
     def _join(self, apart: Tensor, rest: Tensor) -> Tensor:
-        return torch.cat([apart, rest])[self.order[1]]
+        return torch.cat([apart, rest]).index_select(0, self.order[1])
