@@ -96,8 +96,8 @@ def _fits(g: Tensor, dtype: torch.dtype) -> bool:
 
 def _everywhere(holds: Callable[[Tensor], bool], g: Tensor) -> bool:
     """Whether something holds of all entries; the first few mostly decide, and parts stay in the cache."""
-    g = g.flatten()
-    return all(holds(part) for part in (g[:FIRST_ENTRIES], *g[FIRST_ENTRIES:].split(ENTRIES_AT_ONCE)) if len(part))
+    first, rest = g.flatten().tensor_split([FIRST_ENTRIES])
+    return not len(first) or (holds(first) and (not len(rest) or all(map(holds, rest.split(ENTRIES_AT_ONCE)))))
 
 
 def _rounding_error(g: Tensor, dtype: torch.dtype, coarse: bool) -> Tensor:
