@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import scipy.linalg
 import torch
 from torch import Tensor
-
-from rgap.linalg.matrices import gram_matrix
 
 
 @dataclass(frozen=True)
@@ -32,41 +31,29 @@ class BorderedGram:
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """AᵀA v, (c·k, p)."""
-        apart, rest = self._split(v)
-        first = (self.block @ apart).reshape(-1, v.shape[1]) + self.border @ rest
-        return self._join(first, self.rest @ rest + self.border.T @ apart.reshape_as(first))
+        apart, rest = self.split(v)
+        first = self.block @ apart + (self.border @ rest).view_as(apart)
+        return self.join(first, self.rest @ rest + self.border.T @ apart.reshape(-1, v.shape[1]))
 
-    def eliminated(self, damping: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """L of R = L Lᵀ, (L⁻¹ ⊗ I) B, and the Schur complement of AᵀA + diag(damping²); None where R fails.
-
-        The damping is zero where unknowns stand apart.
-        """
+    def eliminated(self, damping: Tensor) -> Eliminated | None:
+        """What is left of AᵀA + diag(damping²) without the unknowns apart, where it is zero; None where R fails."""
         lower, failed = torch.linalg.cholesky_ex(self.block)
         if failed:
             return None
         half = torch.linalg.solve_triangular(lower, self.border.reshape(len(lower), -1), upper=False)
-        half = half.reshape_as(self.border)
-        schur = self.rest - gram_matrix(half)
-        schur.diagonal().add_(self._split(damping[:, None])[1][:, 0].square())
-        return lower, half, schur
+        half, schur = half.reshape_as(self.border), self.rest.clone()
+        if half.numel():
+            (syrk,) = scipy.linalg.get_blas_funcs(("syrk",), (half.numpy(),))
+            syrk(-1.0, half.T.numpy(), beta=1.0, c=schur.numpy().T, overwrite_c=1)
+        schur.diagonal().add_(self.split(damping[:, None])[1][:, 0].square())
+        return Eliminated(self, lower, half, schur)
 
     def factored(self, damping: Tensor) -> Callable[[Tensor], Tensor] | None:
         """The inverse of AᵀA + diag(damping²), zero where unknowns stand apart; None unless positive definite."""
         if (found := self.eliminated(damping)) is None:
             return None
-        lower, half, schur = found
-        factor, failed = torch.linalg.cholesky_ex(schur)
-        if failed:
-            return None
-
-        def invert(v: Tensor) -> Tensor:
-            apart, rest = self._split(v)
-            apart = torch.linalg.solve_triangular(lower, apart, upper=False)
-            rest = torch.cholesky_solve(rest - half.T @ apart.reshape(-1, v.shape[1]), factor)
-            apart = apart - (half @ rest).view_as(apart)
-            return self._join(torch.linalg.solve_triangular(lower.T, apart, upper=True).reshape(-1, v.shape[1]), rest)
-
-        return invert
+        factor, failed = torch.linalg.cholesky_ex(found.schur)
+        return None if failed else found.inverse(lambda rest: torch.cholesky_solve(rest, factor))
 
     @cached_property
     def order(self) -> tuple[Tensor, Tensor]:
@@ -76,10 +63,43 @@ class BorderedGram:
         order = torch.cat([apart.flatten(), rest.flatten()])
         return order, order.argsort()
 
-    def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """What stands apart, (c, q·p), and the rest, (c·(k − q), p)."""
         v = v.index_select(0, self.order[0])
         return v[: len(self.border)].reshape(len(self.block), -1), v[len(self.border) :]
 
-    def _join(self, apart: Tensor, rest: Tensor) -> Tensor:
+    def join(self, apart: Tensor, rest: Tensor) -> Tensor:
+        """The vectors (c·k, p) of which `split` makes these parts."""
+        apart = apart.reshape(-1, rest.shape[1])
         return torch.cat([apart, rest]).index_select(0, self.order[1])
+
+
+@dataclass(frozen=True)
+class Eliminated:
+    """A bordered Gram matrix without the unknowns that stand apart."""
+
+    gram: BorderedGram
+    lower: Tensor  # L of R = L Lᵀ
+    half: Tensor  # (L⁻¹ ⊗ I) B
+    schur: Tensor  # of the rest, lower triangle
+
+    def extend(self, rest: Tensor) -> Tensor:
+        """Vectors of the rest, (c·(k − q), p), with what they make of the unknowns apart: (c·k, p)."""
+        apart = (self.half @ rest).reshape(len(self.lower), -1)
+        return self.gram.join(-torch.linalg.solve_triangular(self.lower.T, apart, upper=True), rest)
+
+    def inverse(self, solve: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The whole matrix's, (c·k, p), from the Schur complement's."""
+
+        def invert(v: Tensor) -> Tensor:
+            apart, rest = self.gram.split(v)
+            apart = torch.linalg.solve_triangular(self.lower, apart, upper=False)
+            rest = solve(rest - self.half.T @ apart.reshape(-1, v.shape[1]))
+            apart = apart - (self.half @ rest).view_as(apart)
+            return self.gram.join(torch.linalg.solve_triangular(self.lower.T, apart, upper=True), rest)
+
+        return invert
+
+    def single(self, unit: float) -> Eliminated:
+        """The factors of the matrix divided by unit², in float32."""
+        return replace(self, lower=(self.lower / unit).float(), half=(self.half / unit).float())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rgap.linalg.bordered import BorderedGram
 from rgap.linalg.matrices import accelerator_for, orthonormal, svd
+from rgap.linalg.pivoted import pivoted_factor, weak_directions
 from rgap.linalg.systems import ILL_CONDITIONED_RATIO, LeastSquares, NormalEquations, Operator
 
 CHOLESKY_MIN_RATIO = 1e-4
@@ -21,11 +22,6 @@ GRAM_RESOLUTION = 1e-6  # smallest cutoff at which the squares of singular value
 
 PIVOTED_GAP = 10.0
 """Smallest singular value kept, in units of the cutoff, from which a pivoted Cholesky factor shows the rank."""
-
-WEAK_SURPLUS = 16  # directions iterated beside those that are expected to be ill-conditioned
-
-INVERSE_ITERATIONS = 2
-"""Block inverse iterations for ill-conditioned directions, from those that the smallest pivots show."""
 
 MAX_NEIGHBOUR_STEPS = 40
 """Steps of conjugate gradients with a neighbour's inverse up to which they are quicker than factors of its own."""
@@ -167,32 +163,24 @@ def _by_pivoted_cholesky(normal: NormalEquations, most: int | None = None) -> Le
     the singular values loses nothing, at a tenth of the cost of a singular decomposition. With `most`, which the rank
     cannot exceed, factors in float32 tell whether it is reached.
     """
-    square, beside, order = _pivoted_factor(normal, most)
-    single, rank = most is not None, len(square)
-    safe = MIN_SINGLE_RATIO if single else 0.0 if normal.gram_only else CHOLESKY_MIN_RATIO
-    (potrs,) = scipy.linalg.get_lapack_funcs(("potrs",), (square,))
-    (trsm,) = scipy.linalg.get_blas_funcs(("trsm",), (square,))
-    if rank in (0, len(order)):
+    factor, single = pivoted_factor(normal, most), most is not None
+    rank, safe = factor.rank, MIN_SINGLE_RATIO if single else 0.0 if normal.gram_only else CHOLESKY_MIN_RATIO
+    if len(factor.U) in (0, len(factor.pivots)):
         return None
-    kept, left = order[:rank], order[rank:]
-    null = torch.from_numpy(np.zeros((len(order), len(left)), square.dtype))
-    null[kept] = torch.from_numpy(trsm(-1.0, square, beside))
-    null[left] = torch.eye(len(left), dtype=null.dtype)
-    dtype, null = null.dtype, orthonormal(null).double()
+    null = orthonormal(factor.null()).double()
 
     def invert_beside(v: Tensor) -> Tensor:  # of vectors without a part in the null space
-        y = torch.zeros_like(v)
-        y[kept] = torch.from_numpy(potrs(square, v[kept].to(dtype).numpy(), lower=0)[0]).double()
+        y = factor.solve(v)
         return y - null @ (null.T @ y)
 
     def invert(v: Tensor) -> Tensor:  # the pseudo-inverse of the Gram matrix
         return invert_beside(v - null @ (null.T @ v))
 
     weak, sigmas, limit = null[:, :0], null[0, :0], ILL_CONDITIONED_RATIO * normal.largest
-    guess = int((np.diag(square) < 1.2 * limit).sum())  # the pivots nearly show how many directions are weak
+    guess = int((np.diag(factor.U) < 1.2 * limit).sum())  # the pivots nearly show how many directions are weak
     ratio = normal.smallest(invert) if normal.gram_only or not guess else 0.0
     if ratio < ILL_CONDITIONED_RATIO and not normal.gram_only:
-        U, values = _weak_directions(square, kept, null, limit, guess)
+        U, values = weak_directions(factor, null, limit, guess)
         low, ratio = values <= limit, (values[-1] / normal.largest).item()
         weak, sigmas = U[:, low], values[low]
     if not ratio >= max(safe, PIVOTED_GAP * normal.rcond):
@@ -204,58 +192,6 @@ def _by_pivoted_cholesky(normal: NormalEquations, most: int | None = None) -> Le
         return LeastSquares(normal.solve(invert), null, weak, sigmas, rank, ratio, dropped, invert)
     found = _by_neighbour(normal, invert_beside, ratio, DEFICIENT_RESIDUAL)
     return found and replace(found, null=null, rank=rank, sigma_max_dropped=dropped)
-
-
-def _pivoted_factor(normal: NormalEquations, most: int | None) -> tuple[np.ndarray, np.ndarray, Tensor]:
-    """U (rank, rank), V (rank, k − rank) and an order of the unknowns, in which the Gram matrix is [U V]ᵀ[U V].
-
-    U is upper triangular; its lower half is never read. Unknowns that stand apart come first, without pivoting. With
-    `most` in float32; of rank 0 where the rank is less.
-    """
-    gram, dtype = (normal.A.made_gram, torch.float64) if most is None else (normal.A.made_rough, torch.float32)
-    found = gram.eliminated(normal.damping) if isinstance(gram, BorderedGram) else None
-    first, schur = (0, normal.gram(dtype)) if found is None else (len(found[1]), found[2])
-    (pstrf,) = scipy.linalg.get_lapack_funcs(("pstrf",), (schur.numpy(),))
-    factor, pivots, rank, _ = pstrf(schur.numpy().T, lower=0, overwrite_a=1, **({} if most is None else {"tol": 0.0}))
-    pivots = torch.from_numpy(pivots.astype("int64") - 1)
-    if most is not None:
-        rank = most - first if first < most <= first + rank else 0
-    if found is None or not rank:
-        return np.asfortranarray(factor[:rank, :rank]), factor[:rank, rank:], pivots
-    lower, half, _ = found
-    upper = np.zeros((first + rank, normal.unknowns), factor.dtype, order="F")
-    eye = torch.eye(first // len(lower), dtype=lower.dtype)
-    upper[:first, :first], upper[:first, first:] = torch.kron(lower.T.contiguous(), eye), half[:, pivots]
-    upper[first:, first:] = factor[:rank]
-    order = torch.cat([gram.order[0][:first], gram.order[0][first:][pivots]])
-    return upper[:, : first + rank], upper[:, first + rank :], order
-
-
-def _weak_directions(square: np.ndarray, kept: Tensor, null: Tensor, limit: float, guess: int) -> tuple[Tensor, Tensor]:
-    """Singular directions and their σ, all up to a limit and some above, by block inverse iteration on a Gram matrix.
-
-    `square` is the upper Cholesky factor of its rows and columns `kept`. The weakest directions, which matter most,
-    come out well, those near the limit roughly: float32 is enough. The block, what the smallest pivots show at first,
-    is doubled as long as all of it is below the limit.
-    """
-    null, rank, unit = null.float(), len(square), square[0, 0]
-    square = np.asfortranarray(square / unit, np.float32)
-
-    def place(y: np.ndarray) -> Tensor:
-        placed = null.new_zeros(len(null), y.shape[1])
-        placed[kept] = torch.from_numpy(y)
-        return placed - null @ (null.T @ placed)
-
-    while True:
-        guess = min(guess + WEAK_SURPLUS, rank)
-        U = place(scipy.linalg.blas.strsm(1.0, square, np.eye(rank, guess, guess - rank, dtype=np.float32)))
-        for _ in range(INVERSE_ITERATIONS):
-            U, T = torch.linalg.qr(place(scipy.linalg.lapack.spotrs(square, U[kept].numpy(), lower=0)[0]))
-        turn, inverse, _ = torch.linalg.svd(T)
-        values = unit * inverse.double().rsqrt()
-        if values[-1] > limit or guess == rank:
-            return (U @ turn).double().flip(1), values.flip(0)
-        guess *= 2
 
 
 def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:

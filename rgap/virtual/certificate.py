@@ -19,7 +19,7 @@ MAX_CERTIFIED_CONDITION = 1e5  # largest certified condition number of the final
 MAX_ROUGH_CONDITION = 1e3  # condition number of the range's equations up to which they are made in float32 and refined
 MAX_REFINEMENTS = 4  # solutions, each by the residual in float64 that the last one has left
 REFINED_STEP = 20.0  # relative step that ends them, in units of the data's noise: float32 leaves little of it
-WEAK_SHARE = 0.07  # eigenvalue, over the largest, up to which the range alone sees a direction badly
+WEAK_SHARE = 0.05  # eigenvalue, over the largest, up to which the range alone sees a direction badly
 MAX_PIECES = 2  # systems on one piece of σ solved at the end; each corrects signs of entries near zero
 MAX_SIGN_TRIALS = 4  # entries closest to zero whose signs are flipped, one at a time, where the solution does not fit
 
