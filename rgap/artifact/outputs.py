@@ -168,13 +168,11 @@ NUMBERS = Kind("numbers", "", relative=0.05)
 COUNTS = Kind("counts and texts", "")
 ROUNDING = Kind("rounding errors", r"residual|error|^mse|cosine", 1e-12, factor=10)
 KINDS = (
-    Kind("spreads of few runs", r"_std$", 6, factor=10),
-    DECIBELS,
-    ROUNDING,
+    Kind("spreads of few runs", r"_std$", 6, factor=10), DECIBELS, ROUNDING,
     Kind("similarities", r"ssim", absolute=0.03, decimals=2),
     Kind("what training changes", r"condition|gradient_norm", factor=2),
     Kind("ends of descents", r"^from_|mu$", absolute=0.05, relative=0.05),
-)
+)  # fmt: skip
 """The first whose pattern is found in a column's name. Else whole numbers and texts are COUNTS, compared exactly,
 and other numbers NUMBERS. A `factor` is for quantities of which only the order of magnitude repeats."""
 

@@ -279,10 +279,7 @@ def _merged(name: str, parts: list[LayerSolution], start: float) -> LayerSolutio
         seconds=time.perf_counter() - start,
     )
     return LayerSolution(
-        torch.cat([part.x for part in parts], 1),
-        report,
-        sensitivity if len(parts) > 1 else parts[0].sensitivity,
+        torch.cat([part.x for part in parts], 1), report, sensitivity if len(parts) > 1 else parts[0].sensitivity,
         sum((part.solved for part in parts), ()),
-        max((part.noise_std for part in parts if part.noise_std is not None), default=None),
-        parts[0].fixed_null,
-    )
+        max((part.noise_std for part in parts if part.noise_std is not None), default=None), parts[0].fixed_null,
+    )  # fmt: skip

@@ -85,18 +85,12 @@ def gradients_first(
         return moved.flatten(1), rows_known(z_change, known) - rows_known(layer.apply(moved), known)
 
     return ReducedSystem(
-        found.x0.flatten(1),
-        lambda Y: spread(V, Y, channels),
-        lambda X: torch.einsum("bpk,bcpj->ckj", V, X.reshape(len(X), channels, -1, X.shape[2])).flatten(0, 1),
-        V,
-        seen_by,
-        A,
-        right - rows_known(layer.apply(found.x0), known),
-        (rows_scale(right, G) * found.sigmas).repeat(channels),
-        max(right.norm().item(), torch.finfo(z.dtype).tiny),
-        change,
-        rank_gradients=channels * found.rank,
-    )
+        found.x0.flatten(1), lambda Y: spread(V, Y, channels),
+        lambda X: torch.einsum("bpk,bcpj->ckj", V, X.reshape(len(X), channels, -1, X.shape[2])).flatten(0, 1), V,
+        seen_by, A, right - rows_known(layer.apply(found.x0), known),
+        (rows_scale(right, G) * found.sigmas).repeat(channels), max(right.norm().item(), torch.finfo(z.dtype).tiny),
+        change, rank_gradients=channels * found.rank,
+    )  # fmt: skip
 
 
 def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, weak: WeakSubspace) -> ReducedSystem:
@@ -129,19 +123,13 @@ def weights_first(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, weak: WeakSubs
         return project(torch.stack(columns, 4).flatten(1, 3))
 
     return ReducedSystem(
-        x0.flatten(1),
-        spread,
-        project,
-        N,
+        x0.flatten(1), spread, project, N,
         lambda image, L, entries: (slice(image * q, (image + 1) * q), L @ N[entries]),
         Operator(count * q, lambda dtype: gradient_gram(layer, dz, N.to(dtype)), apply, adjoint),
-        G.flatten() - seen(x0),
-        (rows_scale(G, z) * weak.sigmas).repeat(count),
-        max(G.norm().item(), torch.finfo(z.dtype).tiny),
-        change,
-        rank_weights=count * math.prod(layer.output_shape),
+        G.flatten() - seen(x0), (rows_scale(G, z) * weak.sigmas).repeat(count),
+        max(G.norm().item(), torch.finfo(z.dtype).tiny), change, rank_weights=count * math.prod(layer.output_shape),
         most=_most_by_gradients(layer) + count * int((weak.sigmas > 0).sum()),
-    )
+    )  # fmt: skip
 
 
 def _most_by_gradients(layer: Layer) -> int:

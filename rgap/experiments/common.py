@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from rgap.artifact.progress import progress as progress  # for the other experiments
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
+from rgap.isolation import isolated
 from rgap.metrics import match, mse, psnr_db, ssim
 from rgap.network.chain import prepare
 from rgap.network.layer import Chain
@@ -163,29 +165,15 @@ def directions(images: Tensor) -> Tensor:
     return (flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-300)).reshape(images.shape)
 
 
-def timed(function: Callable, *arguments, **options) -> tuple[Any, float]:
-    """What a call returns, and the seconds that it took."""
-    start = time.perf_counter()
+def timed(function: Callable, *arguments, clock: Callable[[], float] = time.perf_counter, **options) -> tuple:
+    """What a call returns, and the seconds that it took by a clock."""
+    start = clock()
     result = function(*arguments, **options)
-    return result, time.perf_counter() - start
+    return result, clock() - start
 
 
-def cpu_timed(function: Callable, *arguments, **options) -> tuple[Any, float]:
-    """What a call returns, and the seconds of processor time that it took, whatever else the machine does."""
-    start = time.process_time()
-    result = function(*arguments, **options)
-    return result, time.process_time() - start
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for torch's operations: the time of a run then depends least on the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+one_thread = isolated  # the time of a run then depends least on the machine
+cpu_timed = partial(timed, clock=time.process_time)  # the processor's seconds, whatever else the machine does
 
 
 @contextmanager

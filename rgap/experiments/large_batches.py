@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rgap.attack.reconstruct import reconstruct
 from rgap.client import client_gradients
-from rgap.experiments.common import MIN_CERTIFIED_PSNR_DB, certified, choice, progress, timed
+from rgap.experiments.common import MIN_CERTIFIED_PSNR_DB, certified, choice, progress, seeded, timed
 from rgap.experiments.drawing import against_diagonal, finish, gallery, lines, name_lines
 from rgap.metrics import psnr_db
 from rgap.network.chain import prepare
@@ -44,8 +44,7 @@ def relu_network(
 ) -> nn.Module:
     """A fully connected network for ten classes with biases, float64; LeakyReLU of that slope, ReLU for 0."""
     activation = partial(nn.LeakyReLU, slope) if slope else nn.ReLU
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         linear = [nn.Linear(before, after).double() for before, after in pairwise((inputs, *widths, CLASS_COUNT))]
         if initialisation != INITIALISATIONS[1]:
             for layer in linear:

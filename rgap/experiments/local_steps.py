@@ -18,7 +18,7 @@ from rgap.baselines import inverting_gradients
 from rgap.client import LocalTraining, mean_gradients
 from rgap.experiments.common import choice, cpu_timed, progress, seeded
 from rgap.experiments.drawing import finish, lines, name_lines
-from rgap.experiments.vision_transformers import small_transformer
+from rgap.experiments.vision_transformers import client_update, small_transformer
 from rgap.metrics import psnr_db
 from rgap.results import Reconstruction
 
@@ -45,12 +45,6 @@ def networks(seed: int = 0) -> dict[str, tuple[nn.Module, str]]:
         "CNN6, LeakyReLU": (models.cnn6(seed), "logistic"),
     }
     return {name: (network.double().eval(), loss) for name, (network, loss) in found.items()}
-
-
-def client_update(model: nn.Module, images: Tensor, labels: Tensor, loss: str, training: LocalTraining) -> dict:
-    """The parameters that a client returns, in the model's dtype, by name."""
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    return training.run(model, parameters, images, labels, loss)
 
 
 def attack_update(

@@ -41,13 +41,9 @@ def attack_by(method: str, model: nn.Module, gradients: Sequence[Tensor], image_
     """
     if method in CLOSED_FORMS:
         return reconstruct(
-            model,
-            gradients,
-            image_shape,
-            virtual_constraints=method == CLOSED_FORMS[1],
-            effort="full",
+            model, gradients, image_shape, virtual_constraints=method == CLOSED_FORMS[1], effort="full",
             gradient_scale=1.0,
-        )
+        )  # fmt: skip
     if method == "hybrid":
         return hybrid(model, gradients, image_shape, steps=steps[method], seed=seed)
     return OPTIMISERS[method](model, gradients, image_shape, labels=label, steps=steps[method], seed=seed)

@@ -197,14 +197,11 @@ def _add_convolution(draft: _Draft, axes: int) -> None:
 
 def _traits(convolution: nn.Module) -> dict[str, bool]:
     return {
-        "bias": convolution.bias is not None,
-        "groups": convolution.groups > 1,
-        "stride": max(convolution.stride) > 1,
-        "dilation": max(convolution.dilation) > 1,
-        "unequal-kernel": len(set(convolution.kernel_size)) > 1,
+        "bias": convolution.bias is not None, "groups": convolution.groups > 1, "stride": max(convolution.stride) > 1,
+        "dilation": max(convolution.dilation) > 1, "unequal-kernel": len(set(convolution.kernel_size)) > 1,
         "padding=same": convolution.padding == "same",
         f"padding_mode={convolution.padding_mode}": convolution.padding_mode != "zeros",
-    }
+    }  # fmt: skip
 
 
 def _add_activation(draft: _Draft) -> None:

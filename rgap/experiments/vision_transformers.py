@@ -131,7 +131,9 @@ def attack_updates(
     cases = [(k, m, i) for k in steps for m in momenta for i in range(len(images)) if k > 1 or m == 0]
     for count, momentum, index in progress(cases, "updates"):
         image, label = images[index : index + 1].to(some.dtype), labels[index : index + 1]
-        after = _after_steps(model, image, label, client.LocalTraining(learning_rate, count, momentum))
+        after = client_update(
+            model, image, label, "cross_entropy", client.LocalTraining(learning_rate, count, momentum)
+        )
         update = client.gradients_from_update(model, after, learning_rate)
         result = reconstruct(model, update, tuple(images.shape[1:]), "cross_entropy")
         row = {"steps": count, "momentum": momentum, "image": index, "verdict": result.verdict}
@@ -139,10 +141,12 @@ def attack_updates(
     return pd.DataFrame(rows)
 
 
-def _after_steps(model: nn.Module, images: Tensor, labels: Tensor, training: client.LocalTraining) -> dict[str, Tensor]:
-    """The network's parameters after a client's local steps on one batch."""
+def client_update(
+    model: nn.Module, images: Tensor, labels: Tensor, loss: str, training: client.LocalTraining
+) -> dict[str, Tensor]:
+    """The parameters that a client returns after local steps on one batch, in the model's dtype, by name."""
     start = {name: p.detach() for name, p in model.named_parameters()}
-    return training.run(model, start, images, labels, "cross_entropy")
+    return training.run(model, start, images, labels, loss)
 
 
 def peak_memory_gb() -> float:
@@ -174,7 +178,7 @@ def _attack_random_transformer(generator: torch.Generator, number: int) -> dict:
     batch = images[: 1 + (trouble == "two images")].to(getattr(torch, dtype)), labels[: 1 + (trouble == "two images")]
     theirs = build(seed=number + 1).to(getattr(torch, dtype)) if trouble == "weights" else model
     if trouble == "steps":
-        after = _after_steps(model, *batch, client.LocalTraining(0.05, pick(2, 5)))
+        after = client_update(model, *batch, "cross_entropy", client.LocalTraining(0.05, pick(2, 5)))
         gradients = client.gradients_from_update(model, after, 0.05)
     else:
         gradients = client.client_gradients(theirs, *batch, loss)

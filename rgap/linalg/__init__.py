@@ -7,21 +7,7 @@ from rgap.linalg.solve import GRAM_RESOLUTION, least_squares
 from rgap.linalg.systems import LeastSquares, Operator, dense_operator
 
 __all__ = [
-    "GRAM_RESOLUTION",
-    "BorderedGram",
-    "Iterated",
-    "LeastSquares",
-    "Operator",
-    "conjugate_gradients",
-    "dense_operator",
-    "distance",
-    "gram_matrix",
-    "largest_eigenvalue",
-    "largest_entry",
-    "leading_svd",
-    "least_squares",
-    "norm",
-    "orthonormal",
-    "rms",
-    "svd",
-]
+    "GRAM_RESOLUTION", "BorderedGram", "Iterated", "LeastSquares", "Operator", "conjugate_gradients", "dense_operator",
+    "distance", "gram_matrix", "largest_eigenvalue", "largest_entry", "leading_svd", "least_squares", "norm",
+    "orthonormal", "rms", "svd",
+]  # fmt: skip

@@ -114,15 +114,12 @@ def analyses(
 def _summed(layers: list[LayerRank], batch_size: int, separable: int | None, entry: str) -> RankAnalysis:
     counted = [layer for layer in layers if layer.ra_index is not None]
     return RankAnalysis(
-        layers=tuple(layers),
-        batch_size=batch_size,
+        layers=tuple(layers), batch_size=batch_size,
         max_ra_index=max((layer.ra_index for layer in counted), default=None),
         copa_index=copa_index([layer.deficit for layer in layers if layer.kind == "convolution"]),
         leaking=tuple(layer.name for layer in counted if layer.deficit == 0),
-        verdict=judge(layers, batch_size, separable, entry).sentence,
-        separable=separable,
-        entry=entry,
-    )
+        verdict=judge(layers, batch_size, separable, entry).sentence, separable=separable, entry=entry,
+    )  # fmt: skip
 
 
 def _checked_steps(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[list[Step], list[CountedStep]]:

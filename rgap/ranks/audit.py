@@ -205,16 +205,12 @@ class Audit:
             more = {"supply": step and step.supply, "status": step and step.status}
             layers.append({f.name: _plain(getattr(layer, f.name)) for f in fields(LayerRank)} | more)
         return {
-            "image_shape": list(self.image_shape),
-            "batch_size": self.analysis.batch_size,
-            "outcome": self.exposure.outcome,
-            "sentence": self.exposure.sentence,
-            "missing_share": self.exposure.missing_share,
-            "max_ra_index": self.analysis.max_ra_index,
-            "copa_index": self.analysis.copa_index,
-            "layers": layers,
+            "image_shape": list(self.image_shape), "batch_size": self.analysis.batch_size,
+            "outcome": self.exposure.outcome, "sentence": self.exposure.sentence,
+            "missing_share": self.exposure.missing_share, "max_ra_index": self.analysis.max_ra_index,
+            "copa_index": self.analysis.copa_index, "layers": layers,
             "advice": [asdict(change) | {"sentence": change.sentence} for change in self.advice],
-        }
+        }  # fmt: skip
 
 
 def audit(

@@ -45,19 +45,12 @@ def patch_ranks(model: nn.Module, image_shape: tuple[int, ...], batch_size: int)
     tokens, width = found.position_entries.shape
     entries, rank = found.pixels.shape[1], min(tokens, width - 1)
     patches = LayerRank(
-        found.name,
-        "convolution" if model.get_parameter(found.weight_name).ndim > 2 else "linear",
-        unknowns=tokens * entries,
-        weight_rows=0,
-        gradient_rows=width * entries,
-        ra_index=(tokens - width) * entries,
-        deficit=(tokens - rank) * entries,
-        virtual_constraints=0,
-        law_weights=0,
-        law_gradients=rank * entries,
+        found.name, "convolution" if model.get_parameter(found.weight_name).ndim > 2 else "linear",
+        unknowns=tokens * entries, weight_rows=0, gradient_rows=width * entries, ra_index=(tokens - width) * entries,
+        deficit=(tokens - rank) * entries, virtual_constraints=0, law_weights=0, law_gradients=rank * entries,
         law_rank=rank * entries,
         note=f"{tokens} patches of width {width}, by the gradient of {found.position_name!r}, that of every token",
-    )
+    )  # fmt: skip
     if not patches.deficit:
         return [patches]
     note = "attention and layer norms add equations that no rank counts"

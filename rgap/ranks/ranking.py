@@ -118,15 +118,9 @@ def _without_gradient(rank: LayerRank) -> LayerRank:
     weights = rank.law_weights if rank.rank_weights is None else rank.rank_weights
     note = "; ".join(filter(None, (f"{FROZEN}, so that no gradient of it is shared", rank.note)))
     return replace(
-        rank,
-        law_gradients=0,
-        law_rank=rank.law_weights,
-        rank_gradients=None if rank.rank_weights is None else 0,
-        rank=rank.rank_weights,
-        condition=None,
-        deficit=None if weights is None else rank.unknowns - weights,
-        note=note,
-    )
+        rank, law_gradients=0, law_rank=rank.law_weights, rank_gradients=None if rank.rank_weights is None else 0,
+        rank=rank.rank_weights, condition=None, deficit=None if weights is None else rank.unknowns - weights, note=note,
+    )  # fmt: skip
 
 
 def layer_shape(module: nn.Module, input_shape: tuple[int, ...], batch: int) -> tuple[LayerShape | None, str]:

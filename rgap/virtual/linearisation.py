@@ -73,14 +73,10 @@ def _leaky_relu(a: float, m: NDArray, v: NDArray) -> Fit:
     c, step = 1 / a - 1, 1 - a
     beta = 1 / a - c * cdf
     return Fit(
-        alpha=m / a - c * mean - beta * m,
-        beta=beta,
-        var_eps=c * c * np.maximum(square - mean**2 - v * cdf**2, 0),
-        pi=a + step * cdf,
-        rho=step * phi / sd,
-        var_eta=step * step * np.maximum(cdf * tail - phi**2, 0),
+        alpha=m / a - c * mean - beta * m, beta=beta, var_eps=c * c * np.maximum(square - mean**2 - v * cdf**2, 0),
+        pi=a + step * cdf, rho=step * phi / sd, var_eta=step * step * np.maximum(cdf * tail - phi**2, 0),
         cov=-c * step * (mean * tail - cdf * sd * phi),
-    )
+    )  # fmt: skip
 
 
 def _smooth(activation: Activation, m: NDArray, v: NDArray) -> Fit:
