@@ -113,7 +113,8 @@ def _solve_piece(
         strong, P, draw = own.values[seen], own.directions[:, ~seen], own.draw(rest, generator, seen)
     A = A @ P
     if channels.size:
-        by_gradient = gradient_rows(problem, fitted, m, image, channels, N @ P[:d], rough=rough)
+        columns = problem.rough @ P.astype(np.float32) if rough else N @ P[:d]
+        by_gradient = gradient_rows(problem, fitted, m, image, channels, columns, rough=rough)
         weight = unit / np.maximum(unit, problem.noise * by_gradient.size)
         A = np.vstack([A, (by_gradient.A + by_gradient.null @ P[d:]) * weight[:, None]])
 

@@ -20,8 +20,8 @@ MAX_STEPS = 20  # steps after which another way is tried; it is as soon as a ste
 def settled_on_range(problem: DeficientLayer) -> list[NDArray]:
     """The coefficients t after each step, the last on the piece of σ where the step began; empty where none settles.
 
-    Ill-conditioned directions, which the deficient layer knows, are left as they are. The rows are made in float32:
-    they lead the way, the residual that they bring down is float64.
+    Ill-conditioned directions, which the deficient layer knows, are left as they are. All is in float32, enough for the
+    way to the signs.
     """
     previous, t, x, found = problem.previous, np.zeros(problem.N.shape[1]), problem.x, []
     open_ = len(t) - problem.known.size
@@ -30,13 +30,14 @@ def settled_on_range(problem: DeficientLayer) -> list[NDArray]:
     slopes, moved = slope(problem.activation, x), len(x)
     while len(found) < MAX_STEPS:
         A = problem.rough_rows.at(1 / slopes)[:, :open_]
-        rest = (inverse(problem.activation, x) - previous.bias) @ previous.left
-        size = np.abs(rest).max() or 1.0
+        z = inverse(problem.activation, x) - previous.bias
+        size = np.abs(z).max() or 1.0
         factor, failed = linalg.lapack.spotrf(A.T @ A, lower=1, clean=0)
         if failed or not np.isfinite(size):
             break
-        t[:open_] -= size * linalg.lapack.spotrs(factor, A.T @ (rest / size).astype(np.float32), lower=1)[0]
-        x = problem.x + problem.N @ t
+        rest = (z / size).astype(np.float32) @ previous.rough_left
+        step = linalg.lapack.spotrs(factor, A.T @ rest, lower=1)[0]
+        t[:open_], x = t[:open_] - size * step, x - size * (problem.rough[:, :open_] @ step)
         found.append(t.copy())
         last, slopes = slopes, slope(problem.activation, x)
         before, moved = moved, np.count_nonzero(slopes != last)
