@@ -245,7 +245,6 @@ def without_solving(attack: Attack, start: Start, deficits: dict[str, int]) -> W
         rank = _laws(layer, absent).both
         deficit = None if rank is None else layer.unknowns - rank
         reports.append(LayerReport(layer.name, layer.unknowns, rank=rank, deficit=deficit))
-    head = chain.layers[-1]
-    inputs = {head.name: start.x.reshape(1, *head.feature_shape)}
-    open_ = tuple(deficits)[-1:]
-    return Weighed(start, Candidate(images, start.labels, math.inf, True, inputs, tuple(reports), open_))
+    inputs = {chain.layers[-1].name: start.x.reshape(1, *chain.layers[-1].feature_shape)}
+    left_open = tuple(deficits)[-1:]
+    return Weighed(start, Candidate(images, start.labels, math.inf, True, inputs, tuple(reports), left_open))

@@ -50,9 +50,8 @@ class UpdateTask:
 
     def simulate(self, images: Tensor, labels: Tensor, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """Ḡ of a client with these images (B, C, H, W), computed in `dtype`."""
-        start = self.weights(dtype)
+        start, kept, total = self.weights(dtype), self.training.coefficients[0], self.training.total
         end = self.training.run(self.network.model, start, images, labels, self.loss)
-        kept, total = self.training.coefficients[0], self.training.total
         return {n: (w.double() - end[n].double() - (1 - kept) * w.double()) / total for n, w in start.items()}
 
     def drift(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -113,10 +112,7 @@ def by_first_layer(task: UpdateTask) -> FoundImages:
     x = torch.stack(images) if images else G.new_zeros(0, *shape)
     error = max(variances, default=math.inf) ** 0.5
     report = LayerReport(layer.name, layer.unknowns, rank=layer.unknowns, deficit=0, predicted_error=error)
-    if task.labels is not None and len(x) == task.batch_size:
-        labels = (torch.as_tensor(task.labels),)
-    else:
-        labels = likely_labels(task, x) if task.batch_size == 1 else (_batch_labels(task, x),)
+    labels = likely_labels(task, x) if task.batch_size == 1 and task.labels is None else (_labels(task, x),)
     return FoundImages(x, labels, error, (report,), () if len(groups) == task.batch_size else (short,))
 
 
@@ -154,8 +150,10 @@ def likely_labels(task: UpdateTask, image: Tensor) -> tuple[Tensor, ...]:
     return tuple(label[None] for label in torch.tensor(cosines).argsort(descending=True)[:MAX_LABELS_TRIED])
 
 
-def _batch_labels(task: UpdateTask, images: Tensor) -> Tensor:
-    """The label of every image (B,): Ḡ of the last layer is nearly Σ_b δz_b a_bᵀ with the a_b before the steps."""
+def _labels(task: UpdateTask, images: Tensor) -> Tensor:
+    """Every image's label (B,), as given, or as Ḡ of the last layer is nearly Σ_b δz_b a_bᵀ, a_b before the steps."""
+    if task.labels is not None and len(images) == task.batch_size:
+        return torch.as_tensor(task.labels)
     head = task.network.layers[-1]
     a = task.network.layer_inputs(images)[head.name].flatten(1)
     dz = torch.linalg.lstsq(a.T, task.update[head.weight_name].flatten(1).T).solution  # (B, C)

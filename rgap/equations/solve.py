@@ -42,23 +42,12 @@ def solve_layer(
 ) -> LayerSolution:  # fmt: skip
     """Recovers one layer's inputs from its weight and gradient equations.
 
-    Args:
-        layer: The linear layer.
-        G: Gradient of the mean loss by the weight, shaped as the weight; zeros of a fixed layer.
-        dz: Gradient of the mean loss by each image's pre-activation, (B, O, H′, W′).
-        z: Pre-activations, (B, O, H′, W′).
-        rcond: Singular values below rcond times the largest count as zero.
-        known: Mask of the entries of z that are known, (1, O, H′, W′), None for all: W's other rows are not used.
-        precision: Relative error of the gradient, and so of z: decides whether an ill-conditioned W is trusted alone;
-            one image only.
-        limits: Sizes and ratios that decide how the layer is solved.
-        like: Solution of almost the same equations, whose factors serve once more.
-
-    Returns:
-        A `LayerSolution`; where [W; K] falls short of full rank, its minimum-norm solution with the null basis.
-
-    Raises:
-        ValueError: If shapes do not fit the layer, or a mask is given for more than one image.
+    G is the gradient of the mean loss by the weight, shaped as that, zeros of a fixed layer; δz the gradient by each
+    image's pre-activation z, both (B, O, H′, W′). Of one image the mask `known` (1, O, H′, W′) may leave entries of z
+    out: W's rows there are not used. Singular values below rcond times the largest count as zero; the gradient's
+    precision decides whether an ill-conditioned W is trusted alone. The factors of `like`, a solution of almost the
+    same equations, serve once more. Where [W; K] falls short of full rank, the result is the minimum-norm solution with
+    the null basis. Raises ValueError if shapes do not fit the layer, or a mask is given for more than one image.
     """
     start = time.perf_counter()
     shape = (len(z), *layer.output_shape)

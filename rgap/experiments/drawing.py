@@ -131,11 +131,9 @@ def mark(axis: Axes, place: float, text: str, height: float = 1.01, line: str = 
 
 
 def gallery(
-    rows: Mapping[str, Tensor | Sequence[Tensor | str]],
-    titles: Sequence[str] | None = None,
-    size: float = 1.25,
+    rows: Mapping[str, Tensor | Sequence[Tensor | str]], titles: Sequence[str] | None = None, size: float = 1.25,
     captions: Mapping[str, Sequence[str]] | None = None,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Images in a grid, one row for each entry: label -> images (N, C, H, W), or a list of images (C, H, W).
 
     Values are in [0, 1]; others are clipped. A text stands in its cell in place of an image. Titles (N,) stand above

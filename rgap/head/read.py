@@ -34,23 +34,13 @@ def read_head(
 ) -> HeadReading:  # fmt: skip
     """Every (label, scale) with which the loss explains the last layer's gradient.
 
-    Gradients that no single sample has (of a batch, altered, noisy) get the nearest possible hypothesis and a note.
+    Gradients that no single sample has (of a batch, altered, noisy) get the nearest possible hypothesis and a note. The
+    layer is the last one, its weight's gradient not zero. `known` is the label where it was given, within range, or a
+    real-valued target (C,): only its hypotheses are returned. The factor κ of the shared gradient κ ∇ℓ and the ε of the
+    client's labels are estimated where they are None.
 
-    Args:
-        loss: A name in `rgap.client.LOSSES`, one that fits the layer's outputs.
-        layer: The last layer.
-        received: The gradients and their precision; the weight's is not zero.
-        known: The label where it was given, within range, or a real-valued target (C,); only its hypotheses are
-            returned.
-        gradient_scale: Factor κ of the shared gradient κ ∇ℓ; None to estimate it.
-        label_smoothing: ε of the client's labels; None to estimate it, where the equations ask for it.
-
-    Returns:
-        The `HeadReading`.
-
-    Raises:
-        GradientMismatchError: If the gradient is clearly that of another label than the one given, or that of the bias
-            is absent where the loss needs it, or the gradient of a squared error has a size that no sample gives it.
+    Raises GradientMismatchError if the gradient is clearly that of another label than the one given, or that of the
+    bias is absent where the loss needs it, or the gradient of a squared error has a size that no sample gives it.
     """
     G = layer.gradient(received.gradients).flatten(1)
     shared = received.usable.get(layer.bias_name)

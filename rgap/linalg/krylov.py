@@ -41,15 +41,10 @@ class Iterated:
 
 
 def conjugate_gradients(
-    apply: Callable[[Tensor], list[Tensor]],
-    adjoint: Callable[[list[Tensor]], Tensor],
-    b: list[Tensor],
-    *,
-    tolerance: float = 1e-12,
-    max_iterations: int = 20_000,
-    done: Callable[[Tensor], bool] = lambda x: False,
+    apply: Callable[[Tensor], list[Tensor]], adjoint: Callable[[list[Tensor]], Tensor], b: list[Tensor], *,
+    tolerance: float = 1e-12, max_iterations: int = 20_000, done: Callable[[Tensor], bool] = lambda x: False,
     normal: Tensor | None = None,
-) -> Iterated:
+) -> Iterated:  # fmt: skip
     """The minimum-norm least-squares solution of A x = b by conjugate gradients on the normal equations (CGLS).
 
     A x and b are lists of tensors. The iterations end where the norm of the normal equations' residual has fallen to

@@ -36,15 +36,9 @@ MIN_SINGLE_RATIO = 2e-3
 
 
 def least_squares(
-    A: Operator,
-    b: Tensor,
-    rcond: float,
-    damping: Tensor | None = None,
-    *,
-    gram_only: bool = False,
-    most: int | None = None,
-    near: LeastSquares | None = None,
-) -> LeastSquares:
+    A: Operator, b: Tensor, rcond: float, damping: Tensor | None = None, *, gram_only: bool = False,
+    most: int | None = None, near: LeastSquares | None = None,
+) -> LeastSquares:  # fmt: skip
     """Solves min ‖A y − b‖² + ‖damping ∘ y‖², with the null space of the whole system.
 
     A is (m, k), as by `dense_operator`, b (m,), damping (k,): one more equation, damping_j y_j = 0, for each entry that
@@ -73,11 +67,8 @@ def least_squares(
 
 
 def _by_neighbour(
-    normal: NormalEquations,
-    approximate: Callable[[Tensor], Tensor],
-    ratio: float,
-    enough: float = 0.0,
-) -> LeastSquares | None:
+    normal: NormalEquations, approximate: Callable[[Tensor], Tensor], ratio: float, enough: float = 0.0,
+) -> LeastSquares | None:  # fmt: skip
     """By conjugate gradients, preconditioned by the inverse of a neighbour's Gram matrix; None where they are slow.
 
     A relative residual of the normal equations that is `enough` ends the rounds.

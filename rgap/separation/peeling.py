@@ -37,13 +37,8 @@ def peel(
 ) -> Separation:
     """The inputs of the first fully connected layer that can be peeled off a batch's gradient.
 
-    Args:
-        layers: Fully connected layers from the first one on; LeakyReLU, PReLU or ReLU follows the first.
-        received: The gradients.
-        spans: `row_span` of the first two layers.
-        loss: "logistic" or "cross_entropy".
-        size: Images in the batch, as assumed; where the images themselves agree on another number, that is used.
-        seed: Of random starts.
+    Layers are the fully connected ones; LeakyReLU, PReLU or ReLU follows the first, and `spans` are the first two's
+    `row_span`s. Where the images themselves agree on another batch size than the one assumed, that is used.
     """
     peeling = Peeling(layers, spans, received, loss, size, seed)
     peeling.run()

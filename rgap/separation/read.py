@@ -41,18 +41,9 @@ def read_batch(
     gives ∂ℓ/∂f, and the loss label and scale. Where convolutions lie below, whose gradients are sums over the batch,
     the images are fitted to all fully connected gradients together, and all of them are needed.
 
-    Args:
-        chain: The prepared network; its fully connected layers can be separated.
-        received: The gradients.
-        size: Images in the batch.
-        loss: "logistic" or "cross_entropy".
-        known: Labels if they are known; used where only the outputs distinguish the images.
-        seed: Of random starts.
-        gradient_scale: Factor of the gradient; None to estimate one for each image.
-
-    Returns:
-        The `Start` with the images that were found, and notes. With convolutions below it has no image if one was not
-        found or has no scale.
+    Labels, where they are known, are used where only the outputs distinguish the images; the seed is that of random
+    starts; a factor of the gradient of None is estimated for each image. Returns the `Start` with the images that were
+    found, none with convolutions below where one was not found or has no scale, and notes.
     """
     below, count, begin = first_dense(chain), size.size, time.perf_counter()
     tail, none = chain.layers[below:], torch.zeros(0, chain.layers[below].unknowns, dtype=torch.float64)

@@ -50,19 +50,11 @@ def separate(
     returned has passed both tests, or, where it follows from its ∂ℓ/∂z_1, the second one and that of the signs of all
     its units.
 
-    Args:
-        first: A fully connected layer followed by LeakyReLU, PReLU or ReLU.
-        second: The fully connected layer after it.
-        gradients: Parameter name -> gradient, float64, at least of these two layers.
-        precision: Relative error of the gradients' entries.
-        seed: Of the starts.
-        spans: `row_span` of both layers, where they are known already.
-        near: Inputs (F, n) whose activation patterns are tried, in place of random starts.
-        known: Inputs that are found already; the search is among the others.
-        by_rows: Whether rows of both gradients are tried as starts before random ones: of many images they mix few.
-
-    Raises:
-        UnsupportedLayerError: If the activation between the layers is linear or not homogeneous.
+    Gradients, by parameter name, have entries of relative error `precision`. `spans` are the layers' `row_span`s where
+    they are known already. The patterns of inputs `near` (F, n) are tried in place of random starts; with `by_rows`
+    rows of both gradients come before random starts: of many images they mix few. Inputs `known` are found already:
+    the search is among the others. Raises UnsupportedLayerError if the activation between the layers is linear or not
+    homogeneous.
     """
     spans = spans or tuple(row_span(layer, gradients, precision) for layer in (first, second))
     search = Search(first, second, spans, precision)

@@ -144,15 +144,8 @@ def find_batch_size(chain: Chain, received: SharedGradient, given: int | None) -
     G_1 = Δ_1ᵀ X has as many singular values above rounding as there are different images. Equal images count once; an
     image of zeros does not count without a bias.
 
-    Args:
-        chain: The prepared network.
-        received: The gradients.
-        given: The batch size if it is known.
-
-    Raises:
-        UnsupportedLayerError: If convolutions are followed by a single fully connected layer and the batch has more
-            than one image.
-        ValueError: If the size is not given and the gradient has a single row.
+    Raises UnsupportedLayerError if convolutions are followed by a single fully connected layer and the batch has more
+    than one image, ValueError if no size is given and the gradient has a single row.
     """
     below = first_dense(chain)
     first, lone = chain.layers[below], below == len(chain.layers) - 1 > 0

@@ -47,17 +47,10 @@ def close_by_previous(
 ) -> VirtualSolution | None:
     """Determines a deficient layer's input of one image within its null space, by the layer before it.
 
-    Args:
-        before: The layer before, and the activation that follows it.
-        received: The gradients and their precision.
-        solution: The deficient layer's own solution, of one image.
-        z: Its pre-activations.
-        dx: Gradient of the loss by its input, in any shape.
-        full: Whether systems are approached that are short of equations, for a rough picture, or take minutes.
-
-    Returns:
-        A `VirtualSolution`; None where there is no null basis, or the layer before has groups, no weight or an
-        activation without inverse, is too large, is itself rank-deficient, or has nothing to add.
+    z is the deficient layer's pre-activation, dx the gradient by its input in any shape. Unless `full`, no system is
+    approached that is short of equations, for a rough picture, or takes minutes. None where there is no null basis, or
+    the layer before has groups, no weight or an activation without inverse, is too large, is itself rank-deficient, or
+    has nothing to add.
     """
     if solution.null_basis is None or not before.activation.one_to_one:
         return None

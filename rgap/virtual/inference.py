@@ -105,15 +105,9 @@ class Rows:
 
 
 def assemble(
-    problem: DeficientLayer,
-    fitted: Fit,
-    m: NDArray,
-    image: NDArray,
-    channels: NDArray,
-    prior,
-    noise: float,
+    problem: DeficientLayer, fitted: Fit, m: NDArray, image: NDArray, channels: NDArray, prior, noise: float,
     wide: bool = False,
-) -> Rows:
+) -> Rows:  # fmt: skip
     """The rows of one step: range of W, gradient of the layer before, and a prior.
 
     `fitted` are the fits to σ⁻¹ and σ′ under the present belief with means m (n,), `image` (n_x,) is the present input

@@ -49,13 +49,7 @@ def close_by_range(before: Layer, received: SharedGradient, solution: LayerSolut
     kinds of equations are solved together, each in units of its noise. Where the solution was made like another one
     that range constraints have closed, its signs and factors are the first.
 
-    Args:
-        before: The layer before; its activation stands between.
-        received: The gradients, their precision and the cutoff.
-        solution: The layer's own solution.
-
-    Returns:
-        A `VirtualSolution` with x (B, n); None where the layer before has too little to add.
+    None where the layer before, whose activation stands between, has too little to add; else x is (B, n).
     """
     solved, deficit = solution.solved[0], solution.report.deficit
     if before.is_fixed or len(solution.solved) > 1 or solved is None:
