@@ -137,14 +137,20 @@ TALL = (12, 4, 2, 2)  # on images of 3×12×12: 588 outputs of 432 inputs
 SECOND = (TALL, (6, 3, 2, 1), (16, 3, 1, 1))  # the second convolution lacks 60
 
 
-def convs(*specs, seed=0, bias=False, size=12, slope=0.2):
-    """Convolutions (channels, kernel, stride, padding[, groups]) with LeakyReLU, and a logit, for (3, size, size)."""
+def conv_stack(specs, size, bias=False, activation=None, slope=0.2):
+    """Convolutions (channels, kernel, stride, padding[, groups]) for (3, size, size), flattened; and the features."""
     modules, channels = [], 3
     for outputs, kernel, stride, padding, *groups in specs:
         modules.append(nn.Conv2d(channels, outputs, kernel, stride, padding, 1, *(groups or [1]), bias=bias))
-        modules.append(nn.LeakyReLU(slope) if slope != 1 else nn.Identity())
+        modules.append(activation or nn.LeakyReLU(slope))
         channels, size = outputs, (size + 2 * padding - kernel) // stride + 1
-    return sequential(*modules, nn.Flatten(), nn.Linear(channels * size * size, 1, bias=bias), seed=seed)
+    return [*modules, nn.Flatten()], channels * size * size
+
+
+def convs(*specs, seed=0, bias=False, size=12, slope=0.2):
+    """A `conv_stack` with LeakyReLU, and a logit."""
+    modules, features = conv_stack(specs, size, bias, nn.Identity() if slope == 1 else None, slope)
+    return sequential(*modules, nn.Linear(features, 1, bias=bias), seed=seed)
 
 
 def attack(network, seed=0, size=12, dtype=torch.float32, **options):
@@ -241,14 +247,10 @@ CNN_SHAPE = (3, 8, 8)
 FULL = ((12, 4, 2, 1), (16, 3, 1, 1))
 
 
-def batch_cnn(specs=FULL, head=(40, 5), bias=False, activation=None, dtype=torch.float64):
-    """Convolutions (channels, kernel, stride, padding) for (3, 8, 8), then fully connected layers."""
-    modules, channels, size = [], 3, 8
-    for outputs, kernel, stride, padding in specs:
-        modules += [nn.Conv2d(channels, outputs, kernel, stride, padding, bias=bias), activation or nn.LeakyReLU(0.2)]
-        channels, size = outputs, (size + 2 * padding - kernel) // stride + 1
-    modules.append(nn.Flatten())
-    for inputs, outputs in pairwise((channels * size * size, *head)):
+def batch_cnn(specs=FULL, head=(40, 5), bias=False, activation=None, dtype=torch.float64, size=8):
+    """A `conv_stack`, then fully connected layers."""
+    modules, features = conv_stack(specs, size, bias, activation)
+    for inputs, outputs in pairwise((features, *head)):
         modules += [nn.Linear(inputs, outputs, bias=bias), nn.LeakyReLU(0.2)]
     return sequential(*modules[:-1]).to(dtype)
 
