@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.linalg.blas import dtrsm, get_blas_funcs
 from scipy.linalg.lapack import dpotrf
 
+MIN_SHARP_PIVOT = 1e-2  # smallest over largest pivot from which a factor serves in float32
 MIN_BLOCK = 64  # rows of a block at least, for products of smaller ones are slow
 
 
@@ -26,6 +27,11 @@ class BlockCholesky:
     def pivots(self) -> NDArray:
         """The diagonal of L."""
         return np.concatenate([np.diag(L) for L in self.diagonal])
+
+    @property
+    def is_sharp(self) -> bool:
+        """Whether S is so well-conditioned that its inverse in float32 shows the way to a solution."""
+        return bool(self.pivots.min() > MIN_SHARP_PIVOT * self.pivots.max())
 
     @cached_property
     def rough(self) -> BlockCholesky:

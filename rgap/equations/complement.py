@@ -78,9 +78,13 @@ def _complement(layer: Layer) -> RangeComplement | None:
         return None
     found = RangeComplement(layer, factor, torch.zeros(max(W.shape), 0, dtype=torch.float64))
     generator, shape = torch.Generator().manual_seed(0), layer.input_shape if wide else layer.output_shape
-    rest = torch.randn(abs(W.shape[0] - W.shape[1]), *shape, generator=generator, dtype=torch.float64)
-    for _ in range(2):  # random vectors, projected; and once more when orthonormal, since the rest may be small
-        seen = found.lift(layer.apply(rest)) if wide else layer.apply(found.lift(rest))
+    rest = torch.rand(abs(W.shape[0] - W.shape[1]), *shape, generator=generator, dtype=torch.float64) - 0.5
+    for again in (
+        False,
+        True,
+    ):  # random vectors, projected; again when orthonormal, for the rest may be small
+        rough = again and factor.is_sharp
+        seen = found.lift(layer.apply(rest), rough) if wide else layer.apply(found.lift(rest, rough))
         rest = orthonormal((rest - seen).flatten(1).T, times=1).T.reshape(rest.shape)
     return replace(found, basis=rest.flatten(1).T.contiguous())
 

@@ -27,7 +27,6 @@ from rgap.network.layer import Layer
 
 MAX_PLAIN_CONDITION = 1e4  # condition of W above which its weak directions are unknowns: in W⁺ z′ they drown all others
 WEAK_RATIO = 1e-2  # singular value of a weak direction, relative to the largest
-MIN_SHARP_PIVOT = 1e-2  # smallest over largest pivot of WᵀW's Cholesky factor from which its inverse serves in float32
 SKETCH_COLUMNS = 64  # random columns by which the norms of gradient rows are estimated, to a tenth
 
 
@@ -60,8 +59,7 @@ class PreviousLayer:
     @property
     def is_sharp(self) -> bool:
         """Whether W is so well-conditioned that W⁺ in float32 shows the way to a solution."""
-        pivots = self.factor.factor.pivots
-        return self.strong is None and pivots.min() > MIN_SHARP_PIVOT * pivots.max()
+        return self.strong is None and self.factor.factor.is_sharp
 
     @cached_property
     def rough_left(self) -> NDArray:

@@ -5,9 +5,9 @@ import pytest
 from cases import open_problem, randn
 from numpy.testing import assert_allclose
 
+from rgap.equations import block_cholesky
 from rgap.network.activations import IDENTITY
 from rgap.virtual import certificate as virtual
-from rgap.virtual import previous
 from rgap.virtual.closure import solve_virtual
 from rgap.virtual.linearisation import slope
 
@@ -89,14 +89,15 @@ def test_a_direction_that_no_equation_sees_is_not_certified():
     assert certify(replace(problem, G=blind.G, dx=blind.dx), x).certified
 
 
-@pytest.mark.parametrize("constant", ["MAX_ROUGH_CONDITION", "MIN_SHARP_PIVOT"])
-def test_what_is_made_in_float32_is_refined(monkeypatch, constant):
+@pytest.mark.parametrize(
+    ("module", "constant", "value"),
+    [(virtual, "MAX_ROUGH_CONDITION", 0.0), (block_cholesky, "MIN_SHARP_PIVOT", 1.0)],
+)
+def test_what_is_made_in_float32_is_refined(monkeypatch, module, constant, value):
     problem, x = open_problem(30)
     assert problem.previous.is_sharp
     rough = certify(problem, x)
-    monkeypatch.setattr(
-        previous if constant in vars(previous) else virtual, constant, {"MIN_SHARP_PIVOT": 1.0}.get(constant, 0.0)
-    )
+    monkeypatch.setattr(module, constant, value)
     precise = certify(problem, x)
     assert rough.certified and relative(rough.x, x) < 1e-12 and relative(rough.x, precise.x) < 1e-12
     assert rough.condition == pytest.approx(precise.condition, rel=1e-3)
