@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgap.linalg import GRAM_RESOLUTION, gram_matrix, largest_entry, svd
+from rgap.linalg import GRAM_RESOLUTION, gram_matrix, largest_entry, norm, svd
 from rgap.network.layer import Layer
 
 MIN_SURPLUS_EQUATIONS = 30  # surplus equations whose residual determines the noise's size to about an eighth
@@ -146,20 +146,19 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_r
         placed = G.new_zeros(*shape, layer.input_shape[0])
         for factor, part in zip(factors, parts, strict=True):
             factor.place(part, placed)
-        return placed.transpose(1, 2).reshape(-1, *layer.input_shape)
-
-    def values(G: Tensor) -> list[Tensor]:
-        return [gradient_values(layer, factor.block, G / unit) for factor in factors]
+        return placed.transpose(1, 2).reshape(-1, *layer.input_shape) / unit
 
     def sensitivity(dG: Tensor) -> Tensor:
-        return on_input([P @ (f.M.T @ v) for f, P, v in zip(factors, inverses, values(dG), strict=True)])
+        pairs = zip(factors, inverses, strict=True)
+        return on_input([P @ (f.M.T @ gradient_values(layer, f.block, dG)) for f, P in pairs])
 
     parts, missed, surplus = [], 0.0, 0
-    for factor, P, rank, right in zip(factors, inverses, ranks, values(G), strict=True):
+    for factor, P, rank in zip(factors, inverses, ranks, strict=True):
+        right = gradient_values(layer, factor.block, G)
         x = P @ (factor.M.T @ right)
         rest = right - factor.M @ x
         x += P @ (factor.M.T @ rest)  # what squaring the singular values has cost
-        missed = math.hypot(missed, torch.addmm(right, factor.M, x, alpha=-1).norm().item())
+        missed = math.hypot(missed, norm(torch.addmm(right, factor.M, x, alpha=-1)))
         surplus += (len(right) - rank) * layer.input_shape[0]
         parts.append(x)
     kept, dropped = sigma[sigma > rcond], sigma[sigma <= rcond]
@@ -171,7 +170,7 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_r
         len(kept),
         kept.min().item() if len(kept) else 0.0,
         dropped.max().item() if len(dropped) else None,
-        *_misfit(missed * unit, surplus, G),
+        *_misfit(missed, surplus, G),
         sensitivity,
         apart,
     )
@@ -193,7 +192,7 @@ def _solve_column(G: Tensor, column: Tensor) -> GradientSolution:
 
 def _misfit(missed: float, surplus: int, G: Tensor) -> tuple[float, float | None]:
     """Relative residual, and standard deviation of the noise, of so many surplus equations that miss G by so much."""
-    size = G.norm().item()
+    size = norm(G)
     return missed / size if size > 0 else 0.0, missed / surplus**0.5 if surplus >= MIN_SURPLUS_EQUATIONS else None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class Activation:
         """Whether σ is one-to-one on all of ℝ."""
         return not self.clips and all(part.one_to_one for part in self.parts)
 
-    @property
+    @cached_property
     def has_kink(self) -> bool:
         """Whether σ is a LeakyReLU of two different slopes."""
         slope = self.negative_slope

@@ -96,6 +96,12 @@ class Layer:
         """Output size of the convolution."""
         return self.output_shape[1:] if self.after is None else self.after.inputs
 
+    @property
+    def _pads(self) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+        """`padding` as zeros to be added first, and zeros that torch's convolution adds on both sides alike."""
+        left, right, top, bottom = self.padding
+        return ((0, 0, 0, 0), (top, left)) if 0 <= left == right and 0 <= top == bottom else (self.padding, (0, 0))
+
     def apply(self, x: Tensor) -> Tensor:
         """W x without the bias: (..., C, H, W) -> (..., O, H′, W′)."""
         if self.is_dense:
@@ -104,8 +110,9 @@ class Layer:
         if self.before is not None:
             batch = self.before.apply(batch)
         if not self.is_fixed:
-            batch = F.pad(batch, self.padding)
-            batch = F.conv2d(batch, self.weight, None, self.stride, 0, self.dilation, self.groups)
+            around, both = self._pads
+            batch = F.pad(batch, around) if any(around) else batch
+            batch = F.conv2d(batch, self.weight, None, self.stride, both, self.dilation, self.groups)
         if self.after is not None:
             batch = self.after.apply(batch)
         return batch.reshape(*x.shape[:-3], *self.output_shape)
@@ -116,10 +123,10 @@ class Layer:
             return (dz.flatten(-3) @ self.weight.flatten(1))[..., None, None]
         batch = self.conv_gradient(dz.reshape(-1, *self.output_shape))
         if not self.is_fixed:
-            left, right, top, bottom = self.padding
-            height, width = self.pixels_in
+            ((left, right, top, bottom), both), (height, width) = self._pads, self.pixels_in
             padded = (len(batch), self.input_shape[0], height + top + bottom, width + left + right)
-            batch = torch.nn.grad.conv2d_input(padded, self.weight, batch, self.stride, 0, self.dilation, self.groups)
+            options = self.stride, both, self.dilation, self.groups
+            batch = torch.nn.grad.conv2d_input(padded, self.weight, batch, *options)
             batch = batch[..., top : top + height, left : left + width]
         if self.before is not None:
             batch = self.before.adjoint(batch)
@@ -134,9 +141,9 @@ class Layer:
         if self.is_dense:
             return (dz.flatten()[:, None] * x.flatten())[..., None, None]
         x, dz = x.reshape(1, *self.input_shape), self.conv_gradient(dz)[None]
-        padded = F.pad(x if self.before is None else self.before.apply(x), self.padding)
-        shape = self.weight.shape
-        return torch.nn.grad.conv2d_weight(padded, shape, dz, self.stride, 0, self.dilation, self.groups)
+        (around, both), x = self._pads, x if self.before is None else self.before.apply(x)
+        x, options = F.pad(x, around) if any(around) else x, (self.stride, both, self.dilation, self.groups)
+        return torch.nn.grad.conv2d_weight(x, self.weight.shape, dz, *options)
 
     def rest_of_gradient(self, G: Tensor, x: Tensor, dz: Tensor) -> Tensor:
         """G − K x, with the arguments of `weight_gradient`; of a dense layer without K x itself."""
