@@ -16,6 +16,8 @@ from torch import Tensor
 
 from rgap.network.layer import Layer
 
+MAX_BAND_ENTRIES = 40_000_000  # entries of the largest band that is made (320 MB)
+
 
 @dataclass(frozen=True)
 class SymmetricBand:
@@ -56,8 +58,8 @@ def pixel_order(layer: Layer, of_outputs: bool = False) -> NDArray:
     return np.arange(channels * len(pixels)).reshape(channels, -1)[:, pixels].T.ravel()
 
 
-def band_by_taps(layer: Layer, known: Tensor | None = None) -> SymmetricBand:
-    """WᵀW of a layer without maps of pixels, by its kernel's own Gram matrix at every pair of taps.
+def band_by_taps(layer: Layer, known: Tensor | None = None) -> SymmetricBand | None:
+    """WᵀW of a layer without maps of pixels, by its kernel's own Gram matrix at every pair of taps; None if too large.
 
     Only the outputs of a mask, (O, H′, W′), are used where one is given.
     """
@@ -65,6 +67,8 @@ def band_by_taps(layer: Layer, known: Tensor | None = None) -> SymmetricBand:
     place = np.append(np.argsort(order)[: len(order) // channels] // channels, -1)  # −1 is padding
     read, W = place[layer.tap_pixels().numpy()], layer.weight.flatten(2).numpy()  # (taps, positions), (O, C, taps)
     width = (read.max(0) - np.where(read < 0, read.max(0), read).min(0)).max() + 1
+    if width * channels * len(order) > MAX_BAND_ENTRIES:
+        return None
     blocks = np.zeros((len(place) - 1, width, channels, channels))  # of pixels: column, row − column
     used = np.ones((1, outputs)) if known is None else known.flatten(1).T.double().numpy()
     for tap, rows in enumerate(read):
@@ -79,12 +83,15 @@ def band_by_taps(layer: Layer, known: Tensor | None = None) -> SymmetricBand:
     return SymmetricBand(order, band.T)
 
 
-def band_of(S: sp.csr_array) -> SymmetricBand:
-    """A sparse symmetric matrix, in an order that is found for it."""
+def band_of(S: sp.csr_array) -> SymmetricBand | None:
+    """A sparse symmetric matrix, in an order that is found for it; None if its band is too large."""
     order = reverse_cuthill_mckee(sp.csr_matrix(S), symmetric_mode=True)
     entries = S[order][:, order].tocoo()
     below = entries.row - entries.col
-    band = np.zeros((len(order), below.max(initial=0) + 1))
+    width = int(below.max(initial=0)) + 1
+    if width * len(order) > MAX_BAND_ENTRIES:
+        return None
+    band = np.zeros((len(order), width))
     lower = below >= 0
     band[entries.col[lower], below[lower]] = entries.data[lower]
     return SymmetricBand(order, band.T)

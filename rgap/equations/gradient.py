@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from torch import Tensor
 from rgap.linalg import GRAM_RESOLUTION, gram_matrix, largest_entry, norm, svd
 from rgap.network.layer import Layer
 
+MAX_CHANNELS_TESTED = 32  # channels up to which every one is tested against the layer's identities
+RANDOM_SUMS = 4  # sums of channels that are tested where there are more
 MIN_SURPLUS_EQUATIONS = 30  # surplus equations whose residual determines the noise's size to about an eighth
 
 
@@ -76,6 +78,67 @@ def gradient_matrix(layer: Layer, block: StrideBlock, dz: Tensor) -> Tensor:
 def gradient_values(layer: Layer, block: StrideBlock, G: Tensor) -> Tensor:
     """The right-hand sides of M's block, one column a channel: (O, C, kh, kw) -> (O·t, C)."""
     return G.flatten(2).transpose(1, 2).index_select(1, block.taps).flatten(0, 1)
+
+
+def identity_residual(layer: Layer, G: Tensor, dz: Tensor, z: Tensor, known: Tensor | None = None) -> float:
+    """How badly (z, δz) of all images fit the layer's own gradient, before anything is solved.
+
+    ⟨G[o], W[o′]⟩ = Σ_b ⟨δz_b[o], z_b[o′] − b[o′]⟩ holds for every pair of channels of a group; the right pair (z, δz)
+    fulfils it to rounding, one of the wrong label misses it by about its own size. Where z is not known everywhere, δz
+    vanishes, and the identities with o = o′ still hold. Of more than `MAX_CHANNELS_TESTED` channels o, a few sums with
+    random signs are tested.
+
+    Args:
+        layer: The layer.
+        G: Gradient of the mean loss by the weight, shaped as the weight.
+        dz: Gradient of the mean loss by each image's pre-activation, (B, O, H′, W′).
+        z: Pre-activations, (B, O, H′, W′).
+        known: Mask of the entries of z that are known, (B, O, H′, W′), None for all.
+
+    Returns:
+        ‖left − right‖ / max(‖left‖, ‖right‖), the largest of the layer's groups; 0 where both sides vanish.
+    """
+    by_channel = (t.transpose(0, 1).flatten(1) for t in (dz, z - layer.pre_bias()))
+    groups = (t.chunk(layer.groups) for t in (G.flatten(1), layer.weight.flatten(1), *by_channel))
+    return max(_group_residual(*group, known is not None) for group in zip(*groups, strict=True))
+
+
+def _group_residual(G: Tensor, W: Tensor, dz: Tensor, inputs: Tensor, same_channel: bool) -> float:
+    """Of one group; all tensors have a row for each channel."""
+    if same_channel:
+        return _relative_gap((G * W).sum(1), (dz * inputs).sum(1))
+    if len(G) > MAX_CHANNELS_TESTED:
+        signs = _random_signs(len(G))
+        G, dz = signs @ G, signs @ dz
+    return _relative_gap(G @ W.T, dz @ inputs.T)
+
+
+@cache
+def _random_signs(channels: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return 2.0 * torch.randint(2, (RANDOM_SUMS, channels), generator=generator).to(torch.float64) - 1.0
+
+
+def bias_residual(layer: Layer, gradient: Tensor, dz: Tensor) -> float:
+    """How badly δz of all images fits the bias's own gradient, ∂ℓ/∂b[o] = Σ_b Σ_p δz_b[o, p].
+
+    Args:
+        layer: The layer.
+        gradient: Of the mean loss by the bias, (O,).
+        dz: Gradient of the mean loss by each image's pre-activation, (B, O, H′, W′).
+
+    Returns:
+        ‖left − right‖, relative to the larger of both and a thousandth of Σ |δz|, for both may vanish by cancellation.
+    """
+    dz = layer.conv_gradient(dz)
+    if layer.output_scale is not None:
+        dz = dz * layer.output_scale[:, None, None]
+    return _relative_gap(gradient, dz.sum((0, 2, 3)), 1e-3 * dz.abs().sum((0, 2, 3)).norm().item())
+
+
+def _relative_gap(left: Tensor, right: Tensor, floor: float = 0.0) -> float:
+    scale = max(left.norm().item(), right.norm().item(), floor)
+    return (left - right).norm().item() / scale if scale > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -135,12 +198,13 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_r
     if len(dz) == 1 and layer.is_dense and dz.any():
         return _solve_column(G, dz.flatten())
     shape, unit = (len(dz), math.prod(layer.input_shape[1:])), largest_entry(dz) or 1.0
-    factors = [_factor(layer, block, dz / unit, rcond) for block in blocks(layer)]
+    dz = dz / unit
+    factors = [_factor(layer, block, dz, rcond) for block in blocks(layer)]
     sigma = torch.cat([f.S for f in factors])
     largest = sigma.max().item()
     sigma = sigma / largest if largest > 0 else sigma
-    ranks = [int((part > rcond).sum()) for part in sigma.split([len(f.S) for f in factors])]
-    inverses = [f.inverse(rank) for f, rank in zip(factors, ranks, strict=True)]
+    by_factor = zip(factors, sigma.split([len(f.S) for f in factors]), strict=True)
+    inverses = [f.inverse(int((part > rcond).sum())) for f, part in by_factor]
 
     def on_input(parts: list[Tensor]) -> Tensor:
         placed = G.new_zeros(*shape, layer.input_shape[0])
@@ -152,16 +216,16 @@ def solve_gradients(layer: Layer, G: Tensor, dz: Tensor, rcond: float, trusted_r
         pairs = zip(factors, inverses, strict=True)
         return on_input([P @ (f.M.T @ gradient_values(layer, f.block, dG)) for f, P in pairs])
 
-    parts, missed, surplus = [], 0.0, 0
-    for factor, P, rank in zip(factors, inverses, ranks, strict=True):
+    parts, missed = [], 0.0
+    for factor, P in zip(factors, inverses, strict=True):
         right = gradient_values(layer, factor.block, G)
         x = P @ (factor.M.T @ right)
         rest = right - factor.M @ x
         x += P @ (factor.M.T @ rest)  # what squaring the singular values has cost
         missed = math.hypot(missed, norm(torch.addmm(right, factor.M, x, alpha=-1)))
-        surplus += (len(right) - rank) * layer.input_shape[0]
         parts.append(x)
     kept, dropped = sigma[sigma > rcond], sigma[sigma <= rcond]
+    surplus = (sum(len(f.M) for f in factors) - len(kept)) * layer.input_shape[0]
     V, sigmas, apart = _open(layer, factors, sigma, shape, rcond, trusted_ratio)
     return GradientSolution(
         on_input(parts),

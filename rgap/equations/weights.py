@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -204,23 +204,31 @@ class ConjugateGradients:
 def weight_factor(
     layer: Layer, known: Tensor | None = None, max_unknowns: int = DEFAULT_LIMITS.max_factor_unknowns
 ) -> SparseFactor | ConjugateGradients:
-    """The solver for W x = z; made once, unless only some outputs (O, H′, W′) are known."""
-    if layer.unknowns > max_unknowns:
-        solver = ConjugateGradients(layer, known)
-        return solver if known is not None else layer.cached("weight_solver", lambda: solver)
-    return _factor(layer, known) if known is not None else layer.cached("weight_factor", lambda: _factor(layer, None))
+    """The solver for W x = z; made once, unless only some outputs (O, H′, W′) are known.
+
+    Beyond `max_unknowns`, or where the factor's band would be too large, it is conjugate gradients.
+    """
+    small = layer.unknowns <= max_unknowns
+    if known is not None:
+        return (_factor(layer, known) if small else None) or ConjugateGradients(layer, known)
+    factor = layer.cached("weight_factor", lambda: _factor(layer)) if small else None
+    return factor or layer.cached("weight_solver", lambda: ConjugateGradients(layer))
 
 
-def _factor(layer: Layer, known: Tensor | None) -> SparseFactor:
+def _factor(layer: Layer, known: Tensor | None = None) -> SparseFactor | None:
+    """None where the factor's band would be too large."""
     rows = slice(None) if known is None else known.flatten().numpy()
     square = layer.unknowns == (math.prod(layer.output_shape) if known is None else int(known.sum()))
+    factor = None
     if square:
-        factor = _lu(weight_matrix(layer)[rows])
-    elif layer.before is layer.after is None:
-        factor = band_by_taps(layer, known).factored()
+        with suppress(RuntimeError):  # SuperLU met an exactly singular matrix
+            factor = sla.splu(weight_matrix(layer)[rows].tocsc())
     else:
-        W = weight_matrix(layer)[rows]
-        factor = band_of((W.T @ W).tocsr()).factored()
+        W = None if layer.before is layer.after is None else weight_matrix(layer)[rows]
+        gram = band_by_taps(layer, known) if W is None else band_of((W.T @ W).tocsr())
+        if gram is None:
+            return None
+        factor = gram.factored()
     if factor is None:
         return SparseFactor(layer, None, math.inf, False, known)
 
@@ -228,20 +236,12 @@ def _factor(layer: Layer, known: Tensor | None) -> SparseFactor:
         right = z.flatten()[rows] if square else seen.flatten()
         return torch.from_numpy(factor.solve(right.numpy()))
 
-    def gram(v: Tensor) -> Tensor:
+    def square_of(v: Tensor) -> Tensor:
         return layer.adjoint(_used(layer.apply(v.view(layer.input_shape)), known)).reshape(-1, 1)
 
-    def inverse_gram(v: Tensor) -> Tensor:
+    def inverse_of(v: Tensor) -> Tensor:
         return torch.from_numpy(factor.solve(factor.solve(v.numpy(), "T") if square else v.numpy()))
 
-    condition = math.sqrt(math.prod(largest_eigenvalue(matrix, layer.unknowns) for matrix in (gram, inverse_gram)))
+    condition = math.sqrt(math.prod(largest_eigenvalue(matrix, layer.unknowns) for matrix in (square_of, inverse_of)))
     full_rank = condition < 1 / (MIN_RATIO_SQUARE if square else MIN_RATIO)
     return SparseFactor(layer, invert, condition if math.isfinite(condition) else math.inf, full_rank, known)
-
-
-def _lu(W: sp.csr_array) -> Any:
-    """SuperLU's factors of a square matrix; None where it is exactly singular."""
-    try:
-        return sla.splu(W.tocsc())
-    except RuntimeError:
-        return None

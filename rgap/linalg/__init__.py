@@ -1,8 +1,17 @@
 """Least squares with its rank, decompositions, Krylov methods and norms; knows no network."""
 
-from rgap.linalg.bordered import BorderedGram
 from rgap.linalg.krylov import Iterated, conjugate_gradients, largest_eigenvalue
-from rgap.linalg.matrices import distance, gram_matrix, largest_entry, leading_svd, norm, orthonormal, rms, svd
+from rgap.linalg.matrices import (
+    BorderedGram,
+    distance,
+    gram_matrix,
+    largest_entry,
+    leading_svd,
+    norm,
+    orthonormal,
+    rms,
+    svd,
+)
 from rgap.linalg.solve import GRAM_RESOLUTION, least_squares
 from rgap.linalg.systems import LeastSquares, Operator, dense_operator
 

@@ -9,8 +9,7 @@ import torch
 from scipy.linalg import get_blas_funcs, get_lapack_funcs
 from torch import Tensor
 
-from rgap.linalg.bordered import BorderedGram, Eliminated
-from rgap.linalg.matrices import orthonormal
+from rgap.linalg.matrices import BorderedGram, Eliminated, orthonormal
 from rgap.linalg.systems import NormalEquations
 
 WEAK_SURPLUS = 16  # directions iterated beside those that are expected to be ill-conditioned

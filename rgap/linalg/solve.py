@@ -10,8 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from rgap.linalg.bordered import BorderedGram
-from rgap.linalg.matrices import accelerator_for, orthonormal, svd
+from rgap.linalg.matrices import BorderedGram, accelerator_for, orthonormal, svd
 from rgap.linalg.pivoted import pivoted_factor, weak_directions
 from rgap.linalg.systems import ILL_CONDITIONED_RATIO, LeastSquares, NormalEquations, Operator
 

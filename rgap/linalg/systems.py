@@ -9,9 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rgap.linalg.bordered import BorderedGram
 from rgap.linalg.krylov import largest_eigenvalue
-from rgap.linalg.matrices import gram_matrix
+from rgap.linalg.matrices import BorderedGram, gram_matrix
 
 ILL_CONDITIONED_RATIO = 1e-1
 """Where the rank is not full, kept directions with σ / σ_max below this are reported, for other equations to decide."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+from rgap.equations import banded
 from rgap.equations import weights as sparse
 from rgap.equations.complement import complement, weak_subspace
 from rgap.equations.weights import ConjugateGradients, SparseFactor, weight_factor, weight_matrix
@@ -69,6 +70,18 @@ def test_conjugate_gradients_take_over_from_a_size_on_and_agree():
     assert residual < 1e-11 and 0 < iterations < 200
     assert solver.condition == pytest.approx(condition_of(layer), rel=0.05)
     assert weight_factor(layer, max_unknowns=40) is solver
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+def test_conjugate_gradients_take_over_where_a_band_would_be_too_large(padding, monkeypatch):
+    monkeypatch.setattr(banded, "MAX_BAND_ENTRIES", 100)
+    layer = conv_layer(nn.Conv2d(3, 16, 4, 2, 2, bias=False, padding_mode=padding), 4, 4)
+    x, known = randn(3, 4, 4), torch.ones(layer.output_shape, dtype=torch.bool)
+    known[0, 0, 0] = False
+    for solver in (weight_factor(layer), weight_factor(layer, known)):
+        assert isinstance(solver, ConjugateGradients)
+        assert_close(solver.solve(layer.apply(x))[0], x.flatten(), rtol=0, atol=1e-8)
+    assert weight_factor(layer) is weight_factor(layer)
 
 
 def test_conjugate_gradients_leave_a_vanishing_right_side_at_zero():
