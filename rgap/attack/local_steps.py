@@ -50,23 +50,11 @@ MAX_ALLOWED_RESIDUAL = 1e-2  # residual from which a simulated update is not the
 
 
 def reconstruct_update(
-    before: nn.Module | Chain,
-    after: nn.Module,
-    image_shape: tuple[int, ...] | None = None,
-    loss: str = "logistic",
-    *,
-    learning_rate: float,
-    steps: int | None = 1,
-    batch_size: int = 1,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    optimizer: str = "sgd",
-    gradient_scale: float | None = None,
-    labels: Tensor | Sequence[int] | None = None,
-    pixel_range: tuple[float, float] = (0.0, 1.0),
-    seed: int = 0,
-    device: torch.device | str | None = None,
-) -> Reconstruction:
+    before: nn.Module | Chain, after: nn.Module, image_shape: tuple[int, ...] | None = None, loss: str = "logistic", *,
+    learning_rate: float, steps: int | None = 1, batch_size: int = 1, momentum: float = 0.0, weight_decay: float = 0.0,
+    optimizer: str = "sgd", gradient_scale: float | None = None, labels: Tensor | Sequence[int] | None = None,
+    pixel_range: tuple[float, float] = (0.0, 1.0), seed: int = 0, device: torch.device | str | None = None,
+) -> Reconstruction:  # fmt: skip
     """Computes a client's images back from the weights that it returns after local steps of SGD on all of them.
 
     Args:

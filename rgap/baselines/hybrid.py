@@ -31,31 +31,18 @@ from rgap.virtual.certificate import VirtualSolution
 from rgap.virtual.previous import PreviousLayer, previous_factors
 
 NOISE_TV = 0.01  # weight of the total variation for gradients that are noisier than rounding
-
-REFINE_ABOVE_RESIDUAL = 0.03
-"""Gradient residual above which matching refines the image; below it, images of LeakyReLU networks became worse."""
-
+REFINE_ABOVE_RESIDUAL = 0.03  # residual above which matching refines; below, images of LeakyReLU networks became worse
 RANGE_ONLY_SHARE = 0.9  # open unknowns per range equation up to which the range is matched alone, without the gradient
 GRADIENT_WEIGHT = 0.1  # weight of the relative gradient residual beside the relative range residual
 
 
 def hybrid(
-    model: nn.Module | Chain,
-    gradients: Gradients,
-    image_shape: tuple[int, int, int] | None = None,
-    loss: str = "logistic",
-    *,
-    labels: Tensor | Sequence[int] | None = None,
-    steps: int = 300,
-    tv_weight: float | None = None,
-    virtual_constraints: bool = False,
-    pixel_range: tuple[float, float] = (0.0, 1.0),
-    rcond: float | None = None,
-    noise_std: float | None = None,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
+    model: nn.Module | Chain, gradients: Gradients, image_shape: tuple[int, int, int] | None = None,
+    loss: str = "logistic", *, labels: Tensor | Sequence[int] | None = None, steps: int = 300,
+    tv_weight: float | None = None, virtual_constraints: bool = False, pixel_range: tuple[float, float] = (0.0, 1.0),
+    rcond: float | None = None, noise_std: float | None = None, dtype: torch.dtype = torch.float64, seed: int = 0,
     device: torch.device | str | None = None,
-) -> Optimised:
+) -> Optimised:  # fmt: skip
     """Closed form, then gradient matching where the closed form left something open or missed the gradient.
 
     1. `rgap.reconstruct`. If its result is consistent and leaves nothing open, it is the result.

@@ -20,21 +20,11 @@ MAX_RETRIES = 4  # new starts that one restart may take when its descent diverge
 
 
 def dlg(
-    model: nn.Module | Chain,
-    gradients: Gradients,
-    image_shape: tuple[int, int, int] | None = None,
-    loss: str = "logistic",
-    *,
-    batch_size: int = 1,
-    labels: Tensor | Sequence[int] | None = None,
-    steps: int = 1000,
-    restarts: int = 1,
-    pixel_range: tuple[float, float] = (0.0, 1.0),
-    noise_std: float | None = None,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-) -> Optimised:
+    model: nn.Module | Chain, gradients: Gradients, image_shape: tuple[int, int, int] | None = None,
+    loss: str = "logistic", *, batch_size: int = 1, labels: Tensor | Sequence[int] | None = None, steps: int = 1000,
+    restarts: int = 1, pixel_range: tuple[float, float] = (0.0, 1.0), noise_std: float | None = None,
+    dtype: torch.dtype = torch.float32, seed: int = 0, device: torch.device | str | None = None,
+) -> Optimised:  # fmt: skip
     """Deep Leakage from Gradients (Zhu et al. 2019): L-BFGS on the squared distance of the gradients.
 
     Stronger than the original in four ways, all tried on networks where it is known to work: labels are known or read
@@ -83,24 +73,12 @@ def dlg(
 
 
 def inverting_gradients(
-    model: nn.Module | Chain,
-    gradients: Gradients,
-    image_shape: tuple[int, int, int] | None = None,
-    loss: str = "logistic",
-    *,
-    batch_size: int = 1,
-    labels: Tensor | Sequence[int] | None = None,
-    steps: int = 1000,
-    restarts: int = 1,
-    tv_weight: float = 0.01,
-    rate: float = 0.05,
-    pixel_range: tuple[float, float] = (0.0, 1.0),
-    noise_std: float | None = None,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    training: LocalTraining | None = None,
-) -> Optimised:
+    model: nn.Module | Chain, gradients: Gradients, image_shape: tuple[int, int, int] | None = None,
+    loss: str = "logistic", *, batch_size: int = 1, labels: Tensor | Sequence[int] | None = None, steps: int = 1000,
+    restarts: int = 1, tv_weight: float = 0.01, rate: float = 0.05, pixel_range: tuple[float, float] = (0.0, 1.0),
+    noise_std: float | None = None, dtype: torch.dtype = torch.float32, seed: int = 0,
+    device: torch.device | str | None = None, training: LocalTraining | None = None,
+) -> Optimised:  # fmt: skip
     """Inverting Gradients (Geiping et al. 2020): cosine distance and total variation, Adam on signs, in the pixel box.
 
     The cosine does not depend on the gradient's scale: in a fully connected network without biases an image and its

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rgap.baselines.matching import GradientObjective
 from rgap.baselines.optimisers import Record, Snapshot
+from rgap.linalg import rms
 from rgap.results import Candidate, Reconstruction
 
 MAX_PIXEL_SLACK = 0.1  # distance outside the pixel range that the precision excuses, in widths of it
@@ -71,7 +72,7 @@ def outcome(
         notes.append(
             "the gradient is reproduced up to its noise, as other images do; an optimiser cannot tell them apart"
         )
-    elif any(_rmse(c.images, consistent[0].images) > SAME_IMAGE_RMSE * problem.pixels.width for c in consistent[1:]):
+    elif any(rms(c.images - consistent[0].images) > SAME_IMAGE_RMSE * problem.pixels.width for c in consistent[1:]):
         verdict = "ambiguous"
         notes.append(f"{len(consistent)} restarts inside the pixel range have this gradient, and they differ")
     else:
@@ -80,7 +81,3 @@ def outcome(
         best.images, best.labels, verdict, tuple(ranked), best.layers, tuple(notes),
         history=record.frame(), snapshots=tuple(record.snapshots),
     )  # fmt: skip
-
-
-def _rmse(images: Tensor, others: Tensor) -> float:
-    return (images - others).square().mean().sqrt().item()

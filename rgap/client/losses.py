@@ -10,8 +10,7 @@ from torch import Tensor
 
 from rgap.arguments import check_count, check_number, check_targets, check_tensor
 
-LOSSES = ("logistic", "cross_entropy", "mse")
-"""Names of the losses."""
+LOSSES = ("logistic", "cross_entropy", "mse")  # by name
 
 LOSS_OUTPUTS = {"logistic": "(B, 1)", "cross_entropy": "(B, classes), classes ≥ 2", "mse": "(B, classes)"}
 

@@ -17,17 +17,9 @@ OPTIMISERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
 def training(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    loss: str = "logistic",
-    *,
-    epochs: int = 3,
-    seed: int = 0,
-    optimiser: str = "adam",
-    learning_rate: float = 1e-3,
-    batch_size: int = 32,
-) -> Iterator[tuple[float, nn.Module]]:
+    model: nn.Module, images: Tensor, labels: Tensor, loss: str = "logistic", *, epochs: int = 3, seed: int = 0,
+    optimiser: str = "adam", learning_rate: float = 1e-3, batch_size: int = 32,
+) -> Iterator[tuple[float, nn.Module]]:  # fmt: skip
     """Trains a copy of a model and yields its state before the first epoch and after each.
 
     Images (N, C, H, W) in [0, 1], labels (N,) int64, `loss` a name in `LOSSES`, `optimiser` "adam" or "sgd"; the seed

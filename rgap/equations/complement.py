@@ -19,9 +19,7 @@ from rgap.equations.weights import weight_matrix
 from rgap.linalg import largest_eigenvalue, orthonormal
 from rgap.network.layer import Layer
 
-MIN_PIVOT_RATIO = 1e-6
-"""Smallest over largest pivot of a Gram matrix's Cholesky factor at which W still counts as of full rank."""
-
+MIN_PIVOT_RATIO = 1e-6  # smallest over largest pivot of a Gram matrix's factor at which W counts as of full rank
 INVERSE_ITERATIONS = 4  # for W's weak directions; the weakest, which matter most, are exact after two
 
 

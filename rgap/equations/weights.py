@@ -28,10 +28,7 @@ FULL_RANK_RTOL = 1e-4  # largest relative error with which a system of full colu
 MIN_RATIO = 1e-7  # smallest σ_min / σ_max at which W still counts as of full column rank where WᵀW is factored
 SINGLE_TOLERANCE = 1e-6  # relative residual of the normal equations down to which iterations in float32 are led
 MIN_SINGLE_UNKNOWNS = 10_000  # unknowns from which float32 saves time
-
-MAX_ROUND_RATIO = 0.1
-"""Largest part of that residual, computed in float64, that a round of iterations in float32 leaves."""
-
+MAX_ROUND_RATIO = 0.1  # largest part of that residual, in float64, that a round of iterations in float32 leaves
 MIN_RATIO_SQUARE = 1e-11  # the same where W itself is
 
 

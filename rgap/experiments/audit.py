@@ -43,8 +43,7 @@ The first strength leaves the gradient as it is. Strengths are the standard devi
 clipping norm `CLIP_NORM`, the share of entries that are pruned, and the format.
 """
 
-AGREEING_VERDICTS = {"leaks": {"exact", "ambiguous"}, "stops": {"rank-deficient"}}
-"""Outcome of the audit -> verdicts of the attack that agree with it."""
+AGREEING_VERDICTS = {"leaks": {"exact", "ambiguous"}, "stops": {"rank-deficient"}}  # outcome -> verdicts that agree
 
 STATUS_WORDS = {
     "determined": "gives its input away",

@@ -27,9 +27,7 @@ from rgap.results import Reconstruction
 
 CLOSED_FORMS = ("plain R-GAP", "virtual constraints")
 OPTIMISERS = {"DLG": dlg, "Inverting Gradients": inverting_gradients}
-METHODS = (*CLOSED_FORMS, *OPTIMISERS, "hybrid")
-"""The attacks that are compared: our closed form without and with virtual constraints, the optimisers, the hybrid."""
-
+METHODS = (*CLOSED_FORMS, *OPTIMISERS, "hybrid")  # the closed form without and with virtual constraints first
 WITHIN_DB = 0.5  # an optimiser has arrived when its PSNR is this close to the best of its own trajectory
 
 
@@ -169,8 +167,7 @@ def small_convnet(seed: int = 0) -> nn.Module:
         return nn.Sequential(*modules, nn.Flatten(), nn.Linear(1024, 10)).eval()
 
 
-SOUND_ON = {"DLG": wide_lenet, "Inverting Gradients": small_convnet}
-"""Optimiser -> the network on which it is known to work."""
+SOUND_ON = {"DLG": wide_lenet, "Inverting Gradients": small_convnet}  # on which it is known to work
 
 
 def soundness(

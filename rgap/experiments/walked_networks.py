@@ -23,9 +23,7 @@ from rgap.shared_gradient import receive_gradients
 
 RESNET18_WIDTHS = (64, 128, 256, 512)
 
-MAX_OVERSTATED_DB = 12.0
-"""Decibels by which a certified PSNR may exceed the true one; MIN_CERTIFIED_PSNR_DB is enough in any case."""
-
+MAX_OVERSTATED_DB = 12.0  # by which a certified PSNR may exceed the true one; MIN_CERTIFIED_PSNR_DB always suffices
 SMOOTHING, SCALE = 0.1, 0.37  # label smoothing and factor of the loss that the client uses and the attack is not told
 
 

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from rgap.head.hypothesis import HeadGradient, HeadReading, Hypothesis, reading, reading_with_bias
 
-MU_AT_MINIMUM = 1.0 + float(lambertw(math.exp(-1.0)).real)
-"""μ = 1.2784645… at which c(μ) = −μ / (1 + e^μ) is smallest; its two branches meet there."""
-
+MU_AT_MINIMUM = 1.0 + float(lambertw(math.exp(-1.0)).real)  # 1.278…, where c(μ) = −μ / (1 + e^μ) is smallest
 C_MINIMUM = 1.0 - MU_AT_MINIMUM  # the smallest c, −0.2784645…; no sample's gradient has a smaller one
 
 

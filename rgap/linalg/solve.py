@@ -14,24 +14,15 @@ from rgap.linalg.matrices import BorderedGram, accelerator_for, orthonormal, svd
 from rgap.linalg.pivoted import pivoted_factor, weak_directions
 from rgap.linalg.systems import ILL_CONDITIONED_RATIO, LeastSquares, NormalEquations, Operator
 
-CHOLESKY_MIN_RATIO = 1e-4
-"""Smallest σ_min / σ_max for which the normal equations, refined once, are as good as a singular decomposition."""
-
+CHOLESKY_MIN_RATIO = 1e-4  # smallest σ_min / σ_max for which refined normal equations are as good as singular values
 GRAM_RESOLUTION = 1e-6  # smallest cutoff at which the squares of singular values still resolve them
-
-PIVOTED_GAP = 10.0
-"""Smallest singular value kept, in units of the cutoff, from which a pivoted Cholesky factor shows the rank."""
-
-MAX_NEIGHBOUR_STEPS = 40
-"""Steps of conjugate gradients with a neighbour's inverse up to which they are quicker than factors of its own."""
-
+PIVOTED_GAP = 10.0  # smallest singular value kept, in cutoffs, from which a pivoted Cholesky factor shows the rank
+MAX_NEIGHBOUR_STEPS = 40  # conjugate gradients by a neighbour's inverse up to which they beat factors of its own
 NEIGHBOUR_TOLERANCE = 1e-6  # relative residual down to which they are led, in each of the rounds
 NEIGHBOUR_ROUNDS = 3  # solves, each with the residual that the last one has left
 DEFICIENT_RESIDUAL = 1e-10  # where they end beside a null space, into which rounding leads them
-
 MIN_SINGLE_UNKNOWNS = 1500  # unknowns from which a factor in float32 saves time
-MIN_SINGLE_RATIO = 2e-3
-"""Smallest σ_min / σ_max that a factor in float32 proves: squared, it is far above the rounding of a Gram matrix."""
+MIN_SINGLE_RATIO = 2e-3  # smallest σ_min / σ_max that a factor in float32 proves: its square is far above rounding
 
 
 def least_squares(

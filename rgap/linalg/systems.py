@@ -12,9 +12,7 @@ from torch import Tensor
 from rgap.linalg.krylov import largest_eigenvalue
 from rgap.linalg.matrices import BorderedGram, gram_matrix
 
-ILL_CONDITIONED_RATIO = 1e-1
-"""Where the rank is not full, kept directions with σ / σ_max below this are reported, for other equations to decide."""
-
+ILL_CONDITIONED_RATIO = 1e-1  # σ / σ_max below which kept directions are reported where the rank is not full
 DROPPED_STEPS = 4  # Lanczos steps for the largest singular value dropped: of rounding, only its size counts
 
 

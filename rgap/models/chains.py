@@ -83,14 +83,11 @@ def fcn3(seed: int = 0, widths: tuple[int, ...] = (1000, 100)) -> nn.Sequential:
 
 
 def lenet(
-    seed: int = 0,
-    classes: int = 10,
+    seed: int = 0, classes: int = 10,
     activation: Callable[[], nn.Module] | Sequence[Callable[[], nn.Module]] = nn.Sigmoid,
-    widths: Sequence[int] = (12, 12, 12),
-    strides: Sequence[int] | None = None,
-    bias: bool = False,
+    widths: Sequence[int] = (12, 12, 12), strides: Sequence[int] | None = None, bias: bool = False,
     uniform: float | None = None,
-) -> nn.Sequential:
+) -> nn.Sequential:  # fmt: skip
     """LeNet as gradient attacks use it, for images of shape (3, 32, 32): 5×5 convolutions and a linear layer.
 
     conv 3→12 and 12→12 with stride 2, 12→12 with stride 1, all pad 2; 768→`classes`.

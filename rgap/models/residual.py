@@ -77,15 +77,9 @@ class ResidualBlock(nn.Module):
 
 
 def resnet(
-    seed: int = 0,
-    widths: Sequence[int] = (16, 32, 64),
-    blocks: int = 1,
-    activation: Callable[[], nn.Module] = nn.ReLU,
-    expansion: int = 0,
-    flat_pixels: int = 0,
-    classes: int = 10,
-    kaiming: bool = False,
-) -> nn.Sequential:
+    seed: int = 0, widths: Sequence[int] = (16, 32, 64), blocks: int = 1, activation: Callable[[], nn.Module] = nn.ReLU,
+    expansion: int = 0, flat_pixels: int = 0, classes: int = 10, kaiming: bool = False,
+) -> nn.Sequential:  # fmt: skip
     """A ResNet as for CIFAR: a 3×3 stem, stages of residual blocks of which all but the first halve the map, a head.
 
     Args:

@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 CONVOLUTIONS_CHANGED = 3  # number of convolutions that are changed, counted from the image
 STRIDES_TRIED = 3  # number of strides above its own with which a convolution is tried
 MAX_BATCH_ADVISED = 1024  # largest batch size tried
-
-ARGUMENTS = {"output channels": "out_channels", "stride": "stride"}
-"""Kind of a change of a convolution -> the argument of `with_convolution`."""
+ARGUMENTS = {"output channels": "out_channels", "stride": "stride"}  # change -> argument of `with_convolution`
 
 COLUMNS = [
     "name", "kind", "unknowns", "weight_rows", "gradient_rows", "ra_index", "deficit", "law_proved", "supply", "status",

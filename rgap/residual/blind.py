@@ -42,8 +42,6 @@ class BlindSolution:
     sigma_below_cut: float | None  # the next one; None where the matrix has no more
     gap: float  # 1 less the second eigenvalue: how far any other matrix of shifts is from the row space
     residual: float  # ‖G − δz [shifts of x]‖ / ‖G‖, over all taps
-    # ‖Σ_p δz − given‖ / ‖given‖; None where no sum was given, and x and δz stand up to a scalar
-    scalar_residual: float | None
     predicted_error: float  # predicted relative error of x, from the noise of the gradient's entries
     certified: bool  # whether x and δz are the only ones that fit, fit, and are precise
     reason: str  # why not, in words; empty where certified
@@ -106,7 +104,7 @@ def _checked(G: Tensor, image, padding, stride, dilation, sum_dz) -> tuple:
 
 
 def _nothing(reason: str) -> BlindSolution:
-    return BlindSolution(None, None, None, 0.0, None, 0.0, math.inf, None, math.inf, False, reason)
+    return BlindSolution(None, None, None, 0.0, None, 0.0, math.inf, math.inf, False, reason)
 
 
 def _noise(values: Tensor, std: Tensor | float | None) -> Tensor:
@@ -181,7 +179,7 @@ class _Equations:
         return BlindSolution(
             x / scalar if scalar else None,
             (dz * scalar * size).reshape(len(dz), *self.factors.outputs) if scalar else None,
-            found.split.taps, *found.sigmas, found.gap, residual, wrong, error, not reason, reason,
+            found.split.taps, *found.sigmas, found.gap, residual, error, not reason, reason,
         )  # fmt: skip
 
     def _doubt(self, residual: float, wrong: float | None, sums, sum_noise, error: float) -> str:

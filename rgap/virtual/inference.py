@@ -20,9 +20,7 @@ from rgap.virtual.linearisation import Fit, slope
 from rgap.virtual.previous import PreviousLayer
 
 MIN_ROW_NORM_RATIO = 1e-12  # norm of a gradient row, over the largest, up to which it is zero and not scaled
-
-DEFINITE = {"float64": 1e-12, "float32": 1e-5}
-"""Relative increase of a covariance's diagonal that keeps it positive definite, by the precision of its making."""
+DEFINITE = {"float64": 1e-12, "float32": 1e-5}  # relative increase of a covariance's diagonal that keeps it definite
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,7 @@ from rgap.virtual.closure import ERROR_AMPLIFICATION
 
 MAX_STEPS = 30  # limit on the solves, each with the signs of the previous solution
 MAX_STALLED_STEPS = 4  # solves without a decrease in the number of changed signs after which the iteration ends
-
-CONVERGED_CHANGE = 1e-9
-"""Change, in signs or in a step's relative length, up to which the linearisation is that of the solution."""
-
+CONVERGED_CHANGE = 1e-9  # change, in signs or relative length, up to which the linearisation is the solution's
 UNDECIDED_SIGN_STDS = 3.0  # size of an entry, in units of the range constraints' noise, up to which its sign is open
 
 
