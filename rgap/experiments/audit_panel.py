@@ -60,24 +60,13 @@ class AttackPanel:
     """
 
     def __init__(
-        self,
-        model: nn.Module | Chain,
-        image_shape: tuple[int, int, int],
-        *,
-        source: str = "embedded",
-        index: int = 0,
-        loss: str | None = None,
-        defence: str = "gaussian_noise",
-    ):
-        """Builds the controls and attacks once.
+        self, model: nn.Module | Chain, image_shape: tuple[int, int, int], *, source: str = "embedded", index: int = 0,
+        loss: str | None = None, defence: str = "gaussian_noise",
+    ):  # fmt: skip
+        """Builds the controls and attacks a network that `rgap.reconstruct` takes once.
 
-        Args:
-            model: A network that `rgap.reconstruct` attacks, or its `Chain`.
-            image_shape: (C, H, W) of one image.
-            source: Where images come from, as for `rgap.data.load_images`.
-            index: The first image's place there.
-            loss: The client's loss; by default that of `fitting_loss`.
-            defence: The first defence, a name in `DEFENCES`.
+        The first image, (C, H, W), is number `index` of the source, as `rgap.data.load_images` takes it; the loss is by
+        default that of `fitting_loss`, and the first defence a name in `DEFENCES`.
         """
         strengths = _options(defence)
         self.chain, self.source = attackable(model, image_shape), source

@@ -63,13 +63,9 @@ def expanding_for(side: int) -> nn.Module:
 
 
 def deficits(sides: Sequence[int]) -> pd.DataFrame:
-    """How far CNN6's equations fall short of its unknowns as the image grows, by the rank laws; no attack.
+    """How far CNN6's equations fall short of its unknowns as square images grow, by the rank laws; no attack.
 
-    Args:
-        sides: Of square images.
-
-    Returns:
-        Columns side, layer (the one that lacks most), unknowns, rank, deficit (before virtual constraints).
+    Columns: side, layer (the one that lacks most), unknowns, rank, deficit (before virtual constraints).
     """
     rows = []
     for side in sides:

@@ -29,13 +29,10 @@ MAX_OPTIMISM_DB = 20.0  # accuracy by which an image may fall short of its certi
 INITIALISATIONS = ("N(0, 0.5²)", "torch's default", "Kaiming")
 """Of the weights: as the published attack has them (the second layer Xavier, biases zero), and the two usual ones."""
 
-PUBLISHED_SHARES = pd.DataFrame(
-    {
-        "images": ["CIFAR-10"] * 3 + ["MNIST"] * 3,
-        "batch": [64, 128, 256] * 2,
-        "share": [0.994, 0.666, 0.215, 0.484, 0.017, 0.002],
-    }
-)
+PUBLISHED_SHARES = pd.DataFrame({
+    "images": ["CIFAR-10"] * 3 + ["MNIST"] * 3, "batch": [64, 128, 256] * 2,
+    "share": [0.994, 0.666, 0.215, 0.484, 0.017, 0.002],
+})  # fmt: skip
 """Shares recovered that a published passive attack of 2026 reports at 1,000 hidden units, first layer N(0, 0.5²)."""
 
 

@@ -80,38 +80,21 @@ def r_conv(network: str, mse: float, notebook: str, *arguments) -> Published:
     return Published("R-CONV", network, -10 * math.log10(mse), source, lambda: r_conv_network(*arguments), "float64")
 
 
+BREACHING = "github.com/JonasGeiping/breaching, examples"
+
 PUBLISHED = (
-    Published(
-        "R-GAP, as ported",
-        "CNN6, ten classes",
-        49.0,
-        "github.com/JonasGeiping/breaching, examples/R-GAP",
-        lambda: models.cnn6(classes=10, head_bias=True),
-        differs="weights; their attack is given the label",
-    ),
-    Published(
-        "DLG",
-        "ConvNet, 8 convolutions, batch norm",
-        23.4,
-        "github.com/JonasGeiping/breaching, examples/Deep Leakage from Gradients",
-        dlg_convnet,
-        differs="weights",
-    ),
-    Published(
-        "APRIL",
-        "ViT-S/16, 224 × 224",
-        26.3,
-        "github.com/JonasGeiping/breaching, examples/APRIL",
-        vit_s_16,
-        image_size=224,
-        differs="random weights for pretrained ones; their first block is without layer norm and skip",
-    ),
+    Published("R-GAP, as ported", "CNN6, ten classes", 49.0, f"{BREACHING}/R-GAP",
+              lambda: models.cnn6(classes=10, head_bias=True), differs="weights; their attack is given the label"),
+    Published("DLG", "ConvNet, 8 convolutions, batch norm", 23.4, f"{BREACHING}/Deep Leakage from Gradients",
+              dlg_convnet, differs="weights"),
+    Published("APRIL", "ViT-S/16, 224 × 224", 26.3, f"{BREACHING}/APRIL", vit_s_16, image_size=224,
+              differs="random weights for pretrained ones; their first block is without layer norm and skip"),
     r_conv("LeNet, 4 convolutions", 1.396e-15, "LetNet.ipynb", (12, 16, 12, 12), 2),
     r_conv("LeNet, fewer filters", 1.126e-18, "LetNet_O.ipynb", (12, 16, 3, 3), 2),
     r_conv("six convolutions", 4.396e-18, "O_CNN6.ipynb", (12, 16, 3, 3, 3, 3), 2, 10),
     r_conv("LeNet, three ReLU", 2.290e-22, "LetNet_4_Relu.ipynb", (12, 22, 3, 3), 1),
     r_conv("LeNet, all ReLU", 5.200e-25, "LetNet_All_Relu.ipynb", (77, 22, 3, 3), 0),
-)
+)  # fmt: skip
 """What sources print that name the network and the number; the first three print to the digit given here."""
 
 
@@ -137,21 +120,12 @@ def compare(results: Iterable[Published], images: Mapping[int, Tensor], count: i
             qualities.append(psnr_db(found.images[:1], image[None].double()).item())
             verdicts.append(found.verdict == "exact")
             seconds.append(took)
-        rows.append(
-            {
-                "attack": result.attack,
-                "network": result.network,
-                "dtype": result.dtype,
-                "published_db": result.psnr_db,
-                "ours_db": min(qualities),
-                "gain_db": min(qualities) - result.psnr_db,
-                "exact": sum(verdicts) / len(verdicts),
-                "images": len(verdicts),
-                "differs": result.differs,
-                "source": result.source,
-                "seconds": pd.Series(seconds).median(),
-            }
-        )
+        rows.append({
+            "attack": result.attack, "network": result.network, "dtype": result.dtype, "published_db": result.psnr_db,
+            "ours_db": min(qualities), "gain_db": min(qualities) - result.psnr_db,
+            "exact": sum(verdicts) / len(verdicts), "images": len(verdicts), "differs": result.differs,
+            "source": result.source, "seconds": pd.Series(seconds).median(),
+        })  # fmt: skip
     return pd.DataFrame(rows)
 
 

@@ -22,21 +22,11 @@ from rgap.network.chain import prepare
 from rgap.results import GradientMismatchError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "LeakyReLU": lambda: nn.LeakyReLU(0.2),
-    "PReLU": nn.PReLU,
-    "ELU": nn.ELU,
-    "SELU": nn.SELU,
-    "CELU": lambda: nn.CELU(0.5),
-    "Tanh": nn.Tanh,
-    "Sigmoid": nn.Sigmoid,
-    "Softplus": lambda: nn.Softplus(2.0),
-    "Softsign": nn.Softsign,
-    "LogSigmoid": nn.LogSigmoid,
-    "ReLU": nn.ReLU,
-    "ReLU6": nn.ReLU6,
-    "Hardtanh": nn.Hardtanh,
-    "Identity": nn.Identity,
-}
+    "LeakyReLU": lambda: nn.LeakyReLU(0.2), "PReLU": nn.PReLU, "ELU": nn.ELU, "SELU": nn.SELU,
+    "CELU": lambda: nn.CELU(0.5), "Tanh": nn.Tanh, "Sigmoid": nn.Sigmoid, "Softplus": lambda: nn.Softplus(2.0),
+    "Softsign": nn.Softsign, "LogSigmoid": nn.LogSigmoid, "ReLU": nn.ReLU, "ReLU6": nn.ReLU6,
+    "Hardtanh": nn.Hardtanh, "Identity": nn.Identity,
+}  # fmt: skip
 """Name -> constructor of the activations that are drawn."""
 
 MAX_UNKNOWNS = 1500  # largest number of unknowns of a layer: its dense matrices must be cheap

@@ -39,8 +39,7 @@ def rank_table(
         rows.append({"network": name, "batch": batch, "steps": len(counted), "max_ra_index": analysis.max_ra_index})
         rows[-1] |= {"by_count": (counted["ra_index"] > 0).sum(), "by_rank": (counted["deficit"] > 0).sum()}
         rows[-1] |= {"unknown": counted["deficit"].isna().sum(), "proved": counted["law_proved"].eq(True).sum()}
-        rows[-1] |= {"deficit": counted["deficit"].sum()}
-        rows[-1] |= {"copa_index": analysis.copa_index}
+        rows[-1] |= {"deficit": counted["deficit"].sum(), "copa_index": analysis.copa_index}
     return pd.DataFrame(rows).astype({"copa_index": "Int64"}), pd.concat(steps, ignore_index=True)
 
 
@@ -76,15 +75,10 @@ def rank_law_sample(count: int, seed: int = 0, max_unknowns: int = 600) -> pd.Da
             rank = rank_analysis(module, shape, dtype=torch.float64, seed=number).layers[0]
             bounds = [module.groups * bound for bound in rank_bounds(layer_shape(module, shape, 1)[0], number)]
             both = rank.weight_rows + rank.gradient_rows
-            for bound, (system, law, equations, measured) in zip(
-                bounds,
-                (
-                    ("W", rank.law_weights, rank.weight_rows, rank.rank_weights),
-                    ("K", rank.law_gradients, rank.gradient_rows, rank.rank_gradients),
-                    ("[W; K]", rank.law_rank, both, rank.rank),
-                ),
-                strict=True,
-            ):
+            systems = [("W", rank.law_weights, rank.weight_rows, rank.rank_weights)]
+            systems += [("K", rank.law_gradients, rank.gradient_rows, rank.rank_gradients)]
+            systems += [("[W; K]", rank.law_rank, both, rank.rank)]
+            for bound, (system, law, equations, measured) in zip(bounds, systems, strict=True):
                 row = {"layer": number, "system": system, "law": law, "counted": min(equations, rank.unknowns)}
                 rows.append(row | {"measured": measured, "bound": bound})
     return pd.DataFrame(rows).astype({"law": "Int64"})
