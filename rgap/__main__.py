@@ -104,8 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         home = "rgap.artifact.commands" if options.command in ("notebook", "notebooks", "report") else "rgap.commands"
         return getattr(importlib.import_module(home), options.command)(options)
-    except (ValueError, FileNotFoundError) as error:
-        status, trouble = 2, " ".join(str(error).split())
+    except (ValueError, OSError) as error:
+        named = isinstance(error, OSError) and error.filename and error.strerror
+        status, trouble = 2, " ".join((f"{error.filename}: {error.strerror}" if named else str(error)).split())
     except ModuleNotFoundError as error:
         status, trouble = 2, f"{error.name} is not installed; {artifact.HOW}"
     except KeyboardInterrupt:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import rgap
 from rgap import artifact, data, metrics, models
-from rgap.artifact.outputs import save_csv
+from rgap.arguments import check_count
+from rgap.artifact.outputs import check_writable, save_csv
 from rgap.client import check_loss
 from rgap.client.files import load_gradients, load_weights, save_weights
 from rgap.client.training import training
@@ -37,6 +38,9 @@ def reconstruct(options: argparse.Namespace) -> int:
         model = load_weights(model, options.weights)
     if options.batch < (0 if options.gradients else 1):
         raise ValueError(f"batch is {options.batch}; an empty batch has no gradient, give at least 1")
+    if options.gradient_scale is not None and not options.gradients:
+        raise ValueError("gradient-scale is the factor of a gradient in a file; give --gradients, or leave it out")
+    folder = options.output / _case_name(options, loss)
     images, labels, scale = None, None, options.gradient_scale
     if options.gradients:
         gradients = load_gradients(options.gradients)
@@ -46,12 +50,12 @@ def reconstruct(options: argparse.Namespace) -> int:
         places = range(options.index, options.index + options.batch)
         images, labels = data.load_images(options.data, image_shape=shape, index=places, classes=classes)
         gradients, scale = rgap.client_gradients(model, images, labels, loss=loss), 1.0  # the client's loss is a mean
+    check_writable(folder / "layers.csv")
     start = time.perf_counter()
     result = rgap.reconstruct(
         model, gradients, image_shape=shape, loss=loss, batch_size=options.batch or None, gradient_scale=scale
     )
     seconds = time.perf_counter() - start
-    folder = options.output / _case_name(options, loss)
     order = None if images is None else metrics.match(result.images, images)
     if result.images.ndim == 2:  # rows of a table
         save_csv(pd.DataFrame(result.images.cpu().numpy()), folder / "rows.csv")
@@ -122,13 +126,14 @@ def train(options: argparse.Namespace) -> int:
         raise ValueError(f"epochs is {options.epochs}; it must be at least 1")
     model, shape, loss, classes = load_case(options)
     images, labels = data.load_images(options.data, None, shape, split="train", classes=classes)
+    name = f"{_file_stem(options.model)}_{_file_stem(options.data)}_{options.epochs}_{options.seed}.safetensors"
+    check_writable(options.output / name)
     course = training(model, images, labels, loss, epochs=options.epochs, seed=options.seed)
     for epoch, (value, trained) in enumerate(course):
         with torch.no_grad():
             outputs = torch.cat([trained(x) for x in images.split(256)])
         found = (outputs[:, 0] > 0).long() if outputs.shape[1] == 1 else outputs.argmax(1)
         print(f"epoch {epoch}  loss {value:.4f}  right {(found == labels).double().mean():.1%}")
-    name = f"{_file_stem(options.model)}_{_file_stem(options.data)}_{options.epochs}_{options.seed}.safetensors"
     facts = {key: getattr(options, key) for key in ("model", "seed", "epochs", "data")}
     print(f"written  {save_weights(trained, options.output / name, facts)}")
     return 0
@@ -167,6 +172,8 @@ def verify(options: argparse.Namespace) -> int:
     if unknown := set(options.only) - set(known):
         raise ValueError(f"no sample {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     chosen = {name: sample for name, sample in known.items() if not options.only or name in options.only}
+    check_count("seed", options.seed, 0)
+    check_writable(options.output)
     table = samples.run_samples(chosen, options.count, options.seed)
     save_csv(table, options.output)
     print(samples.sample_summary(table).to_string(index=False))
@@ -184,8 +191,10 @@ def bench(options: argparse.Namespace) -> int:
 
     if not options.against.is_file():
         raise FileNotFoundError(f"there is no table {options.against}; give --against a table of another run")
+    earlier = benchmark.earlier_times(options.against)
+    check_writable(options.output)
     table = benchmark.bench(options.cases, options.rounds)
-    earlier = benchmark.compared(table, options.against)
+    earlier = benchmark.compared(table, earlier)
     save_csv(table, options.output)
     with pd.option_context("display.width", None, "display.max_rows", None):
         digits = dict.fromkeys(("median_s", "least_s", "before_s"), 4) | {"ratio": 1, "peak_mib": 0, "psnr_db": 1}

@@ -329,6 +329,8 @@ def test_every_sample_of_the_experiments_is_found():
         ("reconstruct --index -1", "index -1 is out of range"),
         ("reconstruct --batch 0", "batch is 0; an empty batch"),
         ("reconstruct --weights no.pt", "there is no file no.pt"),
+        ("reconstruct --gradient-scale 2", "gradient-scale is the factor of a gradient in a file; give --gradients"),
+        ("reconstruct --output my_networks.py", "path my_networks.py/cnn6_seed0_logistic_embedded_0/layers.csv cannot"),
         ("train --model resnet", "model is 'resnet'; give cnn6"),
         ("train --epochs 0", "epochs is 0; it must be at least 1"),
         ("train --data folder:/no/such", "there is no folder /no/such"),
@@ -346,7 +348,14 @@ def test_every_sample_of_the_experiments_is_found():
         ("audit --shape 3,0,3", "image_shape is (3, 0, 3)"),
         ("audit --batch 0", "batch_size is 0"),
         ("verify gone", "no sample gone; there are good, bad"),
+        ("audit --json my_networks.py/a.json", "path my_networks.py/a.json cannot be written: "),
+        ("train --output my_networks.py", "path my_networks.py/cnn6_embedded_3_0.safetensors cannot be written"),
         ("verify good --count 0", "count is 0; it must be at least 1"),
+        ("verify good --seed -1", "seed is -1; it must be an integer of at least 0"),
+        ("verify good --output my_networks.py/a.csv", "path my_networks.py/a.csv cannot be written"),
+        ("verify good --output .", "path . is no regular file"),
+        ("bench fcn3 --against .", "there is no table ."),
+        ("bench fcn3 --against my_networks.py", "my_networks.py is no table ("),
     ],
 )
 def test_wrong_arguments_get_one_line_and_status_two(mine, two_samples, capsys, arguments, message):

@@ -44,7 +44,7 @@ def test_the_help_names_the_models_and_losses_there_are(capsys):
         (["reconstruct", "--index", "x"], "rgap reconstruct: argument --index: invalid int value: 'x'"),
         (["audit", "--batches", "2"], "rgap: unrecognized arguments: --batches 2"),
         (["notebook", "a.ipynb", "-p", "number", "2"], "rgap notebook: parameters need a TARGET"),
-        (["notebook", "no/such.ipynb"], "rgap notebook: [Errno 2] No such file or directory: 'no/such.ipynb'"),
+        (["notebook", "no/such.ipynb"], "rgap notebook: there is no notebook no/such.ipynb"),
     ],
 )
 def test_wrong_arguments_get_one_line_and_status_two(capsys, arguments, message):

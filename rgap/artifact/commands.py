@@ -7,20 +7,20 @@ import sys
 from pathlib import Path
 
 from rgap import artifact
+from rgap.artifact.outputs import check_writable
 
 UNKNOWN_SECONDS = 60.0  # what a notebook takes of which notebooks/claims.yml does not say how long it takes
 
 
 def notebook(options: argparse.Namespace) -> int:
     """Runs one notebook, or refreshes its committed outputs."""
-    import yaml
-
     from rgap.artifact import notebooks as runner
 
     if not options.target and (options.file or options.parameter or options.offer):
         raise ValueError("parameters need a TARGET; committed outputs are those of the notebook's own values")
+    runner.check_notebook(options.source)
     parameters = runner.read_parameters(options.file, options.source.stem) if options.file else {}
-    parameters |= {name: yaml.safe_load(text) for name, text in options.parameter}
+    parameters |= {name: runner.read_yaml(text, f"parameter {name}") for name, text in options.parameter}
     try:
         if options.target:
             runner.run(options.source, options.target, parameters, dict(options.offer))
@@ -39,6 +39,11 @@ def notebooks(options: argparse.Namespace) -> int:
     """Runs several notebooks side by side."""
     from rgap.artifact import schedule
 
+    if missing := [path for path in (*options.sources, options.file) if path and not path.is_file()]:
+        raise FileNotFoundError(f"there is no file {missing[0]}")
+    if options.jobs is not None and options.jobs < 1:
+        raise ValueError(f"jobs is {options.jobs}; it must be at least 1")
+    check_writable(options.into / "logs" / "log")
     seconds, alone = artifact.usual_seconds(), artifact.run_alone()
     given = ["-f", str(options.file)] if options.file else []
     given += [text for pair in options.offer for text in ("-o", *pair)]

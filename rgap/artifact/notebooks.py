@@ -14,7 +14,7 @@ from nbclient.exceptions import CellExecutionError
 from nbconvert.preprocessors import ExecutePreprocessor
 
 from rgap.artifact.claims import expected_outputs, forget_claims
-from rgap.artifact.outputs import ROOT, figures_dir, write_atomically
+from rgap.artifact.outputs import ROOT, check_writable, figures_dir, write_atomically
 
 KERNEL = "python3"  # under this name jupyter runs the interpreter that started it; no kernel needs to be registered
 # Replaces what the kernel writes: a version of Python and a display name that differ from machine to machine.
@@ -25,7 +25,7 @@ QUIET = ["--IPKernelApp.log_level=ERROR"]
 
 
 class NotebookError(RuntimeError):
-    """A notebook cannot be run as asked, or did not write what it must."""
+    """A notebook did not write what it must."""
 
 
 FAILURES = (NotebookError, papermill.PapermillExecutionError, CellExecutionError)  # the notebook is at fault
@@ -39,16 +39,16 @@ def run(source: Path, target: Path, parameters: dict | None = None, offered: dic
     relative paths in parameters refer to it. A failed run is left beside the target, as `*.partial.ipynb`.
 
     Raises:
-        NotebookError: If a parameter is unknown to the notebook, or the figures and tables that it wrote are not those
-            that notebooks/claims.yml lists.
+        ValueError: If a parameter is unknown to the notebook, or the target cannot be written.
+        NotebookError: If the figures and tables that it wrote are not those that notebooks/claims.yml lists.
         papermill.PapermillExecutionError: If a cell fails.
     """
     known = papermill.inspect_notebook(source).keys()
     if unknown := (parameters or {}).keys() - known:  # papermill itself would only warn
-        raise NotebookError(f"{source.name} has no parameter {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+        raise ValueError(f"{source.name} has no parameter {', '.join(sorted(unknown))}; it has {', '.join(known)}")
     values = {name: value for name, value in (offered or {}).items() if name in known} | (parameters or {})
+    check_writable(target)
     partial = target.with_suffix(".partial.ipynb")
-    target.parent.mkdir(parents=True, exist_ok=True)
     options = {"kernel_name": KERNEL, "extra_arguments": QUIET, "progress_bar": sys.stderr.isatty()}
     with _outputs_checked(source.stem):
         papermill.execute_notebook(source, partial, values, **options)
@@ -79,7 +79,31 @@ def refresh(source: Path) -> Path:
 
 def read_parameters(path: Path, notebook: str) -> dict:
     """A notebook's section of a parameter file: `{notebook: {parameter: value}}`, empty if it has none."""
-    return yaml.safe_load(path.read_text(encoding="utf-8")).get(notebook) or {}
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of parameters {path}")
+    sections = read_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    section = sections.get(notebook) or {} if isinstance(sections, dict) else None
+    if not isinstance(section, dict):
+        raise ValueError(f"{path} has no mapping from notebook to mapping from parameter to value")
+    return section
+
+
+def read_yaml(text: str, name: str) -> object:
+    """A value written as YAML; `name` begins the error message if it is not."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is no YAML: {error}") from error
+
+
+def check_notebook(path: Path) -> None:
+    """Refuses what is no notebook."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no notebook {path}")
+    try:
+        nbformat.read(path, as_version=4)
+    except Exception as error:  # on files of another kind the reader raises errors of several classes
+        raise ValueError(f"{path} is no notebook: {error}") from error
 
 
 def _written(stem):

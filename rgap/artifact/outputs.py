@@ -57,6 +57,26 @@ def profile() -> str:
     return os.environ.get("RGAP_PROFILE") or "default"
 
 
+def check_writable(path: Path) -> Path:
+    """The file that is written at a path, beyond a symbolic link; its folder is made if need be.
+
+    Raises:
+        ValueError: If there is something else than a regular file, such as a folder, a device or a pipe, or no file can
+            be made in that folder.
+    """
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise ValueError(f"path {path} is no regular file, and would be replaced by one; give the path of a file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        folder = f"{target.parent} cannot be made a folder ({error.strerror})"
+        raise ValueError(f"path {path} cannot be written: {folder}; give a file in a folder of yours") from error
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(f"path {path} cannot be written: no right to write to {target.parent}; give another folder")
+    return target
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
     """Writes a file so that a reader sees the old one or the new one, never a part.
 
@@ -68,7 +88,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
         The path.
 
     Raises:
-        ValueError: If there is something else than a regular file, such as a folder, a device or a pipe.
+        ValueError: If there is something else than a regular file, or the folder takes none.
 
     Example:
         >>> import tempfile
@@ -78,10 +98,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
         ...     artifact.write_atomically(Path(folder) / "a.txt", lambda file: file.write(b"whole")).read_text()
         'whole'
     """
-    target = path.resolve()
-    if target.exists() and not target.is_file():
-        raise ValueError(f"path {path} is no regular file, and would be replaced by one; give the path of a file")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = check_writable(path)
     # In the same folder, because a rename is atomic only within one file system.
     file = tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False)  # noqa: SIM115
     try:

@@ -209,18 +209,28 @@ def _resident(key: str) -> float:
     return int(found[1]) / 1024 if found else np.nan
 
 
-def compared(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """The cases of a table that an earlier one has, too: case, method, least_s, before_s and speedup (before over now).
+def earlier_times(path: Path) -> pd.DataFrame:
+    """The seconds of another run: case, method, before_s.
 
-    The path is the CSV of another run, or figures/04_cost_times.csv, whose seconds are wall time and the least of few
-    runs; another file raises ValueError.
+    The path is its CSV, or figures/04_cost_times.csv, whose seconds are wall time and the least of few runs; another
+    file raises ValueError.
     """
-    earlier = pd.read_csv(path)
+    try:
+        earlier = pd.read_csv(path)
+    except ValueError as error:  # pandas' errors of an empty file, of a malformed one, of bytes that are no text
+        raise ValueError(f"{path} is no table ({error}); give one that `rgap bench` wrote") from error
     if {"network", "value", "method", "seconds"} <= set(earlier):
         keys = zip(earlier["network"], earlier["value"], strict=True)
         earlier = earlier.assign(case=[NOTEBOOK_CASES.get(key) for key in keys], least_s=earlier["seconds"])
     if missing := {"case", "method", "least_s"} - set(earlier):
         raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; give a table that `rgap bench` wrote")
-    before = earlier.rename(columns={"least_s": "before_s"})[["case", "method", "before_s"]]
+    return earlier.rename(columns={"least_s": "before_s"})[["case", "method", "before_s"]]
+
+
+def compared(table: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
+    """The cases of a table that an earlier one has, too: case, method, least_s, before_s and speedup (before over now).
+
+    `before` is what `earlier_times` reads.
+    """
     both = table[["case", "method", "least_s"]].merge(before, on=["case", "method"])
     return both.assign(speedup=both["before_s"] / both["least_s"])

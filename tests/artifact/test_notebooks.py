@@ -65,9 +65,37 @@ def test_parameters_come_from_the_notebooks_section_of_a_file_and_from_the_comma
 @pytest.mark.parametrize("from_file", [True, False])
 def test_an_unknown_parameter_fails_before_anything_runs(project, capsys, from_file):
     Path("some.yml").write_text("01_sum: {nummber: 5}")
-    assert main(["notebook", SOURCE, TARGET, *(["-f", "some.yml"] if from_file else ["-p", "nummber", "1"])]) == 1
+    assert main(["notebook", SOURCE, TARGET, *(["-f", "some.yml"] if from_file else ["-p", "nummber", "1"])]) == 2
     assert "has no parameter nummber; it has number, color" in capsys.readouterr().err
     assert not Path("build").exists() and not Path("figures").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("notebook none.ipynb out.ipynb", "there is no notebook none.ipynb"),
+        ("notebook . out.ipynb", "there is no notebook ."),
+        ("notebook some.yml", "some.yml is no notebook: "),
+        ("notebook empty.ipynb", "empty.ipynb is no notebook: "),
+        (f"notebook {SOURCE} . -p number 1", "path . is no regular file"),
+        (f"notebook {SOURCE} some.yml/out.ipynb", "path some.yml/out.ipynb cannot be written"),
+        (f"notebook {SOURCE} out.ipynb -p number [", "parameter number is no YAML: "),
+        (f"notebook {SOURCE} out.ipynb -f none.yml", "there is no file of parameters none.yml"),
+        (f"notebook {SOURCE} out.ipynb -f broken.yml", "broken.yml is no YAML: "),
+        (f"notebook {SOURCE} out.ipynb -f some.yml", "some.yml has no mapping from notebook to mapping"),
+        ("notebooks run none.ipynb", "there is no file none.ipynb"),
+        (f"notebooks run {SOURCE} --jobs 0", "jobs is 0; it must be at least 1"),
+        (f"notebooks run {SOURCE} -f none.yml", "there is no file none.yml"),
+        (f"notebooks run {SOURCE} --into some.yml", "path some.yml/logs/log cannot be written"),
+    ],
+)
+def test_wrong_arguments_get_one_line_and_status_two(project, capsys, arguments, message):
+    Path("some.yml").write_text("- 1")
+    Path("broken.yml").write_text("a: [1")
+    Path("empty.ipynb").write_text("{}")
+    assert main(arguments.split()) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"rgap {arguments.split()[0]}: {message}") and printed.count("\n") == 1
 
 
 def test_a_failing_cell_fails_the_run_and_leaves_no_target(project, capsys):
@@ -136,6 +164,8 @@ def test_refresh_leaves_out_warnings_and_this_checkouts_path(project, monkeypatc
 )  # fmt: skip
 def test_several_notebooks_are_jobs_of_their_own(project, monkeypatch, capsys, arguments, workers, command):
     seen = []
+    for name in ("notebooks/04_timing_vs_dlg.ipynb", "a.yml"):
+        Path(name).touch()
     monkeypatch.setattr(artifact, "usual_seconds", lambda: {"01_sum": 7})
     monkeypatch.setattr(artifact, "run_alone", lambda: ["04_timing_vs_dlg"])
     monkeypatch.setattr(schedule, "run_jobs", lambda *given: seen.append(given) or [given[0][0]])

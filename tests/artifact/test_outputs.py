@@ -88,6 +88,10 @@ def test_what_is_no_regular_file_is_refused_and_stays(figures):
     for path in (pipe, null, Path("/dev/null"), figures):
         with pytest.raises(ValueError, match=f"path {path} is no regular file"):
             outputs.write_atomically(path, lambda file: file.write(b"x"))
+    for path in (figures / "file" / "a.csv", figures / "file" / "sub" / "a.csv"):
+        (figures / "file").touch()
+        with pytest.raises(ValueError, match=r"cannot be written: .* cannot be made a folder \(.*\); give a file in"):
+            outputs.check_writable(path)
     assert stat.S_ISFIFO(pipe.stat().st_mode) and stat.S_ISCHR(Path("/dev/null").stat().st_mode)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import rgap
 from rgap.experiments import bench
-from rgap.experiments.bench import BenchCase, compared, measured
+from rgap.experiments.bench import BenchCase, compared, earlier_times, measured
 
 
 @pytest.fixture
@@ -62,14 +62,17 @@ def test_an_earlier_table_is_compared_whether_of_the_benchmark_or_of_notebook_04
     now = pd.DataFrame({"case": ["cnn6", "fcn3"], "method": bench.FIRST, "least_s": [1.0, 2.0]})
     earlier = pd.DataFrame({"case": ["cnn6"], "method": [bench.FIRST], "least_s": [3.0]})
     earlier.to_csv(tmp_path / "bench.csv", index=False)
-    assert compared(now, tmp_path / "bench.csv")["speedup"].tolist() == [3.0]
+    assert compared(now, earlier_times(tmp_path / "bench.csv"))["speedup"].tolist() == [3.0]
     rows = [("cnn6", "side", 32, bench.FIRST, 2.0), ("cnn6", "side", 64, bench.FIRST, 9.0)]
     costs = pd.DataFrame(rows, columns=["network", "against", "value", "method", "seconds"])
     costs.to_csv(tmp_path / "costs.csv", index=False)
-    assert compared(now, tmp_path / "costs.csv")["speedup"].tolist() == [2.0]
+    assert compared(now, earlier_times(tmp_path / "costs.csv"))["speedup"].tolist() == [2.0]
     now.drop(columns="least_s").to_csv(tmp_path / "other.csv", index=False)
     with pytest.raises(ValueError, match="no column least_s; give a table that `rgap bench` wrote"):
-        compared(now, tmp_path / "other.csv")
+        earlier_times(tmp_path / "other.csv")
+    (tmp_path / "empty.csv").touch()
+    with pytest.raises(ValueError, match=r"empty.csv is no table \(.*\); give one that `rgap bench` wrote"):
+        earlier_times(tmp_path / "empty.csv")
 
 
 def test_unknown_cases_and_no_rounds_are_refused(small):
