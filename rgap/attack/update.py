@@ -78,10 +78,8 @@ class FoundImages:
 
 def by_patches(task: UpdateTask) -> FoundImages:
     """The patches solve Ḡ_1 = Δ̄ᵀ P as after one step."""
-    result = reconstruct_tokens(
-        task.network, task.update, task.loss, batch_size=task.batch_size, labels=task.labels,
-        virtual_constraints=False, pixel_range=(task.pixels.low, task.pixels.high),
-    )  # fmt: skip
+    given = {"batch_size": task.batch_size, "labels": task.labels, "pixel_range": (task.pixels.low, task.pixels.high)}
+    result = reconstruct_tokens(task.network, task.update, task.loss, virtual_constraints=False, **given)
     best = result.candidates[0]
     certifiable = len(result.candidates) == 1 and not best.open_layers  # else the image rests on a prior
     notes = tuple(note for note in result.notes if "no single gradient" not in note)
