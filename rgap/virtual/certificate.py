@@ -42,15 +42,17 @@ class VirtualSolution:
     solved: Any = field(default=None, repr=False)  # for a batch, the linearised constraints and the last solution
 
 
-def certify(problem: DeficientLayer, t: NDArray, image: NDArray, channels: NDArray, beliefs: list) -> VirtualSolution:
+def certify(
+    problem: DeficientLayer, t: NDArray, image: NDArray, channels: NDArray, beliefs: list, *, tries_signs: bool = True
+) -> VirtualSolution:
     """Solves on the final piece of σ alone, without prior, until the piece no longer changes, and tests the solution.
 
-    Where it does not fit, the few entries closest to zero are tried with the other sign, one at a time.
+    Where it does not fit, the few entries closest to zero are tried with the other sign, one at a time, if asked for.
     """
     belief = problem.x + problem.N @ t
     piece = _solve_pieces(problem, t, belief, image, channels)
     determined = piece.condition <= MAX_CERTIFIED_CONDITION  # a sign must not decide what the equations leave open
-    if determined and not piece.fits and problem.activation.homogeneous:
+    if tries_signs and determined and not piece.fits and problem.activation.homogeneous:
         flips = (np.arange(len(belief)) == entry for entry in np.argsort(np.abs(belief))[:MAX_SIGN_TRIALS])
         trials = (_solve_pieces(problem, t, np.where(flip, -belief, belief), image, channels) for flip in flips)
         piece = next((trial for trial in trials if trial.fits), piece)

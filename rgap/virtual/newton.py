@@ -14,6 +14,7 @@ from rgap.virtual.inference import DeficientLayer
 from rgap.virtual.linearisation import inverse, slope
 
 MAX_OPEN_SHARE = 0.75  # unknowns, over the range's equations, up to which these alone are tried
+MAX_NOISE = 1e-4  # relative noise of the data beyond which beliefs weigh the doubtful signs
 MAX_STEPS = 20  # steps after which another way is tried; it is as soon as a step changes no fewer signs than the last
 
 
@@ -25,7 +26,9 @@ def settled_on_range(problem: DeficientLayer) -> list[NDArray]:
     """
     previous, t, x, found = problem.previous, np.zeros(problem.N.shape[1]), problem.x, []
     open_ = len(t) - problem.known.size
-    if not problem.activation.homogeneous or previous.null.shape[1] or open_ > MAX_OPEN_SHARE * previous.left.shape[1]:
+    if not problem.activation.homogeneous or previous.null.shape[1] or problem.noise > MAX_NOISE:
+        return []
+    if open_ > MAX_OPEN_SHARE * previous.left.shape[1]:
         return []
     slopes, moved = slope(problem.activation, x), len(x)
     while len(found) < MAX_STEPS:

@@ -31,6 +31,7 @@ def test_directions_that_the_layer_knows_stay_as_they_are():
     [
         pytest.param(open_problem(82)[0], id="more open than a share of the range's equations"),
         pytest.param(open_problem(30, ASINH)[0], id="no pieces"),
+        pytest.param(open_problem(30, noise=2e-4)[0], id="noise"),
         pytest.param(replace(open_problem(30)[0], x=np.full(300, 1e300)), id="overflow"),
         pytest.param(replace(open_problem(30)[0], N=np.zeros((300, 30))), id="directions that the range does not see"),
         pytest.param(replace(open_problem(75)[0], x=randn(300, seed=9).numpy()), id="no solution"),
