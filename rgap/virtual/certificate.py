@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ MAX_REFINEMENTS = 4  # solutions, each by the residual in float64 that the last 
 REFINED_STEP = 20.0  # relative step that ends them, in units of the data's noise: float32 leaves little of it
 WEAK_SHARE = 0.05  # eigenvalue, over the largest, up to which the range alone sees a direction badly
 MAX_PIECES = 2  # systems on one piece of σ solved at the end; each corrects signs of entries near zero
+MAX_CROSSING = 5.0  # root mean square errors by which an entry may lie beyond zero: a wrong sign shows in the residual
 MAX_SIGN_TRIALS = 4  # entries closest to zero whose signs are flipped, one at a time, where the solution does not fit
 
 
@@ -42,17 +43,16 @@ class VirtualSolution:
     solved: Any = field(default=None, repr=False)  # for a batch, the linearised constraints and the last solution
 
 
-def certify(
-    problem: DeficientLayer, t: NDArray, image: NDArray, channels: NDArray, beliefs: list, *, tries_signs: bool = True
-) -> VirtualSolution:
+def certify(problem: DeficientLayer, t: NDArray, image: NDArray, channels: NDArray, beliefs: list) -> VirtualSolution:
     """Solves on the final piece of σ alone, without prior, until the piece no longer changes, and tests the solution.
 
-    Where it does not fit, the few entries closest to zero are tried with the other sign, one at a time, if asked for.
+    Where it does not fit, the few entries closest to zero are tried with the other sign, one at a time, unless the
+    range of the layer before contradicts the piece by itself.
     """
     belief = problem.x + problem.N @ t
     piece = _solve_pieces(problem, t, belief, image, channels)
     determined = piece.condition <= MAX_CERTIFIED_CONDITION  # a sign must not decide what the equations leave open
-    if tries_signs and determined and not piece.fits and problem.activation.homogeneous:
+    if determined and piece.in_range and not piece.fits and problem.activation.homogeneous:
         flips = (np.arange(len(belief)) == entry for entry in np.argsort(np.abs(belief))[:MAX_SIGN_TRIALS])
         trials = (_solve_pieces(problem, t, np.where(flip, -belief, belief), image, channels) for flip in flips)
         piece = next((trial for trial in trials if trial.fits), piece)
@@ -66,14 +66,20 @@ def certify(
 
 @dataclass(frozen=True)
 class _Piece:
-    """The solution on one piece of σ, a draw of its error, whether it lies on that piece, and also fits."""
+    """The solution on one piece of σ, a draw of its error, whether it lies on that piece, and what its residual is."""
 
     x: NDArray
     draw: NDArray
     residual: float
     condition: float
     stays: bool
-    fits: bool
+    is_small: bool  # the residual, for the data's noise
+    in_range: bool = True  # whether that of the range's equations alone is, where they have been solved by themselves
+
+    @property
+    def fits(self) -> bool:
+        """Whether the solution is one."""
+        return self.stays and self.is_small
 
 
 def _solve_pieces(problem: DeficientLayer, t: NDArray, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
@@ -93,7 +99,8 @@ def _solve_piece(
 
     Where the range of the layer before and what is `known` determine θ, its gradient corrects it in the directions P
     that they see worst, and is tested as a whole; elsewhere both kinds of equations are solved together. On any piece
-    but the `last` the gradient is spared where the range alone leads to another one.
+    but the `last` the gradient is spared where the range alone contradicts the piece; where it only leads to another,
+    by entries near zero, the gradient has more to say of their signs.
     """
     fitted, N = fit(problem.activation, m, np.full(len(m), 1e-60)), problem.N
     (d, r), q, known = (N.shape[1], problem.previous.null.shape[1]), problem.previous.left.shape[1], problem.known.size
@@ -109,7 +116,7 @@ def _solve_piece(
             own = _Decomposed.of(A)
         theta, rest = own.refined(t, rest_of, REFINED_STEP * problem.noise)
         hasty = _piece(problem, m, theta, np.zeros(d), rest / unit, own.values)
-        if not (last or hasty.stays or hasty.condition > MAX_CERTIFIED_CONDITION):
+        if not (last or hasty.stays or hasty.is_small or hasty.condition > MAX_CERTIFIED_CONDITION):
             return hasty
         seen = own.values > WEAK_SHARE * own.values[-1]
         strong, P, draw = own.values[seen], own.directions[:, ~seen], own.draw(rest, generator, seen)
@@ -130,7 +137,8 @@ def _solve_piece(
     found = _Decomposed.of(A, scaled=not len(strong))
     theta, rest = found.refined(theta, rest_of_all, REFINED_STEP * problem.noise, P)
     error = draw + P @ found.draw(rest, generator)
-    return _piece(problem, m, theta[:d], error[:d], rest / unit, np.concatenate([found.values, strong]))
+    piece = _piece(problem, m, theta[:d], error[:d], rest / unit, np.concatenate([found.values, strong]))
+    return replace(piece, in_range=not alone or hasty.is_small)
 
 
 def _own_rows(
@@ -154,13 +162,19 @@ def _own_rows(
 
 
 def _piece(problem: DeficientLayer, m: NDArray, t: NDArray, error: NDArray, rest: NDArray, values: NDArray) -> _Piece:
-    """What a solution t shows, its draw of an error, its residuals, and squares of the system's singular values."""
-    x, residual = problem.x + problem.N @ t, float(problem.noise * np.sqrt(np.mean(rest**2)))
-    stays = not problem.activation.homogeneous
-    stays = stays or np.array_equal(slope(problem.activation, x), slope(problem.activation, m))
+    """What a solution t shows, its draw of an error, its residuals, and squares of the system's singular values.
+
+    Where the residual is small, an entry that is beyond zero by no more than its error is put on its side of the piece.
+    """
+    x, draw, sides = problem.x + problem.N @ t, problem.N @ error, slope(problem.activation, m)
+    residual = float(problem.noise * np.sqrt(np.mean(rest**2)))
+    is_small = residual <= MAX_CERTIFIED_RESIDUAL * problem.noise
+    if is_small and problem.activation.homogeneous:
+        near = np.abs(x) <= MAX_CROSSING * np.sqrt(np.mean(draw**2))
+        x = np.where(near & (slope(problem.activation, x) != sides), np.copysign(0.1 * x, m), x)
+    stays = not problem.activation.homogeneous or np.array_equal(slope(problem.activation, x), sides)
     condition = float(np.sqrt(values.max() / max(values.min(), 1e-300)))
-    fits = stays and residual <= MAX_CERTIFIED_RESIDUAL * problem.noise
-    return _Piece(x, problem.N @ error, residual, condition, stays, fits)
+    return _Piece(x, draw, residual, condition, stays, is_small)
 
 
 class _Decomposed(NamedTuple):

@@ -89,7 +89,7 @@ def solve_virtual(problem: DeficientLayer, *, reads_image: bool = False, full: b
     """
     if steps := settled_on_range(problem):
         beliefs, image = [problem.x + problem.N @ t for t in steps], np.zeros(problem.previous.layer.unknowns)
-        solution = certify(problem, steps[-1], image, _channels(problem), beliefs, tries_signs=False)
+        solution = certify(problem, steps[-1], image, _channels(problem), beliefs)
         if solution.certified:
             return solution
     beliefs = []

@@ -112,3 +112,21 @@ def test_a_rough_inverse_that_is_wrong_certifies_nothing(monkeypatch):
     )
     found = certify(problem, x)
     assert not found.certified or relative(found.x, x) < 1e-12
+
+
+def test_an_entry_beyond_zero_by_its_error_is_put_on_its_side():
+    """A sign is decided by the residual, which a wrong one spoils, not by an entry that could as well be zero."""
+    problem, x = open_problem(30)
+    i = np.argmin(np.abs(x) / np.abs(problem.N).max(1))
+    j = np.argmax(np.abs(problem.N[i]))
+    t, error, fits = problem.N.T @ (x - problem.x), np.zeros(len(problem.N.T)), np.zeros(9)
+    t[j] -= 1.001 * x[i] / problem.N[i, j]
+    beyond = (problem.x + problem.N @ t)[i]
+    error[j] = np.abs(beyond) * len(x) ** 0.5  # N has orthonormal columns
+    assert beyond * x[i] < 0
+    put = virtual._piece(problem, x, t, error, fits, np.ones(1))
+    assert put.fits and put.x[i] * x[i] > 0 and np.abs(put.x[i]) < np.abs(beyond)
+    for why in ({"error": 0.01 * error}, {"rest": fits + 100}):
+        assert not virtual._piece(
+            **{"problem": problem, "m": x, "t": t, "error": error, "rest": fits, "values": np.ones(1)} | why
+        ).stays
