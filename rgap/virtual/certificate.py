@@ -21,6 +21,8 @@ MAX_REFINEMENTS = 4  # solutions, each by the residual in float64 that the last 
 REFINED_STEP = 20.0  # relative step that ends them, in units of the data's noise: float32 leaves little of it
 WEAK_SHARE = 0.05  # eigenvalue, over the largest, up to which the range alone sees a direction badly
 MAX_PIECES = 2  # systems on one piece of σ solved at the end; each corrects signs of entries near zero
+MAX_TANGENTS = 12  # the same where σ is smooth; from a good start four or five suffice
+MAX_TANGENT_MISS = 1e-4  # square of the last relative step there, in units of the data's noise, at the end
 MAX_CROSSING = 5.0  # root mean square errors by which an entry may lie beyond zero: a wrong sign shows in the residual
 MAX_SIGN_TRIALS = 4  # entries closest to zero whose signs are flipped, one at a time, where the solution does not fit
 
@@ -83,12 +85,18 @@ class _Piece:
 
 
 def _solve_pieces(problem: DeficientLayer, t: NDArray, m: NDArray, image: NDArray, channels: NDArray) -> _Piece:
-    """Solves on the piece of σ on which m lies, then on the one on which the solution lies, and so on."""
-    for left in reversed(range(MAX_PIECES)):
+    """Solves on the piece of σ on which m lies, then on the one on which the solution lies, and so on.
+
+    A smooth σ has no pieces: it is replaced by its tangents at m, then at the solution, until this fits or is as near.
+    """
+    kinked, last = problem.activation.homogeneous, np.inf
+    for left in reversed(range(MAX_PIECES if kinked else MAX_TANGENTS)):
         piece = _solve_piece(problem, t, m, image, channels, last=not left)
-        if piece.stays or piece.condition > MAX_CERTIFIED_CONDITION:
+        moved = np.linalg.norm(piece.x - m)
+        done = piece.stays if kinked else piece.fits or not moved < last
+        if done or piece.condition > MAX_CERTIFIED_CONDITION:
             break
-        m = piece.x
+        m, last = piece.x, moved
     return piece
 
 
@@ -172,7 +180,10 @@ def _piece(problem: DeficientLayer, m: NDArray, t: NDArray, error: NDArray, rest
     if is_small and problem.activation.homogeneous:
         near = np.abs(x) <= MAX_CROSSING * np.sqrt(np.mean(draw**2))
         x = np.where(near & (slope(problem.activation, x) != sides), np.copysign(0.1 * x, m), x)
-    stays = not problem.activation.homogeneous or np.array_equal(slope(problem.activation, x), sides)
+    if problem.activation.homogeneous:
+        stays = np.array_equal(slope(problem.activation, x), sides)
+    else:  # a tangent misses by the square of the distance
+        stays = bool(np.sum((x - m) ** 2) <= MAX_TANGENT_MISS * problem.noise * np.sum(m**2))
     condition = float(np.sqrt(values.max() / max(values.min(), 1e-300)))
     return _Piece(x, draw, residual, condition, stays, is_small)
 

@@ -6,7 +6,7 @@ from cases import open_problem, randn
 from numpy.testing import assert_allclose
 
 from rgap.equations import block_cholesky
-from rgap.network.activations import IDENTITY
+from rgap.network.activations import IDENTITY, softplus
 from rgap.virtual import certificate as virtual
 from rgap.virtual.closure import solve_virtual
 from rgap.virtual.linearisation import slope
@@ -130,3 +130,13 @@ def test_an_entry_beyond_zero_by_its_error_is_put_on_its_side():
         assert not virtual._piece(
             **{"problem": problem, "m": x, "t": t, "error": error, "rest": fits, "values": np.ones(1)} | why
         ).stays
+
+
+def test_a_smooth_activation_is_solved_by_tangents_until_they_stay(monkeypatch):
+    problem, x = open_problem(30, softplus(), noise=1e-12)
+    away = problem.x + problem.N @ (problem.N.T @ (x - problem.x) * (1 + 0.3 * randn(30, seed=5).numpy()))
+    assert relative(away, x) > 0.01
+    found = certify(problem, away)
+    assert found.certified and relative(found.x, x) < 1e-11
+    monkeypatch.setattr(virtual, "MAX_TANGENTS", 1)
+    assert not certify(problem, away).certified  # one tangent, from as far
