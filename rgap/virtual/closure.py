@@ -6,9 +6,9 @@ of x are known, and exact where these are right. The paper counts such equations
 
 The signs are not guessed one by one. Where the range of W has equations enough, Newton's method mostly settles on them
 (`newton`). Else every entry of x has a Gaussian belief N(m, v), under which σ⁻¹ and σ′ are replaced by their best
-linear fits (`linearisation`). The fits' residuals are noise of known covariance, and one step of
-generalised least squares gives the next belief, its variance scaled by the step's own χ² where that exceeds 1. As v
-falls the step becomes the linear system on one piece of σ, which is solved at the end, alone, and certified.
+linear fits (`linearisation`). The fits' residuals are noise of known covariance, and one step of generalised least
+squares gives the next belief, its variance scaled by the step's own χ² where that exceeds 1. As v falls the step
+becomes the linear system on one piece of σ, which is solved at the end, alone, and certified (`certificate`).
 """
 
 from __future__ import annotations
